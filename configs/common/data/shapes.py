@@ -1,0 +1,18 @@
+"""Shapes for a detector, at its own size: few labelled images, and a validation set."""
+
+import detectron2.data.transforms as T
+from detectron2.config import LazyCall as L
+
+from region_pretrain.data.shapes import shapes
+
+from .coco import dataloader
+
+SIDE = 96
+
+dataloader.train.dataset.names = L(shapes)(split="train", size=100, side=SIDE, level="medium")
+dataloader.test.dataset.names = L(shapes)(split="val", size=200, side=SIDE, level="medium")
+dataloader.train.mapper.augmentations = [L(T.RandomFlip)(horizontal=True)]
+dataloader.test.mapper.augmentations = []
+dataloader.train.total_batch_size = 8
+dataloader.train.num_workers = 1
+dataloader.test.num_workers = 0

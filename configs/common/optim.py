@@ -1,0 +1,24 @@
+"""Optimisers. ``params.model`` is filled in by the engine."""
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.solver.build import get_default_optimizer_params
+
+from region_pretrain.solver import LARS, pretrain_param_groups
+
+# lr is per 256 images: use it with train.base_batch_size = 256 (2048 images -> 8.0)
+lars = L(LARS)(
+    params=L(pretrain_param_groups)(weight_decay=1e-5),
+    lr=1.0,
+    momentum=0.9,
+    trust_coefficient=0.001,
+    eps=1e-8,
+)
+
+# Detectron2's for detection: lr is for 16 images
+sgd = L(torch.optim.SGD)(
+    params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
+    lr=0.02,
+    momentum=0.9,
+    weight_decay=1e-4,
+)

@@ -1,0 +1,5 @@
+"""As mask_rcnn_r50_fpn_4conv1fc.py with SoCo's weight decay. Report it beside the AP."""
+
+from .mask_rcnn_r50_fpn_4conv1fc import dataloader, lr_multiplier, model, optimizer, train
+
+optimizer.weight_decay = 2.5e-5

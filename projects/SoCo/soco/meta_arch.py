@@ -1,0 +1,171 @@
+"""SoCo's meta-architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.utils.events import get_event_storage
+from fvcore.common.param_scheduler import ParamScheduler
+from torch import Tensor, nn
+
+from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.modeling.init import zero_init_residual
+from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
+from region_pretrain.modeling.momentum import MomentumCopy
+from region_pretrain.modeling.preprocess import Preprocess
+from region_pretrain.modeling.pyramid import pyramid_features
+from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
+from region_pretrain.projects.soco.views import pair_groups
+
+
+@META_ARCH_REGISTRY.register()
+class SoCo(nn.Module):
+    """BYOL on regions, through everything a two-stage detector has before its predictors.
+
+    The same region, seen in differently cropped and scaled views, must have the embedding that
+    the momentum copy gives it in the other view. Backbone, pooler and box head are the
+    detector's own and keep its names, so a checkpoint loads into the detector.
+
+    Args:
+        backbone: the detector's; its feature maps ``in_features`` are pooled.
+        in_features: the maps' names, in the pooler's order.
+        pooler: the detector's box pooler.
+        head: the detector's head on pooled regions. A head that returns maps (res5 of a C4
+            detector) is averaged over space.
+        head_name: the head's name inside ``roi_heads``: ``"box_head"`` or ``"res5"``.
+        projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
+        momentum: schedule of the EMA momentum over the run, from 0 to 1.
+        level_scales: largest region scale of each level in view pixels
+            (:func:`~region_pretrain.modeling.regions.assign_levels`). With a single level, every
+            region is pooled from it.
+        sources: of the view sampler, which says what pairs with what.
+        all_levels: embed each region on every level and keep the assigned one, as released: 4 times
+            the head's work, with batch-norm statistics over all of it. ``False`` embeds regions
+            on their own level only.
+        zero_init: zero the last norm's scale of every residual block of the backbone.
+        pixel_mean, pixel_std, input_format: the detector's.
+    """
+
+    detector_modules = ("backbone", "roi_heads")
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        in_features: Sequence[str],
+        pooler: ROIPooler,
+        head: nn.Module,
+        head_name: str = "box_head",
+        projector: nn.Module,
+        predictor: nn.Module,
+        momentum: ParamScheduler,
+        level_scales: Sequence[float] = (48, 96, 192, 224),
+        sources: Sequence[str | int],
+        all_levels: bool = False,
+        zero_init: bool = True,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_format: str,
+    ) -> None:
+        super().__init__()
+        if len(in_features) > 1 and len(level_scales) != len(in_features):
+            raise ValueError(f"{len(level_scales)} level_scales for in_features {in_features}")
+        if zero_init:
+            zero_init_residual(backbone)
+        self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
+        self.backbone = backbone
+        self.roi_heads = nn.Module()
+        self.roi_heads.add_module("box_pooler", pooler)
+        self.roi_heads.add_module(head_name, head)
+        self.head_name = head_name
+        self.projector = projector
+        self.predictor = predictor
+        self.target = MomentumCopy(self.online)
+        self.momentum = momentum
+        self.in_features = list(in_features)
+        self.level_scales = list(level_scales)
+        self.groups = pair_groups(list(sources))
+        self.all_levels = all_levels
+
+    @property
+    def online(self) -> dict[str, nn.Module]:
+        """The modules that have a momentum copy."""
+        head = getattr(self.roi_heads, self.head_name)
+        return {"backbone": self.backbone, "head": head, "projector": self.projector}
+
+    def before_step(self, iteration: int, max_iter: int) -> None:
+        """Move the target; the engine calls it before each optimiser step's forward."""
+        momentum = self.momentum(iteration / max_iter)
+        self.target.ema_update(self.online, momentum)
+        get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
+
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Losses of a batch of views from :class:`~region_pretrain.projects.soco.SoCoViews`.
+
+        Returns:
+            ``loss_view{j}``, in [-4, 4], for each pair (first view, view j), symmetric; and
+            ``embedding_std``.
+        """
+        levels = [self._levels(view) for view in batch.views]
+        images = [self.preprocess(view) for view in batch.views]
+        inputs = list(zip(images, batch.views, levels, strict=True))
+        online = [self._embed(self.online, *x, predictor=self.predictor) for x in inputs]
+        with torch.no_grad():
+            target = [self._embed(self.target, *x) for x in inputs]
+
+        first, slots = batch.views[0], batch.views[1].boxes.shape[1]
+        valid = [
+            view.valid & (level != UNASSIGNED)
+            for view, level in zip(batch.views, levels, strict=True)
+        ]
+        outputs: dict[str, Tensor] = {}
+        for j, group in enumerate(self.groups, start=1):
+            own = slice(group * slots, (group + 1) * slots)
+            match = matches(
+                first.region_ids[:, own], batch.views[j].region_ids, valid[0][:, own], valid[j]
+            )
+            outputs[f"loss_view{j + 1}"] = matched_cosine_loss(
+                online[0][:, own], target[j], match
+            ) + matched_cosine_loss(online[j], target[0][:, own], match.transpose(1, 2))
+        outputs["embedding_std"] = embedding_std(target[0])
+        return outputs
+
+    def _levels(self, view: View) -> Tensor:
+        """``(B, K)`` level of each region."""
+        if len(self.in_features) == 1:
+            return torch.zeros_like(view.region_ids)
+        return assign_levels(view.boxes, self.level_scales)
+
+    def _embed(
+        self,
+        network: Mapping[str, nn.Module],
+        images: Tensor,
+        view: View,
+        levels: Tensor,
+        predictor: nn.Module | None = None,
+    ) -> Tensor:
+        """``(B, K, D)`` unit vectors of a view's regions."""
+        maps = pyramid_features(network["backbone"], images)
+        features = [maps[name] for name in self.in_features]
+        size = tuple(images.shape[-2:])
+
+        def embed_on(levels: Tensor) -> Tensor:
+            x = pool_regions(features, view.boxes, levels, self.roi_heads.box_pooler, size)
+            x = network["head"](x)
+            x = network["projector"](x.mean(dim=(2, 3)) if x.dim() == 4 else x)
+            return predictor(x) if predictor is not None else x
+
+        if self.all_levels:
+            everywhere = torch.stack(
+                [embed_on(torch.full_like(levels, i)) for i in range(len(features))]
+            )  # (L, B * K, D)
+            chosen = levels.clamp(min=0).reshape(1, -1, 1).expand(1, -1, everywhere.shape[-1])
+            embedded = everywhere.gather(0, chosen)[0]
+        else:
+            embedded = embed_on(levels)
+        return F.normalize(embedded.float(), dim=1).view(*levels.shape, -1)

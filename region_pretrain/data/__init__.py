@@ -1,0 +1,1 @@
+"""Data sets, view geometry, photometry and loaders."""

@@ -1,0 +1,79 @@
+"""What a loader hands to a meta-architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class View:
+    """One view of each image of a batch, with the regions that live in it.
+
+    Attributes:
+        images: ``(B, 3, H, W)`` uint8 RGB, channels-last in memory, before photometry.
+        boxes: ``(B, K, 4)`` float32 XYXY in view pixels.
+        valid: ``(B, K)`` bool; where false, the slot holds no region.
+        region_ids: ``(B, K)`` int64; equal ids of an image are the same region in all its views.
+        affine: ``(B, 2, 3)`` float32, original pixels to view pixels.
+        photometry: ``(B, P)`` float32 parameters of
+            :func:`~region_pretrain.data.photometry.apply_photometry`; stays on the CPU.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    valid: Tensor
+    region_ids: Tensor
+    affine: Tensor
+    photometry: Tensor
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> View:
+        return View(**{name: function(value) for name, value in vars(self).items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> View:
+        """The view on a device, its photometry's parameters still on the CPU."""
+        moved = self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        moved.photometry = self.photometry
+        return moved
+
+
+@dataclass
+class ViewBatch:
+    """Views of the same images, in the order of the view sampler.
+
+    Attributes:
+        views: one :class:`View` each.
+        indices: ``(B,)`` int64, the images' positions in the data set.
+    """
+
+    views: list[View]
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> ViewBatch:
+        return ViewBatch([view._map(function) for view in self.views], function(self.indices))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
+        """The batch on a device."""
+        views = [view.to(device, non_blocking) for view in self.views]
+        return ViewBatch(views, self.indices)
+
+    def pin_memory(self) -> ViewBatch:
+        """The batch in page-locked memory; ``DataLoader`` calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def chunk(self, parts: int) -> list[ViewBatch]:
+        """Split into micro-batches of equal size, in order.
+
+        Raises:
+            ValueError: the batch does not divide.
+        """
+        if len(self) % parts:
+            raise ValueError(f"a batch of {len(self)} does not split into {parts} equal parts")
+        step = len(self) // parts
+        return [self._map(lambda t, i=i: t[i * step : (i + 1) * step]) for i in range(parts)]

@@ -1,0 +1,198 @@
+"""Unlabelled images and their regions, turned into views by a method's own sampler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList
+
+from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.data.catalog import get_records
+from region_pretrain.data.geometry import ViewGeometry, render
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.errors import UserError
+from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.regions import RegionStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ViewSample:
+    """One view of one image, before it is rendered.
+
+    Attributes:
+        geometry: where the view looks.
+        photometry: which photometric operations it may undergo.
+        boxes: ``(K, 4)`` float32 XYXY in view pixels.
+        region_ids: ``(K,)`` int64.
+        valid: ``(K,)`` bool.
+    """
+
+    geometry: ViewGeometry
+    photometry: Photometry
+    boxes: np.ndarray
+    region_ids: np.ndarray
+    valid: np.ndarray
+
+
+class ViewSampler(Protocol):
+    """What a method owns of the data path. ``K`` and the views' sizes never change."""
+
+    def __call__(
+        self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
+    ) -> list[ViewSample]:
+        """Choose the views of an image.
+
+        Args:
+            width, height: the image in pixels.
+            boxes: ``(N, 4)`` float32 XYXY regions in its pixels; N may be 0.
+            rng: the only source of randomness.
+        """
+
+
+class PretrainDataset:
+    """Images without labels; sample ``(seed, epoch, index)`` is the same everywhere, always.
+
+    Args:
+        names: registered data sets, or ``folder://DIR``; several are joined.
+        views: the method's view sampler.
+        regions: path of a region store, or ``None`` for methods that need none.
+        recipe: the recipe that the store must have been made with, e.g. ``"soco-v1"``; a store of
+            the recipe with changed fields (``"soco-v1+mode=quality"``) is accepted only if it is
+            named in full. ``None`` accepts any.
+        max_unreadable: share of the images that may be missing from the store (it holds no row
+            for a file that could not be read).
+        antialias: see :func:`~region_pretrain.data.geometry.render`.
+
+    Raises:
+        UserError: no images, a store of other images or another recipe, too many unreadable ones.
+    """
+
+    def __init__(
+        self,
+        names: str | Sequence[str],
+        views: ViewSampler,
+        regions: str | None = None,
+        recipe: str | None = None,
+        max_unreadable: float = 0.01,
+        antialias: bool = True,
+    ) -> None:
+        records = get_records(names)
+        self.views = views
+        self.antialias = antialias
+        self.store = None
+        if regions is not None:
+            self.store = RegionStore.open(regions)
+            records = self._match(records, names, regions, recipe, max_unreadable)
+        # Only what a sample needs, packed so that workers do not copy a million dicts.
+        self._records = DatasetFromList([(r["file_name"], str(r["image_id"])) for r in records])
+
+    def _match(
+        self, records: list[dict], names, regions: str, recipe: str | None, max_unreadable: float
+    ) -> list[dict]:
+        made_with = self.store.manifest["recipe"]
+        if recipe is not None and made_with != recipe:
+            raise UserError(
+                f"{regions} was made with recipe {made_with!r}, the config asks for {recipe!r}: "
+                "make the regions again, or set dataloader.train.dataset.recipe"
+            )
+        missing = np.flatnonzero(self.store.rows([str(r["image_id"]) for r in records]) < 0)
+        if len(missing) > max_unreadable * len(records):
+            some = ", ".join(records[i]["file_name"] for i in missing[:3])
+            raise UserError(
+                f"{regions} has no regions for {len(missing)} of the {len(records)} images of "
+                f"{names} (e.g. {some}): it was made for other images, or the files could not be "
+                "read; make the regions of this data set with tools/make_regions.py, or raise "
+                f"dataloader.train.dataset.max_unreadable (now {max_unreadable:g})"
+            )
+        if len(missing):
+            listed = "\n  ".join(records[i]["file_name"] for i in missing[:20])
+            logger.warning("left out %d images without a row:\n  %s", len(missing), listed)
+            skip = set(missing.tolist())
+            records = [r for i, r in enumerate(records) if i not in skip]
+        rows = self.store.rows([str(r["image_id"]) for r in records])
+        counts = self.store.counts(rows)
+        logger.info(
+            "%s: %d images, %.1f regions an image (%s); %d images without regions train on the "
+            "whole-image box",
+            names,
+            len(records),
+            counts.mean(),
+            made_with,
+            int((counts == 0).sum()),
+        )
+        return records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        file_name, key = self._records[index]
+        image = read_image(file_name)
+        boxes = np.zeros((0, 4), np.float32)
+        if self.store is not None:
+            height, width = image.shape[:2]
+            if self.store.size(key) != (width, height):
+                raise UserError(
+                    f"{file_name} is {width}x{height}, but its regions were made for an image of "
+                    "{}x{}: make the regions again".format(*self.store.size(key))
+                )
+            boxes = self.store.boxes(key)
+        return image, boxes
+
+    def _read_or_next(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A file that fails in the middle of a run is replaced by the next one that does not."""
+        for offset in range(min(len(self), 100)):
+            try:
+                return self._read((index + offset) % len(self))
+            except UnreadableImage as error:
+                logger.warning("%s; the next image takes its place", error)
+        raise UserError(f"100 images in a row could not be read, the last at index {index}")
+
+    def sample(
+        self, seed: int, epoch: int, index: int
+    ) -> tuple[np.ndarray, list[ViewSample], list[np.ndarray]]:
+        """One image, its views and the photometric parameters of each.
+
+        Returns:
+            ``(H, W, 3)`` uint8 RGB, the views, and per view ``(P,)`` float32.
+        """
+        rng = np.random.default_rng([seed, epoch, index])
+        image, boxes = self._read_or_next(index)
+        views = self.views(image.shape[1], image.shape[0], boxes, rng)
+        return image, views, [view.photometry.sample(rng) for view in views]
+
+    def batch(self, seed: int, epoch: int, indices: Sequence[int]) -> ViewBatch:
+        """Render the samples of one batch straight into its tensors."""
+        canvases: list[np.ndarray] = []
+        samples: list[list[ViewSample]] = []
+        photometry: list[list[np.ndarray]] = []
+        for i, index in enumerate(indices):
+            image, views, parameters = self.sample(seed, epoch, index)
+            if not canvases:
+                shapes = [(len(indices), *v.geometry.size, 3) for v in views]
+                canvases = [np.empty(shape, np.uint8) for shape in shapes]
+            for canvas, view in zip(canvases, views, strict=True):
+                render(image, view.geometry, canvas[i], self.antialias)
+            samples.append(views)
+            photometry.append(parameters)
+        batch_views = []
+        for v, canvas in enumerate(canvases):
+            column = [views[v] for views in samples]
+            batch_views.append(
+                View(
+                    images=torch.from_numpy(canvas).permute(0, 3, 1, 2),
+                    boxes=torch.from_numpy(np.stack([s.boxes for s in column])),
+                    valid=torch.from_numpy(np.stack([s.valid for s in column])),
+                    region_ids=torch.from_numpy(np.stack([s.region_ids for s in column])),
+                    affine=torch.from_numpy(np.stack([s.geometry.affine for s in column])),
+                    photometry=torch.from_numpy(np.stack([p[v] for p in photometry])),
+                )
+            )
+        return ViewBatch(batch_views, torch.as_tensor(indices, dtype=torch.int64))

@@ -1,0 +1,176 @@
+"""View geometry: one crop at one output size, flipped or not, and the affine that it is.
+
+Coordinates are continuous and half-open as in Detectron2: a pixel covers ``[i, i + 1)``, a box
+over the full width ends at ``W``. Everything that has to follow an image into a view (boxes,
+points, grids) goes through :attr:`ViewGeometry.affine`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ViewGeometry:
+    """A crop of the original image, resized and perhaps flipped.
+
+    Attributes:
+        left, top, width, height: the crop in pixels of the original image.
+        size: ``(height, width)`` of the view in pixels.
+        flip: whether the view is mirrored left to right.
+    """
+
+    left: int
+    top: int
+    width: int
+    height: int
+    size: tuple[int, int]
+    flip: bool = False
+
+    @property
+    def affine(self) -> np.ndarray:
+        """``(2, 3)`` float32: original pixel coordinates to view pixel coordinates."""
+        sy, sx = self.size[0] / self.height, self.size[1] / self.width
+        matrix = np.array([[sx, 0, -sx * self.left], [0, sy, -sy * self.top]], np.float32)
+        if self.flip:
+            matrix[0] = (-sx, 0, self.size[1] + sx * self.left)
+        return matrix
+
+    @property
+    def crop_box(self) -> np.ndarray:
+        """``(4,)`` float32 XYXY: the crop in original pixels."""
+        corners = (self.left, self.top, self.left + self.width, self.top + self.height)
+        return np.array(corners, np.float32)
+
+
+def map_points(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Map points through an affine.
+
+    Args:
+        affine: ``(2, 3)``.
+        points: ``(..., 2)`` in original pixels.
+
+    Returns:
+        ``(..., 2)`` in view pixels.
+    """
+    return points @ affine[:, :2].T + affine[:, 2]
+
+
+def map_boxes(affine: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Map boxes through an affine without shear; corners are put back in order after a flip.
+
+    Args:
+        affine: ``(2, 3)``.
+        boxes: ``(N, 4)`` XYXY in original pixels.
+
+    Returns:
+        ``(N, 4)`` float32 XYXY in view pixels, not clipped.
+    """
+    corners = map_points(affine, boxes.reshape(-1, 2, 2))
+    lo, hi = corners.min(axis=1), corners.max(axis=1)
+    return np.concatenate([lo, hi], axis=1).astype(np.float32)
+
+
+def clip_boxes(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
+    """Clip ``(N, 4)`` XYXY boxes to ``[0, width] x [0, height]``."""
+    limit = np.array([width, height, width, height], np.float32)
+    return np.clip(boxes, 0, limit).astype(np.float32)
+
+
+def boxes_in_view(geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
+    """Boxes of the original image as the view shows them: mapped, then clipped to the view.
+
+    Args:
+        geometry: the view.
+        boxes: ``(N, 4)`` XYXY in original pixels.
+
+    Returns:
+        ``(N, 4)`` float32 XYXY in view pixels. A box outside the crop comes back empty.
+    """
+    return clip_boxes(map_boxes(geometry.affine, boxes), geometry.size[1], geometry.size[0])
+
+
+def overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Which of the ``(N, 4)`` boxes share area with the ``(4,)`` box; ``(N,)`` bool."""
+    lo = np.maximum(box[:2], boxes[:, :2])
+    hi = np.minimum(box[2:], boxes[:, 2:])
+    return (hi > lo).all(axis=1)
+
+
+def random_resized_crop(
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    area: tuple[float, float],
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    flip_prob: float = 0.5,
+) -> ViewGeometry:
+    """Inception-style crop (torchvision's ``RandomResizedCrop``) with a random flip.
+
+    Args:
+        width, height: the original image in pixels.
+        size: ``(height, width)`` of the view.
+        rng: the sample's generator.
+        area: range of the crop's share of the image's area, drawn uniformly.
+        aspect: range of width / height, drawn log-uniformly.
+        flip_prob: probability of a horizontal flip.
+
+    Returns:
+        The view's geometry; after ten crops that do not fit, the largest centred crop whose
+        aspect is in range.
+    """
+    flip = bool(rng.random() < flip_prob)
+    for _ in range(10):
+        target = width * height * rng.uniform(*area)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return ViewGeometry(left, top, w, h, size, flip)
+    w, h = width, height
+    if width / height < aspect[0]:
+        h = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        w = round(height * aspect[1])
+    return ViewGeometry((width - w) // 2, (height - h) // 2, w, h, size, flip)
+
+
+def whole_image(
+    width: int, height: int, size: tuple[int, int], rng: np.random.Generator, flip_prob: float = 0.5
+) -> ViewGeometry:
+    """The whole image stretched to ``size`` (the aspect ratio is not kept), perhaps flipped."""
+    return ViewGeometry(0, 0, width, height, size, bool(rng.random() < flip_prob))
+
+
+def render(
+    image: np.ndarray, geometry: ViewGeometry, out: np.ndarray, antialias: bool = True
+) -> np.ndarray:
+    """Draw a view of a decoded image.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        geometry: the view.
+        out: ``(h, w, 3)`` uint8, contiguous; written in place.
+        antialias: average over the covered pixels where the view shrinks the image (a 112 view of
+            a large crop aliases otherwise); ``False`` takes the bilinear sample alone.
+
+    Returns:
+        ``out``.
+    """
+    crop = image[
+        geometry.top : geometry.top + geometry.height,
+        geometry.left : geometry.left + geometry.width,
+    ]
+    h, w = geometry.size
+    shrinks = h <= geometry.height and w <= geometry.width
+    filter_ = cv2.INTER_AREA if antialias and shrinks else cv2.INTER_LINEAR
+    if geometry.flip:
+        cv2.flip(cv2.resize(crop, (w, h), interpolation=filter_), 1, dst=out)
+    else:
+        cv2.resize(crop, (w, h), dst=out, interpolation=filter_)
+    return out

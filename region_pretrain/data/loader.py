@@ -1,0 +1,117 @@
+"""The pre-training loader: batch ``t`` is a function of (seed, t) and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cv2
+import numpy as np
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.errors import UserError
+
+
+class _Batches(Dataset):
+    """Maps an iteration number to this rank's part of that iteration's batch."""
+
+    def __init__(
+        self, dataset: PretrainDataset, total_batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.total_batch_size = total_batch_size
+        self.rank, self.world = rank, world
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def indices(self, iteration: int) -> tuple[int, list[int]]:
+        """Epoch and this rank's image indices; the ranks' parts in order are the global batch."""
+        per_epoch = len(self.dataset) // self.total_batch_size
+        epoch, position = divmod(iteration, per_epoch)
+        if self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            self._order = (epoch, order)
+        size = self.total_batch_size // self.world
+        start = position * self.total_batch_size + self.rank * size
+        return epoch, self._order[1][start : start + size].tolist()
+
+    def __getitem__(self, iteration: int) -> ViewBatch:
+        epoch, indices = self.indices(iteration)
+        return self.dataset.batch(self.seed, epoch, indices)
+
+
+def _init_worker(_: int) -> None:
+    cv2.setNumThreads(0)
+
+
+class PretrainLoader:
+    """Batches of views for every rank.
+
+    Every epoch is a fresh permutation; what does not fill a batch is left out of that epoch.
+    The place in the data is the iteration number alone, so a resumed run goes on with the next
+    sample, whatever the number of workers, and the global order does not depend on the number of
+    ranks.
+
+    Args:
+        dataset: the images.
+        total_batch_size: images of one optimiser step over all ranks.
+        num_workers: loader processes a rank; 0 loads in the training process.
+        seed: of order and samples.
+        pin_memory: page-locked batches, for a CUDA device.
+        prefetch_factor: batches that each worker keeps ready.
+
+    Raises:
+        UserError: fewer images than one batch, or a batch that the ranks cannot share equally.
+    """
+
+    def __init__(
+        self,
+        dataset: PretrainDataset,
+        total_batch_size: int,
+        num_workers: int = 4,
+        seed: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        world = comm.get_world_size()
+        if total_batch_size % world:
+            raise UserError(
+                f"dataloader.train.total_batch_size={total_batch_size} is not a multiple of the "
+                f"{world} processes of this run"
+            )
+        if len(dataset) < total_batch_size:
+            raise UserError(
+                f"the data set has {len(dataset)} images, fewer than one batch: lower "
+                f"dataloader.train.total_batch_size (now {total_batch_size})"
+            )
+        self.dataset = dataset
+        self.total_batch_size = total_batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self._batches = _Batches(dataset, total_batch_size, seed, comm.get_rank(), world)
+
+    @property
+    def num_images(self) -> int:
+        """Images of the data set."""
+        return len(self.dataset)
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Full batches of one epoch."""
+        return self.num_images // self.total_batch_size
+
+    def iterate(self, start_iter: int, stop_iter: int) -> Iterator[ViewBatch]:
+        """This rank's batches of iterations ``start_iter`` to ``stop_iter - 1``, in order."""
+        return iter(
+            DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=range(start_iter, stop_iter),
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                prefetch_factor=self.prefetch_factor if self.num_workers else None,
+                worker_init_fn=_init_worker,
+            )
+        )

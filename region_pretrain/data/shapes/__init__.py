@@ -1,0 +1,29 @@
+"""Shapes: the embedded data set, made from nothing but a seed."""
+
+from region_pretrain.data.shapes.dataset import (
+    ShapesSpec,
+    make_shapes,
+    register_shapes,
+    shapes,
+)
+from region_pretrain.data.shapes.scene import (
+    CLASSES,
+    LEVELS,
+    Difficulty,
+    Scene,
+    get_difficulty,
+    render_scene,
+)
+
+__all__ = [
+    "CLASSES",
+    "LEVELS",
+    "Difficulty",
+    "Scene",
+    "ShapesSpec",
+    "get_difficulty",
+    "make_shapes",
+    "register_shapes",
+    "render_scene",
+    "shapes",
+]

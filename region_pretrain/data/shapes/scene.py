@@ -1,0 +1,286 @@
+"""Scenes of Shapes: textured objects over a textured ground, with clutter and occlusion.
+
+Everything is drawn in grey; a slight tint common to the scene is all the colour there is by
+default. With a free colour per object, pre-training learns to match regions by their colour and
+nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import cv2
+import numpy as np
+import shapely
+from shapely.geometry import MultiPolygon, Polygon
+from shapely.geometry import box as rectangle
+
+from region_pretrain.data.shapes.materials import MATERIALS
+from region_pretrain.data.shapes.outlines import OUTLINES, sample_outline
+from region_pretrain.errors import UserError
+
+CLASSES: tuple[str, ...] = tuple(OUTLINES)
+_MATERIAL_NAMES = tuple(MATERIALS)
+_SUPERSAMPLE = 4  # sub-pixels a side, for the objects' soft edges
+_MIN_VISIBLE_SIDE = 4.0  # pixels; a smaller rest of an object is not placed
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes a scene hard. Lengths are fractions of the image's side.
+
+    Attributes:
+        objects: least and most objects of a scene.
+        size: least and largest diameter of an object.
+        contrast: least and largest difference of mean luminance, object to ground.
+        texture: strength (standard deviation of luminance) of the objects' materials.
+        ground_texture: the same for the ground.
+        typical: probability that an object is of the material typical of its class.
+        clutter: number of strokes and scraps that belong to no class.
+        occlusion: largest share of an object that others may hide.
+        rotation: largest turn of an object, in degrees either way.
+        noise: standard deviation of the sensor noise.
+        saturation: strength of the scene's common tint (0: grey).
+        object_saturation: strength of a tint of each object's own.
+    """
+
+    objects: tuple[int, int] = (3, 6)
+    size: tuple[float, float] = (0.2, 0.45)
+    contrast: tuple[float, float] = (0.08, 0.28)
+    texture: float = 0.13
+    ground_texture: float = 0.07
+    typical: float = 0.7
+    clutter: int = 8
+    occlusion: float = 0.35
+    rotation: float = 45.0
+    noise: float = 0.02
+    saturation: float = 0.03
+    object_saturation: float = 0.01
+
+
+#: The named levels.
+LEVELS: dict[str, Difficulty] = {
+    "easy": Difficulty(
+        objects=(2, 4),
+        size=(0.28, 0.5),
+        contrast=(0.18, 0.35),
+        ground_texture=0.04,
+        typical=0.85,
+        clutter=3,
+        occlusion=0.15,
+        rotation=25.0,
+        noise=0.01,
+    ),
+    "medium": Difficulty(),
+    "hard": Difficulty(
+        objects=(4, 8),
+        size=(0.14, 0.42),
+        contrast=(0.03, 0.2),
+        texture=0.12,
+        ground_texture=0.09,
+        typical=0.55,
+        clutter=16,
+        occlusion=0.5,
+        rotation=180.0,
+        noise=0.035,
+    ),
+}
+
+
+def get_difficulty(level: str | Difficulty, **overrides) -> Difficulty:
+    """A named level, with single parameters changed.
+
+    Raises:
+        UserError: unknown level or parameter.
+    """
+    if isinstance(level, str):
+        if level not in LEVELS:
+            raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
+        level = LEVELS[level]
+    unknown = set(overrides) - {f.name for f in fields(Difficulty)}
+    if unknown:
+        names = ", ".join(f.name for f in fields(Difficulty))
+        raise UserError(f"Shapes difficulty has no {sorted(unknown)}; it has {names}")
+    return replace(
+        level, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    )
+
+
+@dataclass
+class SceneObject:
+    """One object of a scene, in pixels.
+
+    Attributes:
+        category: index into :data:`CLASSES`.
+        material: index of the material (equal to ``category`` where typical).
+        polygon: the whole outline, also where it is hidden or outside the image.
+        visible: exterior rings ``(V, 2)`` of what can be seen; together they are the exact mask.
+    """
+
+    category: int
+    material: int
+    polygon: Polygon
+    visible: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def area(self) -> float:
+        """Visible area in square pixels."""
+        return float(sum(Polygon(ring).area for ring in self.visible))
+
+    @property
+    def bbox(self) -> tuple[float, float, float, float]:
+        """Bounding box of the visible part, XYXY."""
+        points = np.concatenate(self.visible)
+        return (*points.min(axis=0).tolist(), *points.max(axis=0).tolist())
+
+
+@dataclass
+class Scene:
+    """An image ``(side, side, 3)`` uint8 RGB and its objects, the farthest first."""
+
+    image: np.ndarray
+    objects: list[SceneObject]
+
+
+def _rings(shape: shapely.Geometry) -> list[np.ndarray]:
+    """Exterior rings that cover ``shape`` exactly; a part with a hole is cut through the hole."""
+    if shape.is_empty:
+        return []
+    if isinstance(shape, Polygon):
+        if not shape.interiors:
+            return [np.asarray(shape.exterior.coords)[:-1]] if shape.area > 0 else []
+        x = shape.interiors[0].centroid.x
+        x0, y0, x1, y1 = shape.bounds
+        halves = (rectangle(x0, y0, x, y1), rectangle(x, y0, x1, y1))
+        return [ring for half in halves for ring in _rings(shape.intersection(half))]
+    # A difference of polygons may also leave points and lines, which have no area.
+    return [ring for part in getattr(shape, "geoms", []) for ring in _rings(part)]
+
+
+def _visible_parts(polygons: list[Polygon], side: int) -> list[shapely.Geometry]:
+    """What can be seen of each polygon; later polygons lie over earlier ones."""
+    frame, parts = rectangle(0, 0, side, side), []
+    for i, polygon in enumerate(polygons):
+        above = [p for p in polygons[i + 1 :] if p.intersects(polygon)]
+        part = polygon.intersection(frame)
+        parts.append(part.difference(shapely.union_all(above)) if above else part)
+    return parts
+
+
+def _place(difficulty: Difficulty, side: int, rng: np.random.Generator) -> list[SceneObject]:
+    """Draw objects that all stay visible enough; gives up an object after 30 tries."""
+    objects: list[SceneObject] = []
+    for _ in range(int(rng.integers(difficulty.objects[0], difficulty.objects[1] + 1))):
+        category = int(rng.integers(len(CLASSES)))
+        material = category
+        if rng.random() >= difficulty.typical:
+            others = [m for m in range(len(_MATERIAL_NAMES)) if m != category]
+            material = int(rng.choice(others))
+        low, high = np.log(difficulty.size)
+        radius = np.exp(rng.uniform(low, high)) * side / 2
+        turn = np.deg2rad(rng.uniform(-difficulty.rotation, difficulty.rotation))
+        rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
+        outline = sample_outline(CLASSES[category], rng) @ rotation.T * radius
+        for _ in range(30):
+            centre = rng.uniform(0.6 * radius, side - 0.6 * radius, 2)
+            candidate = SceneObject(category, material, Polygon(outline + centre))
+            trial = [*objects, candidate]
+            polygons = [o.polygon for o in trial]
+            parts = _visible_parts(polygons, side)
+            if all(_visible_enough(p, o, difficulty) for p, o in zip(parts, polygons, strict=True)):
+                objects = trial
+                break
+    for item, part in zip(objects, _visible_parts([o.polygon for o in objects], side), strict=True):
+        item.visible = _rings(part)
+    return objects
+
+
+def _visible_enough(part: shapely.Geometry, whole: Polygon, difficulty: Difficulty) -> bool:
+    if part.area < (1 - difficulty.occlusion) * whole.area:
+        return False
+    if isinstance(part, MultiPolygon) and max(p.area for p in part.geoms) < 0.8 * part.area:
+        return False  # an object cut in two is not one object to a person
+    x0, y0, x1, y1 = part.bounds
+    return min(x1 - x0, y1 - y0) >= _MIN_VISIBLE_SIDE
+
+
+def _coverage(rings: list[np.ndarray], side: int) -> np.ndarray:
+    """Share of each pixel inside the rings, ``(side, side)`` float32."""
+    shift = 4  # fractional bits of cv2's coordinates
+    mask = np.zeros((side * _SUPERSAMPLE,) * 2, np.uint8)
+    # OpenCV puts integer coordinates at pixel centres, we put them at pixel corners.
+    points = [np.round((r * _SUPERSAMPLE - 0.5) * (1 << shift)).astype(np.int32) for r in rings]
+    cv2.fillPoly(mask, points, 255, lineType=cv2.LINE_8, shift=shift)
+    return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+
+def _paint(canvas: np.ndarray, alpha: np.ndarray, value: np.ndarray | float) -> None:
+    canvas += alpha * (value - canvas)
+
+
+def _draw_clutter(
+    canvas: np.ndarray, count: int, difficulty: Difficulty, rng: np.random.Generator
+) -> None:
+    """Strokes and scraps: things with edges that are no object."""
+    side = canvas.shape[0]
+    for _ in range(count):
+        start = rng.uniform(0, side, 2)
+        steps = rng.normal(0, side * 0.06, (int(rng.integers(2, 5)), 2))
+        path = np.cumsum(np.concatenate([start[None], steps]), axis=0)
+        width = rng.uniform(0.006, 0.02) * side
+        stroke = shapely.LineString(path).buffer(width / 2 + 0.3, quad_segs=3)
+        alpha = _coverage(_rings(stroke), side)
+        sign = rng.choice((-1.0, 1.0))
+        _paint(canvas, alpha, canvas + sign * rng.uniform(*difficulty.contrast))
+
+
+def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) -> Scene:
+    """Draw one scene.
+
+    Args:
+        side: image side in pixels.
+        difficulty: see :class:`Difficulty`.
+        rng: all the scene's randomness.
+
+    Returns:
+        The image and its objects; a scene has at least one object.
+    """
+    objects = _place(difficulty, side, rng)
+    while not objects:
+        objects = _place(difficulty, side, rng)
+
+    unit = side / 20  # the textures' unit length
+    material = MATERIALS[_MATERIAL_NAMES[int(rng.integers(len(_MATERIAL_NAMES)))]]
+    ground = 0.7 * MATERIALS["clouds"](side, side, 2.5 * unit, rng)
+    ground += 0.7 * material(side, side, unit * rng.uniform(0.8, 1.8), rng)
+    canvas = 0.5 + difficulty.ground_texture * ground
+    tint = np.zeros((side, side, 3), np.float32)
+    below = difficulty.clutter // 2
+    _draw_clutter(canvas, below, difficulty, rng)
+
+    for item in objects:
+        outline = [np.asarray(item.polygon.exterior.coords)[:-1]]
+        alpha = _coverage(outline, side)
+        # A shadow beside and an edge around the object set it off as a thing.
+        dx, dy = rng.uniform(-0.02, 0.02, 2) * side
+        moved = cv2.warpAffine(alpha, np.float32([[1, 0, dx], [0, 1, dy]]), (side, side))
+        _paint(canvas, 0.35 * cv2.GaussianBlur(moved, (0, 0), side * 0.02), canvas - 0.25)
+        base = 0.5 + rng.choice((-1.0, 1.0)) * rng.uniform(*difficulty.contrast)
+        texture = MATERIALS[_MATERIAL_NAMES[item.material]]
+        value = base + difficulty.texture * texture(side, side, unit * rng.uniform(0.85, 1.2), rng)
+        gradient = rng.normal(0, 0.05, 2)
+        y, x = np.mgrid[:side, :side].astype(np.float32) / side
+        value = value + gradient[0] * (x - 0.5) + gradient[1] * (y - 0.5)
+        _paint(canvas, alpha, value)
+        rim = shapely.LinearRing(outline[0]).buffer(max(0.5, side * 0.004), quad_segs=2)
+        _paint(canvas, 0.6 * _coverage(_rings(rim), side) * (alpha > 0), base - 0.2)
+        own = rng.normal(0, difficulty.object_saturation, 3).astype(np.float32)
+        _paint(tint, alpha[..., None], own - own.mean())
+
+    _draw_clutter(canvas, difficulty.clutter - below, difficulty, rng)
+    canvas = canvas + rng.normal(0, difficulty.noise, canvas.shape)
+    # Equal mean and contrast for every scene: brightness tells nothing.
+    canvas = 0.5 + 0.19 * (canvas - canvas.mean()) / max(float(canvas.std()), 1e-6)
+    common = rng.normal(0, difficulty.saturation, 3)
+    image = canvas[..., None] + tint + (common - common.mean())
+    return Scene(np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), objects)

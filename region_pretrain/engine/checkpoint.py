@@ -1,0 +1,274 @@
+"""Checkpoints of a run: the detector apart from the rest, whole or absent, resumed exactly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import zipfile
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from region_pretrain.engine.files import (
+    free_bytes,
+    is_disk_full,
+    is_local,
+    remove_parts,
+    write_atomic,
+    write_text_atomic,
+)
+from region_pretrain.engine.random_state import get_random_state, set_random_state
+from region_pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FINAL = "model_final"
+_NAME = re.compile(r"model_(\d{7,}|final)\.pth")
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Name (without ``.pth``) of the checkpoint after a 0-based iteration, as Detectron2's."""
+    return f"model_{iteration:07d}"
+
+
+def split_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a model's state dict.
+
+    Args:
+        model: its ``detector_modules`` names the top-level submodules that are the detector's own;
+            a model without that attribute is a detector.
+
+    Returns:
+        (the detector's entries, all others), under the model's own names.
+    """
+    state = model.state_dict()
+    own = getattr(model, "detector_modules", None)
+    if own is None:
+        return dict(state), {}
+    prefixes = tuple(f"{name}." for name in own)
+    detector = {k: v for k, v in state.items() if k.startswith(prefixes)}
+    return detector, {k: v for k, v in state.items() if k not in detector}
+
+
+class RunCheckpointer(DetectionCheckpointer):
+    """Saves and resumes runs.
+
+    A file is a dict that ``torch.load(weights_only=True)`` reads:
+
+    - ``model``: the detector under the stock detector's names, so that a plain
+      ``DetectionCheckpointer(detector).load(file)`` fills it;
+    - ``pretraining``: all other entries of the model's state dict (target copy, heads, queue);
+    - one entry for each checkpointable (``optimizer``, ``scheduler``, ``scaler``);
+    - ``hooks``: the states of hooks that have one;
+    - ``iteration``: the last iteration done (0-based); a resumed run starts at the next one;
+    - ``rng``: random states, one entry a rank;
+    - ``run``: facts of the run that the schedule rests on.
+
+    Args:
+        model: in DDP or not.
+        save_dir: the run's output folder.
+        run: plain facts, compared on resume: ``max_iter``, ``total_batch_size``, ``world_size``.
+        checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
+    """
+
+    def __init__(
+        self, model: nn.Module, save_dir: str, *, run: dict[str, int], **checkpointables: Any
+    ) -> None:
+        given = {name: obj for name, obj in checkpointables.items() if obj is not None}
+        super().__init__(model, save_dir, **given)
+        self.run = dict(run)
+        self.trainer: TrainerBase | None = None  # set by the trainer's owner: hooks' states
+        self._random_state: dict[str, Any] | None = None
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and point ``last_checkpoint`` to it.
+
+        Every process has to call it: each adds its random state. The main one writes.
+
+        Args:
+            name: file name without ``.pth``.
+            kwargs: more entries; ``iteration`` at least.
+
+        Raises:
+            UserError: the disk is full; earlier checkpoints are intact.
+        """
+        states = comm.gather(get_random_state())
+        if not self.save_dir or not self.save_to_disk:
+            return
+        detector, pretraining = split_state(self.model)
+        data = {"model": detector, "pretraining": pretraining}
+        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        hooks = self.trainer.state_dict().get("hooks", {}) if self.trainer else {}
+        data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
+
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        try:
+            write_atomic(path, lambda f: torch.save(data, f))
+            self.tag_last_checkpoint(f"{name}.pth")
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            last = self.last_good()
+            raise UserError(
+                f"no space left for {path}; last good checkpoint: {last or 'none'}. "
+                "Free some space and continue with --resume"
+            ) from error
+        logger.info("saved %s", path)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text_atomic(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def last_good(self) -> str:
+        """Path of the checkpoint that ``last_checkpoint`` names; "" where there is none."""
+        path = self.get_checkpoint_file()
+        return path if path and PathManager.exists(path) else ""
+
+    def numbered(self) -> list[tuple[int, str]]:
+        """(iteration, path) of each ``model_NNNNNNN.pth``, ascending."""
+        found = [_NAME.fullmatch(name) for name in PathManager.ls(self.save_dir)]
+        return sorted(
+            (int(m[1]), os.path.join(self.save_dir, m[0])) for m in found if m and m[1] != "final"
+        )
+
+    def remove_old(self, keep_last: int, keep_every: int) -> None:
+        """Delete numbered checkpoints.
+
+        Args:
+            keep_last: so many of the newest stay; 0 for all.
+            keep_every: those after every so many iterations stay as well; 0 for none.
+        """
+        if not keep_last or not self.save_to_disk:
+            return
+        for iteration, path in self.numbered()[:-keep_last]:
+            if not keep_every or (iteration + 1) % keep_every:
+                PathManager.rm(path)
+
+    def resume(self) -> int:
+        """Load the newest readable checkpoint of ``save_dir`` with everything in it.
+
+        The random state is set by :meth:`restore_random_state`, right before the first step.
+
+        Returns:
+            The iteration to go on with; 0 where there is no checkpoint yet.
+
+        Raises:
+            UserError: none of the checkpoints is readable, or it is another model's or schedule's.
+        """
+        path = comm.all_gather(self._newest_readable() if comm.is_main_process() else None)[0]
+        if isinstance(path, UserError):
+            raise path
+        if not path:
+            logger.info("no checkpoint in %s yet: starting at iteration 0", self.save_dir)
+            return 0
+        data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
+        self._check_run(path, data["run"])
+        self._load_whole_model(path, {**data["model"], **data["pretraining"]})
+        for key, obj in self.checkpointables.items():
+            if key not in data:
+                raise UserError(
+                    f"{path} has no {key}: it was written with other settings (train.amp)"
+                )
+            obj.load_state_dict(data[key])
+        if self.trainer:
+            state = {"iteration": data["iteration"], "hooks": data["hooks"]}
+            TrainerBase.load_state_dict(self.trainer, state)
+        if len(data["rng"]) == comm.get_world_size():
+            self._random_state = data["rng"][comm.get_rank()]
+        logger.info("resuming %s after iteration %d", path, data["iteration"])
+        return data["iteration"] + 1
+
+    def restore_random_state(self) -> None:
+        """Set the random state that :meth:`resume` read, once; without one nothing happens."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def _newest_readable(self) -> str | UserError | None:
+        """The file of ``last_checkpoint`` if it is intact, else the newest that is."""
+        if is_local(self.save_dir) and not os.path.isdir(self.save_dir):
+            return None
+        remove_parts(self.save_dir)
+        tagged = self.get_checkpoint_file()
+        final = os.path.join(self.save_dir, f"{FINAL}.pth")
+        paths = [tagged, final] + [path for _, path in reversed(self.numbered())]
+        paths = [path for path in dict.fromkeys(paths) if path and PathManager.exists(path)]
+        if tagged and tagged not in paths:
+            logger.warning("%s is gone; looking for an earlier checkpoint", tagged)
+        for path in paths:
+            if is_intact(path):
+                return path
+            logger.warning("%s is damaged; going back to the checkpoint before it", path)
+        if not paths:
+            return None
+        return UserError(
+            f"none of the {len(paths)} checkpoints in {self.save_dir} is readable; "
+            "remove them to start again"
+        )
+
+    def _check_run(self, path: str, run: dict[str, int]) -> None:
+        for key in self.run.keys() & run.keys():
+            if self.run[key] == run[key]:
+                continue
+            if key == "world_size":
+                logger.warning(
+                    "%s was written by %d processes, now there are %d: the run continues, "
+                    "but with other random numbers",
+                    path,
+                    run[key],
+                    self.run[key],
+                )
+                continue
+            raise UserError(
+                f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: "
+                "the schedule or the data set changed; take another train.output_dir"
+            )
+
+    def _load_whole_model(self, path: str, state: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(state, strict=True)
+        except RuntimeError as error:  # the message lists missing, unexpected and misshapen names
+            raise UserError(f"{path} is of another model: {error}") from error
+
+
+def is_intact(path: str) -> bool:
+    """Whether a checkpoint is a whole archive whose every checksum fits."""
+    try:
+        with zipfile.ZipFile(PathManager.get_local_path(path)) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
+
+
+def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to start a run whose checkpoints do not fit on the disk.
+
+    Two must fit, as the older one goes only when the newer one is whole. A checkpoint's size is the
+    model's tensors plus one buffer a trained parameter (two for Adam-like optimisers).
+
+    Args:
+        folder: where checkpoints go.
+        model: its whole state is saved.
+        optimizer: its buffers are saved.
+
+    Raises:
+        UserError: there is less space.
+    """
+    free = free_bytes(folder)
+    if free is None:
+        return
+    buffers = 2 if "betas" in optimizer.defaults else 1
+    tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    for group in optimizer.param_groups:
+        size += buffers * sum(p.numel() * p.element_size() for p in group["params"])
+    if free < 2 * size:
+        raise UserError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but two checkpoints of {size / 2**20:.0f} "
+            "MiB must fit: free some space or set train.output_dir to another disk"
+        )

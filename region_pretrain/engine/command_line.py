@@ -1,0 +1,71 @@
+"""What the command lines of pre-training and fine-tuning share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import default_argument_parser
+from omegaconf import DictConfig
+
+from region_pretrain.engine.overrides import load_config
+from region_pretrain.engine.processes import launch
+from region_pretrain.engine.setup import complete_train
+
+
+def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
+    """Detectron2's arguments, explained for LazyConfigs.
+
+    Args:
+        description: what the command does.
+        example_config: a config for the examples.
+    """
+    prog = "%(prog)s"
+    parser = default_argument_parser(epilog=f"""
+Examples:
+
+Run it, with other settings than the config's:
+    {prog} --config-file {example_config} train.output_dir=output/run1 train.max_iter=1000
+
+Continue it after a stop:
+    {prog} --config-file {example_config} --resume train.output_dir=output/run1 train.max_iter=1000
+
+On 8 GPUs, or with 2 processes on a CPU:
+    {prog} --config-file {example_config} --num-gpus 8
+    {prog} --config-file {example_config} --num-gpus 2 train.device=cpu
+""")
+    parser.description = description
+    parser.set_defaults(dist_url="auto")
+    changed_help = {
+        "resume": "continue the run in train.output_dir from its newest checkpoint",
+        "num_gpus": "GPUs per machine; with train.device=cpu: processes",
+        "dist_url": "where the processes meet, tcp://HOST:PORT; auto (default) on one machine",
+        "eval_only": "only evaluate train.init_checkpoint",
+        "opts": "key=value for a key of the config, +key=value for a new one",
+    }
+    for action in parser._actions:
+        action.help = changed_help.get(action.dest, action.help)
+    return parser
+
+
+def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more: Any) -> None:
+    """Load the config and run ``main(cfg, *more)`` in every process.
+
+    Args:
+        args: parsed by :func:`argument_parser`.
+        main: importable by name.
+        more: further arguments.
+    """
+    cfg: DictConfig = complete_train(load_config(args.config_file, args.opts))
+    on_cpu = cfg.train.device == "cpu" or not torch.cuda.is_available()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        device="cpu" if on_cpu else "cuda",
+        args=(cfg, *more),
+    )

@@ -1,0 +1,79 @@
+"""Files that are either whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Callable
+from typing import IO
+
+from detectron2.utils.file_io import PathManager
+
+_PART = ".part"
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is on a file system of this machine (and not behind a PathManager prefix)."""
+    return "://" not in path
+
+
+def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file under a temporary name, flush it to the disk, then rename it.
+
+    Where PathManager's handler is not a local file system the file is written in place.
+
+    Args:
+        path: the file; an older one is replaced.
+        write: called with the open binary file.
+
+    Raises:
+        OSError: the file could not be written; the temporary file is gone, an older file is intact.
+    """
+    if not is_local(path):
+        with PathManager.open(path, "wb") as f:
+            write(f)
+        return
+    part = f"{path}{_PART}{os.getpid()}"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def write_text_atomic(path: str, text: str) -> None:
+    """Write a text file as :func:`write_atomic` does."""
+    write_atomic(path, lambda f: f.write(text.encode("utf-8")))
+
+
+def remove_parts(folder: str) -> None:
+    """Remove what killed writers left in a folder of a run that no other process writes to."""
+    if is_local(folder):
+        for part in glob.glob(os.path.join(glob.escape(folder), f"*{_PART}[0-9]*")):
+            os.remove(part)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that no space is left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_bytes(folder: str) -> int | None:
+    """Free space of a local folder's file system in bytes; None where that is not known."""
+    return shutil.disk_usage(folder).free if is_local(folder) and os.path.isdir(folder) else None

@@ -1,0 +1,102 @@
+"""Hooks of this library; learning rate, evaluation and precise batch norm are Detectron2's own."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointHook(HookBase):
+    """Saves during a run and ``model_final.pth`` at its end. Register it last.
+
+    Being last it saves what evaluation and precise batch norm left behind, and its ``before_train``
+    sets a resumed run's random state after everything else has started.
+
+    Args:
+        checkpointer: writes and knows the files.
+        period: save after every so many iterations; 0: not by iterations.
+        minutes: save when so many minutes have passed since the last save, at a log step; 0: never.
+        keep_last: how many numbered files to keep; 0: all.
+        keep_every: keep those of every so many iterations as well; 0: none.
+    """
+
+    def __init__(
+        self,
+        checkpointer: RunCheckpointer,
+        period: int = 0,
+        minutes: float = 0,
+        keep_last: int = 0,
+        keep_every: int = 0,
+    ) -> None:
+        self.checkpointer = checkpointer
+        self.period = period
+        self.minutes = minutes
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._saved_at = time.monotonic()
+
+    def before_train(self) -> None:
+        self._saved_at = time.monotonic()
+        self.checkpointer.restore_random_state()
+
+    def after_step(self) -> None:
+        iteration = self.trainer.iter
+        last = iteration == self.trainer.max_iter - 1
+        if not last and not self._is_due(iteration + 1):
+            return
+        self.trainer.check_finite()
+        self.checkpointer.save(FINAL if last else checkpoint_name(iteration), iteration=iteration)
+        self.checkpointer.remove_old(self.keep_last, self.keep_every)
+        self._saved_at = time.monotonic()
+
+    def _is_due(self, done: int) -> bool:
+        if any(period and done % period == 0 for period in (self.period, self.keep_every)):
+            return True
+        if not self.minutes or not self.trainer.is_log_step():
+            return False
+        # The main process's clock decides for all.
+        return comm.all_gather(time.monotonic() - self._saved_at >= 60 * self.minutes)[0]
+
+
+class CollapseWarning(HookBase):
+    """Warns when embeddings become all the same, which a loss alone does not show.
+
+    Models report ``<name>embedding_std``: the standard deviation over a batch of the L2-normalised
+    embeddings, averaged over dimensions, times sqrt(dimension): 1 = spread over the sphere,
+    0 = collapsed.
+
+    Args:
+        threshold: values below it count as collapsing.
+        patience: warn after so many log periods in a row, and again after as many more.
+    """
+
+    def __init__(self, threshold: float = 0.1, patience: int = 3) -> None:
+        self.threshold = threshold
+        self.patience = patience
+        self._low: dict[str, int] = {}
+
+    def after_step(self) -> None:
+        if not self.trainer.is_log_step():
+            return
+        for name, (value, iteration) in self.trainer.storage.latest().items():
+            if not name.endswith("embedding_std") or iteration != self.trainer.iter:
+                continue
+            self._low[name] = self._low.get(name, 0) + 1 if value < self.threshold else 0
+            if self._low[name] and self._low[name] % self.patience == 0:
+                logger.warning(
+                    "%s is %.3f (1 = spread, 0 = all embeddings the same) and has been below %g "
+                    "for %d log periods: the representation is collapsing. Lower optimizer.lr or "
+                    "lengthen its warm-up, raise the target network's momentum or the batch size, "
+                    "and see that no gradient reaches the target",
+                    name,
+                    value,
+                    self.threshold,
+                    self._low[name],
+                )

@@ -1,0 +1,106 @@
+"""Starting one process a GPU, or several on a CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import distributed as dist
+from torch.multiprocessing import ProcessExitedException
+
+from region_pretrain.errors import UserError
+
+_EXIT_CODE = 2
+
+
+def launch(
+    main: Callable[..., Any],
+    num_processes: int,
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    device: str = "cuda",
+    args: tuple[Any, ...] = (),
+) -> None:
+    """Run ``main(*args)`` in every process of a job through Detectron2's ``launch``.
+
+    With ``device="cpu"`` the processes talk through gloo, on a machine with GPUs as well, and share
+    the cores. Where ``torchrun`` or SLURM has already started a process a GPU (``RANK``,
+    ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` are set), that process joins the others
+    instead of starting more.
+
+    Args:
+        main: importable by name.
+        num_processes: processes (GPUs) on this machine.
+        num_machines: machines of the job.
+        machine_rank: number of this one.
+        dist_url: where the processes meet; ``auto`` finds a free port of a single machine.
+        device: ``cuda`` or ``cpu``.
+        args: for ``main``.
+
+    Raises:
+        UserError: the machine has fewer GPUs, or the processes have no place to meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        _join_from_environment(device)
+        main(*args)
+        return
+    if num_processes * num_machines == 1:
+        main(*args)
+        return
+    if num_machines > 1 and dist_url == "auto":
+        raise UserError("several machines need a place to meet: --dist-url tcp://HOST:PORT")
+    if device != "cpu" and num_processes > torch.cuda.device_count():
+        raise UserError(
+            f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}; "
+            "with train.device=cpu so many processes run on the CPU"
+        )
+    before = dict(os.environ)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the children would take NCCL
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    try:
+        detectron2_launch(
+            _main_of_process,
+            num_processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            dist_url=dist_url,
+            args=(main, args),
+        )
+    except ProcessExitedException as error:
+        if error.exit_code == _EXIT_CODE:  # a UserError, which the child has printed
+            sys.exit(_EXIT_CODE)
+        raise
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        main(*args)
+    except UserError as error:
+        # All processes tend to find the same fault; the parent ends the others when one exits.
+        time.sleep(0 if comm.is_main_process() else 2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_CODE)
+
+
+def _join_from_environment(device: str) -> None:
+    if dist.is_initialized():
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device != "cpu":
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://")
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    comm.synchronize()

@@ -1,0 +1,68 @@
+"""Making sure that a pickled checkpoint holds arrays and nothing that runs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import torch
+from detectron2.utils.file_io import PathManager
+
+from region_pretrain.errors import UserError
+
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch", "Size"),
+    ("torch.nn.parameter", "Parameter"),
+    *(
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
+    ),
+}
+
+
+def _load_storage(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Resolves only the names that arrays, tensors and plain containers are made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _load_storage
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_pickle(path: str) -> None:
+    """Read a ``.pkl`` checkpoint in a way that cannot run code, to learn whether it may be loaded.
+
+    Args:
+        path: file that is about to be given to ``pickle.load``.
+
+    Raises:
+        UserError: it is damaged, no pickle, or holds anything but arrays and plain containers.
+    """
+    try:
+        with PathManager.open(path, "rb") as f:
+            _ArraysOnly(f, encoding="latin1").load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(
+            f"{path} is damaged or no checkpoint: {error or 'it ends too early'} (a .pkl checkpoint "
+            "holds NumPy arrays or tensors in plain dictionaries and nothing that runs)"
+        ) from error

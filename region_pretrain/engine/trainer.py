@@ -1,0 +1,313 @@
+"""The training loop of pre-training and fine-tuning."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from math import isfinite
+from typing import Any
+
+import torch
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from region_pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Losses are looked at after at most so many iterations, however long the log period is.
+_MAX_UNCHECKED = 1000
+
+
+class StepScalars(EventStorage):
+    """What a model reports during one step, left on its device.
+
+    Models report with ``get_event_storage().put_scalar(name, value)``. The storage of a training
+    turns each value into a Python float at once, which waits for the device; this one keeps it,
+    and the trainer moves what is there at the log period into the real storage in one go.
+
+    Args:
+        storage: the training's storage; images and histograms go there directly.
+    """
+
+    def __init__(self, storage: EventStorage) -> None:
+        super().__init__(storage.iter)
+        self._storage = storage
+        self.values: dict[str, list[Tensor | float]] = {}
+        self.hints: dict[str, bool] = {}
+
+    def put_scalar(
+        self, name: str, value: Any, smoothing_hint: bool = True, cur_iter: int | None = None
+    ) -> None:
+        name = self._current_prefix + name
+        if isinstance(value, Tensor):
+            value = value.detach()
+        self.values.setdefault(name, []).append(value)
+        self.hints[name] = smoothing_hint
+
+    def put_image(self, img_name: str, img_tensor: Any) -> None:
+        self._storage.put_image(img_name, img_tensor)
+
+    def put_histogram(self, hist_name: str, hist_tensor: Tensor, bins: int = 1000) -> None:
+        self._storage.put_histogram(hist_name, hist_tensor, bins)
+
+
+def split_batch(batch: Any, parts: int) -> list[Any]:
+    """Split a loaded batch for gradient accumulation.
+
+    Args:
+        batch: has ``chunk(n)`` (a ``ViewBatch``), or is Detectron2's list of one entry an image.
+        parts: number of parts, of sizes that differ by at most one.
+
+    Returns:
+        The parts in order.
+
+    Raises:
+        UserError: the batch holds fewer images than parts.
+    """
+    if parts == 1:
+        return [batch]
+    size = len(batch)
+    if size < parts:
+        raise UserError(
+            f"train.accumulate_steps={parts}, but a process loads only {size} images a step: "
+            "lower it or raise dataloader.train.total_batch_size"
+        )
+    if hasattr(batch, "chunk"):
+        return batch.chunk(parts)
+    cuts = [size * i // parts for i in range(parts + 1)]
+    return [batch[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+class Trainer(TrainerBase):
+    """One optimiser step an iteration, over as many micro-batches as wanted.
+
+    The model gets a batch and returns a dict: entries whose names start with ``loss`` are summed
+    and minimised, others are reported. It may also have these methods, called once an iteration
+    whatever the number of micro-batches (on the model itself, not on its DDP wrapper):
+
+    - ``before_step(iteration, max_iter)`` before the forward pass: an EMA update, a curriculum;
+    - ``after_step(iteration, max_iter)`` after the optimiser's step.
+
+    Nothing here waits for the device except at the log period and in :meth:`check_finite` (and a
+    float16 ``GradScaler``, which has to know whether to skip the step).
+
+    Args:
+        model: on its device, in DDP where there are several processes.
+        optimizer: over the model's parameters.
+        data: called once with (first iteration, max_iter), gives that many batches in order.
+        device: where batches with a ``to`` method are sent.
+        amp_dtype: ``torch.bfloat16`` or ``torch.float16`` for mixed precision, None for float32.
+        accumulate_steps: number of micro-batches that each batch is split into.
+        max_norm: clip the gradients' total norm.
+        max_value: clip each entry of the gradients instead.
+        log_period: metrics are gathered after every so many iterations and after the last.
+        last_checkpoint: names the file to go back to, for the message about a NaN.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: Callable[[int, int], Iterable[Any]],
+        *,
+        device: str | torch.device = "cpu",
+        amp_dtype: torch.dtype | None = None,
+        accumulate_steps: int = 1,
+        max_norm: float | None = None,
+        max_value: float | None = None,
+        log_period: int = 20,
+        last_checkpoint: Callable[[], str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.train()
+        self.optimizer = optimizer
+        self.data = data
+        self.device = torch.device(device)
+        self.amp_dtype = amp_dtype
+        self.accumulate_steps = accumulate_steps
+        self.max_norm = max_norm
+        self.max_value = max_value
+        self.log_period = log_period
+        self.last_checkpoint = last_checkpoint
+        self.module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.scaler = None
+        if amp_dtype == torch.float16 and self.device.type == "cuda":
+            self.scaler = torch.amp.GradScaler("cuda")
+        self._batches = self._next_batch = None
+        self._unchecked: list[tuple[int, list[str], Tensor]] = []
+        self._reset_clocks()
+
+    def is_log_step(self) -> bool:
+        """Whether metrics are gathered in the current iteration."""
+        return (self.iter + 1) % self.log_period == 0 or self.iter == self.max_iter - 1
+
+    def before_train(self) -> None:
+        # Loaders may draw from the global generators when they start. The first batch is taken
+        # before the hooks, one of which sets the generators to the state of a resumed run.
+        self._batches = iter(self.data(self.start_iter, self.max_iter))
+        self._next_batch = self._load()
+        self._reset_clocks()
+        super().before_train()
+
+    def after_train(self) -> None:
+        self._batches = self._next_batch = None  # ends the loader's workers
+        super().after_train()
+
+    def run_step(self) -> None:
+        if not self.model.training:
+            raise RuntimeError("the model was left in eval mode; a hook has to call model.train()")
+        started = time.perf_counter()
+        batch, self._next_batch = self._next_batch, None
+        if batch is None:
+            batch = self._load()
+        if hasattr(batch, "to"):
+            batch = batch.to(self.device, non_blocking=True)
+        self._data_seconds += time.perf_counter() - started
+
+        self._call_model("before_step")
+        scalars = StepScalars(self.storage)
+        losses = self._forward_backward(batch, scalars)
+        self.after_backward()
+        self._optimizer_step(scalars)
+        self._call_model("after_step")
+
+        names = list(losses)
+        self._unchecked.append((self.iter, names, torch.stack([losses[n].float() for n in names])))
+        self._images += len(batch)
+        self._steps += 1
+        if self.is_log_step() or len(self._unchecked) >= _MAX_UNCHECKED:
+            self.check_finite()  # waits for the device, so the clock below is right
+        self._step_seconds += time.perf_counter() - started
+        if self.is_log_step():
+            self._write_metrics(losses, scalars)
+
+    def _load(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise UserError(
+                f"the training data ended before iteration {self.iter} of {self.max_iter}: "
+                "dataloader.train must give one batch for every iteration"
+            ) from None
+
+    def _call_model(self, method: str) -> None:
+        if hasattr(self.module, method):
+            getattr(self.module, method)(self.iter, self.max_iter)
+
+    def _forward_backward(self, batch: Any, scalars: StepScalars) -> dict[str, Tensor]:
+        """Fill the gradients.
+
+        Returns:
+            ``total_loss`` and each loss, averaged over the micro-batches: 0-D, on the device.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = split_batch(batch, self.accumulate_steps)
+        distributed = isinstance(self.model, DistributedDataParallel)
+        mean: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            share = len(part) / len(batch) if len(parts) > 1 else 1.0
+            gather = i == len(parts) - 1 or not distributed
+            with nullcontext() if gather else self.model.no_sync():
+                with self._autocast(), scalars:
+                    output = self.model(part)
+                    losses = {k: v for k, v in output.items() if k.startswith("loss")}
+                    if not losses:
+                        raise RuntimeError(f"the model returned no loss, only {list(output)}")
+                    total = sum(losses.values())
+                objective = total * share if len(parts) > 1 else total
+                (self.scaler.scale(objective) if self.scaler else objective).backward()
+            for name in output.keys() - losses.keys():
+                scalars.put_scalar(name, output[name])
+            for name, value in {"total_loss": total, **losses}.items():
+                mean[name] = mean.get(name, 0) + value.detach() * share
+        return mean
+
+    def _autocast(self):
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.amp.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def _optimizer_step(self, scalars: StepScalars) -> None:
+        if self.max_norm is not None or self.max_value is not None:
+            if self.scaler:
+                self.scaler.unscale_(self.optimizer)
+            params = [p for g in self.optimizer.param_groups for p in g["params"]]
+            if self.max_value is not None:
+                torch.nn.utils.clip_grad_value_(params, self.max_value)
+            else:
+                norm = torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+                scalars.put_scalar("grad_norm", norm)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+    def check_finite(self) -> None:
+        """Look at the losses of all iterations since the last look. All processes call it together.
+
+        Raises:
+            FloatingPointError: one was NaN or infinite, on any process.
+        """
+        first_bad = None
+        if self._unchecked:
+            finite = torch.stack([values.isfinite().all() for _, _, values in self._unchecked])
+            if not finite.all():
+                iteration, names, values = self._unchecked[finite.tolist().index(False)]
+                bad = {n: v for n, v in zip(names, values.tolist(), strict=True) if not isfinite(v)}
+                if len(bad) > 1:  # name the culprits, not their sum
+                    bad.pop("total_loss", None)
+                first_bad = (iteration, bad)
+        self._unchecked.clear()
+        found = [(*bad, rank) for rank, bad in enumerate(comm.all_gather(first_bad)) if bad]
+        if not found:
+            return
+        iteration, losses, rank = min(found, key=lambda entry: entry[0])
+        last = self.last_checkpoint() if self.last_checkpoint else ""
+        raise FloatingPointError(
+            f"loss became NaN or infinite at iteration {iteration}"
+            + (f" on rank {rank}" if comm.get_world_size() > 1 else "")
+            + ": "
+            + ", ".join(f"{name}={value}" for name, value in losses.items())
+            + (f"; last good checkpoint: {last}" if last else "; there is no checkpoint yet")
+            + ". A lower optimizer.lr, a longer warm-up, train.clip_grad or bfloat16 may help"
+        )
+
+    def _reset_clocks(self) -> None:
+        self._data_seconds = self._step_seconds = 0.0
+        self._images = self._steps = 0
+
+    def _write_metrics(self, losses: dict[str, Tensor], scalars: StepScalars) -> None:
+        mine = {name: [value] for name, value in losses.items()} | scalars.values
+        tensors = [
+            torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(())
+            for values in mine.values()
+            for value in values
+        ]
+        flat = iter(torch.stack(tensors).tolist())
+        report = {
+            "scalars": {k: sum(next(flat) for _ in v) / len(v) for k, v in mine.items()},
+            "data_time": self._data_seconds / self._steps,
+            "time": self._step_seconds / self._steps,
+            "images": self._images / self._step_seconds,
+        }
+        self._reset_clocks()
+        reports = comm.gather(report)
+        if not comm.is_main_process():
+            return
+        names = dict.fromkeys(name for r in reports for name in r["scalars"])
+        for name in names:
+            values = [r["scalars"][name] for r in reports if name in r["scalars"]]
+            self.storage.put_scalar(
+                name, sum(values) / len(values), smoothing_hint=scalars.hints.get(name, True)
+            )
+        # The slowest process is the one that all wait for.
+        self.storage.put_scalar("data_time", max(r["data_time"] for r in reports))
+        self.storage.put_scalar("time", max(r["time"] for r in reports))
+        self.storage.put_scalar("img_per_sec", sum(r["images"] for r in reports))

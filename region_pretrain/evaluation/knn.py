@@ -1,0 +1,61 @@
+"""Nearest-neighbour classification of feature vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHUNK = 1024
+
+
+@torch.no_grad()
+def knn_accuracy(
+    features: Tensor,
+    labels: Tensor,
+    test_features: Tensor | None = None,
+    test_labels: Tensor | None = None,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Accuracy of the weighted k-nearest-neighbour classifier by cosine similarity.
+
+    Each of the ``k`` nearest neighbours votes for its class with ``exp(similarity / temperature)``
+    (Wu et al. 2018, section 3.4).
+
+    Args:
+        features: (N, D) float, of any length; they are normalised here.
+        labels: (N,) int64, at least 0.
+        test_features: (M, D). Left out, each of the N is classified by the N - 1 others.
+        test_labels: (M,) int64.
+        k: neighbours, or all if there are fewer.
+        temperature: of the votes.
+
+    Returns:
+        Part of the test vectors in [0, 1] whose class gets the most votes.
+
+    Raises:
+        ValueError: there is nothing to classify, or no neighbour to classify it by.
+    """
+    leave_one_out = test_features is None
+    if leave_one_out:
+        test_features, test_labels = features, labels
+    k = min(k, len(features) - leave_one_out)
+    if k < 1 or len(test_features) == 0:
+        raise ValueError(f"kNN of {len(test_features)} vectors by {len(features)} is undefined")
+    known = F.normalize(features.float(), dim=1)
+    classes = int(torch.cat([labels, test_labels]).max()) + 1
+    correct = 0
+    for start in range(0, len(test_features), _CHUNK):
+        query = F.normalize(test_features[start : start + _CHUNK].float(), dim=1)
+        similarity = query @ known.T  # (chunk, N)
+        if leave_one_out:
+            rows = torch.arange(len(query), device=query.device)
+            similarity[rows, rows + start] = -torch.inf
+        nearest, index = similarity.topk(k, dim=1)
+        # Less the greatest possible similarity, so that no small temperature overflows.
+        weight = ((nearest - 1) / temperature).exp()
+        votes = weight.new_zeros(len(query), classes).scatter_add_(1, labels[index], weight)
+        correct += int((votes.argmax(1) == test_labels[start : start + _CHUNK]).sum())
+    return correct / len(test_features)

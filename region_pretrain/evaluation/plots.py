@@ -1,0 +1,264 @@
+"""Curves and pictures for the report, as PNG bytes and uint8 arrays."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from region_pretrain.errors import UserError
+
+#: A curve: x and y values of the same length.
+Curve = tuple[Sequence[float], Sequence[float]]
+_CURVE_COLOURS = colormaps["tab10"].colors
+#: RGB of boxes: bright, since pictures are mostly not.
+_BOX_COLOURS = (
+    (255, 70, 70),
+    (60, 225, 80),
+    (85, 150, 255),
+    (255, 215, 0),
+    (255, 90, 255),
+    (0, 235, 235),
+    (255, 145, 30),
+    (170, 120, 255),
+    (190, 255, 120),
+    (255, 170, 190),
+)
+_GREY = (170, 170, 170)
+_LABEL_WIDTH = 360  # of a picture in pixels, from which on its labels can be read
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.json``, by ascending iteration.
+
+    A resumed run writes some iterations twice; the later line is kept, and fills what it lacks
+    from the earlier. A line that a killed run left unfinished is left out.
+
+    Args:
+        path: the file, or the folder that it is in.
+
+    Returns:
+        One dict an iteration, each with ``iteration``.
+
+    Raises:
+        UserError: there is no such file, or no metric in it.
+    """
+    if not path.endswith(".json"):
+        path = path.rstrip("/") + "/metrics.json"
+    if not PathManager.isfile(path):
+        raise UserError(f"there is no {path}: give a run's output folder or its metrics.json")
+    rows: dict[int, dict[str, Any]] = {}
+    with PathManager.open(path, "r") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "iteration" in row:
+                rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
+    if not rows:
+        raise UserError(f"{path} has no metrics")
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def metric_curve(path: str, key: str) -> Curve:
+    """One metric of a run by iteration; empty if the run never logged it.
+
+    Args:
+        path: as for :func:`read_metrics`.
+        key: e.g. ``"total_loss"``, ``"bbox/AP"`` or ``"probe/knn_fpn"``.
+
+    Returns:
+        Numbers of finished iterations (1 after the first), and values.
+    """
+    rows = [row for row in read_metrics(path) if key in row]
+    return [row["iteration"] + 1 for row in rows], [row[key] for row in rows]
+
+
+def plot_curves(
+    curves: Mapping[str, Curve], x_label: str, y_label: str, title: str = "", log_y: bool = False
+) -> bytes:
+    """Draw curves into one diagram, each with its own colour and a legend entry.
+
+    Args:
+        curves: by name; empty ones are named in the legend as having no data.
+        x_label: of the axis.
+        y_label: of the axis.
+        title: above the diagram.
+        log_y: logarithmic y axis.
+
+    Returns:
+        PNG, 960 x 600 pixels.
+    """
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        label = name if len(x) else f"{name} (no data)"
+        marker = "o" if len(x) <= 30 else None
+        axes.plot(x, y, label=label, color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)], marker=marker, markersize=4)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if title:
+        axes.set_title(title)
+    if log_y:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if curves:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def plot_loss(runs: Mapping[str, str], key: str = "total_loss") -> bytes:
+    """Loss by iteration of one or several runs.
+
+    Args:
+        runs: run folder or ``metrics.json`` by name.
+        key: the metric.
+
+    Returns:
+        PNG.
+    """
+    curves = {name: metric_curve(path, key) for name, path in runs.items()}
+    return plot_curves(curves, "iteration", key.replace("_", " "))
+
+
+def plot_ap(runs: Mapping[str, str], key: str = "bbox/AP") -> bytes:
+    """Average precision by iteration of several fine-tuning runs.
+
+    Args:
+        runs: run folder or ``metrics.json`` by name.
+        key: ``"bbox/AP"``, ``"segm/AP"``, ``"bbox/AP50"``, ...
+
+    Returns:
+        PNG.
+    """
+    curves = {name: metric_curve(path, key) for name, path in runs.items()}
+    kind = {"bbox": "box", "segm": "mask"}.get(key.split("/")[0], key.split("/")[0])
+    return plot_curves(curves, "fine-tuning iteration", f"{kind} {key.split('/')[-1]} (%)")
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[str] | None = None,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+) -> np.ndarray:
+    """Draw boxes and their labels.
+
+    Args:
+        image: (H, W, 3) uint8 RGB. A small one is enlarged so that labels can be read.
+        boxes: (N, 4) XYXY half-open in pixels of ``image``.
+        labels: N texts.
+        colours: N RGB colours in 0-255.
+
+    Returns:
+        (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
+    """
+    enlarge = -(-_LABEL_WIDTH // image.shape[1])
+    picture = np.ascontiguousarray(image.repeat(enlarge, 0).repeat(enlarge, 1))
+    height, width = picture.shape[:2]
+    corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * enlarge
+    # Lines stay inside the picture: 2 pixels of colour between 1 pixel of black on either side.
+    low, high = [1, 1, 1, 1], [width - 3, height - 3, width - 3, height - 3]
+    corners = np.clip(np.rint(corners - [0, 0, 1, 1]), low, high).astype(int).tolist()
+    colours = [_BOX_COLOURS[0]] * len(corners) if colours is None else colours
+    for colour_or_black, thickness in ((False, 4), (True, 2)):
+        for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
+            line = colour if colour_or_black else (0, 0, 0)
+            cv2.rectangle(picture, (x0, y0), (x1, y1), line, thickness)
+    if labels is not None:
+        for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):
+            _draw_label(picture, x0, y0, colour, label)
+    return picture
+
+
+def _draw_label(picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str):
+    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.5
+    (width, height), below = cv2.getTextSize(text, font, scale, 1)
+    x = max(0, min(x, picture.shape[1] - width - 4))
+    y = max(height + 4, y)  # the baseline: above the box where there is room
+    cv2.rectangle(picture, (x, y - height - 4), (x + width + 3, y + below - 2), colour, cv2.FILLED)
+    cv2.putText(picture, text, (x + 2, y - 1), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    classes: Sequence[int],
+    class_names: Sequence[str],
+    scores: Sequence[float] | None = None,
+    min_score: float = 0.5,
+) -> np.ndarray:
+    """Draw detections or ground truth; a class has the same colour in every picture.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (N, 4) XYXY in pixels.
+        classes: N indices into ``class_names``.
+        class_names: names of the classes.
+        scores: N confidences in [0, 1] of detections; None for ground truth.
+        min_score: detections below it are left out.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    keep = [i for i in range(len(boxes)) if scores is None or scores[i] >= min_score]
+    labels = [class_names[classes[i]] for i in keep]
+    if scores is not None:
+        labels = [f"{label} {scores[i]:.0%}" for i, label in zip(keep, labels, strict=True)]
+    colours = [_BOX_COLOURS[classes[i] % len(_BOX_COLOURS)] for i in keep]
+    return draw_boxes(image, boxes[keep], labels, colours)
+
+
+def draw_regions(views: Sequence[tuple[np.ndarray, np.ndarray, Sequence[int]]]) -> list[np.ndarray]:
+    """Draw the regions of several views of one image: the same colour is the same region.
+
+    Args:
+        views: of each its (H, W, 3) uint8 RGB picture, boxes (K, 4) XYXY in its pixels and K ids.
+            Negative ids are slots without a region, and not drawn.
+
+    Returns:
+        One (H', W', 3) uint8 RGB picture a view. Regions that live in one view only are grey.
+    """
+    seen = [set(int(i) for i in ids if i >= 0) for _, _, ids in views]
+    everything = sorted(set().union(*seen))
+    shared = [i for i in everything if sum(i in ids for ids in seen) > 1]
+    colour = {i: _BOX_COLOURS[n % len(_BOX_COLOURS)] for n, i in enumerate(shared)}
+    pictures = []
+    for image, boxes, ids in views:
+        drawn: dict[tuple, int] = {}  # padding repeats a box
+        for box, i in zip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4), ids, strict=True):
+            if i >= 0:
+                drawn[tuple(box)] = int(i)
+        colours = [colour.get(i, _GREY) for i in drawn.values()]
+        labels = [str(i) for i in drawn.values()]
+        pictures.append(draw_boxes(image, np.array(list(drawn)), labels, colours))
+    return pictures
+
+
+def to_png(image: np.ndarray, max_width: int = 960) -> bytes:
+    """Encode a picture, made smaller if it is wider than a page needs.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        max_width: in pixels.
+
+    Returns:
+        PNG.
+    """
+    if image.shape[1] > max_width:
+        height = round(image.shape[0] * max_width / image.shape[1])
+        image = cv2.resize(image, (max_width, height), interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()

@@ -1,0 +1,1 @@
+"""Parts that the methods share: region features, heads, momentum copies, losses."""

@@ -1,0 +1,56 @@
+"""Losses between matched regions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def matches(ids_a: Tensor, ids_b: Tensor, valid_a: Tensor, valid_b: Tensor) -> Tensor:
+    """Which slots of two views carry the same region.
+
+    Args:
+        ids_a, ids_b: ``(B, Ka)`` and ``(B, Kb)`` region ids.
+        valid_a, valid_b: the same shapes, bool; an invalid slot matches nothing.
+
+    Returns:
+        ``(B, Ka, Kb)`` bool.
+    """
+    same = ids_a[:, :, None] == ids_b[:, None, :]
+    return same & valid_a[:, :, None] & valid_b[:, None, :]
+
+
+def matched_cosine_loss(prediction: Tensor, target: Tensor, match: Tensor) -> Tensor:
+    r"""Negative cosine of matched regions, each image with equal weight.
+
+    .. math:: -2 \, \frac{1}{B} \sum_b \frac{\sum_{ij} M_{bij} \langle p_{bi}, z_{bj} \rangle}
+              {\sum_{ij} M_{bij} + 10^{-6}}
+
+    which is BYOL's normalised squared error up to a constant. An image without a match adds 0.
+
+    Args:
+        prediction: ``(B, Ka, D)``, unit vectors of the online network.
+        target: ``(B, Kb, D)``, unit vectors of the target network; gets no gradient.
+        match: ``(B, Ka, Kb)`` bool.
+
+    Returns:
+        Scalar in [-2, 2].
+    """
+    cosine = torch.einsum("bid,bjd->bij", prediction, target.detach())
+    match = match.to(cosine.dtype)
+    per_image = (match * cosine).sum(dim=(1, 2)) / (match.sum(dim=(1, 2)) + 1e-6)
+    return -2 * per_image.mean()
+
+
+@torch.no_grad()
+def embedding_std(embeddings: Tensor) -> Tensor:
+    """Spread of unit vectors: mean over channels of their standard deviation, times sqrt(D).
+
+    Args:
+        embeddings: ``(..., D)``, unit vectors.
+
+    Returns:
+        Scalar: about 1 where they fill the sphere, 0 where all are the same (collapse).
+    """
+    flat = embeddings.detach().float().flatten(0, -2)
+    return flat.std(dim=0).mean() * flat.shape[1] ** 0.5

@@ -1,0 +1,95 @@
+"""Synchronised batch norm where PyTorch's own refuses to work: several processes on CPU."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.utils import comm
+from fvcore.nn.distributed import differentiable_all_reduce
+from torch import nn
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the samples of all processes, on any device and for any input rank.
+
+    ``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as a process group exists, and
+    Detectron2's ``NaiveSyncBatchNorm`` weights processes equally, takes 4-D input only and keeps
+    the biased variance. This one computes what one process would compute with ``nn.BatchNorm``
+    on the concatenated batch, also when the processes hold different numbers of samples (as regions
+    do), or none. It is a ``BatchNorm2d`` so that weight-decay groups and precise batch norm know it.
+
+    Shapes: (N, C) or (N, C, ...) to the same shape and dtype; statistics are taken in float32.
+    """
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected (N, C, ...) input, got shape {tuple(input.shape)}")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if comm.get_world_size() == 1 or not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = [d for d in range(input.dim()) if d != 1]
+        per_channel = (1, -1) + (1,) * (input.dim() - 2)
+        values = input.float()
+
+        # Two passes: E[x^2] - E[x]^2 would cancel where the mean is large.
+        count = values.new_tensor([values.numel() // self.num_features])
+        total = differentiable_all_reduce(torch.cat([values.sum(dims), count]))  # (C + 1,)
+        count = total[-1].detach().clamp(min=1)
+        mean = total[:-1] / count
+        centred = values - mean.view(per_channel)
+        var = differentiable_all_reduce(centred.square().sum(dims)) / count
+
+        output = centred * torch.rsqrt(var + self.eps).view(per_channel)
+        if self.weight is not None:
+            output = output * self.weight.view(per_channel)
+        if self.bias is not None:
+            output = output + self.bias.view(per_channel)
+        if self.track_running_stats and total[-1] > 0:
+            self._update_running_stats(mean.detach(), var.detach(), count)
+        return output.to(input.dtype)
+
+    def _update_running_stats(
+        self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor
+    ) -> None:
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # cumulative average, as nn.BatchNorm2d
+            momentum = 1.0 / float(self.num_batches_tracked)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace every ``nn.SyncBatchNorm`` in a model by :class:`CpuSyncBatchNorm`.
+
+    Call it when a process group exists (even of one process) and the model runs on CPU. The new
+    layers hold the very same parameters and buffers, so optimisers and state dicts do not notice.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
+    """
+    replaced: dict[nn.Module, CpuSyncBatchNorm] = {}
+
+    def replacement(norm: nn.SyncBatchNorm) -> CpuSyncBatchNorm:
+        if norm not in replaced:
+            new = CpuSyncBatchNorm(
+                norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+            )
+            new._parameters.update(norm._parameters)
+            new._buffers.update(norm._buffers)
+            replaced[norm] = new.train(norm.training)
+        return replaced[norm]
+
+    if isinstance(model, nn.SyncBatchNorm):
+        return replacement(model)
+    for module in list(model.modules()):
+        # _modules and not named_children(): a layer shared under two names has to change in both.
+        for name, child in module._modules.items():
+            if isinstance(child, nn.SyncBatchNorm):
+                module._modules[name] = replacement(child)
+    return model

@@ -1,0 +1,46 @@
+"""From a uint8 view to what the backbone sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from region_pretrain.data.batch import View
+from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.errors import UserError
+
+
+class Preprocess(nn.Module):
+    """Photometry on the device, then the detector's own pixel order, mean and standard deviation.
+
+    Args:
+        pixel_mean, pixel_std: three values each in [0, 255], in the order of ``input_format``:
+            the detector's own, never others.
+        input_format: ``"RGB"`` or ``"BGR"``.
+
+    Raises:
+        UserError: another input format.
+    """
+
+    def __init__(
+        self, pixel_mean: Sequence[float], pixel_std: Sequence[float], input_format: str
+    ) -> None:
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise UserError(f"model.input_format is RGB or BGR, not {input_format!r}")
+        self.flip_channels = input_format == "BGR"
+        for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            tensor = torch.tensor(list(value), dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, tensor, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, view: View) -> Tensor:
+        """``(B, 3, H, W)`` float32, normalised, in the detector's channel order."""
+        with torch.autocast(view.images.device.type, enabled=False):
+            images = view.images.to(self.pixel_mean.device).float() / 255
+            images = apply_photometry(images, view.photometry) * 255
+            if self.flip_channels:
+                images = images.flip(1)
+            return (images - self.pixel_mean) / self.pixel_std

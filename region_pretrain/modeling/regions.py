@@ -1,0 +1,75 @@
+"""Region features: boxes to pyramid levels, and the detector's own pooler on those levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.poolers import ROIPooler
+from torch import Tensor
+
+UNASSIGNED = -1
+
+
+def assign_levels(boxes: Tensor, max_scales: Sequence[float]) -> Tensor:
+    """Scale-aware level assignment.
+
+    A box of scale ``s = sqrt(w h)`` goes to the first level whose bound is not below ``s``. Unlike
+    Detectron2's canonical rule (224 pixels to P4) the bounds are in the view's own pixels, so one
+    object lands on different levels in views of different resolution.
+
+    Args:
+        boxes: ``(..., 4)`` XYXY in view pixels, half-open.
+        max_scales: largest scale of each level in pixels, increasing, e.g. (48, 96, 192, 224).
+
+    Returns:
+        ``(...)`` int64 level indices; :data:`UNASSIGNED` above the last bound.
+    """
+    width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    scale = (width * height).sqrt()
+    # The tolerance keeps a whole-view box on its level when its sides carry rounding error.
+    bounds = torch.as_tensor(max_scales, dtype=scale.dtype, device=scale.device) * (1 + 1e-5)
+    level = torch.bucketize(scale, bounds)
+    return torch.where(level == len(max_scales), UNASSIGNED, level)
+
+
+def pool_regions(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    levels: Tensor,
+    pooler: ROIPooler,
+    view_size: tuple[int, int],
+) -> Tensor:
+    """RoIAlign each box on its level with the detector's pooler.
+
+    Boxes are scaled by the map's own size over the view's, which is the pooler's spatial scale
+    where the view's sides divide by the stride (P5 of a 112 view is 4 wide, not 3.5).
+
+    Args:
+        features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
+        boxes: ``(B, K, 4)`` XYXY in view pixels.
+        levels: ``(B, K)`` level indices; :data:`UNASSIGNED` pools from the last level.
+        pooler: the detector's ``box_pooler``; its level poolers are used as they are.
+        view_size: ``(height, width)`` of the view in pixels.
+
+    Returns:
+        ``(B * K, C, S, S)`` float32.
+    """
+    batch, slots = boxes.shape[:2]
+    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
+    boxes, levels = boxes.reshape(-1, 4), levels.reshape(-1)
+    levels = levels.where(levels != UNASSIGNED, len(features) - 1)
+    size = pooler.output_size
+    pooled = features[0].new_zeros(
+        (len(boxes), features[0].shape[1], size[0], size[1]), dtype=torch.float32
+    )
+    for i, (feature, level_pooler) in enumerate(zip(features, pooler.level_poolers, strict=True)):
+        index = torch.nonzero(levels == i).squeeze(1) if len(features) > 1 else ...
+        ratio_x = feature.shape[-1] / view_size[1] / level_pooler.spatial_scale
+        ratio_y = feature.shape[-2] / view_size[0] / level_pooler.spatial_scale
+        ratio = boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+        rois = torch.cat([image[index, None], boxes[index] * ratio], dim=1)
+        # Levels without a box still take part, so that every parameter has a gradient on every
+        # rank.
+        pooled[index] = level_pooler(feature.float(), rois)
+    return pooled

@@ -1,0 +1,13 @@
+"""Optimisers, parameter groups, and schedules."""
+
+from region_pretrain.solver.lars import LARS
+from region_pretrain.solver.param_groups import pretrain_param_groups
+from region_pretrain.solver.schedules import cosine_momentum, warmup_cosine, warmup_multistep
+
+__all__ = [
+    "LARS",
+    "cosine_momentum",
+    "pretrain_param_groups",
+    "warmup_cosine",
+    "warmup_multistep",
+]

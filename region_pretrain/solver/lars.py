@@ -1,0 +1,103 @@
+"""LARS around SGD, in the form that BYOL-family recipes use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from region_pretrain.errors import UserError
+
+
+class LARS(Optimizer):
+    r"""Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888, as in SoCo and BYOL).
+
+    For each parameter ``w`` with gradient ``g`` of a group::
+
+        g <- g + weight_decay * w
+        g <- g * trust_coefficient * ||w|| / (||g|| + eps)   if adapt and ||w|| > 0 and ||g|| > 0
+        v <- momentum * v + g
+        w <- w - lr * v
+
+    The norm in the denominator is that of the *decayed* gradient. ``timm.optim.Lars`` divides by
+    ``||g|| + weight_decay * ||w||`` instead; the two agree only at ``weight_decay=0``. No step
+    waits for the device.
+
+    Args:
+        params: parameters or groups; a group may set ``weight_decay`` and ``adapt`` of its own, as
+            :func:`region_pretrain.solver.param_groups.pretrain_param_groups` does.
+        lr: learning rate.
+        momentum: SGD momentum, without Nesterov.
+        weight_decay: L2 penalty.
+        trust_coefficient: the factor in front of the ratio of norms.
+        eps: added to the norm in the denominator.
+        adapt: whether the ratio of norms applies.
+
+    Raises:
+        UserError: a value is negative.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        adapt: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+        }
+        for name, value in defaults.items():
+            if value < 0:
+                raise UserError(f"optimizer.{name} is {value}; it cannot be negative")
+        super().__init__(params, {**defaults, "adapt": adapt})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one update.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._step_group(group, params)
+        return loss
+
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads = [p.grad for p in params]
+        if group["weight_decay"]:
+            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        if group["adapt"]:
+            w_norm = torch.stack(torch._foreach_norm(params))  # (number of parameters,)
+            g_norm = torch.stack(torch._foreach_norm(grads))
+            ratio = group["trust_coefficient"] * w_norm / (g_norm + group["eps"])
+            ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
+            grads = torch._foreach_mul(grads, list(ratio.unbind()))
+        if group["momentum"]:
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            grads = buffers
+        torch._foreach_add_(params, grads, alpha=-group["lr"])

@@ -1,0 +1,106 @@
+"""Build and packaging: the library, and the methods under ``projects/`` as its sub-packages."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (ROOT / "region_pretrain" / "__init__.py").read_text(), re.MULTILINE
+).group(1)
+
+
+def find_projects() -> dict[str, str]:
+    """``projects/NAME/name`` (a folder with ``__init__.py``) -> ``region_pretrain.projects.name``.
+
+    Returns:
+        Every project's packages, its sub-packages too: dotted name -> folder relative to here.
+    """
+    found = {}
+    for project in sorted(p for p in (ROOT / "projects").glob("*") if p.is_dir()):
+        for package in find_packages(str(project)):
+            folder = (project / package.replace(".", "/")).relative_to(ROOT).as_posix()
+            name = f"region_pretrain.projects.{package}"
+            if name in found:
+                raise SystemExit(
+                    f"error: two projects hold a package {package}: {found[name]}, {folder}"
+                )
+            found[name] = folder
+    return found
+
+
+PROJECTS = find_projects()
+
+
+def config_folders() -> dict[Path, str]:
+    """Where the configs are in the checkout -> where a wheel carries them."""
+    folders = {ROOT / "configs": "region_pretrain/configs"}
+    for name, folder in PROJECTS.items():
+        configs = ROOT / Path(folder).parent / "configs"
+        if name.count(".") == 2 and configs.is_dir():  # not a project's sub-package
+            folders[configs] = f"{name.replace('.', '/')}/configs"
+    return folders
+
+
+class BuildWithConfigs(build_py):
+    """``build_py`` that also copies the configs; a development install reads the checkout's."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        for source, destination in config_folders().items():
+            target = Path(self.build_lib, destination)
+            shutil.rmtree(target, ignore_errors=True)  # a config deleted since the last build
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+
+
+setup(
+    name="region_pretrain",
+    version=VERSION,
+    description="Region-level self-supervised pre-training of Detectron2 detectors",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["region_pretrain", "region_pretrain.*"]) + list(PROJECTS),
+    package_dir=PROJECTS,
+    python_requires=">=3.10",
+    # Detectron2 itself is on no index under its own name: tools/install_detectron2.py brings it.
+    # What it imports is listed here with our own needs, so that one `pip install` serves both.
+    install_requires=[
+        "cloudpickle",
+        "fvcore>=0.1.5,<0.1.6",
+        "hydra-core>=1.1",
+        "iopath>=0.1.7",
+        "kornia",
+        "matplotlib",
+        "numpy",
+        "omegaconf>=2.1",
+        "opencv-contrib-python",
+        "packaging",
+        "pillow>=7.1",
+        "pyarrow",
+        "pycocotools>=2.0.2",
+        "scikit-image",
+        "scipy>1.5.1",
+        "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed
+        "shapely",
+        "submitit",
+        "tabulate",
+        "tensorboard",
+        "termcolor>=1.1",
+        "torch",
+        "torchvision",
+        "tqdm>4.29.0",
+        "yacs>=0.1.8",
+    ],
+    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "timm"]},
+    cmdclass={"build_py": BuildWithConfigs},
+)

@@ -1,0 +1,262 @@
+"""Folders, COCO's and ImageNet's layouts as records; every wrong input as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from region_pretrain.data.catalog import (
+    get_records,
+    load_coco_images,
+    load_image_folder,
+    register_coco_unlabeled,
+    register_image_folder,
+    register_imagenet,
+)
+from region_pretrain.errors import UserError
+
+
+def touch(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+@pytest.fixture
+def name(request) -> str:
+    """A data set name that is free again afterwards."""
+    name = f"test_{request.node.name}"
+    yield name
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    """Images with their json, as COCO lays them out; ids in no order."""
+    ids = [30, 9, 581921]
+    images = [
+        {"id": i, "file_name": f"{i:012d}.jpg", "height": 10 + i, "width": 20 + i} for i in ids
+    ]
+    touch(tmp_path / "train2017", *(image["file_name"] for image in images))
+    annotation = {"id": 1, "image_id": 9, "category_id": 5, "bbox": [1, 2, 3, 4], "iscrowd": 0}
+    content = {
+        "images": images,
+        "annotations": [annotation],
+        "categories": [{"id": 5, "name": "cat"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_folder_is_listed_sorted_nested_and_by_extension(tmp_path):
+    images = ["b.JPG", "a/2.png", "a/10.jpeg", "a-b/x.webp", "z/y/q.TIF", "B.bmp", "é/ü.pgm"]
+    images += ["c.tiff", "d.ppm"]
+    others = ["notes.txt", ".hidden.jpg", ".git/x.png", "a/._2.png", "jpg", "x.jpg.part"]
+    touch(tmp_path, *images, *others)
+    (tmp_path / "folder.jpg").mkdir()
+    records = get_records(f"folder://{tmp_path}")
+    assert [r["image_id"] for r in records] == sorted(images)
+    for record in records:
+        assert Path(record["file_name"]) == tmp_path / record["image_id"]
+        assert set(record) == {"file_name", "image_id"}
+
+
+def test_folder_may_be_relative_or_in_the_home(tmp_path, monkeypatch):
+    touch(tmp_path, "x/1.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root in ("x", "./x/", "~/x", f"{tmp_path}/x/"):
+        (record,) = get_records(f"folder://{root}")
+        assert record["image_id"] == "1.png" and os.path.samefile(record["file_name"], "x/1.png")
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    elsewhere = touch(tmp_path / "elsewhere", "1.jpg")
+    root = touch(tmp_path / "root", "a/2.jpg")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "a" / "loop").symlink_to(root)
+    (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    keys = [r["image_id"] for r in load_image_folder(str(root))]
+    # A dangling link is a file that cannot be read, which is for the reader to report.
+    assert keys == ["a/2.jpg", "gone.jpg", "linked/1.jpg"]
+
+
+def test_registered_folder_is_an_ordinary_detectron2_data_set(tmp_path, name):
+    touch(tmp_path, "b.jpg", "a.jpg")
+    assert register_image_folder(name, str(tmp_path)) == name
+    register_image_folder(name, str(tmp_path))  # again: nothing happens
+    assert DatasetCatalog.get(name) == get_records(name) == get_records(f"folder://{tmp_path}")
+    with pytest.raises(UserError, match="is taken"):
+        register_image_folder(name, str(tmp_path / "other"))
+    with pytest.raises(UserError, match="'coco_2017_train' is taken"):
+        register_image_folder("coco_2017_train", str(tmp_path))
+
+
+def test_nothing_is_read_when_registering(tmp_path, name):
+    register_coco_unlabeled(name, str(tmp_path / "no.json"), str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no such image folder: .*nowhere"):
+        get_records(name)
+
+
+def test_imagenet_labels_only_where_asked(tmp_path, name):
+    files = ["n02/n02_1.JPEG", "n01/n01_7.JPEG", "n10/n10_2.JPEG", "n01/n01_10.JPEG"]
+    touch(tmp_path, *files)
+    register_imagenet(name, str(tmp_path))
+    assert [r["image_id"] for r in get_records(name)] == sorted(files)
+    assert not any("category_id" in r for r in get_records(name))
+
+    DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name)
+    register_imagenet(name, str(tmp_path), with_labels=True)
+    labels = {r["image_id"]: r["category_id"] for r in get_records(name)}
+    assert labels == {files[0]: 1, files[1]: 0, files[2]: 2, files[3]: 0}
+    assert MetadataCatalog.get(name).thing_classes == ["n01", "n02", "n10"]
+
+    touch(tmp_path, "stray.JPEG")
+    with pytest.raises(UserError, match=r"stray\.JPEG lies in no class's folder"):
+        get_records(name)
+
+
+def test_coco_json_gives_what_detectron2_gives_without_the_labels(coco, name):
+    json_file, root = str(coco / "instances.json"), str(coco / "train2017")
+    register_coco_unlabeled(name, json_file, root)
+    expected = load_coco_json(json_file, root)
+    for record in expected:
+        del record["annotations"]
+    assert get_records(name) == expected
+    assert [r["image_id"] for r in expected] == [9, 30, 581921]
+
+
+def test_coco_folder_gives_the_same_keys_and_files_as_the_json(coco):
+    root = str(coco / "train2017")
+    listed = load_coco_images(None, root)
+    from_json = load_coco_images(str(coco / "instances.json"), root)
+    assert [(r["image_id"], r["file_name"]) for r in listed] == [
+        (r["image_id"], r["file_name"]) for r in from_json
+    ]
+    touch(coco / "train2017", "COCO_train2014_000000000012.jpg")  # the names of 2014
+    assert [r["image_id"] for r in load_coco_images(None, root)] == [9, 12, 30, 581921]
+    touch(coco / "train2017", "cover.jpg")
+    with pytest.raises(UserError, match=r"cover\.jpg: its name does not end with COCO's image id"):
+        load_coco_images(None, root)
+
+
+def test_built_in_sets_lie_under_the_datasets_root(tmp_path):
+    """A fresh interpreter, as the root is read at import; one set has no json."""
+    touch(tmp_path / "coco/train2017", "000000000009.jpg", "000000000025.jpg")
+    touch(tmp_path / "coco/unlabeled2017", "000000000008.jpg")
+    touch(tmp_path / "imagenet/train", "n01/n01_7.JPEG")
+    image = {"id": 8, "file_name": "000000000008.jpg", "height": 480, "width": 640}
+    (tmp_path / "coco/annotations").mkdir()
+    info = tmp_path / "coco/annotations/image_info_unlabeled2017.json"
+    info.write_text(json.dumps({"images": [image]}))
+    code = (
+        "import json; from region_pretrain.data.catalog import get_records; "
+        "print(json.dumps(get_records(['coco_2017_train_images', 'coco_2017_unlabeled_images', "
+        "'imagenet_train'])))"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    records = json.loads(done.stdout)
+    assert [r["image_id"] for r in records] == [9, 25, 8, "n01/n01_7.JPEG"]
+    assert (records[2]["height"], records[2]["width"]) == (480, 640)
+    assert all(os.path.isfile(r["file_name"]) for r in records)
+
+
+def test_several_sets_follow_one_another(tmp_path):
+    touch(tmp_path / "one", "b.jpg", "a.jpg")
+    touch(tmp_path / "two", "0.jpg")
+    records = get_records([f"folder://{tmp_path}/one", f"folder://{tmp_path}/two"])
+    assert [r["image_id"] for r in records] == ["a.jpg", "b.jpg", "0.jpg"]
+
+
+def test_same_key_in_two_sets_is_refused(tmp_path, coco, name):
+    touch(tmp_path / "one", "a.jpg")
+    touch(tmp_path / "two", "a.jpg")
+    one, two = f"folder://{tmp_path}/one", f"folder://{tmp_path}/two"
+    with pytest.raises(UserError, match=f"image 'a.jpg' is in '{one}' and '{two}'"):
+        get_records([one, two])
+    with pytest.raises(UserError, match=f"image 'a.jpg' is in '{one}' twice"):
+        get_records([one, one])
+    # A region store knows the text of a key only: 9 and "9" are the same.
+    DatasetCatalog.register(name, lambda: [{"file_name": "x", "image_id": i} for i in (9, "9")])
+    with pytest.raises(UserError, match=f"image '9' is in '{name}' twice"):
+        get_records(name)
+
+
+def test_unknown_names_come_with_near_ones(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'coco_2017_trian'; near it: .*coco_2017_train"):
+        get_records("coco_2017_trian")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match="'photos'; for the folder write folder://photos"):
+        get_records("photos")
+    with pytest.raises(UserError, match="no data set is named"):
+        get_records([])
+
+
+def test_a_missing_folder_json_or_image_is_named(tmp_path, coco):
+    with pytest.raises(UserError, match="no such image folder: .*/missing"):
+        get_records(f"folder://{tmp_path}/missing")
+    with pytest.raises(UserError, match="no such image folder: ''"):
+        get_records("folder://")
+    touch(tmp_path / "empty", "readme.txt")
+    with pytest.raises(UserError, match="empty has no images"):
+        get_records(f"folder://{tmp_path}/empty")
+    root = str(coco / "train2017")
+    with pytest.raises(UserError, match=r"no such file: .*missing\.json"):
+        load_coco_images(str(coco / "missing.json"), root)
+    with pytest.raises(UserError, match=r"no such image folder: .*/train2018"):
+        load_coco_images(str(coco / "instances.json"), str(coco / "train2018"))
+
+
+@pytest.mark.parametrize("text", ['{"images": [', "[]", "{}", '{"images": [{"id": 1}]}'])
+def test_a_json_of_another_format_is_named(coco, text):
+    path = coco / "wrong.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.json is no COCO json"):
+        load_coco_images(str(path), str(coco / "train2017"))
+
+
+def test_json_without_images_is_named(coco):
+    path = coco / "wrong.json"
+    path.write_text('{"images": []}')
+    with pytest.raises(UserError, match=r"wrong\.json lists no images"):
+        load_coco_images(str(path), str(coco / "train2017"))
+
+
+def test_a_built_in_set_that_is_not_there_says_where_it_should_be(monkeypatch, name):
+    json_file = "/nowhere/coco/annotations/instances_val2017.json"
+    DatasetCatalog.register(name, lambda: load_coco_json(json_file, "/nowhere/coco/val2017", name))
+    with pytest.raises(UserError, match="instances_val2017.*DETECTRON2_DATASETS"):
+        get_records(name)
+
+
+def test_registered_sets_without_records_or_keys_are_refused(name):
+    DatasetCatalog.register(name, list)
+    with pytest.raises(UserError, match="has no images"):
+        get_records(name)
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: [{"file_name": "x.jpg"}])
+    with pytest.raises(UserError, match="without file_name or image_id"):
+        get_records(name)
+
+
+def test_a_file_name_that_is_not_unicode_is_named(tmp_path):
+    open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb").close()
+    with pytest.raises(UserError, match=r"caf\\udce9\.jpg' is not UTF-8"):
+        load_image_folder(str(tmp_path))

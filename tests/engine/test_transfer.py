@@ -1,0 +1,325 @@
+"""Loading into a detector: the account that is given, and what is refused."""
+
+import logging
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
+from torch import nn
+
+from region_pretrain.engine.transfer import load_pretrained, module_of
+from region_pretrain.errors import UserError
+
+
+def detector_config(blocks: int = 1, width: int = 16, classes: int = 3, norm: str = "BN"):
+    """Detectron2's Mask R-CNN with FPN, narrow: 65 thousand parameters."""
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model.backbone.bottom_up.stem.update(out_channels=8, norm=norm)
+    model.backbone.bottom_up.stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock,
+            num_blocks=blocks,
+            stride_per_block=[stride] + [1] * (blocks - 1),
+            in_channels=inputs,
+            out_channels=outputs,
+            norm=norm,
+        )
+        for inputs, outputs, stride in ((8, 8, 1), (8, 16, 2), (16, 16, 2), (16, 32, 2))
+    ]
+    model.backbone.update(out_channels=width, norm=norm)
+    model.proposal_generator.head.in_channels = width
+    model.roi_heads.num_classes = classes
+    box_head = model.roi_heads.box_head
+    box_head.update(input_shape=ShapeSpec(channels=width, height=7, width=7), fc_dims=[32])
+    model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=32)
+    shape = ShapeSpec(channels=width, height=14, width=14)
+    model.roi_heads.mask_head.update(input_shape=shape, conv_dims=[16, 16])
+    return model
+
+
+def build(seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    model = instantiate(detector_config(**kwargs))
+    with torch.no_grad():  # buffers that a load has to change, too
+        for buffer in model.buffers():
+            if buffer.is_floating_point() and buffer.ndim == 1:
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def state(model: nn.Module, *prefixes: str) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if k.startswith(prefixes)}
+
+
+def save(tmp_path, content, name="model_final.pth") -> str:
+    path = tmp_path / name
+    torch.save(content, path)
+    return str(path)
+
+
+PRETRAINED = ("backbone.", "roi_heads.box_head.")
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    """As pre-training leaves it: the detector's own tensors, and much else beside them."""
+    content = {
+        "model": state(build(seed=1), *PRETRAINED),
+        "pretraining": {"target.backbone.x": torch.ones(3)},
+        "iteration": 7,
+        "rng": [torch.get_rng_state()],
+    }
+    return save(tmp_path, content)
+
+
+def test_pretrained_parts_are_filled_and_the_rest_is_called_new(checkpoint, caplog):
+    model, source = build(seed=0), build(seed=1)
+    before = state(model, "proposal_generator.", "roi_heads.box_predictor", "roi_heads.mask_head")
+    with caplog.at_level(logging.INFO, "region_pretrain"):
+        report = load_pretrained(model, checkpoint)
+
+    after = model.state_dict()
+    expected = state(source, *PRETRAINED)
+    assert sorted(report.matched) == sorted(expected)
+    assert all(torch.equal(after[k], v) for k, v in expected.items())
+    assert sorted(report.missing) == sorted(before)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert report.unexpected == [] and report.mismatched == []
+
+    # stem 1 + 4 blocks of 2 + 2 shortcuts of res3, res5: 11 convolutions, each with a BN of 5
+    assert list(report.modules) == [
+        "backbone.fpn",
+        "backbone.bottom_up",
+        "proposal_generator",
+        "roi_heads.box_head",
+        "roi_heads.box_predictor",
+        "roi_heads.mask_head",
+    ]
+    body = report.modules["backbone.bottom_up"]
+    assert (body.loaded_tensors, body.tensors) == (66, 66)
+    assert body.loaded_values == sum(v.numel() for k, v in expected.items() if "bottom_up" in k)
+    head = report.modules["roi_heads.box_head"]
+    assert (head.loaded_tensors, head.tensors, head.values) == (2, 2, 16 * 49 * 32 + 32)
+    assert report.modules["proposal_generator"].loaded_tensors == 0
+
+    logged = [r.getMessage() for r in caplog.records if r.name.startswith("region_pretrain")]
+    assert logged == [report.summary()]
+    lines = {line.split()[0]: line.split() for line in report.summary().splitlines()}
+    assert lines["backbone.bottom_up"][1:] == [
+        "66/66",
+        f"{body.values:,}/{body.values:,}",
+        "loaded",
+    ]
+    assert lines["proposal_generator"][1].startswith("0/")
+    assert lines["proposal_generator"][-1] == "new"
+
+
+def test_missing_batch_counters_are_no_news(tmp_path):
+    weights = state(build(seed=1), "backbone.")
+    weights = {k: v for k, v in weights.items() if "num_batches" not in k}
+    report = load_pretrained(build(), save(tmp_path, {"model": weights}))
+    body = report.modules["backbone.bottom_up"]
+    assert (body.loaded_tensors, body.tensors) == (55, 55)
+    assert not [k for k in report.missing if "num_batches" in k]
+
+
+def test_counters_that_a_frozen_norm_has_no_place_for_are_no_news(checkpoint):
+    report = load_pretrained(build(norm="FrozenBN"), checkpoint)
+    assert report.unexpected == []
+    assert report.modules["backbone.bottom_up"].loaded_tensors == 55
+
+
+def test_nothing_that_fits_is_an_error_with_names_of_both_sides(tmp_path):
+    weights = {f"module.encoder_q.layer1.0.conv{i}.weight": torch.ones(2) for i in range(5)}
+    path = save(tmp_path, {"model": weights})
+    with pytest.raises(UserError, match="nothing of .*model_final.pth fits") as error:
+        load_pretrained(build(), path)
+    assert "encoder_q.layer1.0.conv0.weight" in str(error.value)
+    assert "backbone.fpn_lateral2.weight" in str(error.value)
+    assert "convert" in str(error.value)
+    report = load_pretrained(build(), path, allow_empty=True)
+    assert report.matched == [] and len(report.unexpected) == 5
+    assert "not used by this model: encoder_q (5)" in report.summary()
+
+
+def test_another_architecture_is_an_error(tmp_path, checkpoint):
+    with pytest.raises(UserError, match="another architecture") as error:
+        load_pretrained(build(width=24), checkpoint)
+    assert "backbone.fpn_lateral2.weight: (16, 8, 1, 1) in the file, (24, 8, 1, 1) here" in str(
+        error.value
+    )
+
+
+def test_another_number_of_classes_is_a_warning(tmp_path, caplog):
+    source = build(seed=1, classes=5)
+    path = save(tmp_path, {"model": source.state_dict()})
+    model = build(classes=3)
+    report = load_pretrained(model, path)
+    assert {name for name, _, _ in report.mismatched} == {
+        f"roi_heads.{layer}.{kind}"
+        for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_head.predictor")
+        for kind in ("weight", "bias")
+    }
+    shapes = {name: shapes for name, *shapes in report.mismatched}
+    assert shapes["roi_heads.box_predictor.cls_score.bias"] == [(6,), (4,)]
+    assert report.missing == []
+    assert report.modules["roi_heads.box_predictor"].loaded_tensors == 0
+    assert "cls_score.bias starts anew" in caplog.text
+
+
+def test_half_filled_backbone_warns_and_less_is_an_error(tmp_path, checkpoint, caplog):
+    # each further block of the 4 stages adds 2 convolutions of 5 tensors (absent counters apart)
+    report = load_pretrained(build(blocks=2), checkpoint)
+    body = report.modules["backbone.bottom_up"]
+    assert (body.loaded_tensors, body.tensors) == (66, 106)
+    assert "backbone.bottom_up is only partly filled (66 of 106 tensors)" in caplog.text
+    assert "backbone.bottom_up.res4.1.conv2" in caplog.text
+    with pytest.raises(UserError, match="only 66 of the 146 tensors of backbone.bottom_up"):
+        load_pretrained(build(blocks=3), checkpoint)
+
+
+def zoo_weights(model: nn.Module) -> dict:
+    """A bare backbone in the layout of the model zoo's converted ImageNet files."""
+    prefix = "backbone.bottom_up."
+    return {k[len(prefix) :]: v.numpy() for k, v in state(model, prefix).items()}
+
+
+def test_model_zoo_pickle_is_matched_by_its_short_names(tmp_path):
+    source, model = build(seed=1), build(seed=0)
+    path = tmp_path / "R-tiny.pkl"
+    content = {"model": zoo_weights(source), "__author__": "test", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    report = load_pretrained(model, str(path))
+    assert report.modules["backbone.bottom_up"].loaded_tensors == 66
+    assert report.modules["backbone.fpn"].loaded_tensors == 0
+    loaded, expected = state(model, "backbone.bottom_up"), state(source, "backbone.bottom_up")
+    assert all(torch.equal(loaded[k], v) for k, v in expected.items())
+
+
+def test_short_names_in_a_pth_need_the_heuristics(tmp_path):
+    weights = {k: torch.from_numpy(v) for k, v in zoo_weights(build(seed=1)).items()}
+    path = save(tmp_path, {"model": weights})
+    with pytest.raises(UserError, match=r"append \?matching_heuristics=True"):
+        load_pretrained(build(), path)
+    report = load_pretrained(build(), path + "?matching_heuristics=True")
+    assert report.modules["backbone.bottom_up"].loaded_tensors == 66
+
+
+def test_heuristics_do_not_hide_another_architecture(tmp_path):
+    weights = {k: torch.from_numpy(v) for k, v in zoo_weights(build(seed=1)).items()}
+    weights["res5.0.conv1.weight"] = torch.zeros(64, 16, 3, 3)
+    path = save(tmp_path, {"model": weights}) + "?matching_heuristics=True"
+    with pytest.raises(UserError, match="another architecture") as error:
+        load_pretrained(build(), path)
+    name = "backbone.bottom_up.res5.0.conv1.weight"
+    assert f"{name}: (64, 16, 3, 3) in the file, (32, 16, 3, 3) here" in str(error.value)
+
+
+class Runs:
+    """An object whose loading runs code."""
+
+    def __reduce__(self):
+        return exec, ("import sys; sys.ran_from_checkpoint = True",)
+
+
+@pytest.mark.parametrize("name", ["evil.pkl", "evil.pth"])
+def test_a_checkpoint_cannot_run_code(tmp_path, name):
+    content = {"model": state(build(), "backbone."), "extra": Runs()}
+    path = tmp_path / name
+    if name.endswith("pkl"):
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=f"{name}.*(builtins.exec|exec)"):
+        load_pretrained(build(), str(path))
+    assert not hasattr(sys, "ran_from_checkpoint")
+
+
+def test_pickled_tensors_are_as_good_as_arrays(tmp_path):
+    path = tmp_path / "tensors.pkl"
+    content = {"model": state(build(seed=1), *PRETRAINED), "__author__": "test"}
+    path.write_bytes(pickle.dumps(content))
+    assert load_pretrained(build(), str(path)).modules["roi_heads.box_head"].loaded_tensors == 2
+
+
+def test_files_that_are_no_checkpoints(tmp_path, checkpoint):
+    def message(path) -> str:
+        with pytest.raises(UserError) as error:
+            load_pretrained(build(), str(path))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "the path is empty" in message("")
+    assert "none.pth not found" in message(tmp_path / "none.pth")
+
+    half = tmp_path / "half.pth"
+    data = open(checkpoint, "rb").read()
+    half.write_bytes(data[: len(data) // 2])
+    assert "cannot read the checkpoint" in message(half) and "half.pth" in message(half)
+
+    picture = tmp_path / "picture.pth"
+    picture.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(range(256)) * 8)
+    assert "cannot read the checkpoint" in message(picture)
+    empty = tmp_path / "empty.pth"
+    empty.write_bytes(b"")
+    assert "cannot read the checkpoint" in message(empty)
+    pickled = pickle.dumps({"model": zoo_weights(build()), "__author__": "test"})
+    for name, content in (
+        ("half.pkl", pickled[: len(pickled) // 2]),
+        ("picture.pkl", picture.read_bytes()),
+        ("empty.pkl", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} is damaged or no checkpoint" in message(tmp_path / name)
+
+    assert "holds a list" in message(save(tmp_path, [torch.ones(2)], "list.pth"))
+    nested = {"state_dict": {"a": torch.ones(2)}, "epoch": 3, "arch": "resnet50"}
+    text = message(save(tmp_path, nested, "moco.pth"))
+    assert "seem to be in 'state_dict'" in text and "epoch" in text
+    assert "no named tensors" in message(save(tmp_path, {"model": {}}, "bare.pth"))
+
+
+def test_module_of_tells_apart_what_pretraining_fills():
+    assert module_of("backbone.bottom_up.res2.0.conv1.weight") == "backbone.bottom_up"
+    assert module_of("backbone.fpn_output5.norm.weight") == "backbone.fpn"
+    assert module_of("backbone.simfp_2.0.weight") == "backbone.fpn"
+    assert module_of("backbone.net.blocks.0.norm1.weight") == "backbone.net"
+    assert module_of("backbone.res4.0.conv1.weight") == "backbone"  # C4
+    assert module_of("roi_heads.res5.norm.weight") == "roi_heads.res5"
+    assert module_of("head.cls_score.weight") == "head"
+
+
+def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, checkpoint):
+    LazyConfig.save(detector_config(), str(tmp_path / "detector.yaml"))
+    program = textwrap.dedent("""
+        import logging, sys
+        sys.modules["region_pretrain"] = None  # importing it raises ImportError
+        import torch
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.config import LazyConfig, instantiate
+
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        model = instantiate(LazyConfig.load(sys.argv[1]))
+        rest = DetectionCheckpointer(model).load(sys.argv[2])
+        weights = torch.load(sys.argv[2], weights_only=True)["model"]
+        loaded = model.state_dict()
+        assert len(weights) == 116 and all(torch.equal(loaded[k], v) for k, v in weights.items())
+        assert "pretraining" in rest and not any("region_pretrain." in m for m in sys.modules)
+        """)
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    command += [str(tmp_path / "detector.yaml"), checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # one warning: what is honestly new. None about unused or misshapen tensors.
+    named = [line for line in done.stderr.splitlines() if "." in line and "{" in line]
+    assert named and all("proposal_generator" in n or "roi_heads" in n for n in named), done.stderr
+    assert "box_head" not in done.stderr and "backbone" not in done.stderr
+    assert "not used by the model" not in done.stderr and "incompatible" not in done.stderr

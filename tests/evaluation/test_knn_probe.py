@@ -1,0 +1,317 @@
+"""Features of ground-truth boxes, and the hook that classifies them during a run."""
+
+import copy
+import random
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.engine import SimpleTrainer
+from detectron2.structures import Boxes, BoxMode
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from region_pretrain.config import get_config
+from region_pretrain.errors import UserError
+from region_pretrain.evaluation.knn import knn_accuracy
+from region_pretrain.evaluation.knn_probe import KNNProbeHook, evaluating, region_features
+from region_pretrain.modeling.preprocess import Preprocess
+
+COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230)]
+
+
+@pytest.fixture(scope="module")
+def dicts(tmp_path_factory):
+    """10 images of 2 or 3 coloured rectangles: the class is the colour."""
+    folder = tmp_path_factory.mktemp("rectangles")
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(10):
+        height, width = 60 + 4 * (i % 3), 90
+        image = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
+        annotations = []
+        for j in range(2 + i % 2):
+            x, y, w, h = 3 + 29 * j, int(rng.integers(2, 20)), 24, int(rng.integers(20, 36))
+            label = int(rng.integers(3))
+            image[y : y + h, x : x + w] = COLOURS[label]
+            # floats, as in COCO: Detectron2 truncates the corners of resized integer boxes
+            bbox = [float(v) for v in (x, y, w, h)]
+            box = {"bbox": bbox, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label}
+            mask = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotations.append({**box, "iscrowd": 0, "segmentation": mask})
+        crowd = {"bbox": [0, 0, 90, 60], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+        annotations.append({**crowd, "iscrowd": 1, "segmentation": []})
+        path = folder / f"{i}.png"
+        cv2.imwrite(str(path), image[..., ::-1])
+        records.append(
+            {
+                "file_name": str(path),
+                "image_id": i,
+                "height": height,
+                "width": width,
+                "annotations": annotations,
+            }
+        )
+    return records
+
+
+@pytest.fixture
+def names(dicts):
+    DatasetCatalog.register("probe_train", lambda: copy.deepcopy(dicts[:6]))
+    DatasetCatalog.register("probe_val", lambda: copy.deepcopy(dicts[6:]))
+    yield "probe_train", "probe_val"
+    DatasetCatalog.remove("probe_train")
+    DatasetCatalog.remove("probe_val")
+
+
+def make_detector(input_format="RGB") -> nn.Module:
+    torch.manual_seed(0)
+    cfg = get_config("common/models/mask_rcnn_fpn_small.py").model
+    cfg.input_format = input_format
+    cfg.pixel_mean, cfg.pixel_std = [100.0, 110.0, 120.0], [50.0, 60.0, 70.0]
+    model = instantiate(cfg)
+    with torch.no_grad():  # running statistics that are not those of a new layer
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(0.1 * torch.rand_like(buffer))
+    return model
+
+
+def stock_features(model, dicts, with_head, short_edge, batch_size):
+    """The same from Detectron2's own mapper and preprocessing."""
+    augmentation = T.ResizeShortestEdge(short_edge, max_size=120)
+    mapper = DatasetMapper(
+        is_train=True,  # keeps the annotations; they are not augmented
+        augmentations=[augmentation],
+        image_format=model.input_format,
+    )
+    model.eval()
+    features, labels = [], []
+    for start in range(0, len(dicts), batch_size):
+        inputs = [mapper(d) for d in copy.deepcopy(dicts[start : start + batch_size])]
+        with torch.no_grad():
+            maps = model.backbone(model.preprocess_image(inputs).tensor)
+            boxes = [Boxes(x["instances"].gt_boxes.tensor) for x in inputs]
+            pooled = model.roi_heads.box_pooler([maps[f"p{i}"] for i in (2, 3, 4, 5)], boxes)
+            head = model.roi_heads.box_head
+            features.append(head(pooled) if with_head else pooled.flatten(2).mean(2))
+        labels += [label for x in inputs for label in x["instances"].gt_classes.tolist()]
+    return torch.cat(features), labels
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("input_format", ["RGB", "BGR"])
+def test_features_are_the_detectors_own(dicts, with_head, input_format):
+    model = make_detector(input_format)
+    expected, labels = stock_features(model, dicts, with_head, short_edge=96, batch_size=4)
+    features, got_labels = region_features(
+        model.backbone,
+        model.roi_heads.box_pooler,
+        model.roi_heads.box_head if with_head else None,
+        ["p2", "p3", "p4", "p5"],
+        model.pixel_mean,
+        [50.0, 60.0, 70.0],
+        input_format,
+        dicts,
+        batch_size=4,
+        short_edge=96,
+        max_size=120,
+    )
+    assert features.shape == (25, 256 if with_head else 64) and features.dtype == torch.float32
+    assert got_labels.tolist() == labels  # crowds are not among them
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def hook_on(model, **kwargs) -> dict[str, float]:
+    hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, **kwargs)
+    hook.before_train()
+    return hook.probe(model)
+
+
+def expected_accuracies(model, dicts) -> dict[str, float]:
+    result = {}
+    for name, head in (("probe/knn_fpn", None), ("probe/knn_head", model.roi_heads.box_head)):
+        sets = [
+            region_features(
+                model.backbone,
+                model.roi_heads.box_pooler,
+                head,
+                ["p2", "p3", "p4", "p5"],
+                model.pixel_mean,
+                model.pixel_std,
+                model.input_format,
+                part,
+                short_edge=None,
+            )
+            for part in (dicts[:6], dicts[6:])
+        ]
+        result[name] = knn_accuracy(*sets[0], *sets[1], k=5)
+    return result
+
+
+def test_hook_classifies_the_validation_boxes_by_the_training_boxes(names, dicts):
+    model = make_detector()
+    expected = expected_accuracies(model, dicts)
+    assert hook_on(model) == expected
+    assert hook_on(model, batch_size=3) == pytest.approx(expected, abs=0.11)  # other padding
+    assert expected["probe/knn_fpn"] > 0.5  # colours are easy even for random weights
+
+
+class Pretraining(nn.Module):
+    """Has the detector's modules under the detector's names, as pre-training models have."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.backbone = detector.backbone
+        self.roi_heads = nn.Module()
+        self.roi_heads.box_pooler = detector.roi_heads.box_pooler
+        self.roi_heads.box_head = detector.roi_heads.box_head
+        mean, std = (v.flatten().tolist() for v in (detector.pixel_mean, detector.pixel_std))
+        self.preprocess = Preprocess(mean, std, detector.input_format)
+
+
+@pytest.mark.parametrize("input_format", ["RGB", "BGR"])
+def test_a_pretraining_model_gives_what_its_detector_gives(names, input_format):
+    detector = make_detector(input_format)
+    model = Pretraining(detector)
+    assert hook_on(model) == hook_on(detector)
+    del model.roi_heads.box_head
+    assert list(hook_on(model)) == ["probe/knn_fpn"]
+
+
+def test_c4_detector(names):
+    model = instantiate(get_config("detection/faster_rcnn_r50_c4_voc.py").model)
+    result = hook_on(model)
+    assert set(result) == {"probe/knn_fpn", "probe/knn_head"}
+    vectors, _ = region_features(
+        model.backbone,
+        model.roi_heads.pooler,
+        model.roi_heads.res5,
+        ["res4"],
+        model.pixel_mean,
+        model.pixel_std,
+        "RGB",
+        DatasetCatalog.get("probe_val")[:1],
+        short_edge=None,
+    )
+    assert vectors.shape == (2, 2048)
+
+
+def test_leave_one_out_without_validation_set(names, dicts):
+    model = make_detector()
+    hook = KNNProbeHook(0, "probe_train", k=5, short_edge=None, max_images=4)
+    hook.before_train()
+    features = region_features(
+        model.backbone,
+        model.roi_heads.box_pooler,
+        None,
+        ["p2", "p3", "p4", "p5"],
+        model.pixel_mean,
+        model.pixel_std,
+        "RGB",
+        dicts[:4],
+        short_edge=None,
+    )
+    assert hook.probe(model)["probe/knn_fpn"] == knn_accuracy(*features, k=5)
+
+
+def train(dicts, hook) -> tuple:
+    """Four iterations of a real detector, whose RPN draws random numbers at each."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    model = make_detector()
+    mapper = DatasetMapper(
+        is_train=True, augmentations=[], image_format="RGB", use_instance_mask=True
+    )
+    loader = [[mapper(d) for d in copy.deepcopy(dicts[i : i + 2])] for i in range(0, 8, 2)]
+    trainer = SimpleTrainer(model, loader, torch.optim.SGD(model.parameters(), 0.01))
+    model.backbone.bottom_up.res2.eval()  # a user's own choice of modes
+    modes = {n: m.training for n, m in model.named_modules()}
+    trainer.register_hooks([hook] if hook else [])
+    trainer.train(0, 4)
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    random_numbers = random.random(), np.random.rand(), torch.rand(1).item()
+    return model.state_dict(), random_numbers, trainer.storage
+
+
+def test_a_run_with_the_probe_equals_one_without(names, dicts):
+    plain, numbers, _ = train(dicts, None)
+    hook = KNNProbeHook(2, "probe_train", "probe_val", k=5, short_edge=80, max_size=100)
+    probed, same_numbers, storage = train(dicts, hook)
+    assert same_numbers == numbers
+    assert all(torch.equal(probed[k], v) for k, v in plain.items())
+    for name in ("probe/knn_fpn", "probe/knn_head"):
+        logged = storage.history(name).values()
+        assert [iteration for _, iteration in logged] == [1, 3]
+        assert all(0 <= value <= 1 for value, _ in logged)
+
+
+def test_period_zero_probes_once_at_the_end(names):
+    hook = KNNProbeHook(0, "probe_train", k=3, short_edge=None, max_images=2)
+
+    class Run:
+        model, max_iter, iter = make_detector(), 5, 0
+        storage = EventStorage()
+
+    hook.trainer = Run
+    hook.before_train()
+    for Run.iter in range(5):
+        Run.storage.iter = Run.iter
+        hook.after_step()
+    assert [i for _, i in Run.storage.history("probe/knn_fpn").values()] == [4]
+
+
+def test_modes_come_back_even_after_an_error():
+    module = nn.Sequential(nn.BatchNorm2d(2).eval(), nn.Dropout())
+    with pytest.raises(RuntimeError), evaluating(module, None):
+        assert not any(m.training for m in module.modules()) and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert [m.training for m in module.modules()] == [True, False, True]
+    assert torch.is_grad_enabled()
+
+
+def test_bad_input_is_said_before_the_run(names):
+    DatasetCatalog.register("probe_unlabelled", lambda: [{"file_name": "x.png", "image_id": 0}])
+    hook = KNNProbeHook(1, "probe_unlabelled")
+    with pytest.raises(UserError, match="probe_unlabelled have none"):
+        hook.before_train()
+    DatasetCatalog.remove("probe_unlabelled")
+    model = make_detector()
+    with pytest.raises(UserError, match="found none"):
+        region_features(
+            *(model.backbone, model.roi_heads.box_pooler, None, ["p2", "p3", "p4", "p5"]),
+            *(model.pixel_mean, model.pixel_std, "RGB"),
+            [{"file_name": "x.png", "annotations": []}],
+        )
+    with pytest.raises(UserError, match="no pixel_mean in Module"):
+        bare = nn.Module()
+        bare.backbone, bare.roi_heads = model.backbone, model.roi_heads
+        hook_on(bare)
+
+
+def worker(rank: int, folder: str, dicts: list) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
+    DatasetCatalog.register("probe_train", lambda: dicts[:6])
+    DatasetCatalog.register("probe_val", lambda: dicts[6:7])  # one process has no image
+    hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, batch_size=1)
+    hook.before_train()
+    torch.save(hook.probe(make_detector()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_images(tmp_path, dicts):
+    mp.spawn(worker, args=(str(tmp_path), dicts), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    DatasetCatalog.register("probe_train", lambda: dicts[:6])
+    DatasetCatalog.register("probe_val", lambda: dicts[6:7])
+    alone = hook_on(make_detector(), batch_size=1)
+    DatasetCatalog.remove("probe_train")
+    DatasetCatalog.remove("probe_val")
+    assert first == second == alone

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.model_zoo import get_config as get_detectron2_config
+from detectron2.solver import LRMultiplier
+from omegaconf import OmegaConf
+
+from region_pretrain.config import get_config
+from region_pretrain.errors import UserError
+from region_pretrain.solver import cosine_momentum, warmup_cosine, warmup_multistep
+
+
+def learning_rates(base_lr, multiplier, max_iter):
+    p = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], lr=base_lr)
+    scheduler = LRMultiplier(optimizer, multiplier, max_iter)
+    lrs = []
+    for _ in range(max_iter):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return lrs
+
+
+def test_soco_learning_rate_at_batch_2048():
+    per_epoch, epochs = 5, 100
+    lrs = learning_rates(8.0, warmup_cosine(epochs, 10), epochs * per_epoch)
+    assert lrs[0] == pytest.approx(0.08)
+    assert lrs[5 * per_epoch] == pytest.approx(4.04)
+    assert lrs[10 * per_epoch] == pytest.approx(8.0)
+    assert all(lr >= 1e-6 for lr in lrs)
+    for t in (60, 275, 499):  # (t - 50) / 450 of half a cosine from 8 to 1e-6
+        cosine = (1 + math.cos(math.pi * (t - 50) / 450)) / 2
+        assert lrs[t] == pytest.approx(1e-6 + (8.0 - 1e-6) * cosine, rel=1e-9)
+
+
+def test_no_warm_up_starts_at_the_full_learning_rate():
+    assert learning_rates(2.0, warmup_cosine(10, 0), 10)[0] == 2.0
+
+
+def test_shipped_schedule_takes_its_epochs_from_train():
+    schedule = get_config("common/schedule.py")
+    cfg = OmegaConf.create({"train": {"epochs": 40}, "lr_multiplier": schedule.pretrain})
+    multiplier = instantiate(cfg.lr_multiplier)
+    assert multiplier(0.125) == pytest.approx(0.01 + 0.99 / 2)  # 5 of 10 epochs of 40
+    assert multiplier(0.25) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["1x", "2x"])
+def test_shipped_detection_schedules_are_detectron2s(name):
+    ours = instantiate(getattr(get_config("common/schedule.py"), f"detection_{name}"))
+    theirs = instantiate(
+        get_detectron2_config("common/coco_schedule.py")[f"lr_multiplier_{name}"]
+    )
+    max_iter = {"1x": 90_000, "2x": 180_000}[name]
+    for t in [0, 1, 500, 999, 1000, 59_999, 60_000, 79_999, 80_000, 119_999, 120_000, 160_000]:
+        where = t / max_iter
+        if where < 1:
+            # theirs warms up over 1000 iterations as well, from a thousandth
+            assert ours(where) == pytest.approx(theirs(where), rel=1e-9), t
+
+
+def test_multistep_drops_at_its_steps():
+    lrs = learning_rates(1.0, warmup_multistep(100, [60, 80], warmup_iters=10), 100)
+    assert [lrs[t] for t in (0, 5, 10, 59, 60, 79, 80, 99)] == pytest.approx(
+        [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+def test_ema_momentum_at_the_quarters():
+    momentum = instantiate(L(cosine_momentum)(start=0.99))
+    for where, expected in zip(
+        (0, 0.25, 0.5, 0.75, 1), (0.99, 0.991464, 0.995, 0.998536, 1.0), strict=True
+    ):
+        assert momentum(where) == pytest.approx(expected, abs=5e-7)
+        formula = 1 - (1 - 0.99) * (1 + math.cos(math.pi * where)) / 2
+        assert momentum(where) == pytest.approx(formula, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: warmup_cosine(10, 10), "warmup_epochs=10"),
+        (lambda: warmup_cosine(None, 10), "train.epochs"),
+        (lambda: warmup_multistep(100, [60, 100]), "steps="),
+        (lambda: warmup_multistep(100, [80, 60]), "steps="),
+        (lambda: warmup_multistep(100, [60], warmup_iters=100), "warmup_iters=100"),
+        (lambda: cosine_momentum(1.01), "momentum"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

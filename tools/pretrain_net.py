@@ -1,0 +1,21 @@
+#!/usr/bin/env python
+"""Pre-train a detector on images without labels."""
+
+from region_pretrain.engine.command_line import argument_parser, launch_with_config
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.errors import UserError, exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r50-fpn_100ep_imagenet.py")
+    args = parser.parse_args()
+    if args.eval_only:
+        raise UserError(
+            "--eval-only is for tools/train_net.py; pre-training has no results"
+        )
+    launch_with_config(args, do_pretrain, args.resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env python
+"""Fine-tune a detector, from pre-trained weights or any others, and evaluate it."""
+
+from region_pretrain.engine.command_line import argument_parser, launch_with_config
+from region_pretrain.engine.finetune import do_evaluate, do_train
+from region_pretrain.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    args = argument_parser(__doc__, "configs/detection/mask_rcnn_r50_fpn_4conv1fc.py").parse_args()
+    if args.eval_only:
+        launch_with_config(args, do_evaluate)
+    else:
+        launch_with_config(args, do_train, args.resume)
+
+
+if __name__ == "__main__":
+    main()
