@@ -5,8 +5,9 @@ train = dict(
     output_dir="./output",
     # Weights to start from (a path, a URL, detectron2://...); "" starts from random weights.
     init_checkpoint="",
-    # Length: max_iter iterations, or, where that is null, so many passes over the images.
+    # Length in passes over the images ...
     epochs=None,
+    # ... or in iterations: where this is set, it wins.
     max_iter=None,
     # optimizer.lr is for a batch of this many images and is scaled with the real one;
     # null: optimizer.lr is taken as it is.
@@ -35,6 +36,7 @@ train = dict(
         # Send gradients as float16: half the traffic.
         fp16_compression=False,
     ),
+    # When model_NNNNNNN.pth is written, and which of them stay.
     checkpointer=dict(
         # Save after every so many iterations (0: not by iterations) ...
         period=5000,

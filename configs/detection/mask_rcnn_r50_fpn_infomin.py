@@ -10,4 +10,4 @@ from .mask_rcnn_r50_fpn_4conv1fc import dataloader, lr_multiplier, model, optimi
 
 model.roi_heads.box_pooler.output_size = 14
 model.roi_heads.box_head.input_shape = ShapeSpec(channels=256, height=14, width=14)
-train.amp.enabled = True
+train.amp.update(enabled=True, dtype="float16")

@@ -232,8 +232,12 @@ class RunCheckpointer(DetectionCheckpointer):
     def _load_whole_model(self, path: str, state: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(state, strict=True)
-        except RuntimeError as error:  # the message lists missing, unexpected and misshapen names
-            raise UserError(f"{path} is of another model: {error}") from error
+        except RuntimeError as error:
+            faults = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise UserError(
+                f"{path} is of another model: {'; '.join(faults[:3])}{more}"
+            ) from error
 
 
 def is_intact(path: str) -> bool:

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser
-from omegaconf import DictConfig
 
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.processes import launch
-from region_pretrain.engine.setup import complete_train
 
 
 def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
@@ -58,7 +56,7 @@ def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more
         main: importable by name.
         more: further arguments.
     """
-    cfg: DictConfig = complete_train(load_config(args.config_file, args.opts))
+    cfg = load_config(args.config_file, args.opts)
     on_cpu = cfg.train.device == "cpu" or not torch.cuda.is_available()
     launch(
         main,

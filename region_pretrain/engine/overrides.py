@@ -13,18 +13,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Load a LazyConfig file and apply command-line overrides.
+    """Load a LazyConfig file, complete its ``train`` and apply command-line overrides.
 
     Args:
         path: a ``.py`` config, or the ``config.yaml`` of a run.
         overrides: see :func:`apply_overrides`.
 
     Returns:
-        The config.
+        The config; every key of ``configs/common/train.py`` is there and can be overridden.
 
     Raises:
         UserError: there is no such file, or an override does not fit.
@@ -33,7 +34,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise UserError("say which config: --config-file PATH")
     if not PathManager.isfile(path):
         raise UserError(f"no config file {path}")
-    return apply_overrides(LazyConfig.load(path), overrides)
+    return apply_overrides(complete_train(LazyConfig.load(path)), overrides)
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -78,7 +79,11 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
             node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
         else:
             raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
-    if isinstance(node, DictConfig) and not isinstance(value, dict) and value is not None:
+    # A value that a config computes lazily, such as a data set's name, may be given outright.
+    computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
+    if isinstance(node, DictConfig) and isinstance(value, (int, float, bool)) or (
+        isinstance(node, DictConfig) and isinstance(value, str) and not computed
+    ):
         keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
         raise UserError(f"{key} is a group, not a value; its keys: {keys}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -33,7 +34,12 @@ _ALLOWED = {
 
 
 def _load_storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    try:
+        return torch.load(io.BytesIO(data), weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"names {named[1]}" if named else "is damaged"
+        raise pickle.UnpicklingError(f"a tensor in it {what}") from error
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -63,6 +69,6 @@ def check_pickle(path: str) -> None:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"{path} is damaged or no checkpoint: {error or 'it ends too early'} (a .pkl checkpoint "
-            "holds NumPy arrays or tensors in plain dictionaries and nothing that runs)"
+            f"{path} is damaged or no checkpoint: {error or 'it ends too early'} (a checkpoint in "
+            ".pkl holds NumPy arrays or tensors in plain dictionaries and nothing that runs)"
         ) from error

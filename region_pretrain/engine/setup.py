@@ -106,10 +106,23 @@ def start_run(cfg: DictConfig, resume: bool) -> None:
     logger.info("config: %s", os.path.join(folder, "config.yaml"))
 
 
+_log_handlers: list[tuple[logging.Logger, logging.Handler]] = []
+
+
 def start_logging(folder: str | None) -> None:
-    """Log to the console (main process) and to ``<folder>/log.txt`` (``.rankN`` on the others)."""
+    """Log to the console (main process) and to ``<folder>/log.txt`` (``.rankN`` on the others).
+
+    A second run in the same process logs to its own folder only.
+    """
+    for log, handler in _log_handlers:
+        log.removeHandler(handler)
+    _log_handlers.clear()
+    setup_logger.cache_clear()  # else a folder seen before would get no handler
     for name in ("fvcore", "detectron2", "region_pretrain"):
+        log = logging.getLogger(name)
+        before = list(log.handlers)
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+        _log_handlers.extend((log, h) for h in log.handlers if h not in before)
 
 
 def _claim(cfg: DictConfig, resume: bool) -> int:

@@ -112,7 +112,8 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
     checkpoint of this library holds the detector's own tensors under ``"model"``.
 
     Args:
-        model: the detector, not yet wrapped for distributed training. Filled in place.
+        model: the detector, not yet wrapped for distributed training. Filled in place. Of a
+            pre-training model only its ``detector_modules`` are filled.
         path: checkpoint file or URL.
         allow_empty: accept a checkpoint of which nothing fits the model.
 
@@ -124,7 +125,7 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
             shapes differ elsewhere than in the layers of the classes; or it fills less than
             half of a module's tensors.
     """
-    checkpointer = _ReportingCheckpointer(model)
+    checkpointer = _ReportingCheckpointer(_detector_part(model))
     if not path:
         raise UserError("no checkpoint to load: the path is empty (train.init_checkpoint)")
     try:
@@ -140,6 +141,18 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
     _check(report, checkpointer.keys, allow_empty)
     logger.info(report.summary())
     return report
+
+
+def _detector_part(model: nn.Module) -> nn.Module:
+    """The model without what only pre-training has: its target copy has the detector's names, too,
+    and the matching heuristics would not know which to fill."""
+    names = getattr(model, "detector_modules", None)
+    if names is None:
+        return model
+    part = nn.Module()
+    for name in names:
+        part.add_module(name, getattr(model, name))
+    return part
 
 
 class _ReportingCheckpointer(DetectionCheckpointer):
@@ -240,7 +253,9 @@ def _count(
 def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
     wrong = [m for m in report.mismatched if not any(layer in m[0] for layer in CLASS_LAYERS)]
     if wrong:
-        shown = "; ".join(f"{k}: {theirs} in the file, {ours} here" for k, theirs, ours in wrong[:3])
+        shown = "; ".join(
+            f"{k}: {theirs} in the file, {ours} here" for k, theirs, ours in wrong[:3]
+        )
         raise UserError(
             f"{report.path} is of another architecture than the detector: "
             f"{len(wrong)} tensors differ in shape, e.g. {shown}. Pre-train from this detector's "

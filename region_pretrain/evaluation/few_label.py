@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def first_fraction(
     names: str | Sequence[str], fraction: float, filter_empty: bool = True
 ) -> list[dict[str, Any]]:
-    """The first images of a data set: SoCo's Mini-COCO with 5 % or 10 % of train2017.
+    """The first images of a data set: Mini-COCO is 5 % or 10 % of train2017.
 
     The published subsets are the head of the list that Detectron2 trains on (images without
     annotations dropped), not a random draw; COCO's 5 % are 5,863 images, its 10 % are 11,726.

@@ -243,7 +243,9 @@ class KNNProbeHook(HookBase):
             )
         parts = [part for part in comm.all_gather(found) if part]
         return {
-            name: tuple(torch.cat(tensors) for tensors in zip(*(p[name] for p in parts), strict=True))
+            name: tuple(
+                torch.cat(tensors) for tensors in zip(*(p[name] for p in parts), strict=True)
+            )
             for name in heads
         }
 

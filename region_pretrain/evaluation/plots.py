@@ -104,7 +104,14 @@ def plot_curves(
     for i, (name, (x, y)) in enumerate(curves.items()):
         label = name if len(x) else f"{name} (no data)"
         marker = "o" if len(x) <= 30 else None
-        axes.plot(x, y, label=label, color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)], marker=marker, markersize=4)
+        axes.plot(
+            x,
+            y,
+            label=label,
+            color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)],
+            marker=marker,
+            markersize=4,
+        )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     if title:

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 import numpy as np
 from detectron2.utils.file_io import PathManager
 
+from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.evaluation.plots import to_png
 
 _STYLE = """
@@ -120,7 +121,9 @@ def picture_grid(
     lines = []
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(f"the grid has {len(header)} columns, but a row of {len(row)} pictures")
+            raise ValueError(
+                f"the grid has {len(header)} columns, but a row of {len(row)} pictures"
+            )
         named = zip(row, header, strict=True)
         pictures = "".join(figure(p, name if captions else "") for p, name in named)
         lines.append(f'<div class="grid">{pictures}</div>')
@@ -147,6 +150,4 @@ def write_report(path: str, sections: Sequence[Section], title: str = "Report") 
     )
     if folder := os.path.dirname(path):
         PathManager.mkdirs(folder)
-    with PathManager.open(f"{path}.unfinished", "w", encoding="utf-8") as f:
-        f.write(page)
-    PathManager.mv(f"{path}.unfinished", path)
+    write_text_atomic(path, page)

@@ -14,8 +14,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     ``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as a process group exists, and
     Detectron2's ``NaiveSyncBatchNorm`` weights processes equally, takes 4-D input only and keeps
     the biased variance. This one computes what one process would compute with ``nn.BatchNorm``
-    on the concatenated batch, also when the processes hold different numbers of samples (as regions
-    do), or none. It is a ``BatchNorm2d`` so that weight-decay groups and precise batch norm know it.
+    on the concatenated batch, also when the processes hold different numbers of samples (as of
+    regions) or none. It is a ``BatchNorm2d``: weight-decay groups and precise batch norm know it.
 
     Shapes: (N, C) or (N, C, ...) to the same shape and dtype; statistics are taken in float32.
     """

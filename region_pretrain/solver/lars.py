@@ -13,7 +13,7 @@ from region_pretrain.errors import UserError
 
 
 class LARS(Optimizer):
-    r"""Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888, as in SoCo and BYOL).
+    r"""Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888, as in BYOL).
 
     For each parameter ``w`` with gradient ``g`` of a group::
 

@@ -20,7 +20,7 @@ def pretrain_param_groups(
         model: only its parameters with ``requires_grad`` are taken.
         weight_decay: L2 penalty of the decayed group.
         exclude_1d: parameters of at most one dimension (BN scales and offsets, biases) get neither
-            weight decay nor LARS adaptation (SoCo, table of the optimiser's settings).
+            weight decay nor LARS adaptation (BYOL, arXiv 2006.07733).
 
     Returns:
         One group with ``weight_decay`` and ``adapt=True``, one without both; an empty group is

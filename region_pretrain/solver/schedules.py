@@ -30,7 +30,7 @@ def warmup_cosine(
         epochs: length of the whole training; only its ratio to ``warmup_epochs`` counts.
         warmup_epochs: length of the warm-up.
         warmup_factor: multiplier at the first iteration.
-        final_factor: multiplier at the end; the default is SoCo's 1e-6 over its 8.0.
+        final_factor: multiplier at the end; the default is 1e-6 of a learning rate of 8.0.
 
     Returns:
         A learning-rate multiplier: ``warmup_factor`` -> 1 -> ``final_factor``.
@@ -102,7 +102,7 @@ def cosine_momentum(start: float, end: float = 1.0) -> ParamScheduler:
         end: momentum after the last step.
 
     Returns:
-        A function of ``k / K``, the fraction of the steps done (BYOL, and section 3 of SoCo).
+        A function of ``k / K``, the fraction of the steps done (BYOL, arXiv 2006.07733).
 
     Raises:
         UserError: not ``0 <= start <= end <= 1``.

@@ -99,7 +99,9 @@ def test_gradients_are_clipped_by_norm():
     (y.square().mean() + 2 * y.abs().mean()).backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in plain.parameters()))
     assert seen[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    moved = [(p - q).norm().item() for p, q in zip(model.parameters(), plain.parameters(), strict=1)]
+    moved = [
+        (p - q).norm().item() for p, q in zip(model.parameters(), plain.parameters(), strict=True)
+    ]
     assert math.hypot(*moved) == pytest.approx(0.1, rel=1e-4)
 
 
@@ -136,7 +138,12 @@ def test_model_is_told_of_every_step_once_whatever_the_micro_batches():
             calls.append(("after", iteration, max_iter, len(self.calls)))
 
     train(Told(), iterations=2, accumulate_steps=2)
-    assert calls == [("before", 0, 2, 0), ("after", 0, 2, 2), ("before", 1, 2, 2), ("after", 1, 2, 4)]
+    assert calls == [
+        ("before", 0, 2, 0),
+        ("after", 0, 2, 2),
+        ("before", 1, 2, 2),
+        ("after", 1, 2, 4),
+    ]
 
 
 def test_metrics_come_at_the_log_period_and_at_the_end():

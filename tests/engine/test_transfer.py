@@ -204,6 +204,32 @@ def test_model_zoo_pickle_is_matched_by_its_short_names(tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in expected.items())
 
 
+class Pretraining(nn.Module):
+    """A detector's modules, and a copy of them that has the same names behind a prefix."""
+
+    detector_modules = ("backbone",)
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = build(seed=0).backbone
+        self.target = nn.ModuleDict({"backbone": build(seed=0).backbone})
+        self.projector = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_pretraining_model_gets_the_detectors_own_modules(tmp_path, checkpoint, short):
+    source, model = build(seed=1), Pretraining()
+    path = tmp_path / "R-tiny.pkl"
+    content = {"model": zoo_weights(source), "__author__": "test", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    report = load_pretrained(model, str(path) if short else checkpoint)
+    assert list(report.modules) == ["backbone.fpn", "backbone.bottom_up"]
+    assert report.modules["backbone.bottom_up"].loaded_tensors == 66
+    name = "backbone.bottom_up.res3.0.conv1.weight"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name])
+    assert torch.equal(model.state_dict()["target." + name], build(seed=0).state_dict()[name])
+
+
 def test_short_names_in_a_pth_need_the_heuristics(tmp_path):
     weights = {k: torch.from_numpy(v) for k, v in zoo_weights(build(seed=1)).items()}
     path = save(tmp_path, {"model": weights})

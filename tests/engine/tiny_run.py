@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import random
 import signal
@@ -12,14 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from omegaconf import OmegaConf
+from torch import distributed as dist
 from torch import nn
 
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.solver import LARS, cosine_momentum, pretrain_param_groups, warmup_cosine
+from region_pretrain.errors import UserError
+from region_pretrain.solver import (
+    LARS,
+    cosine_momentum,
+    pretrain_param_groups,
+    warmup_cosine,
+    warmup_multistep,
+)
 
 
 @dataclass
@@ -61,10 +73,10 @@ class TinyMethod(nn.Module):
 
     detector_modules = ("backbone",)
 
-    def __init__(self, noise: float = 0.0, norm: bool = False, width: int = 5):
+    def __init__(self, noise: float = 0.0, norm: str = "", width: int = 5):
         super().__init__()
-        layers = [nn.Linear(6, width), *([nn.BatchNorm1d(width)] if norm else []), nn.Tanh()]
-        self.backbone = nn.Sequential(*layers)
+        norms = {"": nn.Identity, "BN": nn.BatchNorm1d, "SyncBN": nn.SyncBatchNorm}
+        self.backbone = nn.Sequential(nn.Linear(6, width), norms[norm](width), nn.Tanh())
         self.target = copy.deepcopy(self.backbone).requires_grad_(False)
         self.predictor = nn.Linear(width, width)
         self.register_buffer("queue", torch.zeros(4, width))
@@ -95,6 +107,31 @@ class KillAt(HookBase):
     def after_step(self) -> None:
         if self.trainer.iter == int(os.environ.get("KILL_AT", "-1")):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StopAt(HookBase):
+    """Ends the training as Ctrl-C does."""
+
+    def after_step(self) -> None:
+        if self.trainer.iter == int(os.environ.get("STOP_AT", "-1")):
+            raise KeyboardInterrupt
+
+
+class KillInSave(HookBase):
+    """Ends the process while it writes a checkpoint: half of the file is there."""
+
+    def after_step(self) -> None:
+        if self.trainer.iter == int(os.environ.get("KILL_AT", "-1")):
+            save = torch.save
+
+            def half(data, f):
+                buffer = io.BytesIO()
+                save(data, buffer)
+                f.write(buffer.getvalue()[: buffer.tell() // 2])
+                f.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = half
 
 
 class Poison(HookBase):
@@ -132,14 +169,112 @@ def make_config(output_dir, **train) -> OmegaConf:
     )
 
 
-def train_in_process(output_dir: str, resume: bool, overrides: dict | None = None) -> None:
+class TinyDetector(nn.Module):
+    """Takes lists of dicts, has batch norm and draws random numbers, as RoI heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh())
+        self.roi_heads = nn.Linear(4, 1)
+
+    def forward(self, batch: list[dict]) -> dict[str, torch.Tensor] | list[dict]:
+        y = self.roi_heads(self.backbone(torch.stack([d["x"] for d in batch])))[:, 0]
+        if not self.training:
+            return [{"y": v.item()} for v in y]
+        goal = torch.stack([d["x"].sum() for d in batch])
+        return {"loss_y": ((y - goal).square() * torch.rand_like(y)).mean()}
+
+
+class NoisyMapper:
+    """Adds noise from the global generators, as Detectron2's augmentations do."""
+
+    def __init__(self, scale: float = 0.1):
+        self.scale = scale
+
+    def __call__(self, record: dict) -> dict:
+        noise = np.random.randn() + random.random() + torch.rand(1)
+        x = torch.tensor([record["image_id"] / 10, 1.0, 0.0])
+        return {**record, "x": x + self.scale * noise}
+
+
+def records(count: int = 10) -> list[dict]:
+    """Every third image is tall."""
+    return [{"image_id": i, "width": 4, "height": 5 if i % 3 == 0 else 3} for i in range(count)]
+
+
+class MeanOutput(DatasetEvaluator):
+    """Its AP is the mean output; NaN stands for a class without boxes."""
+
+    def reset(self) -> None:
+        self.values = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        self.values += [output["y"] for output in outputs]
+
+    def evaluate(self) -> dict:
+        return {"bbox": {"AP": float(np.mean(self.values)), "AP-none": float("nan")}}
+
+
+def make_detection_config(output_dir, **train) -> OmegaConf:
+    """A fine-tuning config in Detectron2's form."""
+    return OmegaConf.create(
+        {
+            "model": L(TinyDetector)(),
+            "dataloader": {
+                "train": L(build_detection_train_loader)(
+                    dataset=L(records)(),
+                    mapper=L(NoisyMapper)(),
+                    total_batch_size=4,
+                    num_workers=0,
+                ),
+                "test": L(build_detection_test_loader)(
+                    dataset=L(records)(count=5), mapper=L(NoisyMapper)(scale=0.0), num_workers=0
+                ),
+                "evaluator": L(MeanOutput)(),
+            },
+            "optimizer": L(torch.optim.SGD)(
+                params=L(get_default_optimizer_params)(weight_decay_norm=0.0), lr=0.02, momentum=0.9
+            ),
+            "lr_multiplier": L(warmup_multistep)(max_iter=12, steps=[8], warmup_iters=2),
+            "train": {
+                "output_dir": str(output_dir),
+                "max_iter": 12,
+                "device": "cpu",
+                "log_period": 1,
+                "eval_period": 3,
+                "checkpointer": {"period": 4, "keep_last": 0},
+                "precise_bn": {"enabled": True, "num_iter": 2},
+                **train,
+            },
+        },
+        flags={"allow_objects": True},
+    )
+
+
+def train_in_process(
+    output_dir: str, resume: bool, train: dict | None = None, model: dict | None = None
+) -> None:
     """What the processes of a test run."""
-    cfg = make_config(output_dir, **(overrides or {}))
+    cfg = make_config(output_dir, **(train or {}))
+    cfg.model.update(model or {})
     do_pretrain(cfg, resume)
 
 
-if __name__ == "__main__":
-    import json
-    import sys
+def refuse(message: str) -> None:
+    """A user's mistake that every process finds."""
+    raise UserError(message)
 
-    train_in_process(sys.argv[1], sys.argv[2] == "resume", json.loads(sys.argv[3]))
+
+def fail_on_second() -> None:
+    """An error in one process only."""
+    if comm.get_rank() == 1:
+        raise ValueError("rank 1 broke")
+    comm.synchronize()
+
+
+def write_ranks(folder: str) -> None:
+    """Leaves a file that says who this process is."""
+    total = sum(comm.all_gather(comm.get_rank() + 1))
+    text = f"{comm.get_rank()}/{comm.get_world_size()} local {comm.get_local_rank()} sum {total}"
+    with open(os.path.join(folder, str(comm.get_rank())), "w") as f:
+        f.write(f"{text} {dist.get_backend()}")

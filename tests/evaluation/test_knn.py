@@ -56,7 +56,12 @@ def test_leave_one_out_does_not_see_itself():
     assert knn_accuracy(features, torch.tensor([0, 0, 1, 1]), k=1) == 1.0
     # each nearest neighbour is of the other class; with itself among them it would be 1
     assert knn_accuracy(features, torch.tensor([0, 1, 0, 1]), k=1) == 0.0
-    assert knn_accuracy(features, torch.tensor([0, 1, 0, 1]), features, torch.tensor([0, 1, 0, 1]), k=1) == 1.0
+    assert (
+        knn_accuracy(
+            features, torch.tensor([0, 1, 0, 1]), features, torch.tensor([0, 1, 0, 1]), k=1
+        )
+        == 1.0
+    )
 
 
 def test_nearer_neighbours_outvote_many():

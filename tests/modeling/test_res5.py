@@ -52,7 +52,9 @@ def test_weights_of_a_plain_res5_fill_all_but_the_norm():
 
 
 def test_survives_a_saved_config(tmp_path):
-    LazyConfig.save(DictConfig({"res5": L(res5_stage_with_norm)(**STAGE)}), str(tmp_path / "c.yaml"))
+    LazyConfig.save(
+        DictConfig({"res5": L(res5_stage_with_norm)(**STAGE)}), str(tmp_path / "c.yaml")
+    )
     res5 = instantiate(LazyConfig.load(str(tmp_path / "c.yaml")).res5)
     assert [name for name, _ in res5.named_children()] == ["0", "1", "2", "norm"]
     assert isinstance(res5.norm, nn.SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""Mask R-CNN for Shapes on a CPU: ResNet-18 of 24 channels, FPN of 64, a 4conv1fc box head.
+"""Mask R-CNN for Shapes on a CPU: ResNet-18 of 24 channels, FPN of 48, a 4conv1fc box head.
 
 The same modules as the full-size detector, with anchors and level assignment brought down from
 800-pixel photographs to scenes of about 100 pixels.
@@ -11,7 +11,7 @@ from region_pretrain.modeling.narrow_resnet import narrow_resnet18_stages
 
 from .mask_rcnn_fpn import model
 
-_FPN_CHANNELS, _FC = 64, 256
+_FPN_CHANNELS, _FC = 48, 256
 
 model.backbone.bottom_up.stem.out_channels = 24
 model.backbone.bottom_up.stages = L(narrow_resnet18_stages)(channels=24, norm="SyncBN")

@@ -98,6 +98,10 @@ class SoCo(nn.Module):
         head = getattr(self.roi_heads, self.head_name)
         return {"backbone": self.backbone, "head": head, "projector": self.projector}
 
+    def on_weights_loaded(self) -> None:
+        """Start the target from ``train.init_checkpoint`` as well; the engine calls it."""
+        self.target.ema_update(self.online, momentum=0.0)
+
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Move the target; the engine calls it before each optimiser step's forward."""
         momentum = self.momentum(iteration / max_iter)

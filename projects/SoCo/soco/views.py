@@ -16,6 +16,7 @@ from region_pretrain.data.geometry import (
     whole_image,
 )
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.errors import UserError
 
 _ATTEMPTS = 5  # crops are drawn again when they show too few regions
 
@@ -65,7 +66,7 @@ class SoCoViews:
         sizes: side of each view in pixels, the first view's first.
         sources: what each further view shows: ``"crop"`` a random crop of its own; an integer
             ``j`` the same crop and regions as further view ``j``, at another resolution.
-        photometry: one for each view.
+        first_photometry, other_photometry: of the first view, and of all others.
         num_regions: K.
         crop_area: range of a crop's share of the image.
         jitter_prob, jitter_ratio: box jitter of the first view's copies.
@@ -77,19 +78,23 @@ class SoCoViews:
         self,
         sizes: Sequence[int],
         sources: Sequence[str | int],
-        photometry: Sequence[Photometry],
+        first_photometry: Photometry,
+        other_photometry: Photometry,
         num_regions: int = 4,
         crop_area: tuple[float, float] = (0.5, 1.0),
         jitter_prob: float = 0.5,
         jitter_ratio: float = 0.1,
         min_box_side: float = 0.0,
     ) -> None:
-        if not len(sizes) == len(photometry) == len(sources) + 1:
-            raise ValueError("sizes and photometry are one a view, sources one a further view")
+        if len(sizes) != len(sources) + 1:
+            raise UserError(
+                f"views.sizes={list(sizes)} gives one size a view, views.sources={list(sources)} "
+                "one source a view after the first: their lengths do not fit"
+            )
         self.sizes = [(size, size) for size in sizes]
         self.sources = list(sources)
         self.groups = pair_groups(self.sources)
-        self.photometry = list(photometry)
+        self.photometry = [first_photometry] + [other_photometry] * len(self.sources)
         self.num_regions = num_regions
         self.crop_area = tuple(crop_area)
         self.jitter_prob, self.jitter_ratio = jitter_prob, jitter_ratio

@@ -21,7 +21,7 @@ from region_pretrain.errors import UserError
 
 CLASSES: tuple[str, ...] = tuple(OUTLINES)
 _MATERIAL_NAMES = tuple(MATERIALS)
-_SUPERSAMPLE = 4  # sub-pixels a side, for the objects' soft edges
+_SUPERSAMPLE = 8  # sub-pixels a side, for the objects' soft edges
 _MIN_VISIBLE_SIDE = 4.0  # pixels; a smaller rest of an object is not placed
 
 
@@ -54,8 +54,8 @@ class Difficulty:
     occlusion: float = 0.35
     rotation: float = 45.0
     noise: float = 0.02
-    saturation: float = 0.03
-    object_saturation: float = 0.01
+    saturation: float = 0.01
+    object_saturation: float = 0.005
 
 
 #: The named levels.
@@ -208,7 +208,8 @@ def _coverage(rings: list[np.ndarray], side: int) -> np.ndarray:
     """Share of each pixel inside the rings, ``(side, side)`` float32."""
     shift = 4  # fractional bits of cv2's coordinates
     mask = np.zeros((side * _SUPERSAMPLE,) * 2, np.uint8)
-    # OpenCV puts integer coordinates at pixel centres, we put them at pixel corners.
+    # OpenCV puts integer coordinates at sub-pixels' centres, and fills the border line as well:
+    # half a sub-pixel too much on every side.
     points = [np.round((r * _SUPERSAMPLE - 0.5) * (1 << shift)).astype(np.int32) for r in rings]
     cv2.fillPoly(mask, points, 255, lineType=cv2.LINE_8, shift=shift)
     return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -250,9 +251,10 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
         objects = _place(difficulty, side, rng)
 
     unit = side / 20  # the textures' unit length
-    material = MATERIALS[_MATERIAL_NAMES[int(rng.integers(len(_MATERIAL_NAMES)))]]
-    ground = 0.7 * MATERIALS["clouds"](side, side, 2.5 * unit, rng)
-    ground += 0.7 * material(side, side, unit * rng.uniform(0.8, 1.8), rng)
+    # Grounds are all of one kind: one with a pattern of its own would tell every region of the
+    # scene which image it is from, and matching regions would need nothing else.
+    ground = 0.8 * MATERIALS["clouds"](side, side, 2.5 * unit, rng)
+    ground += 0.6 * MATERIALS["clouds"](side, side, 0.6 * unit, rng)
     canvas = 0.5 + difficulty.ground_texture * ground
     tint = np.zeros((side, side, 3), np.float32)
     below = difficulty.clutter // 2

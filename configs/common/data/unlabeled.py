@@ -1,0 +1,30 @@
+"""Unlabelled images for pre-training; a method adds ``dataset.views``."""
+
+from detectron2.config import LazyCall as L
+from omegaconf import OmegaConf
+
+from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.loader import PretrainLoader
+
+dataloader = OmegaConf.create()
+dataloader.train = L(PretrainLoader)(
+    dataset=L(PretrainDataset)(
+        # Registered data sets, or "folder://DIR"; a list is joined.
+        names="imagenet_train",
+        views=None,
+        # The store that tools/make_regions.py wrote, and the recipe it must have been made with.
+        regions="regions/imagenet_train.arrow",
+        recipe="soco-v1",
+        # Share of the images that may be missing from the store (files that could not be read).
+        max_unreadable=0.01,
+        # Average over the covered pixels where a view shrinks the image; False is faster.
+        antialias=True,
+    ),
+    # Images of one optimiser step, over all processes.
+    total_batch_size=2048,
+    # A process.
+    num_workers=4,
+    # null: train.seed.
+    seed=None,
+    pin_memory=True,
+)

@@ -1,0 +1,109 @@
+"""What all of SoCo's recipes share. Leaves choose detector, views, data and length."""
+
+from detectron2.config import LazyCall as L
+from omegaconf import DictConfig
+
+from region_pretrain.config import get_config
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.modeling.heads import MLPHead
+from region_pretrain.projects.soco import SoCo, SoCoViews
+from region_pretrain.solver import cosine_momentum
+
+optimizer = get_config("common/optim.py").lars
+lr_multiplier = get_config("common/schedule.py").pretrain
+train = get_config("common/train.py").train
+dataloader = get_config("common/data/unlabeled.py").dataloader
+
+train.epochs = 100
+train.base_batch_size = 256  # lr 1.0 * 2048 / 256 = 8.0
+train.amp.enabled = True
+train.channels_last = True
+train.checkpointer.period = 2000
+train.checkpointer.keep_every = 10000
+train.output_dir = "output/soco"
+
+_jitter = dict(
+    brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2
+)
+_photometry = dict(
+    first_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
+    other_photometry=L(Photometry)(
+        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
+    ),
+)
+
+dataloader.train.dataset.views = L(SoCoViews)(
+    sizes=[224, 224, 112],
+    # A crop of its own for each further view, as released. ["crop", 0] is the paper's figure: the
+    # third view is the second at half the size.
+    sources=["crop", "crop"],
+    **_photometry,
+    num_regions=4,
+    crop_area=(0.5, 1.0),
+    jitter_prob=0.5,
+    jitter_ratio=0.1,
+    min_box_side=0.0,
+)
+
+two_views = L(SoCoViews)(
+    sizes=[224, 224],
+    sources=["crop"],
+    **_photometry,
+    num_regions=4,
+    crop_area=(0.6, 1.0),
+    jitter_prob=0.0,
+    jitter_ratio=0.0,
+    min_box_side=0.0,
+)
+
+
+def _soco(detector: DictConfig, feature_dim: int, hidden_dim: int, dim: int, **parts) -> DictConfig:
+    return L(SoCo)(
+        backbone=detector.backbone,
+        projector=L(MLPHead)(input_dim=feature_dim, hidden_dim=hidden_dim, output_dim=dim),
+        predictor=L(MLPHead)(input_dim=dim, hidden_dim=hidden_dim, output_dim=dim),
+        momentum=L(cosine_momentum)(start=0.99),
+        sources="${dataloader.train.dataset.views.sources}",
+        zero_init=True,
+        pixel_mean=detector.pixel_mean,
+        pixel_std=detector.pixel_std,
+        input_format=detector.input_format,
+        **parts,
+    )
+
+
+def soco_fpn(detector: DictConfig, hidden_dim: int = 4096, dim: int = 256) -> DictConfig:
+    """SoCo around the backbone, pooler and box head of an FPN detector.
+
+    Args:
+        detector: ``model`` of a config in ``configs/detection``.
+        hidden_dim, dim: of projector and predictor.
+    """
+    heads = detector.roi_heads
+    return _soco(
+        detector,
+        heads.box_head.fc_dims[-1],
+        hidden_dim,
+        dim,
+        in_features=heads.box_in_features,
+        pooler=heads.box_pooler,
+        head=heads.box_head,
+        level_scales=[48, 96, 192, 224],
+        # True: head on all levels, the released code's batch-norm statistics at 4 times the work.
+        all_levels=False,
+    )
+
+
+def soco_c4(detector: DictConfig, hidden_dim: int = 4096, dim: int = 256) -> DictConfig:
+    """SoCo around the backbone, pooler and res5 of a C4 detector."""
+    heads = detector.roi_heads
+    return _soco(
+        detector,
+        heads.res5.out_channels,
+        hidden_dim,
+        dim,
+        in_features=heads.in_features,
+        pooler=heads.pooler,
+        head=heads.res5,
+        head_name="res5",
+    )

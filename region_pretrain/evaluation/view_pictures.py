@@ -1,0 +1,90 @@
+"""What a pre-training sees: its views after photometry, with the regions that are matched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig
+
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.evaluation.plots import draw_regions
+
+_GAP = 8  # pixels between pictures of a sheet
+
+
+def first_views(cfg: DictConfig, count: int) -> ViewBatch:
+    """The first images of a pre-training's first batch, exactly as the run would see them.
+
+    Args:
+        cfg: a pre-training config; ``dataloader.train`` and ``train.seed`` are read.
+        count: images.
+
+    Raises:
+        UserError: the data does not fit, or has fewer images.
+    """
+    loader = cfg.dataloader.train.copy()
+    if loader.seed is None:
+        loader.seed = cfg.train.seed or 0
+    # A smaller batch is the beginning of the larger one: samples do not depend on its size.
+    loader.total_batch_size = count
+    loader.num_workers = 0
+    return next(iter(instantiate(loader).iterate(0, 1)))
+
+
+def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
+    """Draw every view of every image of a batch.
+
+    Args:
+        batch: from a loader, with any number of views.
+
+    Returns:
+        For each image, for each view, (H, W, 3) uint8 RGB: the pixels after photometry, before
+        normalisation, enlarged by a whole number; a region has the same colour in all views.
+    """
+    pixels = []
+    for view in batch.views:
+        images = apply_photometry(view.images.float() / 255, view.photometry)
+        images = (images * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels.append(images.permute(0, 2, 3, 1).contiguous().cpu().numpy())  # (B, H, W, 3)
+    rows = []
+    for i in range(len(batch)):
+        drawn = []
+        for view, images in zip(batch.views, pixels, strict=True):
+            ids = torch.where(view.valid[i], view.region_ids[i], -1)
+            drawn.append((images[i], view.boxes[i].cpu().numpy(), ids.tolist()))
+        rows.append(draw_regions(drawn))
+    return rows
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 224) -> np.ndarray:
+    """Put pictures into one: a line an image, a column a view, on white.
+
+    Args:
+        rows: (H, W, 3) uint8 RGB pictures, as many in each row.
+        height: of each in pixels; widths follow.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    small = [[_resize(picture, height) for picture in row] for row in rows]
+    widths = [max(row[c].shape[1] for row in small) for c in range(len(small[0]))]
+    width = sum(widths) + _GAP * (len(widths) + 1)
+    canvas = np.full((len(small) * (height + _GAP) + _GAP, width, 3), 255, np.uint8)
+    for r, row in enumerate(small):
+        top, left = _GAP + r * (height + _GAP), _GAP
+        for picture, column in zip(row, widths, strict=True):
+            canvas[top : top + height, left : left + picture.shape[1]] = picture
+            left += column + _GAP
+    return canvas
+
+
+def _resize(picture: np.ndarray, height: int) -> np.ndarray:
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    shrinks = height < picture.shape[0]
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_NEAREST
+    return cv2.resize(picture, (width, height), interpolation=how)

@@ -1,0 +1,242 @@
+"""Reading an image file as a person sees it: 8-bit RGB, upright, transparency on white."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from region_pretrain.errors import UserError
+
+_EXIF_ORIENTATION = 0x0112
+_HEAD_BYTES = 1 << 16
+_JPEG_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+class UnreadableImage(UserError):
+    """A file that is missing, damaged or no image."""
+
+
+class _Header(NamedTuple):
+    """What the first bytes of a JPEG or PNG tell.
+
+    Attributes:
+        width, height: as stored, before the EXIF orientation.
+        orientation: EXIF, 1 to 8.
+        ordinary: 8 bits, grey or RGB, no transparency, and whole: OpenCV reads it right.
+    """
+
+    width: int
+    height: int
+    orientation: int
+    ordinary: bool
+
+
+def read_image(path: str, reduce: int = 1) -> np.ndarray:
+    """Read an image file.
+
+    Args:
+        path: of the file; anything that PathManager opens.
+        reduce: 1, 2, 4 or 8: give the image at that part of its size. Much faster for a JPEG.
+
+    Returns:
+        ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB with the EXIF orientation applied,
+        grey in three equal channels, transparency composited on white, 16 bits scaled to 8.
+
+    Raises:
+        UnreadableImage: the file is missing, damaged or no image.
+    """
+    return decode_image(_read_bytes(path), path, reduce)
+
+
+def decode_image(data: bytes, name: str = "image", reduce: int = 1) -> np.ndarray:
+    """:func:`read_image` from memory; ``name`` stands in the error message."""
+    if reduce not in _JPEG_REDUCED:
+        raise ValueError(f"reduce is 1, 2, 4 or 8, not {reduce}")
+    header = _header(data)
+    is_jpeg = data.startswith(b"\xff\xd8")
+    pixels = None
+    if header is not None and header.ordinary:
+        flags = _JPEG_REDUCED[reduce if is_jpeg else 1] | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        except cv2.error:
+            pass  # Pillow may know better, or says what is wrong
+    if pixels is not None:
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+        reduce = 1 if is_jpeg else reduce
+        orientation = header.orientation
+    else:
+        pixels, orientation = _decode_with_pillow(data, name)
+        orientation = header.orientation if header is not None else orientation
+    if reduce > 1:
+        height, width = pixels.shape[:2]
+        size = (-(-width // reduce), -(-height // reduce))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(_upright(pixels, orientation))
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """The size that :func:`read_image` gives, read from the file's header without decoding.
+
+    Returns:
+        ``(width, height)`` in pixels.
+
+    Raises:
+        UnreadableImage: the file is missing, or its header is no image's.
+    """
+    head = _read_bytes(path, _HEAD_BYTES)
+    # A JPEG's header is in front; a PNG's orientation may stand at its end.
+    header = _header(head) if head.startswith(b"\xff\xd8") else None
+    if header is None:
+        data = _read_bytes(path) if len(head) == _HEAD_BYTES else head
+        header = _header(data)
+        if header is None:
+            try:
+                with Image.open(io.BytesIO(data)) as image:
+                    if image.format == "TIFF":
+                        image.load()  # Pillow turns it upright by itself, size and all
+                    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                    header = _Header(*image.size, _valid_orientation(orientation), False)
+            except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
+                raise _unreadable(path, data, error) from error
+    if header.orientation >= 5:
+        return header.height, header.width
+    return header.width, header.height
+
+
+def _read_bytes(path: str, limit: int = -1) -> bytes:
+    path = os.fspath(path)
+    try:
+        with PathManager.open(path, "rb") as file:
+            return file.read(limit)
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"{path}: no such file") from error
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be read: {error}") from error
+
+
+def _unreadable(name: str, data: bytes, error: Exception) -> UnreadableImage:
+    if not data:
+        return UnreadableImage(f"{name}: the file is empty")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return UnreadableImage(f"{name}: not an image, or its header is damaged")
+    return UnreadableImage(f"{name}: damaged or of a kind that is not read: {error}")
+
+
+def _header(data: bytes) -> _Header | None:
+    """The header of a JPEG or PNG; None for another format or bytes that end too early."""
+    try:
+        if data.startswith(b"\xff\xd8"):
+            return _jpeg_header(data)
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _png_header(data)
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _jpeg_header(data: bytes) -> _Header | None:
+    position, orientation, frame = 2, 1, None
+    while True:
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0xDA:  # start of scan: the header ends, and 0xFFD9 can only be the file's end
+            break
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = struct.unpack_from(">BHHB", data, position + 4)
+        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(data[position + 4 : position + 2 + length])
+        position += 2 + length
+    if frame is None:
+        return None
+    bits, height, width, channels = frame
+    if width == 0 or height == 0:
+        return None
+    whole = data.rfind(b"\xff\xd9", position) >= 0
+    return _Header(width, height, orientation, bits == 8 and channels in (1, 3) and whole)
+
+
+def _png_header(data: bytes) -> _Header | None:
+    width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
+    if data[12:16] != b"IHDR" or width == 0 or height == 0:
+        return None
+    # OpenCV reads grey, RGB and palette well; transparency and animation are left to Pillow.
+    ordinary, orientation, whole = bits == 8 and colour in (0, 2, 3), 1, False
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind in (b"tRNS", b"acTL"):
+            ordinary = False
+        elif kind == b"eXIf":
+            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
+        elif kind == b"IEND":
+            whole = True
+            break
+        position += length + 12
+    return _Header(width, height, orientation, ordinary and whole)
+
+
+def _exif_orientation(block: bytes) -> int:
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        return _valid_orientation(exif.get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing; the pixels are none the worse
+        return 1
+
+
+def _valid_orientation(value: object) -> int:
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply EXIF orientation 1 to 8 to ``(H, W, 3)``."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _decode_with_pillow(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """``(H, W, 3)`` uint8 RGB as stored, and the EXIF orientation."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            orientation = _valid_orientation(image.getexif().get(_EXIF_ORIENTATION, 1))
+            if image.mode[0] in "IF":
+                return _deep_grey(np.asarray(image)), orientation
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                canvas = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(canvas, image)
+            return np.array(image.convert("RGB")), orientation
+    except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
+        raise _unreadable(name, data, error) from error
+
+
+def _deep_grey(values: np.ndarray) -> np.ndarray:
+    """``(H, W)`` of 16 bits (in whatever type Pillow holds them) to ``(H, W, 3)`` uint8."""
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("pixels of more than 16 bits have no agreed brightness: convert to 8 bits")
+    grey = (values >> 8).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)

@@ -1,0 +1,1 @@
+"""Whole jobs: several command lines that belong together, and what they come to."""

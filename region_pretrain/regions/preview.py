@@ -1,0 +1,77 @@
+"""Draws images with their regions, to look at before hours are spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from region_pretrain.errors import UserError
+from region_pretrain.images import read_image
+from region_pretrain.regions.store import RegionStore
+from region_pretrain.regions.writing import write_atomic
+
+_COLUMNS = 4
+
+
+def draw_preview(
+    records: Sequence[dict],
+    store: RegionStore,
+    out: str,
+    count: int = 8,
+    max_boxes: int = 25,
+    seed: int = 0,
+) -> str:
+    """Draw some images of a store with their regions into one PNG.
+
+    Args:
+        records: the images; those without a row are left out.
+        store: their regions.
+        out: the PNG's path.
+        count: how many images, spread evenly over the records.
+        max_boxes: draw at most so many of an image's regions, chosen at random.
+        seed: of that choice.
+
+    Returns:
+        ``out``.
+    """
+    if count < 1:
+        raise UserError(f"a preview needs at least one image, not {count}")
+    there = np.flatnonzero(store.rows([str(r["image_id"]) for r in records]) >= 0)
+    if not len(there):
+        raise UserError(f"{store.path} has regions of none of these images")
+    count = min(count, len(there))
+    chosen = there[np.linspace(0, len(there) - 1, count).round().astype(int)]
+    rng = np.random.default_rng(seed)
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    colours = matplotlib.colormaps["turbo"]
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, i in zip(axes, chosen, strict=False):
+        key = str(records[i]["image_id"])
+        boxes = store.boxes(key)
+        drawn = boxes[np.sort(rng.permutation(len(boxes))[:max_boxes])]
+        axis.imshow(read_image(records[i]["file_name"]))
+        for j, (x0, y0, x1, y1) in enumerate(drawn.tolist()):
+            # A pixel's centre has whole coordinates in a plot, its corner half ones.
+            axis.add_patch(
+                Rectangle(
+                    (x0 - 0.5, y0 - 0.5),
+                    x1 - x0,
+                    y1 - y0,
+                    fill=False,
+                    linewidth=1.2,
+                    edgecolor=colours((j + 0.5) / len(drawn)),
+                )
+            )
+        name = key if len(key) <= 36 else f"...{key[-33:]}"
+        axis.set_title(f"{name}\n{len(drawn)} of {len(boxes)} regions", fontsize=8)
+    write_atomic(out, FigureCanvasAgg(figure).print_png)
+    return out

@@ -1,0 +1,47 @@
+"""Selective search (Uijlings et al. 2013) of OpenCV's ximgproc, with a result that repeats."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from region_pretrain.regions.filters import canonical, clip
+
+MODES = ("fast", "quality", "single")
+
+
+def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 0) -> np.ndarray:
+    """Boxes of the regions that selective search finds, unfiltered.
+
+    OpenCV returns the same boxes in every run and with every number of threads, but in an order
+    that is partly random; here the order is fixed.
+
+    Args:
+        image: ``(H, W, 3)`` uint8 RGB.
+        mode: ``fast``, ``quality`` or ``single``, each with OpenCV's default parameters.
+        working_size: a longer image is shrunk to this long side before the search (which takes
+            time about in proportion to the pixels) and its boxes are mapped back; 0 never shrinks.
+
+    Returns:
+        ``(N, 4)`` float32 XYXY, half-open whole pixels of ``image``, by area.
+    """
+    height, width = image.shape[:2]
+    scale = working_size / max(height, width) if working_size else 1.0
+    if scale < 1:
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(image[..., ::-1]))  # BGR
+    if mode == "fast":
+        search.switchToSelectiveSearchFast()
+    elif mode == "quality":
+        search.switchToSelectiveSearchQuality()
+    elif mode == "single":
+        search.switchToSingleStrategy()
+    else:
+        raise ValueError(f"selective search has no mode {mode!r}; it has {', '.join(MODES)}")
+    boxes = np.asarray(search.process(), np.float64).reshape(-1, 4)  # x, y, width, height
+    boxes[:, 2:] += boxes[:, :2]
+    shrunk_height, shrunk_width = image.shape[:2]
+    boxes *= (width / shrunk_width, height / shrunk_height) * 2
+    return canonical(clip(np.rint(boxes), width, height))

@@ -1,0 +1,112 @@
+"""What a source of regions is, and the sources that do not look at the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+from region_pretrain.errors import UserError
+from region_pretrain.regions.filters import canonical, clip
+
+
+class RegionSource(Protocol):
+    """Finds the regions of one image."""
+
+    def __call__(
+        self, image: np.ndarray, record: Mapping[str, Any], rng: np.random.Generator
+    ) -> np.ndarray:
+        """Find regions.
+
+        Args:
+            image: ``(H, W, 3)`` uint8 RGB, as :func:`region_pretrain.images.read_image` gives it.
+            record: the image's Detectron2 dataset dict.
+            rng: the image's own generator, the same in every run.
+
+        Returns:
+            ``(N, 4)`` float32 XYXY in pixels of the image, half-open; N may be 0.
+        """
+
+
+def grid_boxes(
+    width: int, height: int, divisions: Sequence[int], overlap: float = 0.5
+) -> np.ndarray:
+    """Windows on regular grids.
+
+    Args:
+        width, height: of the image in pixels.
+        divisions: for each number n, windows of 1/n of the width and the height.
+        overlap: part of a window that its neighbour covers too, in [0, 1).
+
+    Returns:
+        ``(N, 4)`` float32 XYXY, N = the sum of (ceil((n - 1) / (1 - overlap)) + 1) squared over
+        the divisions, less those that fall together on a small image.
+    """
+    boxes = []
+    for n in divisions:
+        steps = int(np.ceil((n - 1) / (1 - overlap) - 1e-9)) + 1
+        starts = np.linspace(0, 1 - 1 / n, steps)
+        y, x = np.meshgrid(starts, starts, indexing="ij")
+        corners = np.stack([x, y, x + 1 / n, y + 1 / n], axis=-1).reshape(-1, 4)
+        boxes.append(corners * ((width, height) * 2))
+    return canonical(clip(np.rint(np.concatenate(boxes)), width, height))
+
+
+def random_boxes(
+    width: int,
+    height: int,
+    count: int,
+    ratio: tuple[float, float],
+    max_aspect: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Random boxes: size and aspect ratio log-uniform, position uniform within the image.
+
+    Args:
+        width, height: of the image in pixels.
+        count: number of draws; a draw that is wider or higher than the image is dropped.
+        ratio: range of sqrt(box area / image area).
+        max_aspect: the aspect ratio is between its inverse and it.
+        rng: the image's generator.
+
+    Returns:
+        ``(N, 4)`` float32 XYXY in whole pixels, N <= count, in the order of the draws.
+    """
+    side = np.exp(rng.uniform(*np.log(ratio), count)) * np.sqrt(float(width) * height)
+    stretch = np.exp(rng.uniform(-0.5, 0.5, count) * np.log(max_aspect))
+    w, h = np.rint(side * stretch), np.rint(side / stretch)
+    x, y = np.rint(rng.random(count) * (width - w)), np.rint(rng.random(count) * (height - h))
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    return np.stack([x, y, x + w, y + h], axis=1)[fits].astype(np.float32)
+
+
+def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np.ndarray:
+    """The boxes that an image is annotated with, without crowds and empty ones.
+
+    Args:
+        record: Detectron2 dataset dict with ``annotations``.
+        width, height: of the image that was read, in pixels.
+
+    Returns:
+        ``(N, 4)`` float32 XYXY, within the image.
+
+    Raises:
+        UserError: the record has no annotations, or they are for an image of another size.
+    """
+    name = record.get("file_name", record.get("image_id"))
+    if "annotations" not in record:
+        raise UserError(f"{name}: ground truth is asked for, but the data set has no annotations")
+    said = (record.get("width", width), record.get("height", height))
+    if said != (width, height):
+        raise UserError(
+            f"{name} is {width}x{height}, but its annotations are for {said[0]}x{said[1]} (an EXIF "
+            "orientation that the annotations do not know?)"
+        )
+    boxes = [
+        BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in record["annotations"]
+        if not a.get("iscrowd", 0)
+    ]
+    return canonical(clip(np.array(boxes, np.float32).reshape(-1, 4), width, height))

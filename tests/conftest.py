@@ -1,0 +1,63 @@
+"""Fixtures that several rooms share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from region_pretrain.data.catalog import get_records
+from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.projects.soco import SoCoViews
+from region_pretrain.regions import RegionStore
+from region_pretrain.regions.generate import make_regions
+
+
+@dataclass
+class RegionFolder:
+    """A folder of images, the store of their regions, and the boxes by key."""
+
+    images: Path
+    store: str
+    boxes: dict[str, np.ndarray]
+
+
+def _paint(path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = np.full((64, 64, 3), 120, np.uint8)
+    for _ in range(6):
+        x, y = rng.integers(0, 44, 2).tolist()
+        colour = rng.integers(0, 256, 3).tolist()
+        cv2.rectangle(image, (x, y), (x + 24, y + 20), colour, -1)
+    cv2.imwrite(str(path), image)
+
+
+@pytest.fixture
+def region_folder(tmp_path) -> RegionFolder:
+    """Twelve images of 64 pixels in nested folders, regions by the ``shapes-v1`` recipe."""
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    for i in range(12):
+        _paint(root / ("sub" if i % 2 else "") / f"{i:02d}.png", i)
+    records = get_records(f"folder://{root}")
+    path = str(tmp_path / "regions.arrow")
+    make_regions(records, path, "shapes-v1", workers=1)
+    store = RegionStore.open(path)
+    return RegionFolder(
+        root, path, {str(r["image_id"]): store.boxes(str(r["image_id"])) for r in records}
+    )
+
+
+@pytest.fixture
+def soco_views() -> SoCoViews:
+    """Two views of 32 pixels and a third of 16, with every photometric operation."""
+    photometry = Photometry(0.4, 0.4, 0.2, 0.1, 0.8, 0.2, 0.5, (0.1, 1.0), 0.2)
+    return SoCoViews([32, 32, 16], ["crop", "crop"], photometry, photometry)
+
+
+@pytest.fixture
+def pretrain_dataset(region_folder, soco_views) -> PretrainDataset:
+    """The folder of :func:`region_folder` through SoCo's views."""
+    return PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)

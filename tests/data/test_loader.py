@@ -1,0 +1,91 @@
+"""The loader: the same samples whatever the workers, ranks and place of resumption."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils import comm
+
+from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.errors import UserError
+
+
+def flat(batch):
+    return [t for view in batch.views for t in vars(view).values()] + [batch.indices]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_samples_do_not_depend_on_the_number_of_workers(pretrain_dataset, workers):
+    plain = PretrainLoader(pretrain_dataset, 4, num_workers=0, seed=3)
+    other = PretrainLoader(pretrain_dataset, 4, num_workers=workers, seed=3)
+    pairs = list(zip(plain.iterate(0, 7), other.iterate(0, 7), strict=True))
+    assert len(pairs) == 7 and all(same(a, b) for a, b in pairs)
+
+
+def test_a_resumed_loader_goes_on_with_the_next_sample(pretrain_dataset):
+    loader = PretrainLoader(pretrain_dataset, 4, num_workers=0, seed=3)
+    whole, rest = list(loader.iterate(0, 9)), list(loader.iterate(5, 9))
+    assert all(same(a, b) for a, b in zip(whole[5:], rest, strict=True))
+
+
+def test_every_image_once_an_epoch_in_a_new_order(pretrain_dataset):
+    loader = PretrainLoader(pretrain_dataset, 4, num_workers=0)
+    size, per_epoch = len(pretrain_dataset), loader.iterations_per_epoch
+    assert per_epoch == size // 4
+    epochs = [
+        torch.cat([b.indices for b in loader.iterate(e * per_epoch, (e + 1) * per_epoch)]).tolist()
+        for e in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
+    assert epochs[0] != epochs[1]
+    # The same image is another sample in another epoch.
+    first = pretrain_dataset.sample(0, 0, 5)[1]
+    second = pretrain_dataset.sample(0, 1, 5)[1]
+    assert first[1].geometry != second[1].geometry
+
+
+def test_seeds_differ(pretrain_dataset):
+    a, b = (PretrainLoader(pretrain_dataset, 4, num_workers=0, seed=s) for s in (0, 1))
+    assert not same(next(a.iterate(0, 1)), next(b.iterate(0, 1)))
+
+
+def test_the_ranks_parts_make_the_same_global_batch(pretrain_dataset, monkeypatch):
+    whole = next(PretrainLoader(pretrain_dataset, 6, num_workers=0).iterate(1, 2))
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        parts.append(next(PretrainLoader(pretrain_dataset, 6, num_workers=0).iterate(1, 2)))
+    for i, tensor in enumerate(flat(whole)):
+        torch.testing.assert_close(torch.cat([flat(p)[i] for p in parts]), tensor)
+
+
+def test_micro_batches_in_order(pretrain_dataset):
+    batch = next(PretrainLoader(pretrain_dataset, 6, num_workers=0).iterate(0, 1))
+    parts = batch.chunk(3)
+    assert [len(p) for p in parts] == [2, 2, 2]
+    for i, tensor in enumerate(flat(batch)):
+        torch.testing.assert_close(torch.cat([flat(p)[i] for p in parts]), tensor)
+    with pytest.raises(ValueError, match="6 does not split into 4"):
+        batch.chunk(4)
+
+
+def test_images_are_channels_last_and_match_their_affine(pretrain_dataset):
+    view = next(PretrainLoader(pretrain_dataset, 6, num_workers=0).iterate(0, 1)).views[0]
+    assert view.images.dtype == torch.uint8
+    assert view.images.is_contiguous(memory_format=torch.channels_last)
+    side = view.images.shape[-1]
+    corners = np.array([[0.0, 0.0, 1.0], [64, 64, 1]])  # of the 64-pixel originals
+    mapped = corners @ view.affine[0].numpy().T
+    assert np.allclose(sorted(mapped[:, 0]), [0, side]) and np.allclose(mapped[:, 1], [0, side])
+
+
+def test_too_large_a_batch_is_refused(pretrain_dataset, monkeypatch):
+    with pytest.raises(UserError, match="total_batch_size"):
+        PretrainLoader(pretrain_dataset, len(pretrain_dataset) + 1)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 4)
+    with pytest.raises(UserError, match="not a multiple of the 4 processes"):
+        PretrainLoader(pretrain_dataset, 6)

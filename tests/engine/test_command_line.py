@@ -1,0 +1,77 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.config import LazyConfig
+from tiny_run import make_config, make_detection_config
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def run(tool, *args):
+    command = [sys.executable, str(TOOLS / tool), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = str(tmp_path / "config.yaml")
+    LazyConfig.save(make_config(tmp_path / "run"), path)
+    return path
+
+
+def test_pretraining_with_overrides_then_refusal_then_resume(config, tmp_path):
+    done = run("pretrain_net.py", "--config-file", config, "train.max_iter=3", "model.noise=0.5")
+    assert done.returncode == 0, done.stderr
+    saved = LazyConfig.load(str(tmp_path / "run" / "config.yaml"))
+    assert (saved.train.max_iter, saved.model.noise) == (3, 0.5)
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2]
+
+    again = run("pretrain_net.py", "--config-file", config, "--resume", "train.max_iter=4")
+    assert again.returncode == 2
+    assert [line for line in again.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: cannot resume with another config than {tmp_path}/run/config.yaml: "
+        "model.noise: 0.5 -> 0.1; train.max_iter: 3 -> 4. "
+        "Undo the change or take another train.output_dir"
+    ]
+    assert "Traceback" not in again.stderr
+
+
+def test_a_mistyped_key_costs_one_line_and_nothing_else(config, tmp_path):
+    done = run("pretrain_net.py", "--config-file", config, "train.max_itr=3")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: no key 'train.max_itr' in the config; did you mean train.max_iter"
+    )
+    assert last.endswith("to add it: +train.max_itr=...")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_on_two_processes(tmp_path):
+    path = str(tmp_path / "config.yaml")
+    cfg = make_detection_config(tmp_path / "run", max_iter=2)
+    cfg.train.precise_bn.enabled = False
+    LazyConfig.save(cfg, path)
+    done = run("train_net.py", "--config-file", path, "--num-gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "log.txt.rank1").exists()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["bbox"].keys() == {"AP", "AP-none"}
+
+
+def test_evaluation_needs_weights_and_pretraining_has_none(config):
+    done = run("pretrain_net.py", "--config-file", config, "--eval-only")
+    assert done.returncode == 2 and "tools/train_net.py" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tool", ["pretrain_net.py", "train_net.py"])
+def test_help_speaks_of_lazy_configs(tool):
+    done = run(tool, "--help")
+    assert done.returncode == 0
+    assert f"{tool} --config-file" in done.stdout and "+key=value" in done.stdout
+    assert "MODEL.WEIGHTS" not in done.stdout and "%(prog)s" not in done.stdout

@@ -1,0 +1,59 @@
+import errno
+import os
+
+import pytest
+
+from region_pretrain.engine.files import (
+    is_disk_full,
+    remove_parts,
+    write_atomic,
+    write_text_atomic,
+)
+
+
+def test_an_older_file_is_replaced(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text_atomic(str(path), "one")
+    write_text_atomic(str(path), "zwei – ü")
+    assert path.read_text(encoding="utf-8") == "zwei – ü"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_older_file_and_no_part(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def fail(f):
+        f.write(b"new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        write_atomic(str(path), fail)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_the_name_appears_only_when_the_content_is_whole(tmp_path):
+    path = tmp_path / "a.bin"
+    seen = []
+    write_atomic(str(path), lambda f: (f.write(b"x"), seen.append(path.exists())))
+    assert seen == [False] and path.read_bytes() == b"x"
+
+
+def test_parts_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    for name in ("m.pth", "m.pth.part123", "m.part", "partner1"):
+        (tmp_path / name).touch()
+    remove_parts(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["m.part", "m.pth", "partner1"]
+
+
+def test_disk_full_is_found_behind_other_errors():
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "Quota exceeded")
+        except OSError:
+            raise RuntimeError("write failed")  # noqa: B904
+    except RuntimeError as error:
+        assert is_disk_full(error)
+    assert not is_disk_full(OSError(errno.EACCES, "denied"))
+    assert not is_disk_full(RuntimeError())

@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from tiny_run import (
+    MeanOutput,
+    NoisyMapper,
+    Poison,
+    StopAt,
+    TinyDetector,
+    make_config,
+    make_detection_config,
+    records,
+)
+
+from region_pretrain.engine.detection_data import DetectionTrainData
+from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.errors import UserError
+
+CLOCK = {"time", "data_time", "img_per_sec"}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    drop = CLOCK | {"bbox/AP-none"}  # NaN differs from itself
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+def test_results_are_the_evaluators_and_on_disk(tmp_path):
+    results = do_train(make_detection_config(tmp_path))
+    model = TinyDetector().eval()
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert state["pretraining"] == {}  # a detector is all detector
+    model.load_state_dict(state["model"])
+    cfg = make_detection_config(tmp_path)
+    assert results["bbox"]["AP"] == do_test(cfg, model)["bbox"]["AP"]
+    x = torch.tensor([[i / 10, 1.0, 0.0] for i in range(5)])
+    y = model.roi_heads(model.backbone(x)).mean().item()
+    assert results["bbox"]["AP"] == pytest.approx(y, rel=1e-5)
+    on_disk = json.loads((tmp_path / "results.json").read_text())
+    assert on_disk == {"bbox": {"AP": results["bbox"]["AP"], "AP-none": None}}
+    evaluated = [(m["iteration"], m["bbox/AP"]) for m in metrics(tmp_path) if "bbox/AP" in m]
+    assert [t for t, _ in evaluated] == [2, 5, 8, 12]  # every 3 iterations, the last after the end
+    assert evaluated[-1][1] == results["bbox"]["AP"]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    # past an evaluation and a precise batch norm on either side of the checkpoint
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = do_train(make_detection_config(whole))
+    monkeypatch.setenv("STOP_AT", "9")
+    with pytest.raises(KeyboardInterrupt):
+        do_train(make_detection_config(stopped, hooks=[L(StopAt)()]))
+    monkeypatch.delenv("STOP_AT")
+    results = do_train(make_detection_config(stopped, hooks=[L(StopAt)()]), resume=True)
+    assert "Starting training from iteration 8" in (stopped / "log.txt").read_text()
+    assert metrics(stopped) == metrics(whole)
+    assert results["bbox"]["AP"] == expected["bbox"]["AP"]
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, stopped))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_a_finished_run_is_only_evaluated(tmp_path):
+    expected = do_train(make_detection_config(tmp_path))
+    (tmp_path / "results.json").unlink()
+    before = (tmp_path / "metrics.json").read_text()
+    results = do_train(make_detection_config(tmp_path), resume=True)
+    assert results["bbox"]["AP"] == expected["bbox"]["AP"]
+    assert (tmp_path / "results.json").exists()
+    assert (tmp_path / "metrics.json").read_text() == before
+
+
+def test_precise_batch_norm_sees_the_next_batches(tmp_path):
+    cfg = make_detection_config(tmp_path, max_iter=3, eval_period=0)
+    do_train(cfg)
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    batches = DetectionTrainData(records(), NoisyMapper(), 4, seed=0).iterate(3, 5)
+    x = [torch.stack([d["x"] for d in batch]) for batch in batches]
+    assert len(x) == 2
+    y = torch.cat(x) @ state["backbone.0.weight"].T + state["backbone.0.bias"]
+    torch.testing.assert_close(state["backbone.1.running_mean"], y.mean(0))
+    torch.testing.assert_close(state["backbone.1.running_var"], y.var(0, unbiased=False))
+
+
+def test_micro_batches_of_lists(tmp_path):
+    cfg = make_detection_config(tmp_path, max_iter=2, accumulate_steps=2)
+    do_train(cfg)
+    assert len([m for m in metrics(tmp_path) if "loss_y" in m]) == 2
+
+
+def test_pretrained_weights_arrive(tmp_path):
+    do_pretrain(make_config(tmp_path / "pre", max_iter=1))
+    state = torch.load(tmp_path / "pre" / "model_final.pth", weights_only=True)["model"]
+
+    cfg = make_detection_config(
+        tmp_path / "fine",
+        max_iter=1,
+        init_checkpoint=str(tmp_path / "pre" / "model_final.pth"),
+        precise_bn={"enabled": False, "num_iter": 0},
+    )
+    cfg.optimizer.lr = 0.0
+    cfg.model = L(Matching)()
+    do_train(cfg)
+    fine = torch.load(tmp_path / "fine" / "model_final.pth", weights_only=True)["model"]
+    for name, value in state.items():
+        assert torch.equal(fine[name], value), name
+
+
+class Matching(TinyDetector):
+    """With the backbone of the tiny pre-training method."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Identity())
+        self.roi_heads = torch.nn.Linear(5, 1)
+
+    def forward(self, batch):
+        return super().forward([{"x": torch.cat([d["x"], d["x"]])} for d in batch])
+
+
+def test_a_failed_last_step_is_not_evaluated(tmp_path, monkeypatch):
+    class Bias(Poison):
+        def before_step(self):
+            if self.trainer.iter == self.iteration:
+                self.trainer.module.roi_heads.bias.data.fill_(np.nan)
+
+    calls = []
+    monkeypatch.setattr(MeanOutput, "reset", lambda self: calls.append(1))
+    with pytest.raises(FloatingPointError, match="iteration 1: loss_y=nan"):
+        do_train(make_detection_config(tmp_path, max_iter=2, hooks=[L(Bias)(iteration=1)]))
+    assert calls == []
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_evaluation_only(tmp_path):
+    trained = do_train(make_detection_config(tmp_path / "run"))
+    cfg = make_detection_config(
+        tmp_path / "eval", init_checkpoint=str(tmp_path / "run" / "model_final.pth")
+    )
+    results = do_evaluate(cfg)
+    assert results["bbox"]["AP"] == trained["bbox"]["AP"]
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["results.json"]
+    with pytest.raises(UserError, match="train.init_checkpoint"):
+        do_evaluate(make_detection_config(tmp_path / "eval"))
+
+
+def test_without_an_evaluator_nothing_is_evaluated(tmp_path):
+    cfg = make_detection_config(tmp_path, max_iter=1)
+    del cfg.dataloader.evaluator
+    assert do_train(cfg) == {}
+    assert not (tmp_path / "results.json").exists()

@@ -1,0 +1,181 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from tiny_run import KillAt, KillInSave, Poison, make_config
+from torch import nn
+
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.errors import UserError
+
+#: What depends on the clock.
+CLOCK = {"time", "data_time", "img_per_sec"}
+CHILD = (
+    "import json, sys, tiny_run; "
+    "tiny_run.train_in_process(sys.argv[1], False, json.loads(sys.argv[2]))"
+)
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def log(folder):
+    return (folder / "log.txt").read_text()
+
+
+def run_killed(folder, hook, at, monkeypatch):
+    monkeypatch.setenv("KILL_AT", str(at))
+    train = json.dumps({"hooks": [{"_target_": f"tiny_run.{hook.__name__}"}]})
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), train], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    monkeypatch.delenv("KILL_AT")
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("hook, at, resumed_at", [(KillAt, 14, 12), (KillInSave, 11, 6)])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, hook, at, resumed_at):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    do_pretrain(make_config(whole))
+    run_killed(killed, hook, at, monkeypatch)
+    assert not (killed / "model_final.pth").exists()
+    assert len(metrics(killed)) == (14 if hook is KillAt else 12)
+    cfg = make_config(killed, hooks=[L(hook)()])
+    do_pretrain(cfg, resume=True)
+    assert f"Starting training from iteration {resumed_at}" in log(killed)
+
+    assert metrics(killed) == metrics(whole)  # every loss of every iteration, each once
+    assert [line["iteration"] for line in metrics(killed)] == list(range(20))
+    files = [torch.load(f / "model_final.pth", weights_only=True) for f in (whole, killed)]
+    assert equal(*files)
+    assert not list(killed.glob("*.part*"))
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a = do_pretrain(make_config(tmp_path / "a", max_iter=2))
+    b = do_pretrain(make_config(tmp_path / "b", max_iter=2, seed=1))
+    again = do_pretrain(make_config(tmp_path / "c", max_iter=2))
+    assert a["total_loss"] == again["total_loss"] != b["total_loss"]
+
+
+def test_learning_rate_and_length_are_scaled_and_logged(tmp_path):
+    last = do_pretrain(make_config(tmp_path))
+    assert "lr 2 * 8 / 16 = 1, 4 epochs * 5 = 20 iterations of 8 images" in log(tmp_path)
+    lines = metrics(tmp_path)
+    assert len(lines) == 20
+    assert lines[0]["lr"] == pytest.approx(0.01)  # warm-up starts at 1 %
+    assert lines[5]["lr"] == pytest.approx(1.0)  # an epoch later
+    assert last["total_loss"] == lines[-1]["total_loss"]
+
+
+def test_unscaled_learning_rate_and_max_iter(tmp_path):
+    do_pretrain(make_config(tmp_path, base_batch_size=None, max_iter=10))
+    assert "lr 2, 10 iterations = 2 epochs of 8 images" in log(tmp_path)
+    # the schedule keeps its shape: warm-up is a quarter of it
+    warm = 2 * (0.01 + 0.99 * 0.2 / 0.25)
+    cosine = 2 * (1 + math.cos(math.pi * (0.3 - 0.25) / 0.75)) / 2
+    lrs = [line["lr"] for line in metrics(tmp_path)]
+    assert lrs[2:4] == pytest.approx([warm, cosine], rel=1e-6)
+
+
+def test_output_holds_what_it_should(tmp_path):
+    do_pretrain(make_config(tmp_path))
+    names = sorted(os.listdir(tmp_path))
+    assert [n for n in names if not n.startswith("events.")] == [
+        "config.yaml",
+        "last_checkpoint",
+        "log.txt",
+        "metrics.json",
+        "model_0000011.pth",
+        "model_0000017.pth",
+        "model_final.pth",
+    ]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_resuming_a_finished_run_returns_its_metrics(tmp_path):
+    last = do_pretrain(make_config(tmp_path))
+    before = (tmp_path / "metrics.json").read_text()
+    again = do_pretrain(make_config(tmp_path), resume=True)
+    assert again["total_loss"] == last["total_loss"]
+    assert (tmp_path / "metrics.json").read_text() == before
+    assert "is finished: 20 iterations" in log(tmp_path)
+
+
+def test_nan_stops_the_run_before_it_is_saved(tmp_path):
+    cfg = make_config(tmp_path, hooks=[L(Poison)(iteration=9)], log_period=100)
+    with pytest.raises(FloatingPointError) as error:
+        do_pretrain(cfg)
+    assert "iteration 9: loss_main=nan, loss_l2=nan" in str(error.value)
+    assert f"last good checkpoint: {tmp_path}/model_0000005.pth" in str(error.value)
+    assert not (tmp_path / "model_0000011.pth").exists()
+    state = torch.load(tmp_path / "model_0000005.pth", weights_only=True)
+    assert all(t.isfinite().all() for t in state["pretraining"].values())
+
+
+def test_initial_weights_reach_the_model_and_it_is_told(tmp_path, monkeypatch):
+    import tiny_run
+
+    told = []
+    monkeypatch.setattr(
+        tiny_run.TinyMethod,
+        "on_weights_loaded",
+        lambda model: told.append(model.backbone[0].weight.clone()),
+        raising=False,
+    )
+    weights = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    state = {f"backbone.{k}": v for k, v in weights.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "start.pth")
+    cfg = make_config(tmp_path / "run", max_iter=1, init_checkpoint=str(tmp_path / "start.pth"))
+    do_pretrain(cfg)
+    assert len(told) == 1 and torch.equal(told[0], weights[0].weight)
+
+
+def test_adam_settings_survive_weights_only(tmp_path):
+    cfg = make_config(tmp_path, max_iter=2)
+    cfg.optimizer._target_ = "torch.optim.AdamW"
+    cfg.optimizer.betas = [0.9, 0.95]
+    do_pretrain(cfg)
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert tuple(state["optimizer"]["param_groups"][0]["betas"]) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    "train, message",
+    [
+        ({"epochs": None, "max_iter": None}, "train.epochs or train.max_iter"),
+        ({"accumulate_steps": 9}, "accumulate_steps=9"),
+        ({"device": "tpu"}, "train.device=tpu"),
+        ({"amp": {"enabled": True, "dtype": "int8"}}, "amp.dtype=int8"),
+        ({"max_iter": 0}, "nothing to train"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_at_once(tmp_path, train, message):
+    with pytest.raises(UserError, match=message):
+        do_pretrain(make_config(tmp_path, **train))
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_data_set_smaller_than_a_batch_is_named(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.dataloader.train.num_images = 7
+    with pytest.raises(UserError, match="smaller than dataloader.train.total_batch_size"):
+        do_pretrain(cfg)

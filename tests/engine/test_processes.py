@@ -1,0 +1,138 @@
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_run import (
+    fail_on_second,
+    make_config,
+    refuse,
+    train_in_process,
+    write_ranks,
+)
+
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
+from region_pretrain.errors import UserError
+
+CLOCK = {"time", "data_time", "img_per_sec"}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def test_one_process_runs_here():
+    seen = []
+    launch(seen.append, 1, device="cpu", args=("here",))
+    assert seen == ["here"]
+
+
+def test_two_processes_train_as_one(tmp_path):
+    # Losses are means over the batch, so equal shares average to the whole; SyncBN sees it all.
+    model = {"noise": 0.0, "norm": "SyncBN"}
+    launch(
+        train_in_process,
+        2,
+        device="cpu",
+        args=(str(tmp_path / "two"), False, {"max_iter": 8}, model),
+    )
+    cfg = make_config(tmp_path / "one", max_iter=8)
+    cfg.model.update(model)
+    do_pretrain(cfg)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        for name in ("total_loss", "loss_main", "loss_l2", "lr"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["iteration"], name)
+    files = [
+        torch.load(tmp_path / f / "model_final.pth", weights_only=True) for f in ("one", "two")
+    ]
+    for part in ("model", "pretraining"):
+        torch.testing.assert_close(files[0][part], files[1][part], rtol=1e-3, atol=1e-5)
+    assert len(files[1]["rng"]) == 2
+
+
+def test_two_processes_resume_bit_for_bit(tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    launch(train_in_process, 2, device="cpu", args=(str(whole), False))
+    shutil.copytree(whole, resumed)
+    for name in ("model_final.pth", "model_0000017.pth"):
+        (resumed / name).unlink()
+    (resumed / "last_checkpoint").write_text("model_0000011.pth")
+    launch(train_in_process, 2, device="cpu", args=(str(resumed), True))
+    assert "Starting training from iteration 12" in (resumed / "log.txt").read_text()
+    assert metrics(resumed) == metrics(whole)
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, resumed))
+    for part in ("model", "pretraining"):
+        assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
+    # each process has noise of its own, and goes on with it
+    for mine, theirs in zip(a["rng"], b["rng"], strict=True):
+        assert torch.equal(mine["torch"], theirs["torch"])
+    assert not torch.equal(a["rng"][0]["torch"], a["rng"][1]["torch"])
+
+
+def run_child(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_a_mistake_of_the_user_ends_all_processes_with_one_line():
+    done = run_child(
+        "from tiny_run import refuse\n"
+        "from region_pretrain.engine.processes import launch\n"
+        "if __name__ == '__main__':\n"
+        "    launch(refuse, 2, device='cpu', args=('mend train.x',))\n"
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "error" in line.lower()] == [
+        "error: mend train.x"
+    ]
+    assert "Traceback" not in done.stderr
+    assert refuse.__module__ == "tiny_run"
+
+
+def test_an_error_in_one_process_ends_all_and_leaves_the_environment():
+    before = dict(os.environ)
+    with pytest.raises(Exception, match="rank 1 broke"):
+        launch(fail_on_second, 2, device="cpu")
+    assert dict(os.environ) == before
+
+
+def test_processes_that_a_scheduler_started_join(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = (
+        "import sys; from tiny_run import write_ranks\n"
+        "from region_pretrain.engine.processes import launch\n"
+        "launch(write_ranks, 1, device='cpu', args=(sys.argv[1],))\n"
+    )
+    children = []
+    for rank in range(2):
+        env = dict(
+            os.environ,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        children.append(subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env))
+    assert [child.wait(60) for child in children] == [0, 0]
+    assert (tmp_path / "0").read_text() == "0/2 local 0 sum 3 gloo"
+    assert (tmp_path / "1").read_text() == "1/2 local 1 sum 3 gloo"
+    assert write_ranks.__module__ == "tiny_run"
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="--num-gpus 2, but this machine has 1"):
+        launch(refuse, 2, device="cuda")
+    with pytest.raises(UserError, match="--dist-url"):
+        launch(refuse, 1, num_machines=2, device="cuda")

@@ -1,0 +1,104 @@
+import logging
+
+import pytest
+import torch
+from tiny_run import make_config
+from torch import nn
+
+from region_pretrain.engine import run
+from region_pretrain.engine.run import TrainingData, build_model, build_optimizer, scale_lr
+from region_pretrain.engine.setup import complete_train
+
+
+def config(**train):
+    return complete_train(make_config("unused", **train))
+
+
+@pytest.mark.parametrize("batch, lr", [(512, 2.0), (1024, 4.0), (2048, 8.0), (4096, 16.0)])
+def test_learning_rate_is_linear_in_the_batch(batch, lr, caplog):
+    cfg = config(base_batch_size=256, epochs=100)
+    cfg.optimizer.lr = 1.0
+    with caplog.at_level(logging.INFO):
+        data = TrainingData(None, batch, iterations_per_epoch=625)
+        assert scale_lr(cfg, data, max_iter=62500) == lr
+    assert f"lr 1 * {batch} / 256 = {lr:g}, 100 epochs * 625 = 62500 iterations" in caplog.text
+
+
+def test_every_process_builds_the_same_model_then_draws_its_own_numbers(monkeypatch):
+    weights, noise = [], []
+    for rank in range(2):
+        monkeypatch.setattr(run.comm, "get_rank", lambda rank=rank: rank)
+        weights.append(build_model(config(seed=5), torch.device("cpu")).backbone[0].weight)
+        noise.append(torch.rand(1))
+    assert torch.equal(*weights)
+    assert not torch.equal(*noise)
+
+
+def test_channels_last_reaches_convolutions():
+    cfg = config(channels_last=True)
+    cfg.model = {
+        "_target_": "torch.nn.Conv2d",
+        "in_channels": 3,
+        "out_channels": 4,
+        "kernel_size": 3,
+    }
+    model = build_model(cfg, torch.device("cpu"))
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.weight.is_contiguous()
+
+
+def test_compiled_models_keep_their_names(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **kw: compiled.append(call) or call)
+    cfg = config(compile=True)
+    model = build_model(cfg, torch.device("cpu"))
+    names = list(model.state_dict())
+    assert run._wrap(cfg, model, torch.device("cpu")) is model
+    assert len(compiled) == 1 and list(model.state_dict()) == names
+
+
+def test_optimizer_gets_the_scaled_lr_and_leaves_the_config_alone():
+    cfg = config()
+    model = build_model(cfg, torch.device("cpu"))
+    optimizer = build_optimizer(cfg, model, lr=0.25)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == 4
+    assert "model" not in cfg.optimizer.params and cfg.optimizer.lr == 2.0
+
+
+@pytest.mark.parametrize(
+    "amp, device, expected",
+    [
+        ({"enabled": False, "dtype": "float16"}, "cuda", None),
+        ({"enabled": True, "dtype": "float16"}, "cuda", torch.float16),
+        ({"enabled": True, "dtype": "bfloat16"}, "cuda", torch.bfloat16),
+        ({"enabled": True, "dtype": "bfloat16"}, "cpu", torch.bfloat16),
+        ({"enabled": True, "dtype": "float16"}, "cpu", torch.bfloat16),
+    ],
+)
+def test_precision(amp, device, expected):
+    assert run._amp_dtype(amp, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize(
+    "clip, expected",
+    [
+        ({"enabled": False, "max_norm": 1.0, "max_value": 2.0}, {}),
+        ({"enabled": True, "max_norm": 1.0, "max_value": None}, {"max_norm": 1.0}),
+        ({"enabled": True, "max_norm": 1.0, "max_value": 2.0}, {"max_value": 2.0}),
+    ],
+)
+def test_clipping(clip, expected):
+    assert run._clipping(clip) == expected
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
+    monkeypatch.setattr(run.comm, "get_world_size", lambda: 3)
+    with pytest.raises(run.UserError, match="total_batch_size=8 must be a multiple of the 3"):
+        run._check_batch(config(), TrainingData(None, 8))
+
+
+def test_sync_batch_norm_stays_where_one_process_runs():
+    cfg = config()
+    cfg.model.norm = "SyncBN"
+    assert isinstance(build_model(cfg, torch.device("cpu")).backbone[1], nn.SyncBatchNorm)

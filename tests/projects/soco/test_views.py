@@ -1,0 +1,183 @@
+"""SoCo's views and boxes, against the facts of the method."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from region_pretrain.data.geometry import ViewGeometry, boxes_in_view
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.projects.soco import SoCoViews, jitter_boxes
+from region_pretrain.projects.soco.views import pair_groups
+
+# The facts give inclusive corners (100, 50, 299, 149); half-open that is one more at the end.
+BOX = np.array([[100, 50, 300, 150]], np.float32)
+
+
+def make_views(sources=("crop", "crop"), sizes=(224, 224, 112), **kwargs) -> SoCoViews:
+    return SoCoViews(list(sizes), list(sources), Photometry(), Photometry(), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "normalised"),
+    [
+        (ViewGeometry(0, 0, 500, 400, (224, 224)), (0.2, 0.125, 0.598, 0.3725)),
+        (ViewGeometry(60, 20, 400, 300, (224, 224)), (0.1, 0.1, 0.5975, 0.43)),
+        (ViewGeometry(60, 20, 400, 300, (112, 112)), (0.1, 0.1, 0.5975, 0.43)),
+        (ViewGeometry(60, 20, 400, 300, (192, 192)), (0.1, 0.1, 0.5975, 0.43)),
+    ],
+)
+def test_boxes_of_the_paper_code_in_view_coordinates(geometry, normalised):
+    box = boxes_in_view(geometry, BOX)[0]
+    # Released code normalises inclusive corners: its far corner is one original pixel short.
+    pixel = np.array([0, 0, geometry.size[1] / geometry.width, geometry.size[0] / geometry.height])
+    size = np.array([geometry.size[1], geometry.size[0]] * 2)
+    np.testing.assert_allclose((box - pixel) / size, normalised, atol=1e-6)
+
+
+def test_flip_of_a_normalised_box():
+    flipped = boxes_in_view(
+        ViewGeometry(0, 0, 10, 10, (1000, 1000), flip=True),
+        np.array([[1, 2, 5, 6]], np.float32),
+    )
+    np.testing.assert_allclose(flipped / 1000, [[0.5, 0.2, 0.9, 0.6]], atol=1e-6)
+
+
+def test_jitter_of_the_fact():
+    jittered = jitter_boxes(BOX, np.array([[0.1, -0.1, 0.1, -0.1]]))
+    # Inclusive (120, 40, 339, 129).
+    np.testing.assert_allclose(jittered, [[120, 40, 340, 130]], atol=1e-4)
+
+
+def test_groups_of_the_variants():
+    assert pair_groups(["crop"]) == [0]  # C4
+    assert pair_groups(["crop", "crop"]) == [0, 1]  # FPN
+    assert pair_groups(["crop", 0]) == [0, 0]  # the third view is the second, smaller
+    assert pair_groups(["crop", "crop", 0]) == [0, 1, 0]  # star
+
+
+def sample(views: SoCoViews, boxes: np.ndarray, seed: int = 0, width: int = 500, height: int = 400):
+    return views(width, height, boxes, np.random.default_rng(seed))
+
+
+def random_boxes(count: int, seed: int, width: int = 500, height: int = 400) -> np.ndarray:
+    corners = np.random.default_rng(seed).uniform(0, 1, (count, 2, 2)) * (width, height)
+    boxes = np.concatenate([corners.min(1), corners.max(1) + 2], axis=1)
+    return np.minimum(boxes, (width, height) * 2).astype(np.float32)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_matched_slots_show_the_same_region(count, seed):
+    boxes = random_boxes(count, seed)
+    views = make_views(jitter_prob=0.0)
+    first, *others = sample(views, boxes, seed)
+    assert first.boxes.shape == (8, 4) and len(others) == 2
+    for group, view in enumerate(others):
+        ids = first.region_ids[4 * group : 4 * group + 4]
+        assert set(ids) == set(view.region_ids)
+        assert view.boxes.shape == (4, 4) and view.valid.all()
+        if count:
+            for slot, region in enumerate(view.region_ids):
+                shown = boxes_in_view(view.geometry, boxes[region : region + 1])[0]
+                if shown[2] > shown[0] and shown[3] > shown[1]:
+                    np.testing.assert_allclose(view.boxes[slot], shown, atol=1e-4)
+            for slot, region in zip(range(4 * group, 4 * group + 4), ids, strict=True):
+                whole = boxes_in_view(first.geometry, boxes[region : region + 1])[0]
+                np.testing.assert_allclose(first.boxes[slot], whole, atol=1e-4)
+
+
+def test_without_regions_the_whole_image_is_the_region():
+    first, second, third = sample(make_views(jitter_prob=0.0), np.zeros((0, 4), np.float32))
+    np.testing.assert_allclose(first.boxes, [[0, 0, 224, 224]] * 8, atol=1e-4)
+    np.testing.assert_allclose(second.boxes, [[0, 0, 224, 224]] * 4, atol=1e-4)
+    np.testing.assert_allclose(third.boxes, [[0, 0, 112, 112]] * 4, atol=1e-4)
+    match = first.region_ids[:4, None] == second.region_ids[None]
+    assert match.sum() == 16
+
+
+def test_a_crop_without_any_region_matches_as_a_whole():
+    boxes = np.array([[0, 0, 1.5, 1.5]], np.float32)  # in the corner that few crops contain
+    missed = 0
+    for seed in range(200):
+        first, second, _ = sample(make_views(jitter_prob=0.0), boxes, seed)
+        if second.geometry.left >= 2 or second.geometry.top >= 2:
+            missed += 1
+            np.testing.assert_allclose(second.boxes, [[0, 0, 224, 224]] * 4, atol=1e-4)
+            np.testing.assert_allclose(first.boxes[:4], [[0, 0, 224, 224]] * 4, atol=1e-4)
+    assert missed > 100
+
+
+def test_crops_are_drawn_again_for_regions():
+    # One region in a corner: a single draw of two crops shows it in both far less often.
+    boxes = np.array([[0, 0, 30, 30]], np.float32)
+    shown = np.mean(
+        [
+            all(
+                v.geometry.left < 30 and v.geometry.top < 30
+                for v in sample(make_views(), boxes, seed)[1:]
+            )
+            for seed in range(400)
+        ]
+    )
+    rng = np.random.default_rng(0)
+    views = make_views()
+    once = np.mean(
+        [
+            all(
+                g.left < 30 and g.top < 30
+                for g in views._draw_crops(500, 400, np.array([[0, 0, 500, 400.0]] * 2), rng)[0]
+            )
+            for _ in range(400)
+        ]
+    )
+    assert shown == pytest.approx(1 - (1 - once) ** 5, abs=0.08)
+
+
+def test_four_of_many_are_distinct_and_drawn_for_each_pair_apart():
+    boxes = np.tile([[200, 150, 300, 250]], (50, 1)).astype(np.float32)
+    same = 0
+    for seed in range(50):
+        first, second, third = sample(make_views(), boxes, seed)
+        assert len(set(second.region_ids)) == len(set(third.region_ids)) == 4
+        same += set(second.region_ids) == set(third.region_ids)
+    assert same < 5
+
+
+def test_padding_repeats_common_regions():
+    boxes = np.array([[200, 150, 300, 250], [190, 140, 290, 240]], np.float32)
+    first, second, _ = sample(make_views(), boxes)
+    assert sorted(set(second.region_ids)) == [0, 1] == sorted(set(first.region_ids[:4]))
+
+
+def test_views_of_one_crop_share_regions():
+    boxes = random_boxes(30, 1)
+    first, second, third, fourth = sample(
+        make_views(["crop", "crop", 0], (224, 224, 192, 112)), boxes
+    )
+    assert len(first.boxes) == 8
+    a, b = second.geometry, fourth.geometry
+    assert (a.left, a.top, a.width, a.height) == (b.left, b.top, b.width, b.height)
+    assert set(second.region_ids) == set(fourth.region_ids)
+    assert third.geometry.size == (192, 192) and b.size == (112, 112)
+
+
+def test_jitter_touches_half_of_the_first_views_boxes_only():
+    boxes = random_boxes(4, 3)
+    moved = []
+    for seed in range(300):
+        first, second, _ = sample(make_views(), boxes, seed)
+        for slot, region in enumerate(first.region_ids[:4]):
+            whole = boxes_in_view(first.geometry, boxes[region : region + 1])[0]
+            moved.append(not np.allclose(first.boxes[slot], whole, atol=1e-3))
+        for slot, region in enumerate(second.region_ids):
+            shown = boxes_in_view(second.geometry, boxes[region : region + 1])[0]
+            np.testing.assert_allclose(second.boxes[slot], shown, atol=1e-3)
+    assert np.mean(moved) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_floor_on_the_visible_side_drops_slivers():
+    boxes = random_boxes(60, 5)
+    for seed in range(30):
+        for view in sample(make_views(min_box_side=8.0), boxes, seed)[1:]:
+            assert (view.boxes[:, 2:] - view.boxes[:, :2]).min() >= 8.0

@@ -1,0 +1,293 @@
+"""Making the regions of a data set: shards, restarts, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import skimage.data
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from region_pretrain.errors import UserError
+from region_pretrain.images import read_image
+from region_pretrain.regions import RegionStore
+from region_pretrain.regions.generate import count_found, format_summary, make_regions
+from region_pretrain.regions.recipes import get_recipe
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Eleven pieces of photographs, each of another size."""
+    photos = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    result = []
+    for i in range(11):
+        piece = photos[i % 3][40 * (i // 3) :][:90, 50:][:, : 100 + 5 * i]
+        Image.fromarray(piece).save(folder / f"{i:02d}.png")
+        result.append({"file_name": str(folder / f"{i:02d}.png"), "image_id": f"im/{i}"})
+    return result
+
+
+def contents(path) -> dict:
+    store = RegionStore.open(str(path))
+    return {key: (store.size(key), store.boxes(key).tolist()) for key in store.keys()}
+
+
+def test_each_image_has_the_boxes_that_the_recipe_gives_it(tmp_path, records):
+    out = tmp_path / "new" / "regions.arrow"
+    summary = make_regions(records, str(out), "shapes-v1", workers=1, part_size=4)
+    store = RegionStore.open(str(out))
+    recipe = get_recipe("shapes-v1")
+    expected = []
+    for record in records:
+        image = read_image(record["file_name"])
+        boxes = recipe(image, record, np.random.default_rng(0))
+        np.testing.assert_array_equal(store.boxes(record["image_id"]), boxes)
+        assert store.size(record["image_id"]) == (image.shape[1], image.shape[0])
+        expected.append(len(boxes))
+    assert len(set(expected)) > 3  # boxes of one image would not do for another
+    assert (summary["images"], summary["unreadable"]) == (11, 0)
+    assert summary["boxes"] == sum(expected) == store.manifest["boxes"]
+    assert summary["mean"] == pytest.approx(np.mean(expected))
+    assert summary["median"] == np.median(expected)
+    assert (summary["min"], summary["max"]) == (min(expected), max(expected))
+    assert summary["without"] == expected.count(0)
+    assert summary["seconds_per_image"] > 0
+    assert store.manifest["recipe"] == "shapes-v1"
+    assert store.manifest["parameters"]["min_side"] == 10
+    assert "opencv" in store.manifest["versions"]
+    store.verify()
+    assert not os.path.exists(f"{out}.parts") and not os.path.exists(f"{out}.unreadable.txt")
+
+
+@pytest.mark.parametrize("recipe", ["shapes-v1", "ccop-v1", "random-v1+min_side=8"])
+def test_content_does_not_depend_on_workers_shards_parts_or_order(tmp_path, records, recipe):
+    a, b, c = (str(tmp_path / f"{name}.arrow") for name in "abc")
+    make_regions(records, a, recipe, workers=1)
+    make_regions(records[::-1], b, recipe, workers=2, part_size=3)
+    for index in (2, 0):
+        assert make_regions(records, c, recipe, 1, (index, 3), part_size=2) is None
+        assert not os.path.exists(c)
+    assert make_regions(records, c, recipe, 1, (1, 3), part_size=2)["images"] == 11
+    hashes = {RegionStore.open(path).manifest["sha256"] for path in (a, b, c)}
+    assert len(hashes) == 1
+    assert contents(a) == contents(b) == contents(c)
+
+
+def test_a_shard_does_only_its_own_parts(tmp_path, records):
+    out = str(tmp_path / "r.arrow")
+    make_regions(records, out, "grid-v1", 1, (1, 2), part_size=3)  # parts 0..3
+    parts = {name for name in os.listdir(out + ".parts") if name.endswith(".arrow")}
+    assert parts == {"part-000001.arrow", "part-000003.arrow"}
+    keys = set(contents(f"{out}.parts/part-000003.arrow"))
+    assert keys == {"im/9", "im/10"}
+
+
+def test_random_boxes_belong_to_the_image_and_not_to_its_place(tmp_path, records):
+    a, b = str(tmp_path / "a.arrow"), str(tmp_path / "b.arrow")
+    make_regions(records, a, "random-v1+min_side=8", workers=1)
+    make_regions(records[5:], b, "random-v1+min_side=8", workers=1)
+    full, part = contents(a), contents(b)
+    assert all(part[key] == full[key] for key in part) and len(part) == 6
+    assert len({str(boxes) for _, boxes in full.values()}) == 11
+
+
+def test_a_finished_store_is_not_made_again(tmp_path, records):
+    out = tmp_path / "r.arrow"
+    summary = make_regions(records, str(out), "grid-v1", workers=1)
+    written = out.stat().st_mtime_ns
+    assert make_regions(records, str(out), "grid-v1", workers=1) == summary
+    assert out.stat().st_mtime_ns == written
+
+
+def test_other_images_or_another_recipe_do_not_replace_a_store(tmp_path, records):
+    out = str(tmp_path / "r.arrow")
+    make_regions(records, out, "grid-v1", workers=1)
+    before = contents(out)
+    with pytest.raises(UserError, match="recipe grid-v1, not .* recipe random-v1"):
+        make_regions(records, out, "random-v1", workers=1)
+    with pytest.raises(UserError, match="regions of 11 images .* not of these 10 images"):
+        make_regions(records[1:], out, "grid-v1", workers=1)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": "grid-v1+overlap=0"}, r"its recipe is grid-v1, this run's is grid-v1\+overl"),
+        ({"part_size": 5}, "its part_size is 4, this run's is 5"),
+        ({"drop": 1}, "its images is 11, this run's is 10"),
+        ({"rename": True}, "its image_list is"),
+    ],
+)
+def test_parts_of_another_run_are_refused(tmp_path, records, change, message):
+    out = str(tmp_path / "r.arrow")
+    make_regions(records, out, "grid-v1", 1, (0, 2), part_size=4)
+    if "rename" in change:
+        records[3]["image_id"] = "another"
+    records = records[change.get("drop", 0) :]
+    with pytest.raises(UserError, match=message):
+        make_regions(
+            records,
+            out,
+            change.get("recipe", "grid-v1"),
+            workers=1,
+            part_size=change.get("part_size", 4),
+        )
+
+
+def test_unreadable_images_are_listed_and_left_out(tmp_path, records):
+    with open(records[2]["file_name"], "wb") as file:
+        file.write(b"not an image")
+    os.remove(records[9]["file_name"])
+    out = str(tmp_path / "r.arrow")
+    summary = make_regions(records, out, "grid-v1", workers=2, part_size=4, max_unreadable=0.2)
+    assert (summary["images"], summary["unreadable"]) == (9, 2)
+    store = RegionStore.open(out)
+    rows = store.rows([record["image_id"] for record in records])
+    assert np.flatnonzero(rows < 0).tolist() == [2, 9]
+    lines = open(out + ".unreadable.txt").read().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["im/2", "im/9"]
+    assert records[2]["file_name"] in lines[0] and "no such file" in lines[1]
+
+
+def test_too_many_unreadable_images_stop_the_run_before_a_store_is_written(tmp_path, records):
+    for i in (0, 1):
+        open(records[i]["file_name"], "wb").close()
+    out = str(tmp_path / "r.arrow")
+    with pytest.raises(UserError, match=r"2 of 11 images cannot be read.*0\.1"):
+        make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.1)
+    assert not os.path.exists(out)
+    assert os.path.exists(out + ".unreadable.txt")
+    # It stopped at the first part, not at the end of hours; and goes on if told to.
+    assert sorted(os.listdir(out + ".parts"))[0] == "part-000000.arrow"
+    assert not os.path.exists(out + ".parts/part-000001.arrow")
+    summary = make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.2)
+    assert (summary["images"], summary["unreadable"]) == (9, 2)
+
+
+def test_run_that_is_killed_goes_on(tmp_path, records, monkeypatch):
+    out = str(tmp_path / "r.arrow")
+    reference = str(tmp_path / "reference.arrow")
+    make_regions(records, reference, "shapes-v1", workers=1)
+    script = (
+        "import json, sys, time\n"
+        "from region_pretrain.regions import generate\n"
+        "process = generate._process\n"
+        "def slow(recipe, record):\n"
+        "    time.sleep(0.3)\n"
+        "    return process(recipe, record)\n"
+        "generate._process = slow\n"
+        "generate.make_regions(json.load(sys.stdin), sys.argv[1], 'shapes-v1', 2, part_size=2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, out], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    process.stdin.write(json.dumps(records).encode())
+    process.stdin.close()
+    first = out + ".parts/part-000001.arrow"
+    deadline = time.monotonic() + 60
+    while not os.path.exists(first):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    assert len(children) == 2
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not os.path.exists(out)
+    while any(_is_running(pid) for pid in children):  # the workers follow their parent
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    finished = [i for i in range(11) if os.path.exists(f"{out}.parts/part-{i // 2:06d}.arrow")]
+    assert 4 <= len(finished) < 11
+    read = []
+    monkeypatch.setattr(
+        "region_pretrain.regions.generate.read_image",
+        lambda path: read.append(path) or read_image(path),
+    )
+    assert make_regions(records, out, "shapes-v1", 1, part_size=2)["images"] == 11
+    assert read == [r["file_name"] for i, r in enumerate(records) if i not in finished]
+    assert contents(out) == contents(reference)
+    assert not os.path.exists(out + ".parts")
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_killed_worker_ends_the_run_with_advice(tmp_path, records, monkeypatch):
+    monkeypatch.setattr("region_pretrain.regions.generate.read_image", _die)
+    with pytest.raises(UserError, match="worker process was killed.*fewer workers"):
+        make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=2)
+
+
+def _die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_recall_of_annotated_objects(tmp_path, records):
+    # 100x90; cells of 2x2 are 50x45.
+    record = dict(records[0], annotations=[])
+    for bbox, crowd in (
+        ([0, 0, 50, 45], 0),  # a cell: IoU 1
+        ([0, 0, 30, 45], 0),  # IoU 0.6 with it
+        ([0, 0, 10, 9], 0),  # IoU 0.04
+        ([50, 45, 50, 45], 1),  # a crowd is nobody
+    ):
+        annotation = {"bbox": bbox, "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": crowd}
+        record["annotations"].append(annotation)
+    summary = make_regions(
+        [record], str(tmp_path / "r.arrow"), "grid-v1+divisions=2+overlap=0", workers=1
+    )
+    assert summary["boxes"] == 4
+    assert summary["objects"] == 3
+    assert summary["recall@0.5"] == pytest.approx(2 / 3)
+    assert summary["recall@0.7"] == pytest.approx(1 / 3)
+    assert "0.667 at IoU 0.5, 0.333 at IoU 0.7" in format_summary(summary)
+
+
+def test_count_found_counts_objects_and_not_pairs():
+    objects = np.array([[0, 0, 10, 10], [20, 20, 30, 30]], np.float32)
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 25]], np.float32)
+    assert [count_found(boxes, objects, iou) for iou in (0.5, 0.51, 0.95, 1.0)] == [2, 1, 1, 1]
+    assert count_found(boxes[:0], objects, 0.5) == count_found(boxes, objects[:0], 0.5) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, "workers"),
+        ({"part_size": 0}, "part_size"),
+        ({"shard": (2, 2)}, "0 <= i < n"),
+        ({"shard": (-1, 2)}, "0 <= i < n"),
+        ({"max_unreadable": 2}, "max_unreadable"),
+        ({"recipe": "nonsense"}, "no recipe"),
+        ({"records": []}, "no images"),
+    ],
+)
+def test_senseless_arguments(tmp_path, records, arguments, message):
+    arguments = {"records": records, "recipe": "grid-v1", "workers": 1, **arguments}
+    with pytest.raises(UserError, match=message):
+        make_regions(out=str(tmp_path / "r.arrow"), **arguments)
+    assert os.listdir(tmp_path) == ["images"]
+
+
+def test_output_that_is_a_folder_or_something_else(tmp_path, records):
+    with pytest.raises(UserError, match="is a folder"):
+        make_regions(records, str(tmp_path), "grid-v1", workers=1)
+    (tmp_path / "text").write_text("precious")
+    with pytest.raises(UserError, match="no region store"):
+        make_regions(records, str(tmp_path / "text"), "grid-v1", workers=1)
+    assert (tmp_path / "text").read_text() == "precious"

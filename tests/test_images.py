@@ -1,0 +1,314 @@
+"""Every kind of file as a person sees it; Pillow, called step by step, is the other reader."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import skimage
+from PIL import Image, ImageOps
+
+from region_pretrain.errors import UserError
+from region_pretrain.images import UnreadableImage, decode_image, image_size, read_image
+
+
+def _picture(width: int = 37, height: int = 23) -> np.ndarray:
+    """Smooth, so that JPEG keeps it, and without any symmetry."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    return (np.stack([x * 255, y * 255, (1 - x) * y * 255], -1)).astype(np.uint8)
+
+
+def _save(path, image: Image.Image, **options) -> str:
+    image.save(path, **options)
+    return str(path)
+
+
+def _oriented(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _png(width: int, height: int, bits: int, colour: int, rows: bytes, chunks=()) -> bytes:
+    """A PNG made by hand, for kinds that Pillow does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    middle = b"".join(chunk(*c) for c in chunks)
+    body = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + middle + body + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def check_size():
+    """After a read: the size from the header must be the size of the pixels."""
+
+    def check(path: str, image: np.ndarray) -> None:
+        assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
+        assert image_size(path) == (image.shape[1], image.shape[0])
+
+    return check
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
+def test_lossless_rgb_is_kept_exactly(tmp_path, check_size, suffix):
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = _save(tmp_path / f"a.{suffix}", Image.fromarray(_picture()), **options)
+    image = read_image(path)
+    assert np.array_equal(image, _picture())
+    check_size(path, image)
+
+
+def test_jpeg_has_the_colours_in_rgb_order(tmp_path, check_size):
+    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), quality=95)
+    image = read_image(path)
+    assert np.abs(image.astype(int) - _picture()).max() <= 12  # chroma is subsampled
+    assert np.abs(image.astype(int) - np.asarray(Image.open(path))).max() <= 2
+    check_size(path, image)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_grey_becomes_three_equal_channels(tmp_path, check_size, suffix):
+    grey = _picture()[..., 0]
+    path = _save(tmp_path / f"a.{suffix}", Image.fromarray(grey))
+    image = read_image(path)
+    assert np.abs(image.astype(int) - grey[..., None]).max() <= (2 if suffix == "jpg" else 0)
+    assert (image == image[..., :1]).all()
+    check_size(path, image)
+
+
+def test_transparency_is_composited_on_white(tmp_path, check_size):
+    rgb, alpha = _picture(), _picture()[::-1, ::-1, 0]
+    part = alpha[..., None] / 255.0
+    expected = rgb * part + 255 * (1 - part)
+    path = _save(tmp_path / "rgba.png", Image.fromarray(np.dstack([rgb, alpha])))
+    assert np.abs(read_image(path) - expected).max() <= 1
+    check_size(path, read_image(path))
+
+    path = _save(tmp_path / "la.png", Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"))
+    expected = rgb[..., :1] * part + 255 * (1 - part)
+    assert np.abs(read_image(path) - expected).max() <= 1
+    check_size(path, read_image(path))
+
+
+def test_transparent_palette_entry_and_colour_key_are_white(tmp_path):
+    index = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    image = Image.fromarray(index, "P")
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
+    expected = np.array([[10, 20, 30], [255, 255, 255], [0, 0, 250]], np.uint8)[index]
+    assert np.array_equal(read_image(_save(tmp_path / "p.png", image, transparency=1)), expected)
+    assert np.array_equal(read_image(_save(tmp_path / "p.gif", image, transparency=1)), expected)
+    opaque = np.array([[10, 20, 30], [200, 0, 0], [0, 0, 250]], np.uint8)[index]
+    assert np.array_equal(read_image(_save(tmp_path / "opaque.png", image)), opaque)
+
+    keyed = Image.fromarray(opaque)
+    path = _save(tmp_path / "key.png", keyed, transparency=(200, 0, 0))
+    assert np.array_equal(read_image(path), expected)
+
+
+def test_one_bit_image_is_black_and_white(tmp_path, check_size):
+    bits = _picture()[..., 0] > 100
+    path = _save(tmp_path / "a.png", Image.fromarray(bits))
+    image = read_image(path)
+    assert np.array_equal(image, np.repeat(bits[..., None] * np.uint8(255), 3, 2))
+    check_size(path, image)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, check_size):
+    deep = (np.arange(23 * 37).reshape(23, 37) * 77).astype(np.uint16)
+    for suffix in ("png", "tiff"):
+        path = _save(tmp_path / f"a.{suffix}", Image.fromarray(deep))
+        image = read_image(path)
+        assert np.abs(image - deep[..., None] / 257.0).max() <= 1
+        check_size(path, image)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_and_alpha_png(tmp_path, check_size, colour, channels):
+    rng = np.random.default_rng(0)
+    deep = rng.integers(0, 65536, (5, 7, channels)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    path = tmp_path / "a.png"
+    path.write_bytes(_png(7, 5, 16, colour, rows))
+    values = deep / 257.0
+    if channels in (2, 4):
+        part = values[..., -1:] / 255
+        values = values[..., :-1] * part + 255 * (1 - part)
+    image = read_image(str(path))
+    assert np.abs(image - values).max() <= 2
+    check_size(str(path), image)
+
+
+def test_float_and_32_bit_images_are_refused(tmp_path):
+    for array in (np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32)):
+        path = _save(tmp_path / "deep.tiff", Image.fromarray(array))
+        with pytest.raises(UnreadableImage, match=r"deep\.tiff.*convert to 8 bits"):
+            read_image(path)
+
+
+def test_cmyk_jpeg(tmp_path, check_size):
+    """Adobe's CMYK is stored inverted; a red picture must come out red."""
+    cmyk = Image.fromarray(_picture()).convert("CMYK")
+    path = _save(tmp_path / "a.jpg", cmyk, quality=95)
+    image = read_image(path)
+    assert np.abs(image.astype(int) - _picture()).max() <= 16
+    check_size(path, image)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_exif_orientation_of_a_jpeg(tmp_path, check_size, orientation, mode):
+    picture = Image.fromarray(_picture()).convert(mode)
+    path = _save(tmp_path / "a.jpg", picture, exif=_oriented(orientation), quality=95)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
+    image = read_image(path)
+    assert image.shape == ((37, 23, 3) if orientation >= 5 else (23, 37, 3))
+    assert np.abs(image - expected).max() <= 3
+    check_size(path, image)
+
+
+def test_orientation_6_puts_the_stored_left_edge_on_top(tmp_path):
+    """A camera held upright: the meaning of one value, without another program."""
+    stored = np.zeros((4, 6, 3), np.uint8)
+    stored[:, 0] = (255, 0, 0)  # left edge red
+    stored[0, 1:] = (0, 0, 255)  # top edge blue
+    path = _save(tmp_path / "a.png", Image.fromarray(stored), exif=_oriented(6))
+    image = read_image(path)
+    assert image.shape == (6, 4, 3)
+    assert (image[0] == (255, 0, 0)).all()  # stored left -> top
+    assert (image[1:, -1] == (0, 0, 255)).all()  # stored top -> right
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [3, 5, 8])
+def test_exif_orientation_of_other_formats(tmp_path, check_size, suffix, orientation):
+    options = {"lossless": True} if suffix == "webp" else {}
+    image = Image.fromarray(_picture())
+    path = _save(tmp_path / f"a.{suffix}", image, exif=_oriented(orientation), **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    assert np.array_equal(read_image(path), expected)
+    check_size(path, read_image(path))
+
+
+def test_orientation_after_the_pixels_of_a_png_counts(tmp_path, check_size):
+    data = _png(3, 2, 8, 0, b"\0\1\2\3\0\4\5\6")
+    end = data.rindex(b"IEND") - 4
+    block = b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+    exif = struct.pack(">I", len(block)) + b"eXIf" + block
+    exif += struct.pack(">I", zlib.crc32(exif[4:]))
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:end] + exif + data[end:])
+    image = read_image(str(path))
+    assert image[..., 0].tolist() == [[4, 1], [5, 2], [6, 3]]
+    check_size(str(path), image)
+
+
+@pytest.mark.parametrize("value", [0, 9, 77])
+def test_senseless_orientation_is_ignored(tmp_path, check_size, value):
+    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), exif=_oriented(value))
+    assert read_image(path).shape == (23, 37, 3)
+    check_size(path, read_image(path))
+
+
+def test_damaged_exif_is_ignored(tmp_path, check_size):
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff\xff\xff"
+    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), exif=exif)
+    assert read_image(path).shape == (23, 37, 3)
+    check_size(path, read_image(path))
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_is_the_picture_made_smaller(tmp_path, reduce, suffix, orientation):
+    picture = Image.fromarray(_picture(301, 203))
+    path = _save(tmp_path / f"a.{suffix}", picture, exif=_oriented(orientation))
+    full, small = read_image(path), read_image(path, reduce)
+    height, width = full.shape[:2]
+    assert small.shape == (-(-height // reduce), -(-width // reduce), 3)
+    expected = cv2.resize(full, small.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert np.abs(small.astype(int) - expected).max() <= 8
+
+
+def test_reduce_must_be_a_power_of_two(tmp_path):
+    path = _save(tmp_path / "a.png", Image.fromarray(_picture()))
+    with pytest.raises(ValueError, match="reduce"):
+        read_image(path, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "gif"])
+def test_truncated_file_is_unreadable(tmp_path, suffix):
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (80, 90, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
+    path = tmp_path / f"cut.{suffix}"
+    for part in (0.9, 0.5, 0.02):
+        path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * part)])
+        with pytest.raises(UnreadableImage, match=rf"cut\.{suffix}"):
+            read_image(str(path))
+
+
+def test_jpeg_cut_after_its_exif_thumbnail_is_unreadable(tmp_path):
+    """The thumbnail has an end marker of its own, which must not pass for the image's."""
+    buffer = io.BytesIO()
+    Image.fromarray(_picture()).save(buffer, "jpeg")
+    thumbnail = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + buffer.getvalue()
+    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture(300, 200)), exif=thumbnail)
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert data.count(b"\xff\xd9") == 2
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) * 7 // 10])
+    with pytest.raises(UnreadableImage):
+        read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "empty"), (b"no image at all", "not an image"), (b"\xff\xd8", "not an image")],
+)
+def test_no_image_is_unreadable_and_says_why(tmp_path, content, reason):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    for function in (read_image, image_size):
+        with pytest.raises(UnreadableImage, match=rf"x\.jpg: .*{reason}") as caught:
+            function(str(path))
+        assert isinstance(caught.value, UserError)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UnreadableImage, match="gone.jpg: no such file"):
+        read_image(str(tmp_path / "gone.jpg"))
+    with pytest.raises(UnreadableImage, match="cannot be read"):
+        read_image(str(tmp_path))
+
+
+def test_from_memory_names_what_the_caller_says(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(_picture()).save(buffer, "png")
+    assert np.array_equal(decode_image(buffer.getvalue()), _picture())
+    with pytest.raises(UnreadableImage, match="archive.tar:3"):
+        decode_image(b"junk", "archive.tar:3")
+
+
+def test_size_of_a_jpeg_whose_header_is_longer_than_the_first_read(tmp_path, check_size):
+    profile = np.random.default_rng(0).bytes(150_000)  # spread over three segments
+    path = _save(
+        tmp_path / "a.jpg", Image.fromarray(_picture()), icc_profile=profile, exif=_oriented(6)
+    )
+    image = read_image(path)
+    assert image.shape == (37, 23, 3)
+    check_size(path, image)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket"])
+def test_photographs_as_scikit_image_reads_them(name):
+    expected = getattr(skimage.data, name)()
+    suffix = "jpg" if name == "rocket" else "png"
+    folder = skimage.__path__[0]
+    image = read_image(f"{folder}/data/{name}.{suffix}")
+    assert np.abs(image.astype(int) - expected).max() <= (2 if suffix == "jpg" else 0)

@@ -1,0 +1,121 @@
+"""tools/make_regions.py, run as people run it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import skimage.data
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from region_pretrain.data.shapes import ShapesSpec, register_shapes
+from region_pretrain.regions import RegionStore
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "make_regions.py"
+
+
+def run(*arguments, cwd) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_regions_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "nested").mkdir(parents=True)
+    Image.fromarray(skimage.data.astronaut()[:120, 150:300]).save(folder / "astronaut.jpg")
+    Image.fromarray(skimage.data.chelsea()[80:200, 100:280]).save(folder / "nested" / "cat.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_folder_with_a_preview(tmp_path, photos):
+    result = run(
+        "--images", photos, "--out", "r.arrow", "--set", "min_side=20", "--mode", "single",
+        "--working-size", 100, "--workers", 2, "--preview", 5, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    recipe = "soco-v1+min_side=20+mode=single+working_size=100"
+    store = RegionStore.open(str(tmp_path / "r.arrow"))
+    assert store.manifest["recipe"] == recipe
+    assert sorted(store.keys()) == ["astronaut.jpg", "nested/cat.png"]
+    assert store.size("nested/cat.png") == (180, 120)
+    count = store.manifest["boxes"]
+    assert count > 10
+    assert recipe in result.stdout and f"2 images, 0 unreadable, {count} boxes" in result.stdout
+    assert f"mean {count / 2:.1f}" in result.stdout
+    with Image.open(tmp_path / "r.arrow.preview.png") as picture:
+        assert picture.size == (800, 400)
+    assert "2/2" in result.stderr  # progress
+
+
+def test_shards_and_then_one_more_call(tmp_path, photos):
+    common = "--images", photos, "--out", "r.arrow", "--recipe", "grid-v1", "--part-size", 1
+    first = run(*common, "--shard", "1/2", cwd=tmp_path)
+    assert first.returncode == 0 and "1 of 2 parts are complete" in first.stderr
+    assert not (tmp_path / "r.arrow").exists()
+    second = run(*common, "--shard", "0/2", cwd=tmp_path)
+    assert "2 images, 0 unreadable, 68 boxes" in second.stdout  # 9 + 25 windows an image
+    again = run(*common, "--shard", "1/2", cwd=tmp_path)
+    assert again.stdout == second.stdout
+
+
+def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    name = register_shapes("make_regions_val", ShapesSpec("val", 3, side=48))
+    try:
+        tool().main(["--dataset", name, "--out", str(tmp_path / "r.arrow"),
+                     "--recipe", "ground_truth-v1", "--workers", "1"])  # fmt: skip
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    printed = capsys.readouterr().out
+    assert "3 images, 0 unreadable" in printed
+    assert "1.000 at IoU 0.5, 1.000 at IoU 0.7" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "empty"], "has no images"),
+        (["--images", "missing"], "no such image folder"),
+        (["--dataset", "nowhere"], "no data set is called 'nowhere'"),
+        (["--images", "photos", "--recipe", "soco"], "no recipe is called 'soco'"),
+        (["--images", "photos", "--set", "min_side"], "FIELD=VALUE"),
+        (["--images", "photos", "--set", "colour=3"], "no field 'colour'"),
+        (["--images", "photos", "--mode", "slow"], "mode=slow"),
+        (["--images", "photos", "--working-size", "big"], "working_size=big"),
+        (["--images", "photos", "--shard", "3"], "--shard 3"),
+        (["--images", "photos", "--shard", "2/2"], "0 <= i < n"),
+        (["--images", "photos", "--preview", "0"], "--preview 0"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, photos, arguments, message, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        tool().main([*arguments, "--out", "r.arrow"])
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "r.arrow").exists() and not (tmp_path / "r.arrow.parts").exists()

@@ -1,0 +1,102 @@
+#!/usr/bin/env python
+"""Make the regions of a data set's images, before pre-training.
+
+    tools/make_regions.py --images photos --out regions.arrow --recipe soco-v1
+    tools/make_regions.py --dataset imagenet_train --out imagenet.arrow --shard 3/64
+
+Run it again after an interruption and it goes on. Shards may run at once on machines that share
+the output's disk.
+"""
+
+import argparse
+import logging
+import re
+
+import region_pretrain.data  # noqa: F401  registers the built-in data sets
+import region_pretrain.data.shapes  # noqa: F401
+from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
+from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.regions import RegionStore
+from region_pretrain.regions.generate import format_summary, make_regions
+from region_pretrain.regions.preview import draw_preview
+from region_pretrain.regions.recipes import RECIPES, get_recipe
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--images", metavar="DIR", help="all images in a folder and below it")
+    images.add_argument("--dataset", metavar="NAME", nargs="+", help="registered data sets")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the store, e.g. x.arrow")
+    parser.add_argument(
+        "--recipe", default="soco-v1", metavar="ID", help=f"{', '.join(RECIPES)} (default soco-v1)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe; it shows in the recipe's id",
+    )
+    parser.add_argument("--mode", help="selective search: fast, quality or single (--set mode=...)")
+    parser.add_argument(
+        "--working-size", metavar="PIXELS", help="shrink the long side to this before the search"
+    )
+    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part of the work, from 0/N")
+    parser.add_argument(
+        "--max-unreadable",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the files that may be unreadable (default 0.01)",
+    )
+    parser.add_argument("--part-size", type=int, default=1000, help="images in a part (1000)")
+    parser.add_argument("--preview", type=int, metavar="N", help="draw N images: FILE.preview.png")
+    return parser.parse_args(argv)
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    changes = {}
+    for change in args.set:
+        field, equals, value = change.partition("=")
+        if not equals:
+            raise UserError(f"--set {change}: write FIELD=VALUE")
+        changes[field] = value
+    if args.mode is not None:
+        changes["mode"] = args.mode
+    if args.working_size is not None:
+        changes["working_size"] = args.working_size
+    recipe = get_recipe(args.recipe, changes)
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if shard is None:
+        raise UserError(f"--shard {args.shard}: write I/N, e.g. 0/8")
+    if args.preview is not None and args.preview < 1:
+        raise UserError(f"--preview {args.preview}: draw at least one image")
+
+    records = get_records(args.dataset or FOLDER_PREFIX + args.images)
+    summary = make_regions(
+        records,
+        args.out,
+        recipe,
+        workers=args.workers,
+        shard=(int(shard[1]), int(shard[2])),
+        max_unreadable=args.max_unreadable,
+        part_size=args.part_size,
+    )
+    if summary is None:
+        return
+    print(f"{args.out}: {recipe.id}\n{format_summary(summary)}")
+    if args.preview:
+        store = RegionStore.open(args.out)
+        print(draw_preview(records, store, f"{args.out}.preview.png", args.preview))
+
+
+if __name__ == "__main__":
+    main()

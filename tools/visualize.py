@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Draw what a pre-training sees: the views of its first images, after photometry.
+
+A line is an image, a column a view. Boxes of one colour and number are the same region, and are
+matched; grey ones are in one view only.
+"""
+
+import argparse
+
+from detectron2.utils.file_io import PathManager
+
+from region_pretrain.engine.overrides import load_config
+from region_pretrain.engine.setup import complete_train
+from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.evaluation.plots import to_png
+from region_pretrain.evaluation.view_pictures import first_views, sheet, view_pictures
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="a pre-training config")
+    parser.add_argument("--num", type=int, default=4, help="images (default 4)")
+    parser.add_argument("--output", default="views.png", help="the PNG (default views.png)")
+    parser.add_argument("--height", type=int, default=224, help="of a view in the picture")
+    parser.add_argument("opts", nargs="*", help="key=value for a key of the config")
+    args = parser.parse_args()
+    if args.num < 1 or args.height < 16:
+        raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
+    cfg = complete_train(load_config(args.config_file, args.opts))
+    picture = sheet(view_pictures(first_views(cfg, args.num)), args.height)
+    with PathManager.open(args.output, "wb") as file:
+        file.write(to_png(picture, max_width=picture.shape[1]))
+    print(f"{args.output}: {args.num} images, {picture.shape[1]} x {picture.shape[0]} pixels")
+
+
+if __name__ == "__main__":
+    main()
