@@ -8,9 +8,17 @@ pre-trained weights; then a table, results.json and report.html.
 """
 
 import argparse
+import warnings
 
-from region_pretrain.errors import exit_on_user_error
-from region_pretrain.launch.demo import PRETRAINED_LR, SCRATCH_LR, run_demo, run_sweep
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
+
+from region_pretrain.errors import exit_on_user_error  # noqa: E402
+from region_pretrain.launch.demo import (  # noqa: E402
+    PRETRAINED_LR,
+    SCRATCH_LR,
+    run_demo,
+    run_sweep,
+)
 
 PRETRAIN_CONFIG = "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 DETECTION_CONFIG = "configs/detection/mask_rcnn_r18_fpn_shapes.py"

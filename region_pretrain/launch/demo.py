@@ -183,7 +183,8 @@ def run_demo(
     report = os.path.join(output_dir, "report.html")
     write_demo_report(report, job, results)
     for title, header, rows in tables(results):
-        say(f"\n{title}\n{tabulate(rows, header, floatfmt='.1f', missingval='-')}")
+        align = ["left", *["right"] * (len(header) - 1)]
+        say(f"\n{title}\n{tabulate(rows, header, disable_numparse=True, colalign=align)}")
     say(f"\nnumbers: {path}\nreport:  {report}")
     return results
 
@@ -219,7 +220,7 @@ def run_sweep(
     for lr in rates:
         for start in STARTS:
             folder = job.folder(seed, f"sweep_{start}_lr{lr:g}")
-            more = [f"dataloader.test.dataset.names.seed={SWEEP_VAL_SEED}", "train.eval_period=0"]
+            more = [f"+dataloader.test.dataset.names.seed={SWEEP_VAL_SEED}", "train.eval_period=0"]
             _fine_tune(steps, job, seed, start, lr, folder, more)
             found[start][f"{lr:g}"] = read_results(folder)
     write_text_atomic(os.path.join(output_dir, "sweep.json"), json.dumps(found, indent=2) + "\n")

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-#: A training's line, and a progress bar's.
-_PROGRESS = re.compile(r"iter \d+/\d+.*|(?:[\w :]+: +)?\d+%\|.*|.*\beta\b.*", re.IGNORECASE)
+#: A training's line, a progress bar's, any other that says how long it will take.
+_PROGRESS = (r"iter \d+/\d+.*", r"[\w :]*\d+%\|.*", r".*\beta\b.*")
 _TAIL = 15  # lines of a failed step's log that are shown
 
 
@@ -126,7 +126,7 @@ class Steps:
         lines: list[str] = []
         shown = 0.0
         with (
-            open(self.log(name), "a", encoding="utf-8") as log,
+            open(self.log(name), "a", 1, encoding="utf-8") as log,
             subprocess.Popen(
                 [sys.executable, *command],
                 stdin=subprocess.DEVNULL,
@@ -142,10 +142,9 @@ class Steps:
                     line = _ANSI.sub("", line.rstrip())
                     log.write(f"{line}\n")
                     lines = [*lines[1 - _TAIL :], line] if line else lines
-                    progress = _PROGRESS.search(line)
-                    if progress and time.monotonic() - shown >= self._every:
+                    if time.monotonic() - shown >= self._every and (text := _progress(line)):
                         shown = time.monotonic()
-                        self._say(f"  {progress[0].strip()}")
+                        self._say(f"  {text}")
             except BaseException:
                 process.terminate()
                 raise
@@ -157,3 +156,8 @@ class Steps:
         if not last.startswith("error: "):  # a tool's own word on bad input says it all
             last = "\n  ".join(["the log ends:", *lines])
         return f"the step {name} failed (exit code {code}, log {self.log(name)}): {last}"
+
+
+def _progress(line: str) -> str | None:
+    found = next((m for p in _PROGRESS if (m := re.search(p, line, re.IGNORECASE))), None)
+    return found[0].strip() if found else None

@@ -114,10 +114,16 @@ class _Plan:
         self.out, self.recipe, self.records, self.part_size = out, recipe, records, part_size
         self.folder = f"{out}.parts"
         self.num_parts = -(-len(records) // part_size)
-        names = hashlib.sha256()
+        names, keys = hashlib.sha256(), set()
         for record in records:
             key = str(record["image_id"]).encode()
             names.update(len(key).to_bytes(8, "little") + key)
+            if key in keys:
+                raise UserError(
+                    f"image {key.decode()!r} comes twice: regions are kept by image_id, so it must "
+                    "be unique"
+                )
+            keys.add(key)
         self.facts = {
             "recipe": recipe.id,
             "images": len(records),
@@ -320,6 +326,8 @@ def _merge(plan: _Plan, max_unreadable: float) -> dict | None:
         if unreadable:
             text = "".join(f"{key}\t{error}\n" for key, error in unreadable)
             write_atomic(listing, lambda file: file.write(text.encode()))
+        elif os.path.exists(listing):
+            os.remove(listing)  # of an earlier run: they were mended since
         if len(unreadable) > max_unreadable * len(plan.records):
             raise UserError(
                 f"{len(unreadable)} of {len(plan.records)} images cannot be read, more than the "

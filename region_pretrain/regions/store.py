@@ -107,9 +107,9 @@ class RegionStore:
 
     Attributes:
         path: of the file.
-        manifest: facts of the file: ``recipe`` (id), ``recipe_parameters``, ``versions`` of the
-            libraries that made it, ``images`` and ``boxes`` (counts), ``sha256`` of the content
-            (see :func:`content_hash`), ``format_version``.
+        manifest: facts of the file: ``recipe`` (id), ``versions`` of the libraries that made it,
+            ``images`` and ``boxes`` (counts), ``sha256`` of the content (:func:`content_hash`),
+            ``format_version``, and what its maker added, e.g. the recipe's ``parameters``.
     """
 
     def __init__(self, path: str, manifest: dict[str, Any], chunks: list[Chunk]) -> None:

@@ -291,3 +291,65 @@ def test_output_that_is_a_folder_or_something_else(tmp_path, records):
     with pytest.raises(UserError, match="no region store"):
         make_regions(records, str(tmp_path / "text"), "grid-v1", workers=1)
     assert (tmp_path / "text").read_text() == "precious"
+
+
+def test_a_mended_file_is_read_again_and_the_other_parts_are_kept(tmp_path, records):
+    whole = open(records[2]["file_name"], "rb").read()
+    for i in (2, 9):
+        open(records[i]["file_name"], "wb").close()
+    out = str(tmp_path / "r.arrow")
+    with pytest.raises(UserError, match="2 of 11 images cannot be read"):
+        make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.1)
+    first, last = (out + f".parts/part-00000{i}.arrow" for i in (0, 4))
+    untouched = os.stat(first).st_mtime_ns, os.stat(last).st_mtime_ns
+    with open(records[2]["file_name"], "wb") as file:
+        file.write(whole)
+    summary = make_regions(records, out, "grid-v1", 1, (1, 3), part_size=2, max_unreadable=0.1)
+    assert summary is None  # this shard has parts 1 and 4; part 5 is not made yet
+    assert untouched == (os.stat(first).st_mtime_ns, os.stat(last).st_mtime_ns)
+    summary = make_regions(records, out, "grid-v1", 1, part_size=2, max_unreadable=0.1)
+    assert (summary["images"], summary["unreadable"]) == (10, 1)
+    assert "im/2" in RegionStore.open(out)
+    assert open(out + ".unreadable.txt").read().startswith("im/9\t")
+
+
+def test_the_list_of_unreadable_files_goes_when_all_were_mended(tmp_path, records):
+    whole = open(records[4]["file_name"], "rb").read()
+    open(records[4]["file_name"], "wb").close()
+    out = str(tmp_path / "r.arrow")
+    with pytest.raises(UserError, match="1 of 11"):
+        make_regions(records, out, "grid-v1", workers=1, max_unreadable=0)
+    assert os.path.exists(out + ".unreadable.txt")
+    with open(records[4]["file_name"], "wb") as file:
+        file.write(whole)
+    assert make_regions(records, out, "grid-v1", workers=1, max_unreadable=0)["images"] == 11
+    assert not os.path.exists(out + ".unreadable.txt")
+
+
+def test_two_images_of_one_key_are_refused_before_the_work(tmp_path, records):
+    records[7]["image_id"] = records[1]["image_id"]
+    with pytest.raises(UserError, match="image 'im/1' comes twice"):
+        make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=1)
+    assert os.listdir(tmp_path) == ["images"]
+
+
+def test_annotations_of_another_size_cost_the_recall_and_not_the_run(tmp_path, records, caplog):
+    annotation = {"bbox": [0, 0, 50, 45], "bbox_mode": BoxMode.XYWH_ABS}
+    for record in records[:2]:
+        record["annotations"] = [annotation]
+    records[1].update(width=90, height=105)  # turned by EXIF, say
+    recipe = "grid-v1+divisions=2+overlap=0"
+    summary = make_regions(records, str(tmp_path / "r.arrow"), recipe, workers=1)
+    assert summary["images"] == 11
+    assert (summary["objects"], summary["recall@0.5"]) == (1, 1.0)
+    assert records[1]["file_name"] in caplog.text
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_search_names_the_image(tmp_path, records, monkeypatch, workers):
+    def search(image, mode, working_size):
+        raise ValueError("out of its depth")
+
+    monkeypatch.setattr("region_pretrain.regions.recipes.selective_search", search)
+    with pytest.raises(RuntimeError, match=r"00\.png: soco-v1 failed on it: out of its depth"):
+        make_regions(records, str(tmp_path / "r.arrow"), "soco-v1", workers=workers)

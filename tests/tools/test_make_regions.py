@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -69,15 +70,19 @@ def test_folder_with_a_preview(tmp_path, photos):
     assert "2/2" in result.stderr  # progress
 
 
-def test_shards_and_then_one_more_call(tmp_path, photos):
-    common = "--images", photos, "--out", "r.arrow", "--recipe", "grid-v1", "--part-size", 1
-    first = run(*common, "--shard", "1/2", cwd=tmp_path)
-    assert first.returncode == 0 and "1 of 2 parts are complete" in first.stderr
+def test_shards_and_then_one_more_call(tmp_path, photos, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    main = tool().main
+    common = ["--images", "photos", "--out", "r.arrow", "--recipe", "grid-v1", "--part-size", "1"]
+    main([*common, "--workers", "1", "--shard", "1/2"])
+    assert "1 of 2 parts are complete" in caplog.text and capsys.readouterr().out == ""
     assert not (tmp_path / "r.arrow").exists()
-    second = run(*common, "--shard", "0/2", cwd=tmp_path)
-    assert "2 images, 0 unreadable, 68 boxes" in second.stdout  # 9 + 25 windows an image
-    again = run(*common, "--shard", "1/2", cwd=tmp_path)
-    assert again.stdout == second.stdout
+    main([*common, "--workers", "1", "--shard", "0/2"])
+    printed = capsys.readouterr().out
+    assert "2 images, 0 unreadable, 68 boxes" in printed  # 9 + 25 windows an image
+    main([*common, "--workers", "1", "--shard", "1/2"])
+    assert capsys.readouterr().out == printed
 
 
 def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):

@@ -46,8 +46,8 @@ class Difficulty:
 
     objects: tuple[int, int] = (3, 6)
     size: tuple[float, float] = (0.2, 0.45)
-    contrast: tuple[float, float] = (0.08, 0.28)
-    texture: float = 0.13
+    contrast: tuple[float, float] = (0.0, 0.08)
+    texture: float = 0.16
     ground_texture: float = 0.07
     typical: float = 0.7
     clutter: int = 8
@@ -63,7 +63,8 @@ LEVELS: dict[str, Difficulty] = {
     "easy": Difficulty(
         objects=(2, 4),
         size=(0.28, 0.5),
-        contrast=(0.18, 0.35),
+        contrast=(0.0, 0.1),
+        texture=0.18,
         ground_texture=0.04,
         typical=0.85,
         clutter=3,
@@ -75,8 +76,8 @@ LEVELS: dict[str, Difficulty] = {
     "hard": Difficulty(
         objects=(4, 8),
         size=(0.14, 0.42),
-        contrast=(0.03, 0.2),
-        texture=0.12,
+        contrast=(0.0, 0.06),
+        texture=0.13,
         ground_texture=0.09,
         typical=0.55,
         clutter=16,
@@ -219,9 +220,7 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, value: np.ndarray | float) -> 
     canvas += alpha * (value - canvas)
 
 
-def _draw_clutter(
-    canvas: np.ndarray, count: int, difficulty: Difficulty, rng: np.random.Generator
-) -> None:
+def _draw_clutter(canvas: np.ndarray, count: int, rng: np.random.Generator) -> None:
     """Strokes and scraps: things with edges that are no object."""
     side = canvas.shape[0]
     for _ in range(count):
@@ -232,7 +231,7 @@ def _draw_clutter(
         stroke = shapely.LineString(path).buffer(width / 2 + 0.3, quad_segs=3)
         alpha = _coverage(_rings(stroke), side)
         sign = rng.choice((-1.0, 1.0))
-        _paint(canvas, alpha, canvas + sign * rng.uniform(*difficulty.contrast))
+        _paint(canvas, alpha, canvas + sign * rng.uniform(0.05, 0.2))
 
 
 def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) -> Scene:
@@ -258,7 +257,7 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
     canvas = 0.5 + difficulty.ground_texture * ground
     tint = np.zeros((side, side, 3), np.float32)
     below = difficulty.clutter // 2
-    _draw_clutter(canvas, below, difficulty, rng)
+    _draw_clutter(canvas, below, rng)
 
     for item in objects:
         outline = [np.asarray(item.polygon.exterior.coords)[:-1]]
@@ -270,16 +269,19 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
         base = 0.5 + rng.choice((-1.0, 1.0)) * rng.uniform(*difficulty.contrast)
         texture = MATERIALS[_MATERIAL_NAMES[item.material]]
         value = base + difficulty.texture * texture(side, side, unit * rng.uniform(0.85, 1.2), rng)
-        gradient = rng.normal(0, 0.05, 2)
-        y, x = np.mgrid[:side, :side].astype(np.float32) / side
-        value = value + gradient[0] * (x - 0.5) + gradient[1] * (y - 0.5)
+        # Light from one side: an object is not told by being bright or dark as a whole.
+        x0, y0, x1, y1 = item.polygon.bounds
+        y, x = np.mgrid[:side, :side].astype(np.float32) + 0.5
+        light = rng.normal(0, 0.12, 2)
+        value = value + light[0] * (2 * (x - x0) / (x1 - x0) - 1)
+        value = value + light[1] * (2 * (y - y0) / (y1 - y0) - 1)
         _paint(canvas, alpha, value)
         rim = shapely.LinearRing(outline[0]).buffer(max(0.5, side * 0.004), quad_segs=2)
         _paint(canvas, 0.6 * _coverage(_rings(rim), side) * (alpha > 0), base - 0.2)
         own = rng.normal(0, difficulty.object_saturation, 3).astype(np.float32)
         _paint(tint, alpha[..., None], own - own.mean())
 
-    _draw_clutter(canvas, difficulty.clutter - below, difficulty, rng)
+    _draw_clutter(canvas, difficulty.clutter - below, rng)
     canvas = canvas + rng.normal(0, difficulty.noise, canvas.shape)
     # Equal mean and contrast for every scene: brightness tells nothing.
     canvas = 0.5 + 0.19 * (canvas - canvas.mean()) / max(float(canvas.std()), 1e-6)

@@ -25,34 +25,19 @@ train.output_dir = "output/soco"
 _jitter = dict(
     brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2
 )
-_photometry = dict(
-    first_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
-    other_photometry=L(Photometry)(
-        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
-    ),
-)
-
 dataloader.train.dataset.views = L(SoCoViews)(
     sizes=[224, 224, 112],
     # A crop of its own for each further view, as released. ["crop", 0] is the paper's figure: the
     # third view is the second at half the size.
     sources=["crop", "crop"],
-    **_photometry,
+    first_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
+    other_photometry=L(Photometry)(
+        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
+    ),
     num_regions=4,
     crop_area=(0.5, 1.0),
     jitter_prob=0.5,
     jitter_ratio=0.1,
-    min_box_side=0.0,
-)
-
-two_views = L(SoCoViews)(
-    sizes=[224, 224],
-    sources=["crop"],
-    **_photometry,
-    num_regions=4,
-    crop_area=(0.6, 1.0),
-    jitter_prob=0.0,
-    jitter_ratio=0.0,
     min_box_side=0.0,
 )
 

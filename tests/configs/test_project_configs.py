@@ -1,0 +1,84 @@
+"""Every shipped pre-training recipe loads, survives save and load, and builds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import OmegaConf
+
+from region_pretrain.config import CONFIG_ROOT
+from region_pretrain.engine.overrides import load_config
+
+RECIPES = sorted((CONFIG_ROOT.parent / "projects").glob("*/configs/*.py"))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 8
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe(path: Path, tmp_path):
+    cfg = LazyConfig.load(str(path))
+    assert set(cfg.keys()) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    saved = str(tmp_path / "config.yaml")
+    LazyConfig.save(cfg, saved)
+    again = LazyConfig.load(saved)
+    assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(LazyConfig.load(saved))
+    changed = load_config(saved, ["optimizer.lr=0.5", "train.max_iter=7"])
+    assert changed.optimizer.lr == 0.5 and changed.train.max_iter == 7
+
+    with torch.device("meta"):
+        models = [instantiate(c.model) for c in (cfg, again)]
+    states = [{k: v.shape for k, v in m.state_dict().items()} for m in models]
+    assert states[0] == states[1] and len(states[0]) > 100
+    assert all(hasattr(models[0], name) for name in models[0].detector_modules)
+    multiplier = instantiate(again.lr_multiplier)
+    assert multiplier(0.0) == pytest.approx(0.01) and multiplier(1.0) < 1e-5
+    views = instantiate(again.dataloader.train.dataset.views)
+    rng = np.random.default_rng(0)
+    samples = views(640, 480, np.array([[50, 40, 300, 400]], np.float32), rng)
+    assert [s.geometry.size for s in samples] == [
+        (size, size) for size in again.dataloader.train.dataset.views.sizes
+    ]
+    assert len(samples[0].photometry.sample(rng)) == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "lr", "iterations"),
+    [
+        ("soco_r50-fpn_16xb128-100ep_imagenet", 100, 2048, 8.0, 62_500),
+        ("soco_r50-fpn_16xb128-400ep_imagenet", 400, 2048, 8.0, 250_000),
+        ("soco_r50-fpn_8xb128-100ep_imagenet", 100, 1024, 4.0, 125_100),
+        ("soco-star_r50-fpn_16xb128-400ep_imagenet", 400, 2048, 8.0, 250_000),
+        ("soco_r50-c4_16xb128-100ep_imagenet", 100, 2048, 8.0, 62_500),
+    ],
+)
+def test_facts_of_the_imagenet_recipes(name, epochs, batch, lr, iterations):
+    cfg = LazyConfig.load(str(CONFIG_ROOT.parent / f"projects/SoCo/configs/{name}.py"))
+    assert cfg.train.epochs == epochs and cfg.dataloader.train.total_batch_size == batch
+    assert cfg.optimizer.lr * batch / cfg.train.base_batch_size == lr
+    assert 1_281_167 // batch * epochs == iterations
+    assert cfg.optimizer.params.weight_decay == 1e-5 and cfg.lr_multiplier.warmup_epochs == 10
+    assert cfg.model.momentum.start == 0.99
+    views = cfg.dataloader.train.dataset.views
+    assert views.num_regions == 4
+    first, other = views.first_photometry, views.other_photometry
+    for photometry in (first, other):
+        assert (photometry.brightness, photometry.contrast) == (0.4, 0.4)
+        assert (photometry.saturation, photometry.hue) == (0.2, 0.1)
+        assert (photometry.jitter_prob, photometry.gray_prob) == (0.8, 0.2)
+        assert tuple(photometry.blur_sigma) == (0.1, 2.0)
+    assert (first.blur_prob, other.blur_prob, other.solarize_prob) == (1.0, 0.1, 0.2)
+    assert "solarize_prob" not in first
+    if "c4" in name:
+        assert tuple(views.crop_area) == (0.6, 1.0) and views.jitter_prob == 0
+    else:
+        assert tuple(views.crop_area) == (0.5, 1.0)
+        assert (views.jitter_prob, views.jitter_ratio) == (0.5, 0.1)
+        assert list(cfg.model.level_scales) == [48, 96, 192, 224]
+    assert list(views.sizes) == {
+        "soco-star": [224, 224, 192, 112],
+        "soco_r50-c4": [224, 224],
+    }.get(name.split("_16x")[0].removesuffix("_r50-fpn"), [224, 224, 112])
