@@ -6,6 +6,7 @@ matched; grey ones are in one view only.
 """
 
 import argparse
+import os
 
 from detectron2.utils.file_io import PathManager
 
@@ -31,6 +32,7 @@ def main() -> None:
         raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
     cfg = complete_train(load_config(args.config_file, args.opts))
     picture = sheet(view_pictures(first_views(cfg, args.num)), args.height)
+    PathManager.mkdirs(os.path.dirname(args.output) or ".")
     with PathManager.open(args.output, "wb") as file:
         file.write(to_png(picture, max_width=picture.shape[1]))
     print(f"{args.output}: {args.num} images, {picture.shape[1]} x {picture.shape[0]} pixels")

@@ -28,7 +28,7 @@ def first_views(cfg: DictConfig, count: int) -> ViewBatch:
         UserError: the data does not fit, or has fewer images.
     """
     loader = cfg.dataloader.train.copy()
-    if loader.seed is None:
+    if "seed" in loader and loader.seed is None:
         loader.seed = cfg.train.seed or 0
     # A smaller batch is the beginning of the larger one: samples do not depend on its size.
     loader.total_batch_size = count

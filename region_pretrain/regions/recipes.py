@@ -75,7 +75,7 @@ class Recipe(ABC):
 
 @dataclass(frozen=True)
 class SoCoRecipe(Recipe):
-    """Selective search with the filter "ratio3size0308" and its fallbacks (SoCo, section 3.1).
+    """Selective search with the filter "ratio3size0308" of SoCo's released code.
 
     An image on which nothing passes keeps what passes without the size rule, else what passes the
     side rule alone, else nothing (loaders then take the whole image).
