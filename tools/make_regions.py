@@ -3,6 +3,7 @@
 
     tools/make_regions.py --images photos --out regions.arrow --recipe soco-v1
     tools/make_regions.py --dataset imagenet_train --out imagenet.arrow --shard 3/64
+    tools/make_regions.py --config-file projects/NAME/configs/x.py   # what this config asks for
 
 Run it again after an interruption and it goes on. Shards may run at once on machines that share
 the output's disk.
@@ -12,9 +13,12 @@ import argparse
 import logging
 import re
 
+from detectron2.config import instantiate
+
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
+from region_pretrain.engine.overrides import load_config
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import format_summary, make_regions
@@ -30,9 +34,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", metavar="DIR", help="all images in a folder and below it")
     images.add_argument("--dataset", metavar="NAME", nargs="+", help="registered data sets")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the store, e.g. x.arrow")
+    images.add_argument(
+        "--config-file",
+        metavar="FILE",
+        help="a pre-training config, which says data set, recipe and store",
+    )
+    parser.add_argument("--out", metavar="FILE", help="the store, e.g. x.arrow")
     parser.add_argument(
-        "--recipe", default="soco-v1", metavar="ID", help=f"{', '.join(RECIPES)} (default soco-v1)"
+        "--recipe", metavar="ID", help=f"{', '.join(RECIPES)} (default soco-v1, or the config's)"
     )
     parser.add_argument(
         "--set",
@@ -56,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--part-size", type=int, default=1000, help="images in a part (1000)")
     parser.add_argument("--preview", type=int, metavar="N", help="draw N images: FILE.preview.png")
+    parser.add_argument("opts", nargs="*", help="with --config-file: key=value")
     return parser.parse_args(argv)
 
 
@@ -63,6 +73,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = args.dataset or FOLDER_PREFIX + (args.images or "")
+    if args.config_file is not None:
+        wanted = load_config(args.config_file, args.opts).dataloader.train.dataset
+        names = instantiate(wanted.names)
+        args.out = args.out or wanted.regions
+        args.recipe = args.recipe or wanted.recipe
+    elif args.opts:
+        raise UserError(f"{args.opts[0]}: key=value goes with --config-file")
+    if not args.out:
+        raise UserError("say where the store goes: --out FILE")
     changes = {}
     for change in args.set:
         field, equals, value = change.partition("=")
@@ -73,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
         changes["mode"] = args.mode
     if args.working_size is not None:
         changes["working_size"] = args.working_size
-    recipe = get_recipe(args.recipe, changes)
+    recipe = get_recipe(args.recipe or "soco-v1", changes)
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if shard is None:
         raise UserError(f"--shard {args.shard}: write I/N, e.g. 0/8")
     if args.preview is not None and args.preview < 1:
         raise UserError(f"--preview {args.preview}: draw at least one image")
 
-    records = get_records(args.dataset or FOLDER_PREFIX + args.images)
+    records = get_records(names)
     summary = make_regions(
         records,
         args.out,

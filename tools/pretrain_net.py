@@ -8,7 +8,7 @@ from region_pretrain.errors import UserError, exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r50-fpn_100ep_imagenet.py")
+    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py")
     args = parser.parse_args()
     if args.eval_only:
         raise UserError(

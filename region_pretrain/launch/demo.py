@@ -39,7 +39,7 @@ from region_pretrain.launch.steps import Steps, in_checkout
 #: results do not use: ``python tools/demo.py --sweep`` prints the table.
 SCRATCH_LR = 0.1
 PRETRAINED_LR = 0.1
-SWEEP_RATES = (0.02, 0.05, 0.1, 0.2)
+SWEEP_RATES = (0.05, 0.1, 0.2)
 #: Seed of the Shapes validation scenes of the sweep; those of the results have the config's.
 SWEEP_VAL_SEED = 1000
 

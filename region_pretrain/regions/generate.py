@@ -95,7 +95,7 @@ def _process(recipe: Recipe, record: dict) -> _Result:
 
 
 def _start_worker() -> None:
-    cv2.setNumThreads(1)  # one image a process is faster than one image on all cores
+    cv2.setNumThreads(0)  # one image a process is faster than one image on all cores
     torch.set_num_threads(1)  # and OpenMP's threads do not survive the fork
     parent = os.getppid()
 

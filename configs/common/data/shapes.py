@@ -9,8 +9,8 @@ from .coco import dataloader
 
 SIDE = 96
 
-dataloader.train.dataset.names = L(shapes)(split="train", size=100, side=SIDE, level="medium")
-dataloader.test.dataset.names = L(shapes)(split="val", size=200, side=SIDE, level="medium")
+dataloader.train.dataset.names = L(shapes)(split="train", size=100, side=SIDE, level="easy")
+dataloader.test.dataset.names = L(shapes)(split="val", size=200, side=SIDE, level="easy")
 dataloader.train.mapper.augmentations = [L(T.RandomFlip)(horizontal=True)]
 dataloader.test.mapper.augmentations = []
 dataloader.train.total_batch_size = 8
