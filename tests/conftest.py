@@ -1,5 +1,10 @@
 """Fixtures that several rooms share."""
 
+import os
+
+# Many small processes on few cores: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,12 +8,10 @@ from region_pretrain.errors import UserError, exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py")
+    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
     args = parser.parse_args()
     if args.eval_only:
-        raise UserError(
-            "--eval-only is for tools/train_net.py; pre-training has no results"
-        )
+        raise UserError("--eval-only is for tools/train_net.py; pre-training has no results")
     launch_with_config(args, do_pretrain, args.resume)
 
 

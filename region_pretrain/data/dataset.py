@@ -63,8 +63,8 @@ class PretrainDataset:
         names: registered data sets, or ``folder://DIR``; several are joined.
         views: the method's view sampler.
         regions: path of a region store, or ``None`` for methods that need none.
-        recipe: the recipe that the store must have been made with, e.g. ``"soco-v1"``; a store of
-            the recipe with changed fields (``"soco-v1+mode=quality"``) is accepted only if it is
+        recipe: the recipe that the store must have been made with, e.g. ``"grid-v1"``; a store of
+            the recipe with changed fields (``"grid-v1+overlap=0.3"``) is accepted only if it is
             named in full. ``None`` accepts any.
         max_unreadable: share of the images that may be missing from the store (it holds no row
             for a file that could not be read).

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -58,7 +59,7 @@ class PretrainLoader:
         total_batch_size: images of one optimiser step over all ranks.
         num_workers: loader processes a rank; 0 loads in the training process.
         seed: of order and samples.
-        pin_memory: page-locked batches, for a CUDA device.
+        pin_memory: page-locked batches, where there is a CUDA device.
         prefetch_factor: batches that each worker keeps ready.
 
     Raises:
@@ -88,7 +89,7 @@ class PretrainLoader:
         self.dataset = dataset
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self.pin_memory = pin_memory and torch.cuda.is_available()
         self.prefetch_factor = prefetch_factor
         self._batches = _Batches(dataset, total_batch_size, seed, comm.get_rank(), world)
 

@@ -235,9 +235,7 @@ class RunCheckpointer(DetectionCheckpointer):
         except RuntimeError as error:
             faults = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise UserError(
-                f"{path} is of another model: {'; '.join(faults[:3])}{more}"
-            ) from error
+            raise UserError(f"{path} is of another model: {'; '.join(faults[:3])}{more}") from error
 
 
 def is_intact(path: str) -> bool:

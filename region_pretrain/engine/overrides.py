@@ -81,8 +81,10 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
             raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
     # A value that a config computes lazily, such as a data set's name, may be given outright.
     computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
-    if isinstance(node, DictConfig) and isinstance(value, (int, float, bool)) or (
-        isinstance(node, DictConfig) and isinstance(value, str) and not computed
+    if (
+        isinstance(node, DictConfig)
+        and isinstance(value, (int, float, bool))
+        or (isinstance(node, DictConfig) and isinstance(value, str) and not computed)
     ):
         keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
         raise UserError(f"{key} is a group, not a value; its keys: {keys}")

@@ -226,7 +226,7 @@ def run_sweep(
     write_text_atomic(os.path.join(output_dir, "sweep.json"), json.dumps(found, indent=2) + "\n")
     header = ["learning rate", *(f"{s}, {k} AP" for s in STARTS for k in ("box", "mask"))]
     rows = [
-        [lr, *(found[s][lr][task]["AP"] for s in STARTS for task in ("bbox", "segm"))]
+        [lr, *(found[s][lr].get(t, {}).get("AP") for s in STARTS for t in ("bbox", "segm"))]
         for lr in (f"{lr:g}" for lr in rates)
     ]
     say(f"\n{tabulate(rows, header, floatfmt='.1f', missingval='-', disable_numparse=[0])}")
@@ -309,10 +309,11 @@ def summarise(by_seed: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, d
     """
 
     def values(seed: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
-        scratch, pretrained = (seed["finetuning"][start] for start in STARTS)
+        tuned = [seed["finetuning"][start] for start in STARTS]
         random, learnt = seed["knn"]["random"], seed["knn"]["pretrained"]
         found = {
-            f"{task}/{metric}": (scratch[task][metric], pretrained[task][metric])
+            # A detector that finds nothing at all has no entry for masks.
+            f"{task}/{metric}": tuple(start.get(task, {}).get(metric) for start in tuned)
             for task in ("bbox", "segm")
             for metric in ("AP", "AP50")
         }

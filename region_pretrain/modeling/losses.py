@@ -36,7 +36,8 @@ def matched_cosine_loss(prediction: Tensor, target: Tensor, match: Tensor) -> Te
     Returns:
         Scalar in [-2, 2].
     """
-    cosine = torch.einsum("bid,bjd->bij", prediction, target.detach())
+    with torch.autocast(prediction.device.type, enabled=False):  # bfloat16 has 3 digits
+        cosine = torch.einsum("bid,bjd->bij", prediction, target.detach())
     match = match.to(cosine.dtype)
     per_image = (match * cosine).sum(dim=(1, 2)) / (match.sum(dim=(1, 2)) + 1e-6)
     return -2 * per_image.mean()

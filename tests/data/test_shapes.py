@@ -146,9 +146,7 @@ def test_the_json_is_coco_and_its_masks_have_their_areas():
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     for annotation in coco.loadAnns(coco.getAnnIds()):
         mask = coco.annToMask(annotation)
-        perimeter = sum(
-            Polygon(np.reshape(s, (-1, 2))).length for s in annotation["segmentation"]
-        )
+        perimeter = sum(Polygon(np.reshape(s, (-1, 2))).length for s in annotation["segmentation"])
         assert abs(mask.sum() - annotation["area"]) < 0.4 * perimeter
         ys, xs = np.nonzero(mask)
         x, y, w, h = annotation["bbox"]

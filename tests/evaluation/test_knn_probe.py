@@ -123,7 +123,7 @@ def test_features_are_the_detectors_own(dicts, with_head, input_format):
         short_edge=96,
         max_size=120,
     )
-    assert features.shape == (25, 256 if with_head else 64) and features.dtype == torch.float32
+    assert features.shape == (25, 256 if with_head else 48) and features.dtype == torch.float32
     assert got_labels.tolist() == labels  # crowds are not among them
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 

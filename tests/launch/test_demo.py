@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -60,9 +61,14 @@ def test_numbers_are_those_of_the_runs(demo, results, start):
     last = metrics(run_folder)[-1]
     for task in ("bbox", "segm"):
         for metric in ("AP", "AP50"):
-            assert last[f"{task}/{metric}"] == pytest.approx(mine[task][metric])
             value = results["summary"][f"{task}/{metric}"][start]
-            assert value == {"mean": pytest.approx(mine[task][metric]), "std": None}
+            ap = mine.get(task, {}).get(metric)
+            if ap is None:  # after four steps a detector may find nothing at all
+                assert math.isnan(last.get(f"{task}/{metric}", math.nan))
+                assert value == {"mean": None, "std": None}
+            else:
+                assert last[f"{task}/{metric}"] == pytest.approx(ap)
+                assert value == {"mean": pytest.approx(ap), "std": None}
 
 
 def test_both_starts_differ_in_nothing_but_weights_rate_and_folder(demo, results):

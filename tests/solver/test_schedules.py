@@ -52,9 +52,7 @@ def test_shipped_schedule_takes_its_epochs_from_train():
 @pytest.mark.parametrize("name", ["1x", "2x"])
 def test_shipped_detection_schedules_are_detectron2s(name):
     ours = instantiate(getattr(get_config("common/schedule.py"), f"detection_{name}"))
-    theirs = instantiate(
-        get_detectron2_config("common/coco_schedule.py")[f"lr_multiplier_{name}"]
-    )
+    theirs = instantiate(get_detectron2_config("common/coco_schedule.py")[f"lr_multiplier_{name}"])
     max_iter = {"1x": 90_000, "2x": 180_000}[name]
     for t in [0, 1, 500, 999, 1000, 59_999, 60_000, 79_999, 80_000, 119_999, 120_000, 160_000]:
         where = t / max_iter

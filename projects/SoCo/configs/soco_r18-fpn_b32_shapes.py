@@ -7,9 +7,7 @@ from region_pretrain.data.shapes import shapes
 
 from .common.soco import dataloader, lr_multiplier, optimizer, soco_fpn, train
 
-model = soco_fpn(
-    get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=128
-)
+model = soco_fpn(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=128)
 model.momentum.start = 0.97  # a short run: the target has to follow within dozens of steps
 model.level_scales = [16, 32, 60, 64]  # the bounds of 224-pixel views, for 64
 
@@ -23,7 +21,6 @@ dataset.views.other_photometry.blur_sigma = (0.1, 0.6)
 del dataset
 dataloader.train.total_batch_size = 32
 dataloader.train.num_workers = 1
-dataloader.train.pin_memory = False
 
 optimizer.lr = 4.0  # 4.0 * 32 / 256 = 0.5
 train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch

@@ -107,6 +107,15 @@ def test_loss_is_byols_squared_error_up_to_a_constant():
     assert (byol - ours).item() == pytest.approx(2, abs=1e-5)
 
 
+def test_mixed_precision_leaves_the_loss_in_single_precision():
+    p, z = (F.normalize(torch.randn(6, 4, 32), dim=-1) for _ in range(2))
+    match = torch.rand(6, 4, 4) < 0.5
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = matched_cosine_loss(p, z, match)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, matched_cosine_loss(p, z, match), rtol=0, atol=0)
+
+
 def test_the_target_gets_no_gradient():
     p = torch.randn(2, 4, 8, requires_grad=True)
     z = torch.randn(2, 4, 8, requires_grad=True)
