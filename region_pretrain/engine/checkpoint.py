@@ -15,7 +15,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from region_pretrain.engine.files import (
+from region_pretrain.engine.random_state import get_random_state, set_random_state
+from region_pretrain.errors import UserError
+from region_pretrain.files import (
     free_bytes,
     is_disk_full,
     is_local,
@@ -23,8 +25,6 @@ from region_pretrain.engine.files import (
     write_atomic,
     write_text_atomic,
 )
-from region_pretrain.engine.random_state import get_random_state, set_random_state
-from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 

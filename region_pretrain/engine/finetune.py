@@ -18,12 +18,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.engine.detection_data import detection_training_data
-from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.engine.run import TrainingData, build_model, run_training
 from region_pretrain.engine.setup import complete_train, resolve_device, start_logging, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

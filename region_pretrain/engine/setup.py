@@ -17,8 +17,8 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import get_config
-from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

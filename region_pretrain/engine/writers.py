@@ -17,7 +17,7 @@ from detectron2.utils.events import (
 )
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.engine.files import write_text_atomic
+from region_pretrain.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

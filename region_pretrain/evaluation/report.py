@@ -12,8 +12,8 @@ from numbers import Integral, Real
 import numpy as np
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.evaluation.plots import to_png
+from region_pretrain.files import write_text_atomic
 
 _STYLE = """
 :root { color-scheme: light dark; }

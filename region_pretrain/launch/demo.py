@@ -24,13 +24,13 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 
 from region_pretrain import __version__
-from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.run import build_model
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
+from region_pretrain.files import write_text_atomic
 from region_pretrain.launch.demo_report import write_demo_report
 from region_pretrain.launch.demo_tables import tables
 from region_pretrain.launch.steps import Steps, in_checkout
@@ -38,8 +38,8 @@ from region_pretrain.launch.steps import Steps, in_checkout
 #: Fine-tuning learning rates, the best of SWEEP_RATES for each start by box AP on a split that the
 #: results do not use: ``python tools/demo.py --sweep`` prints the table.
 SCRATCH_LR = 0.1
-PRETRAINED_LR = 0.1
-SWEEP_RATES = (0.05, 0.1, 0.2)
+PRETRAINED_LR = 0.05
+SWEEP_RATES = (0.025, 0.05, 0.1, 0.2)
 #: Seed of the Shapes validation scenes of the sweep; those of the results have the config's.
 SWEEP_VAL_SEED = 1000
 

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from region_pretrain.engine.files import write_text_atomic
 from region_pretrain.engine.setup import holds_run
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -29,11 +29,12 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
 from region_pretrain.images import UnreadableImage, read_image
 from region_pretrain.regions.recipes import Recipe, get_recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import RegionStore, key_hash
-from region_pretrain.regions.writing import merge_stores, write_atomic, write_store
+from region_pretrain.regions.writing import merge_stores, write_store
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,7 @@ class _Plan:
         os.makedirs(self.folder, exist_ok=True)
         with file_lock(path):
             if not os.path.isfile(path):
-                text = json.dumps(self.facts)
-                write_atomic(path, lambda file: file.write(text.encode()))
+                write_text_atomic(path, json.dumps(self.facts))
                 return
             with open(path) as file:
                 facts = json.load(file)
@@ -325,7 +325,7 @@ def _merge(plan: _Plan, max_unreadable: float) -> dict | None:
         listing = f"{plan.out}.unreadable.txt"
         if unreadable:
             text = "".join(f"{key}\t{error}\n" for key, error in unreadable)
-            write_atomic(listing, lambda file: file.write(text.encode()))
+            write_text_atomic(listing, text)
         elif os.path.exists(listing):
             os.remove(listing)  # of an earlier run: they were mended since
         if len(unreadable) > max_unreadable * len(plan.records):

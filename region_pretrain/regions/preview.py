@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_atomic
 from region_pretrain.images import read_image
 from region_pretrain.regions.store import RegionStore
-from region_pretrain.regions.writing import write_atomic
 
 _COLUMNS = 4
 

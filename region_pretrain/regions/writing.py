@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -15,6 +14,7 @@ import pyarrow as pa
 
 from region_pretrain import __version__
 from region_pretrain.errors import UserError
+from region_pretrain.files import write_atomic
 from region_pretrain.regions.store import (
     FORMAT_VERSION,
     MANIFEST_KEY,
@@ -98,23 +98,6 @@ def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> d
     return _write(path, batches, facts)
 
 
-def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a local file under a temporary name next to it, then rename it."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{path}.{socket.gethostname()}-{os.getpid()}.tmp"  # shards share a folder
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-
-
 def _write(
     path: str, batches: Callable[[], Iterator[pa.RecordBatch]], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -151,6 +134,7 @@ def _write(
             for batch in batches():
                 writer.write_batch(batch)
 
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_atomic(path, write)
     return manifest
 

@@ -9,7 +9,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from tiny_run import TinyMethod
 from torch import nn
 
-from region_pretrain.engine import checkpoint, files
+from region_pretrain import files
+from region_pretrain.engine import checkpoint
 from region_pretrain.engine.checkpoint import (
     RunCheckpointer,
     check_free_space,
@@ -242,7 +243,7 @@ def test_too_little_space_is_found_before_the_start(tmp_path, monkeypatch):
 
 def test_killed_writers_leave_no_rubbish_behind_a_resume(tmp_path):
     make(tmp_path).save("model_0000001", iteration=1)
-    (tmp_path / "model_0000003.pth.part77").write_bytes(b"half")
+    (tmp_path / "model_0000003.pth.part-host-77").write_bytes(b"half")
     assert make(tmp_path).resume() == 2
     assert not list(tmp_path.glob("*.part*"))
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from region_pretrain.engine.files import (
+from region_pretrain.files import (
     is_disk_full,
     remove_parts,
     write_atomic,
@@ -41,7 +41,7 @@ def test_the_name_appears_only_when_the_content_is_whole(tmp_path):
 
 
 def test_parts_of_killed_writers_are_removed_and_nothing_else(tmp_path):
-    for name in ("m.pth", "m.pth.part123", "m.part", "partner1"):
+    for name in ("m.pth", "m.pth.part-host-123", "m.part", "partner1"):
         (tmp_path / name).touch()
     remove_parts(str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["m.part", "m.pth", "partner1"]

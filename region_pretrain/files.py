@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from typing import IO
 
@@ -35,7 +36,7 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
         with PathManager.open(path, "wb") as f:
             write(f)
         return
-    part = f"{path}{_PART}{os.getpid()}"
+    part = f"{path}{_PART}-{socket.gethostname()}-{os.getpid()}"  # machines may share the folder
     try:
         with open(part, "wb") as f:
             write(f)
@@ -61,7 +62,7 @@ def write_text_atomic(path: str, text: str) -> None:
 def remove_parts(folder: str) -> None:
     """Remove what killed writers left in a folder of a run that no other process writes to."""
     if is_local(folder):
-        for part in glob.glob(os.path.join(glob.escape(folder), f"*{_PART}[0-9]*")):
+        for part in glob.glob(os.path.join(glob.escape(folder), f"*{_PART}-*")):
             os.remove(part)
 
 
