@@ -79,7 +79,6 @@ setup(
         "fvcore>=0.1.5,<0.1.6",
         "hydra-core>=1.1",
         "iopath>=0.1.7",
-        "kornia",
         "matplotlib",
         "numpy",
         "omegaconf>=2.1",
@@ -88,7 +87,6 @@ setup(
         "pillow>=7.1",
         "pyarrow",
         "pycocotools>=2.0.2",
-        "scikit-image",
         "scipy>1.5.1",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed
         "shapely",
@@ -101,6 +99,6 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "timm"]},
+    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "scikit-image", "timm"]},
     cmdclass={"build_py": BuildWithConfigs},
 )
