@@ -46,7 +46,8 @@ class ViewBatch:
 
     Attributes:
         views: one :class:`View` each.
-        indices: ``(B,)`` int64, the images' positions in the data set.
+        indices: ``(B,)`` int64, the images' positions in the data set. (The place of a file that
+            cannot be read is taken by the next one, under the same index.)
     """
 
     views: list[View]
@@ -68,12 +69,8 @@ class ViewBatch:
         return self._map(Tensor.pin_memory)
 
     def chunk(self, parts: int) -> list[ViewBatch]:
-        """Split into micro-batches of equal size, in order.
-
-        Raises:
-            ValueError: the batch does not divide.
-        """
-        if len(self) % parts:
-            raise ValueError(f"a batch of {len(self)} does not split into {parts} equal parts")
-        step = len(self) // parts
-        return [self._map(lambda t, i=i: t[i * step : (i + 1) * step]) for i in range(parts)]
+        """Split into micro-batches in order, of sizes that differ by at most one."""
+        cuts = [len(self) * i // parts for i in range(parts + 1)]
+        return [
+            self._map(lambda t, a=a, b=b: t[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        ]

@@ -163,7 +163,8 @@ class PretrainDataset:
         Returns:
             ``(H, W, 3)`` uint8 RGB, the views, and per view ``(P,)`` float32.
         """
-        rng = np.random.default_rng([seed, epoch, index])
+        # From 1: a generator of (seed, epoch, 0) would be that of (seed, epoch), the epoch's order.
+        rng = np.random.default_rng([seed, epoch, 1 + index])
         image, boxes = self._read_or_next(index)
         views = self.views(image.shape[1], image.shape[0], boxes, rng)
         return image, views, [view.photometry.sample(rng) for view in views]

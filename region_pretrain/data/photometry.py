@@ -150,8 +150,9 @@ def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
     device = images.device
     out = images.clone(memory_format=torch.contiguous_format)
     # One copy to the device for all the index sets, one for the parameters.
-    indices = torch.from_numpy(np.concatenate([rows for _, _, rows in steps])).to(device)
-    params = params.to(device)
+    indices = torch.from_numpy(np.concatenate([rows for _, _, rows in steps]))
+    indices = indices.to(device, non_blocking=True)
+    params = params.to(device, non_blocking=True)
     piece = len(images)
     if device.type == "cpu":
         piece = max(1, _PIXELS_IN_CACHE // (images.shape[2] * images.shape[3]))

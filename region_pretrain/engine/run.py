@@ -142,6 +142,8 @@ def _amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | No
     if device.type == "cpu" and name == "float16":
         logger.warning("train.amp.dtype=float16 needs a GPU: using bfloat16 on the CPU")
         return torch.bfloat16
+    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        logger.warning("this GPU has no bfloat16 units: set train.amp.dtype=float16")
     return _AMP_DTYPES[name]
 
 

@@ -35,6 +35,7 @@ class Preprocess(nn.Module):
             tensor = torch.tensor(list(value), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, tensor, persistent=False)
 
+    @torch.compiler.disable  # which sample undergoes what differs from batch to batch
     @torch.no_grad()
     def forward(self, view: View) -> Tensor:
         """``(B, 3, H, W)`` float32, normalised, in the detector's channel order."""

@@ -27,16 +27,18 @@ def assign_levels(boxes: Tensor, max_scales: Sequence[float]) -> Tensor:
     """
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     scale = (width * height).sqrt()
-    # The tolerance keeps a whole-view box on its level when its sides carry rounding error.
-    bounds = torch.as_tensor(max_scales, dtype=scale.dtype, device=scale.device) * (1 + 1e-5)
-    level = torch.bucketize(scale, bounds)
+    level = torch.zeros_like(scale, dtype=torch.int64)
+    for bound in max_scales:
+        # The tolerance keeps a whole-view box on its level when its sides carry rounding error.
+        level += scale > bound * (1 + 1e-5)
     return torch.where(level == len(max_scales), UNASSIGNED, level)
 
 
+@torch.compiler.disable  # which box goes where differs from batch to batch
 def pool_regions(
     features: Sequence[Tensor],
     boxes: Tensor,
-    levels: Tensor,
+    levels: Tensor | int,
     pooler: ROIPooler,
     view_size: tuple[int, int],
 ) -> Tensor:
@@ -48,7 +50,8 @@ def pool_regions(
     Args:
         features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
         boxes: ``(B, K, 4)`` XYXY in view pixels.
-        levels: ``(B, K)`` level indices; :data:`UNASSIGNED` pools from the last level.
+        levels: ``(B, K)`` level indices, or one for all; :data:`UNASSIGNED` pools from the last
+            level.
         pooler: the detector's ``box_pooler``; its level poolers are used as they are.
         view_size: ``(height, width)`` of the view in pixels.
 
@@ -57,18 +60,28 @@ def pool_regions(
     """
     batch, slots = boxes.shape[:2]
     image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
-    boxes, levels = boxes.reshape(-1, 4), levels.reshape(-1)
-    levels = levels.where(levels != UNASSIGNED, len(features) - 1)
+    boxes = boxes.reshape(-1, 4)
+    if len(features) == 1:
+        levels = 0
+    if not isinstance(levels, int):
+        levels = levels.reshape(-1)
+        levels = levels.where(levels != UNASSIGNED, len(features) - 1)
     size = pooler.output_size
     pooled = features[0].new_zeros(
         (len(boxes), features[0].shape[1], size[0], size[1]), dtype=torch.float32
     )
     for i, (feature, level_pooler) in enumerate(zip(features, pooler.level_poolers, strict=True)):
-        index = torch.nonzero(levels == i).squeeze(1) if len(features) > 1 else ...
+        if isinstance(levels, int):
+            if i != levels:
+                continue
+            index = ...
+        else:
+            index = torch.nonzero(levels == i).squeeze(1)
         ratio_x = feature.shape[-1] / view_size[1] / level_pooler.spatial_scale
         ratio_y = feature.shape[-2] / view_size[0] / level_pooler.spatial_scale
-        ratio = boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-        rois = torch.cat([image[index, None], boxes[index] * ratio], dim=1)
+        x0, y0, x1, y1 = boxes[index].unbind(1)
+        rois = (image[index], x0 * ratio_x, y0 * ratio_y, x1 * ratio_x, y1 * ratio_y)
+        rois = torch.stack(rois, dim=1)
         # Levels without a box still take part, so that every parameter has a gradient on every
         # rank.
         pooled[index] = level_pooler(feature.float(), rois)

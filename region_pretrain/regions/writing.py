@@ -28,6 +28,7 @@ from region_pretrain.regions.store import (
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 1 << 14
+_MERGE_CHUNKS = 16  # a merge holds so many chunks of rows at a time
 
 #: key, width, height, boxes ``(N, 4)`` float32
 Row = tuple[str, int, int, np.ndarray]
@@ -75,7 +76,7 @@ def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> d
         UserError: an image that is in two stores, a store that is missing or damaged.
     """
     total = sum(len(RegionStore.open(p)) for p in paths)
-    slices = -(-total // _CHUNK_ROWS)
+    slices = -(-total // (_MERGE_CHUNKS * _CHUNK_ROWS))
     # Hashes are uniform, so equal ranges of them are equal parts of the rows.
     bounds = [(i << 64) // slices for i in range(1, slices)] if slices else []
 
@@ -93,7 +94,8 @@ def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> d
                         row = (int(chunk.hashes[i]), chunk.key(i), *size, chunk.boxes_of(i).copy())
                         rows.append(row)
             rows.sort(key=lambda row: row[:2])
-            yield _batch(rows)
+            for i in range(0, len(rows), _CHUNK_ROWS):
+                yield _batch(rows[i : i + _CHUNK_ROWS])
 
     return _write(path, batches, facts)
 

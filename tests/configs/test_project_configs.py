@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from omegaconf import OmegaConf
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.overrides import load_config
@@ -25,7 +24,9 @@ def test_recipe(path: Path, tmp_path):
     saved = str(tmp_path / "config.yaml")
     LazyConfig.save(cfg, saved)
     again = LazyConfig.load(saved)
-    assert OmegaConf.to_yaml(again) == OmegaConf.to_yaml(LazyConfig.load(saved))
+    second = str(tmp_path / "second.yaml")
+    LazyConfig.save(again, second)
+    assert Path(second).read_text() == Path(saved).read_text()
     changed = load_config(saved, ["optimizer.lr=0.5", "train.max_iter=7"])
     assert changed.optimizer.lr == 0.5 and changed.train.max_iter == 7
 
@@ -45,9 +46,21 @@ def test_recipe(path: Path, tmp_path):
     assert len(samples[0].photometry.sample(rng)) == 11
 
 
+def test_sources_of_the_variants():
+    sources = {
+        p.stem: list(LazyConfig.load(str(p)).dataloader.train.dataset.views.sources)
+        for p in RECIPES
+        if p.stem.startswith("soco")
+    }
+    assert sources["soco-star_r50-fpn_16xb128-400ep_imagenet"] == ["crop", "crop", 0]
+    assert sources["soco_r50-c4_16xb128-400ep_imagenet"] == ["crop"]
+    assert sources["soco_r50-fpn_16xb128-530ep_coco"] == ["crop", "crop"]
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "batch", "lr", "iterations"),
     [
+        ("soco_r50-fpn_16xb128-530ep_coco", 530, 2048, 8.0, 62_540),
         ("soco_r50-fpn_16xb128-100ep_imagenet", 100, 2048, 8.0, 62_500),
         ("soco_r50-fpn_16xb128-400ep_imagenet", 400, 2048, 8.0, 250_000),
         ("soco_r50-fpn_8xb128-100ep_imagenet", 100, 1024, 4.0, 125_100),
@@ -55,11 +68,13 @@ def test_recipe(path: Path, tmp_path):
         ("soco_r50-c4_16xb128-100ep_imagenet", 100, 2048, 8.0, 62_500),
     ],
 )
-def test_facts_of_the_imagenet_recipes(name, epochs, batch, lr, iterations):
+def test_facts_of_the_recipes(name, epochs, batch, lr, iterations):
     cfg = LazyConfig.load(str(CONFIG_ROOT.parent / f"projects/SoCo/configs/{name}.py"))
     assert cfg.train.epochs == epochs and cfg.dataloader.train.total_batch_size == batch
     assert cfg.optimizer.lr * batch / cfg.train.base_batch_size == lr
-    assert 1_281_167 // batch * epochs == iterations
+    images = 241_690 if "coco" in name else 1_281_167
+    assert images // batch * epochs == iterations
+    assert lr * cfg.lr_multiplier.final_factor == pytest.approx(1e-6)
     assert cfg.optimizer.params.weight_decay == 1e-5 and cfg.lr_multiplier.warmup_epochs == 10
     assert cfg.model.momentum.start == 0.99
     views = cfg.dataloader.train.dataset.views

@@ -9,7 +9,7 @@ from .common.soco import dataloader, lr_multiplier, optimizer, soco_fpn, train
 
 model = soco_fpn(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=128)
 model.momentum.start = 0.97  # a short run: the target has to follow within dozens of steps
-model.level_scales = [16, 32, 60, 64]  # the bounds of 224-pixel views, for 64
+model.level_scales = [16, 32, 60, 64]  # 224-pixel views' bounds for 64 would be 14, 27, 55, 64
 
 dataset = dataloader.train.dataset
 dataset.names = L(shapes)(split="unlabeled", size=1000, side=96, level="easy")

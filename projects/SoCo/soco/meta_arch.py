@@ -47,7 +47,7 @@ class SoCo(nn.Module):
         all_levels: embed each region on every level and keep the assigned one, as released: 4 times
             the head's work, with batch-norm statistics over all of it. ``False`` embeds regions
             on their own level only.
-        zero_init: zero the last norm's scale of every residual block of the backbone.
+        zero_init: zero the last norm's scale of every residual block of backbone and head.
         pixel_mean, pixel_std, input_format: the detector's.
     """
 
@@ -77,6 +77,7 @@ class SoCo(nn.Module):
             raise ValueError(f"{len(level_scales)} level_scales for in_features {in_features}")
         if zero_init:
             zero_init_residual(backbone)
+            zero_init_residual(head)  # res5 of a C4 detector; a box head has no such blocks
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.backbone = backbone
         self.roi_heads = nn.Module()
@@ -158,16 +159,14 @@ class SoCo(nn.Module):
         features = [maps[name] for name in self.in_features]
         size = tuple(images.shape[-2:])
 
-        def embed_on(levels: Tensor) -> Tensor:
+        def embed_on(levels: Tensor | int) -> Tensor:
             x = pool_regions(features, view.boxes, levels, self.roi_heads.box_pooler, size)
             x = network["head"](x)
             x = network["projector"](x.mean(dim=(2, 3)) if x.dim() == 4 else x)
             return predictor(x) if predictor is not None else x
 
         if self.all_levels:
-            everywhere = torch.stack(
-                [embed_on(torch.full_like(levels, i)) for i in range(len(features))]
-            )  # (L, B * K, D)
+            everywhere = torch.stack([embed_on(i) for i in range(len(features))])  # (L, B * K, D)
             chosen = levels.clamp(min=0).reshape(1, -1, 1).expand(1, -1, everywhere.shape[-1])
             embedded = everywhere.gather(0, chosen)[0]
         else:

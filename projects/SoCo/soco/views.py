@@ -32,9 +32,17 @@ def pair_groups(sources: Sequence[str | int]) -> list[int]:
 
     Returns:
         One group index for each source.
+
+    Raises:
+        UserError: a source that is neither.
     """
     groups: list[int] = []
     for source in sources:
+        if source != "crop" and source not in range(len(groups)):
+            raise UserError(
+                f"views.sources={list(sources)}: {source!r} is neither 'crop' nor the number of an "
+                "earlier view after the first (0, 1, ...)"
+            )
         groups.append(max(groups, default=-1) + 1 if source == "crop" else groups[source])
     return groups
 

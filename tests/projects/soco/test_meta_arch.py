@@ -144,9 +144,21 @@ def slow_soco(model, batch):
 
 
 @pytest.mark.parametrize("all_levels", [False, True])
-def test_losses_against_a_slow_restatement(small_soco, make_batch, all_levels):
-    model = small_soco(level_scales=(24, 48, 90, 96), all_levels=all_levels, zero_init=False).eval()
-    batch = make_batch(2, (96, 96, 64), seed=1)
+@pytest.mark.parametrize(
+    ("sources", "sizes", "slots"),
+    [
+        (("crop", "crop"), (96, 96, 64), (8, 4, 4)),
+        (("crop", 0), (96, 96, 64), (4, 4, 4)),  # the third view is the second, smaller
+        (("crop", "crop", 0), (96, 96, 64, 32), (8, 4, 4, 4)),  # star
+    ],
+)
+def test_losses_against_a_slow_restatement(
+    small_soco, make_batch, all_levels, sources, sizes, slots
+):
+    model = small_soco(
+        sources, level_scales=(24, 48, 90, 96), all_levels=all_levels, zero_init=False
+    ).eval()
+    batch = make_batch(2, sizes, slots, seed=1)
     with torch.no_grad():
         fast, slow = model(batch), slow_soco(model, batch)
     for name, value in slow.items():
@@ -221,10 +233,17 @@ def test_bgr_detectors_see_bgr(small_soco, make_batch):
         torch.testing.assert_close(seen[:, channel], expected, atol=1e-4, rtol=1e-5)
 
 
-def test_c4_recipe_is_finite_and_transfers_res5():
+def test_c4_recipe_trains_and_transfers_res5(make_batch):
     recipe = CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r50-c4_16xb128-100ep_imagenet.py"
-    with torch.device("meta"):
-        model = instantiate(LazyConfig.load(str(recipe)).model)
+    torch.manual_seed(0)
+    model = instantiate(LazyConfig.load(str(recipe)).model).train()
+    for i in range(3):
+        assert model.roi_heads.res5[i].conv3.norm.weight.abs().max() == 0
+    loss = model(make_batch(2, (64, 64), (4, 4)))["loss_view2"]
+    loss.backward()
+    assert -4 <= loss.item() <= 4
+    for name, parameter in model.named_parameters():
+        assert name.startswith("target.") or parameter.grad is not None, name
     names = set(model.state_dict())
     assert "roi_heads.res5.0.conv1.weight" in names and "target.head.2.conv3.weight" in names
     assert model.projector[0].in_features == 2048

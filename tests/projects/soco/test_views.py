@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from region_pretrain.data.geometry import ViewGeometry, boxes_in_view, overlaps
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.errors import UserError
 from region_pretrain.projects.soco import SoCoViews, jitter_boxes
 from region_pretrain.projects.soco.views import pair_groups
 
@@ -54,6 +55,12 @@ def test_groups_of_the_variants():
     assert pair_groups(["crop", "crop"]) == [0, 1]  # FPN
     assert pair_groups(["crop", 0]) == [0, 0]  # the third view is the second, smaller
     assert pair_groups(["crop", "crop", 0]) == [0, 1, 0]  # star
+
+
+@pytest.mark.parametrize("sources", [["crop", -1], [0, "crop"], ["crop", 1], ["whole"]])
+def test_sources_that_do_not_exist_are_told(sources):
+    with pytest.raises(UserError, match="views.sources"):
+        pair_groups(sources)
 
 
 def sample(views: SoCoViews, boxes: np.ndarray, seed: int = 0, width: int = 500, height: int = 400):
