@@ -11,6 +11,10 @@ class UserError(Exception):
     """Bad input. The message names the file, key or value at fault and how to mend it."""
 
 
+class NonFiniteLoss(UserError, FloatingPointError):
+    """A loss became NaN or infinite. The message names the last good checkpoint."""
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Decorate a command line's ``main``: a :class:`UserError` ends it with one line and code 2."""
 

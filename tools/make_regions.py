@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     names = args.dataset or FOLDER_PREFIX + (args.images or "")
     if args.config_file is not None:
         wanted = load_config(args.config_file, args.opts).dataloader.train.dataset
+        if "regions" not in wanted:
+            raise UserError(f"{args.config_file} asks for no regions: it is no pre-training config")
         names = instantiate(wanted.names)
         args.out = args.out or wanted.regions
         args.recipe = args.recipe or wanted.recipe

@@ -9,7 +9,7 @@ from region_pretrain.errors import UserError, exit_on_user_error
 @exit_on_user_error
 def main() -> None:
     parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.eval_only:
         raise UserError("--eval-only is for tools/train_net.py; pre-training has no results")
     launch_with_config(args, do_pretrain, args.resume)

@@ -8,7 +8,8 @@ from region_pretrain.errors import exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    args = argument_parser(__doc__, "configs/detection/mask_rcnn_r50_fpn_4conv1fc.py").parse_args()
+    parser = argument_parser(__doc__, "configs/detection/mask_rcnn_r50_fpn_4conv1fc.py")
+    args = parser.parse_intermixed_args()
     if args.eval_only:
         launch_with_config(args, do_evaluate)
     else:

@@ -60,15 +60,24 @@ def get_records(names: str | Sequence[str]) -> list[dict]:
     return records
 
 
-def _get_one(name: str) -> list[dict]:
-    if name.startswith(FOLDER_PREFIX):
-        return load_image_folder(name[len(FOLDER_PREFIX) :])
+def check_registered(name: str) -> None:
+    """Refuse a name that stands for no registered data set.
+
+    Raises:
+        UserError: with the names that are near it.
+    """
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4)
         hint = f"; near it: {', '.join(near)}" if near else ""
         if os.path.isdir(os.path.expanduser(name)):
             hint = f"; for the folder write {FOLDER_PREFIX}{name}"
         raise UserError(f"no data set is called {name!r}{hint}")
+
+
+def _get_one(name: str) -> list[dict]:
+    if name.startswith(FOLDER_PREFIX):
+        return load_image_folder(name[len(FOLDER_PREFIX) :])
+    check_registered(name)
     try:
         records = DatasetCatalog.get(name)
     except OSError as error:

@@ -76,10 +76,10 @@ class PretrainLoader:
         prefetch_factor: int = 2,
     ) -> None:
         world = comm.get_world_size()
-        if total_batch_size % world:
+        if total_batch_size < 1 or total_batch_size % world:
             raise UserError(
-                f"dataloader.train.total_batch_size={total_batch_size} is not a multiple of the "
-                f"{world} processes of this run"
+                f"dataloader.train.total_batch_size={total_batch_size} is not a positive multiple "
+                f"of the {world} processes of this run"
             )
         if len(dataset) < total_batch_size:
             raise UserError(

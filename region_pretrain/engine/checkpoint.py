@@ -164,7 +164,7 @@ class RunCheckpointer(DetectionCheckpointer):
         if isinstance(path, UserError):
             raise path
         if not path:
-            logger.info("no checkpoint in %s yet: starting at iteration 0", self.save_dir)
+            logger.warning("no checkpoint in %s yet: starting at iteration 0", self.save_dir)
             return 0
         data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         self._check_run(path, data["run"])

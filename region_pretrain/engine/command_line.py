@@ -45,6 +45,8 @@ On 8 GPUs, or with 2 processes on a CPU:
     }
     for action in parser._actions:
         action.help = changed_help.get(action.dest, action.help)
+        if action.dest == "opts":
+            action.nargs = "*"  # flags may also follow: parse with parse_intermixed_args
     return parser
 
 

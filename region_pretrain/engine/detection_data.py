@@ -93,10 +93,10 @@ class DetectionTrainData:
     ) -> None:
         if not records:
             raise UserError("dataloader.train.dataset holds no image")
-        if total_batch_size % comm.get_world_size():
+        if total_batch_size < 1 or total_batch_size % comm.get_world_size():
             raise UserError(
-                f"dataloader.train.total_batch_size={total_batch_size} must be a multiple of the "
-                f"{comm.get_world_size()} processes"
+                f"dataloader.train.total_batch_size={total_batch_size} must be a positive multiple "
+                f"of the {comm.get_world_size()} processes"
             )
         self.total_batch_size = total_batch_size
         self.iterations_per_epoch = len(records) // total_batch_size

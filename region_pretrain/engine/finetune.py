@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isnan
 from typing import Any
 
@@ -17,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
 from region_pretrain.engine.detection_data import detection_training_data
 from region_pretrain.engine.run import TrainingData, build_model, run_training
 from region_pretrain.engine.setup import complete_train, resolve_device, start_logging, start_run
@@ -54,8 +56,45 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
     return {task: dict(values) for task, values in results.items()}
 
 
+def _check_data(cfg: DictConfig) -> None:
+    """Stop before anything is computed if the config's data cannot be had.
+
+    Raises:
+        UserError: a config for pre-training, an unknown data set, missing files.
+    """
+    if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
+        raise UserError(
+            "the config has no dataloader.test: it is no detection config "
+            "(pre-training configs are for tools/pretrain_net.py)"
+        )
+    for split in ("train", "test"):
+        loader = cfg.dataloader.get(split)
+        dataset = loader.get("dataset") if loader is not None else None
+        if dataset is None or "names" not in dataset:
+            continue
+        names = instantiate(dataset.names)
+        for name in [names] if isinstance(names, str) else names:
+            if name.startswith(FOLDER_PREFIX):
+                raise UserError(
+                    f"dataloader.{split}.dataset.names={name}: a folder has no boxes; "
+                    "fine-tuning wants a registered data set with annotations"
+                )
+            check_registered(name)
+
+
+@contextmanager
+def _missing_files_told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the data set cannot be read: {error}; built-in sets lie in the folder that the "
+            "environment variable DETECTRON2_DATASETS names"
+        ) from error
+
+
 def do_evaluate(cfg: DictConfig) -> Results:
-    """Evaluate ``train.init_checkpoint`` without training; ``results.json`` gets the table.
+    """Evaluate ``train.init_checkpoint`` without training; ``results_eval.json`` gets the table.
 
     Args:
         cfg: as for :func:`do_train`; ``optimizer`` and ``lr_multiplier`` are not read.
@@ -64,20 +103,28 @@ def do_evaluate(cfg: DictConfig) -> Results:
         As :func:`do_test`.
 
     Raises:
-        UserError: no checkpoint is named.
+        UserError: no checkpoint is named, or it is none of a trained detector.
     """
     complete_train(cfg)
     start_logging(None)
+    _check_data(cfg)
     if not cfg.train.init_checkpoint:
         raise UserError("say which weights to evaluate: train.init_checkpoint=PATH")
     if cfg.train.seed is None:
         cfg.train.seed = 0
     model = build_model(cfg, resolve_device(cfg.train.device)).eval()
-    load_pretrained(model, cfg.train.init_checkpoint)
-    results = do_test(cfg, model)
+    report = load_pretrained(model, cfg.train.init_checkpoint)
+    unfilled = [name for name, count in report.modules.items() if not count.loaded_tensors]
+    if unfilled:
+        raise UserError(
+            f"{cfg.train.init_checkpoint} holds nothing for {', '.join(unfilled)}: it is no "
+            "trained detector; fine-tune from it first, without --eval-only"
+        )
+    with _missing_files_told():
+        results = do_test(cfg, model)
     if comm.is_main_process():
         PathManager.mkdirs(cfg.train.output_dir)
-        _write_results(cfg.train.output_dir, results)
+        _write_results(os.path.join(cfg.train.output_dir, "results_eval.json"), results)
     return results
 
 
@@ -106,21 +153,23 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
+    _check_data(cfg)
     start_run(cfg, resume)
-    data = detection_training_data(cfg.dataloader.train, cfg.train.seed)
+    with _missing_files_told():
+        data = detection_training_data(cfg.dataloader.train, cfg.train.seed)
+        if "test" in cfg.dataloader:
+            instantiate(cfg.dataloader.test)  # what is missing shows now, not after the training
     evaluated: list[Results] = []
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
         def evaluate() -> Results:
-            if trainer.iter == trainer.max_iter - 1:
-                return {}  # EvalHook comes here when the last step failed, too
             evaluated.append(do_test(cfg, trainer.module))
             return evaluated[-1]
 
         made: list[HookBase] = []
         if cfg.train.precise_bn.enabled:
             made.append(_precise_bn(cfg, trainer, data))
-        return [*made, hooks.EvalHook(cfg.train.eval_period, evaluate)]
+        return [*made, _EvalHook(cfg.train.eval_period, evaluate)]
 
     model, _ = run_training(
         cfg, data, resume=resume, load_weights=load_pretrained, make_hooks=make_hooks
@@ -128,7 +177,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     # A run that was killed after its last checkpoint has nothing left to do but this.
     results = evaluated[-1] if evaluated else do_test(cfg, model)
     if comm.is_main_process():
-        _write_results(cfg.train.output_dir, results)
+        _write_results(os.path.join(cfg.train.output_dir, "results.json"), results)
     return results
 
 
@@ -143,6 +192,14 @@ class _NextBatches:
     def __iter__(self) -> Iterator[Any]:
         start = self._trainer.iter + 1
         return iter(self._data.iterate(start, start + self._count))
+
+
+class _EvalHook(hooks.EvalHook):
+    """Does not evaluate, and wait for the others, when the last step failed."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class _PreciseBN(hooks.PreciseBN):
@@ -160,11 +217,12 @@ def _precise_bn(cfg: DictConfig, trainer: Trainer, data: TrainingData) -> HookBa
     return _PreciseBN(cfg.train.eval_period, trainer.module, batches, count)
 
 
-def _write_results(output_dir: str, results: Results) -> None:
+def _write_results(path: str, results: Results) -> None:
     if results:
         table = {
             task: {name: None if isnan(value) else float(value) for name, value in values.items()}
             for task, values in results.items()
         }  # NaN (a class without boxes) is no JSON
         text = json.dumps(table, indent=2)
-        write_text_atomic(os.path.join(output_dir, "results.json"), text + "\n")
+        write_text_atomic(path, text + "\n")
+        logger.info("results: %s", path)

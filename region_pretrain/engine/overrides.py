@@ -16,6 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError
 
+#: Keys that hold a number and are null by default.
+_NUMBERS = ("train.epochs", "train.max_iter", "train.base_batch_size", "train.seed")
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a LazyConfig file, complete its ``train`` and apply command-line overrides.
@@ -34,7 +37,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise UserError("say which config: --config-file PATH")
     if not PathManager.isfile(path):
         raise UserError(f"no config file {path}")
-    return apply_overrides(complete_train(LazyConfig.load(path)), overrides)
+    try:
+        cfg = LazyConfig.load(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return apply_overrides(complete_train(cfg), overrides)
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -56,9 +65,14 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"override {text!r} is not of the form key=value: {reason}") from None
+            reason = str(error).splitlines()[0].split("Exception: ")[-1]
+            raise UserError(
+                f"override {text!r} is not of the form key=value (quote strings with special "
+                f"characters): {reason}"
+            ) from None
         key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            raise UserError(f"override {text!r}: write a list as {key}=[a,b]")
         if override.is_delete():
             raise UserError(f"override {text!r}: keys cannot be removed; set them to null")
         if not override.is_add():
@@ -79,13 +93,13 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
             node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
         else:
             raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
+    number = isinstance(node, int | float) and not isinstance(node, bool) or key in _NUMBERS
+    if number and isinstance(value, str) and not value.startswith("${"):
+        raise UserError(f"{key}={value}: must be a number")
     # A value that a config computes lazily, such as a data set's name, may be given outright.
     computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
-    if (
-        isinstance(node, DictConfig)
-        and isinstance(value, (int, float, bool))
-        or (isinstance(node, DictConfig) and isinstance(value, str) and not computed)
-    ):
+    scalar = isinstance(value, int | float) or isinstance(value, str) and not computed
+    if isinstance(node, DictConfig) and scalar:
         keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
         raise UserError(f"{key} is a group, not a value; its keys: {keys}")
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from region_pretrain.engine.run import TrainingData, run_training
 from region_pretrain.engine.setup import complete_train, start_run
 from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
+    if "evaluator" in cfg.dataloader:
+        raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
     start_run(cfg, resume)
     loader_cfg = cfg.dataloader.train
     if "seed" in list(loader_cfg.keys()) and loader_cfg.seed is None:

@@ -52,6 +52,8 @@ def launch(
         _join_from_environment(device)
         main(*args)
         return
+    if num_processes < 1 or num_machines < 1:
+        raise UserError(f"--num-gpus {num_processes} --num-machines {num_machines}: at least 1")
     if num_processes * num_machines == 1:
         main(*args)
         return
@@ -98,9 +100,14 @@ def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
 def _join_from_environment(device: str) -> None:
     if dist.is_initialized():
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    missing = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: set them too"
+        )
+    local_rank = int(os.environ["LOCAL_RANK"])
     if device != "cpu":
         torch.cuda.set_device(local_rank)
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://")
-    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()

@@ -66,6 +66,11 @@ def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int
         max_iter = int(train.epochs * iterations_per_epoch)
     if max_iter < 1:
         raise UserError(f"train.max_iter={max_iter}: there is nothing to train")
+    if train.log_period < 1 or train.accumulate_steps < 1:
+        raise UserError(
+            f"train.log_period={train.log_period} and train.accumulate_steps="
+            f"{train.accumulate_steps} must be at least 1"
+        )
     return max_iter
 
 
@@ -142,7 +147,8 @@ def _amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | No
     if device.type == "cpu" and name == "float16":
         logger.warning("train.amp.dtype=float16 needs a GPU: using bfloat16 on the CPU")
         return torch.bfloat16
-    if name == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if name == "bfloat16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):
         logger.warning("this GPU has no bfloat16 units: set train.amp.dtype=float16")
     return _AMP_DTYPES[name]
 
@@ -163,6 +169,19 @@ def _check_batch(cfg: DictConfig, data: TrainingData) -> None:
             f"processes, with at least train.accumulate_steps={cfg.train.accumulate_steps} "
             "images for each"
         )
+
+
+def _check_space(output_dir: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The main process looks; all stop together."""
+    problem = None
+    if comm.is_main_process():
+        try:
+            check_free_space(output_dir, model, optimizer)
+        except UserError as error:
+            problem = str(error)
+    problem = comm.all_gather(problem)[0]
+    if problem:
+        raise UserError(problem)
 
 
 def run_training(
@@ -219,8 +238,7 @@ def run_training(
     )
     checkpointer.trainer = trainer
     trainer.last_checkpoint = checkpointer.last_good
-    if comm.is_main_process():
-        check_free_space(train.output_dir, model, optimizer)
+    _check_space(train.output_dir, model, optimizer)
     trainer.register_hooks(
         [
             hooks.LRScheduler(optimizer, scheduler),

@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import NonFiniteLoss, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,14 @@ class StepScalars(EventStorage):
 
     def put_histogram(self, hist_name: str, hist_tensor: Tensor, bins: int = 1000) -> None:
         self._storage.put_histogram(hist_name, hist_tensor, bins)
+
+
+def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
+    """Not where an error's message says it all; Detectron2's loop logs every exception."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
 
 
 def split_batch(batch: Any, parts: int) -> list[Any]:
@@ -190,6 +198,8 @@ class Trainer(TrainerBase):
     def _load(self) -> Any:
         try:
             return next(self._batches)
+        except UserError as error:  # to which a loader's worker adds its traceback
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "
@@ -253,7 +263,7 @@ class Trainer(TrainerBase):
         """Look at the losses of all iterations since the last look. All processes call it together.
 
         Raises:
-            FloatingPointError: one was NaN or infinite, on any process.
+            NonFiniteLoss: one was NaN or infinite, on any process.
         """
         first_bad = None
         if self._unchecked:
@@ -270,7 +280,7 @@ class Trainer(TrainerBase):
             return
         iteration, losses, rank = min(found, key=lambda entry: entry[0])
         last = self.last_checkpoint() if self.last_checkpoint else ""
-        raise FloatingPointError(
+        raise NonFiniteLoss(
             f"loss became NaN or infinite at iteration {iteration}"
             + (f" on rank {rank}" if comm.get_world_size() > 1 else "")
             + ": "

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.errors import UserError
 from region_pretrain.evaluation.plots import draw_regions
 
 _GAP = 8  # pixels between pictures of a sheet
@@ -28,6 +29,8 @@ def first_views(cfg: DictConfig, count: int) -> ViewBatch:
         UserError: the data does not fit, or has fewer images.
     """
     loader = cfg.dataloader.train.copy()
+    if "views" not in loader.get("dataset", {}):
+        raise UserError("the config has no dataloader.train.dataset.views: it is no pre-training")
     if "seed" in loader and loader.seed is None:
         loader.seed = cfg.train.seed or 0
     # A smaller batch is the beginning of the larger one: samples do not depend on its size.

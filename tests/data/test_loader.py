@@ -1,11 +1,13 @@
 """The loader: the same samples whatever the workers, ranks and place of resumption."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
 
 from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 
 
@@ -86,5 +88,17 @@ def test_too_large_a_batch_is_refused(pretrain_dataset, monkeypatch):
     with pytest.raises(UserError, match="total_batch_size"):
         PretrainLoader(pretrain_dataset, len(pretrain_dataset) + 1)
     monkeypatch.setattr(comm, "get_world_size", lambda: 4)
-    with pytest.raises(UserError, match="not a multiple of the 4 processes"):
+    with pytest.raises(UserError, match="not a positive multiple of the 4 processes"):
         PretrainLoader(pretrain_dataset, 6)
+
+
+def test_an_error_in_a_worker_is_as_clear_as_anywhere(pretrain_dataset):
+    cv2.imwrite(pretrain_dataset._records[0][0], np.zeros((32, 64, 3), np.uint8))
+    loader = PretrainLoader(pretrain_dataset, 12, num_workers=1)
+    model = torch.nn.Linear(1, 1)
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), loader.iterate)
+    with pytest.raises(UserError) as error:
+        trainer.train(0, 1)
+    text = str(error.value)
+    assert "64x32" in text and "make the regions again" in text
+    assert "Traceback" not in text and "\n" not in text

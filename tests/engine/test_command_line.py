@@ -75,3 +75,46 @@ def test_help_speaks_of_lazy_configs(tool):
     assert done.returncode == 0
     assert f"{tool} --config-file" in done.stdout and "+key=value" in done.stdout
     assert "MODEL.WEIGHTS" not in done.stdout and "%(prog)s" not in done.stdout
+
+
+def test_flags_may_follow_the_overrides(config, tmp_path):
+    done = run("pretrain_net.py", "--config-file", config, "train.max_iter=2", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "no checkpoint" in done.stdout  # and says so
+
+
+SHAPES = Path(__file__).parents[2] / "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("train_net.py", ["dataloader.train.dataset.names=folder://x"], "a folder has no boxes"),
+        ("train_net.py", ["dataloader.test.dataset.names=nosuch"], "no data set is called"),
+        ("pretrain_net.py", [], "the config is for tools/train_net.py"),
+        ("train_net.py", ["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
+        ("train_net.py", ["train.epochs=abc"], "train.epochs=abc: must be a number"),
+        ("train_net.py", ["model.pixel_mean=1,2,3"], "write a list as model.pixel_mean=[a,b]"),
+        ("train_net.py", ["--num-gpus", "0"], "--num-gpus 0"),
+        ("make_regions.py", [], "asks for no regions"),
+        ("visualize.py", [], "it is no pre-training"),
+    ],
+)
+def test_a_mistake_costs_one_line(tool, arguments, message):
+    done = run(tool, "--config-file", SHAPES, *arguments)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_no_number_costs_one_line(tmp_path):
+    cfg = make_config(tmp_path / "run")
+    cfg.optimizer.lr = 1e38
+    cfg.train.log_period = 1
+    path = str(tmp_path / "config.yaml")
+    LazyConfig.save(cfg, path)
+    done = run("pretrain_net.py", "--config-file", path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: loss became NaN or infinite")
+    assert "Traceback" not in done.stderr + done.stdout

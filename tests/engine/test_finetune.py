@@ -142,7 +142,7 @@ def test_evaluation_only(tmp_path):
     )
     results = do_evaluate(cfg)
     assert results["bbox"]["AP"] == trained["bbox"]["AP"]
-    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["results.json"]
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["results_eval.json"]
     with pytest.raises(UserError, match="train.init_checkpoint"):
         do_evaluate(make_detection_config(tmp_path / "eval"))
 
