@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.dataset import PretrainDataset
@@ -18,6 +19,11 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
+
+# The same examples in every CI run; at a desk, new ones each time.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @dataclass
