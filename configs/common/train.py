@@ -47,6 +47,9 @@ train = dict(
         # ... and for good those of every so many iterations (0: none).
         keep_every=0,
     ),
+    # Resume with another number of processes than the checkpoint was written by: the same images
+    # in the same global order, but not bit for bit.
+    allow_world_size_change=False,
     # Evaluate after every so many iterations, and in any case at the end (fine-tuning).
     eval_period=5000,
     # Write metrics and look for NaN after every so many iterations.

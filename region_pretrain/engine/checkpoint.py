@@ -74,15 +74,24 @@ class RunCheckpointer(DetectionCheckpointer):
         model: in DDP or not.
         save_dir: the run's output folder.
         run: plain facts, compared on resume: ``max_iter``, ``total_batch_size``, ``world_size``.
+        allow_world_size_change: go on where only the number of processes differs. The images and
+            their global order stay; what a process drew at random does not.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str, *, run: dict[str, int], **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str,
+        *,
+        run: dict[str, int],
+        allow_world_size_change: bool = False,
+        **checkpointables: Any,
     ) -> None:
         given = {name: obj for name, obj in checkpointables.items() if obj is not None}
         super().__init__(model, save_dir, **given)
         self.run = dict(run)
+        self.allow_world_size_change = allow_world_size_change
         self.trainer: TrainerBase | None = None  # set by the trainer's owner: hooks' states
         self._random_state: dict[str, Any] | None = None
 
@@ -215,15 +224,23 @@ class RunCheckpointer(DetectionCheckpointer):
         for key in self.run.keys() & run.keys():
             if self.run[key] == run[key]:
                 continue
-            if key == "world_size":
+            if key == "world_size" and self.allow_world_size_change:
                 logger.warning(
-                    "%s was written by %d processes, now there are %d: the run continues, "
-                    "but with other random numbers",
+                    "%s was written by %d processes, now there are %d: the same images go on in "
+                    "the same global order, but numbers round differently, and a model that draws "
+                    "at random draws others",
                     path,
                     run[key],
                     self.run[key],
                 )
                 continue
+            if key == "world_size":
+                raise UserError(
+                    f"{path} was written by {run[key]} processes, now there are {self.run[key]}, "
+                    f"which would not follow the run exactly: start {run[key]} processes, or set "
+                    "train.allow_world_size_change=True to go on with the same images in the same "
+                    "global order"
+                )
             raise UserError(
                 f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: "
                 "the schedule or the data set changed; take another train.output_dir"

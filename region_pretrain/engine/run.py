@@ -232,6 +232,7 @@ def run_training(
             "total_batch_size": data.total_batch_size,
             "world_size": comm.get_world_size(),
         },
+        allow_world_size_change=train.allow_world_size_change,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=trainer.scaler,

@@ -27,6 +27,7 @@ HARMLESS = (
     "train.output_dir",
     "train.log_period",
     "train.checkpointer",
+    "train.allow_world_size_change",
     "train.eval_period",
     "train.device",
     "train.compile",

@@ -22,11 +22,17 @@ from region_pretrain.errors import UserError
 RUN = {"max_iter": 20, "total_batch_size": 8, "world_size": 1}
 
 
-def make(folder, seed=0, width=5, **run):
+def make(folder, seed=0, width=5, allow=False, **run):
     torch.manual_seed(seed)
     model = TinyMethod(norm="BN", width=width)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return RunCheckpointer(model, str(folder), run={**RUN, **run}, optimizer=optimizer)
+    return RunCheckpointer(
+        model,
+        str(folder),
+        run={**RUN, **run},
+        allow_world_size_change=allow,
+        optimizer=optimizer,
+    )
 
 
 def step(checkpointer):
@@ -158,10 +164,12 @@ def test_another_schedule_is_refused(tmp_path, key):
         make(tmp_path, **{key: 99}).resume()
 
 
-def test_another_number_of_processes_is_allowed_and_said(tmp_path, caplog):
+def test_another_number_of_processes_is_refused_unless_allowed(tmp_path, caplog):
     make(tmp_path).save("model_0000001", iteration=1)
+    with pytest.raises(UserError, match="start 1 processes, or set train.allow_world_size_change"):
+        make(tmp_path, world_size=2).resume()
     with caplog.at_level(logging.WARNING):
-        assert make(tmp_path, world_size=2).resume() == 2
+        assert make(tmp_path, allow=True, world_size=2).resume() == 2
     assert "written by 1 processes, now there are 2" in caplog.text
 
 
