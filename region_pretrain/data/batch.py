@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 class View:
     """One view of each image of a batch, with the regions that live in it.
 
+    Only the pixels go to the device. What describes them stays on the CPU, where it is a few
+    kilobytes and where a model decides what goes where (which box on which level, which pairs
+    match) without waiting for the device.
+
     Attributes:
         images: ``(B, 3, H, W)`` uint8 RGB, channels-last in memory, before photometry.
         boxes: ``(B, K, 4)`` float32 XYXY in view pixels.
@@ -20,7 +24,7 @@ class View:
         region_ids: ``(B, K)`` int64; equal ids of an image are the same region in all its views.
         affine: ``(B, 2, 3)`` float32, original pixels to view pixels.
         photometry: ``(B, P)`` float32 parameters of
-            :func:`~region_pretrain.data.photometry.apply_photometry`; stays on the CPU.
+            :func:`~region_pretrain.data.photometry.apply_photometry`.
     """
 
     images: Tensor
@@ -34,10 +38,8 @@ class View:
         return View(**{name: function(value) for name, value in vars(self).items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> View:
-        """The view on a device, its photometry's parameters still on the CPU."""
-        moved = self._map(lambda t: t.to(device, non_blocking=non_blocking))
-        moved.photometry = self.photometry
-        return moved
+        """The view with its images on a device."""
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -60,7 +62,7 @@ class ViewBatch:
         return ViewBatch([view._map(function) for view in self.views], function(self.indices))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
-        """The batch on a device."""
+        """The batch with its views' images on a device."""
         views = [view.to(device, non_blocking) for view in self.views]
         return ViewBatch(views, self.indices)
 

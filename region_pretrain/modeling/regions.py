@@ -47,11 +47,13 @@ def pool_regions(
     Boxes are scaled by the map's own size over the view's, which is the pooler's spatial scale
     where the view's sides divide by the stride (P5 of a 112 view is 4 wide, not 3.5).
 
+    Boxes are sorted by level on the CPU and travel in one copy, so nothing waits for the device.
+
     Args:
         features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
-        boxes: ``(B, K, 4)`` XYXY in view pixels.
-        levels: ``(B, K)`` level indices, or one for all; :data:`UNASSIGNED` pools from the last
-            level.
+        boxes: ``(B, K, 4)`` XYXY in view pixels, on the CPU.
+        levels: ``(B, K)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
+            the last level.
         pooler: the detector's ``box_pooler``; its level poolers are used as they are.
         view_size: ``(height, width)`` of the view in pixels.
 
@@ -59,30 +61,32 @@ def pool_regions(
         ``(B * K, C, S, S)`` float32.
     """
     batch, slots = boxes.shape[:2]
-    image = torch.arange(batch, device=boxes.device, dtype=boxes.dtype).repeat_interleave(slots)
-    boxes = boxes.reshape(-1, 4)
+    image = torch.arange(batch, dtype=boxes.dtype).repeat_interleave(slots)[:, None]
+    boxes, device = boxes.reshape(-1, 4), features[0].device
+    ratios = boxes.new_tensor(
+        [
+            [feature.shape[-1] / view_size[1] / level_pooler.spatial_scale]
+            + [feature.shape[-2] / view_size[0] / level_pooler.spatial_scale]
+            for feature, level_pooler in zip(features, pooler.level_poolers, strict=True)
+        ]
+    ).repeat(
+        1, 2
+    )  # (L, 4)
     if len(features) == 1:
         levels = 0
-    if not isinstance(levels, int):
-        levels = levels.reshape(-1)
-        levels = levels.where(levels != UNASSIGNED, len(features) - 1)
-    size = pooler.output_size
-    pooled = features[0].new_zeros(
-        (len(boxes), features[0].shape[1], size[0], size[1]), dtype=torch.float32
-    )
-    for i, (feature, level_pooler) in enumerate(zip(features, pooler.level_poolers, strict=True)):
-        if isinstance(levels, int):
-            if i != levels:
-                continue
-            index = ...
-        else:
-            index = torch.nonzero(levels == i).squeeze(1)
-        ratio_x = feature.shape[-1] / view_size[1] / level_pooler.spatial_scale
-        ratio_y = feature.shape[-2] / view_size[0] / level_pooler.spatial_scale
-        x0, y0, x1, y1 = boxes[index].unbind(1)
-        rois = (image[index], x0 * ratio_x, y0 * ratio_y, x1 * ratio_x, y1 * ratio_y)
-        rois = torch.stack(rois, dim=1)
-        # Levels without a box still take part, so that every parameter has a gradient on every
-        # rank.
-        pooled[index] = level_pooler(feature.float(), rois)
-    return pooled
+    if isinstance(levels, int):
+        rois = torch.cat([image, boxes * ratios[levels]], dim=1).to(device, non_blocking=True)
+        return pooler.level_poolers[levels](features[levels].float(), rois)
+
+    levels = levels.reshape(-1)
+    levels = levels.where(levels != UNASSIGNED, len(features) - 1)
+    order = torch.argsort(levels, stable=True)
+    rois = torch.cat([image, boxes * ratios[levels]], dim=1)[order].to(device, non_blocking=True)
+    parts = rois.split(torch.bincount(levels, minlength=len(features)).tolist())
+    # Levels without a box still take part, so that every parameter has a gradient on every rank.
+    pooled = [
+        level_pooler(feature.float(), part)
+        for feature, level_pooler, part in zip(features, pooler.level_poolers, parts, strict=True)
+    ]
+    back = torch.argsort(order).to(device, non_blocking=True)
+    return torch.cat(pooled).index_select(0, back)

@@ -133,7 +133,7 @@ class SoCo(nn.Module):
             own = slice(group * slots, (group + 1) * slots)
             match = matches(
                 first.region_ids[:, own], batch.views[j].region_ids, valid[0][:, own], valid[j]
-            )
+            ).to(online[0].device, non_blocking=True)
             outputs[f"loss_view{j + 1}"] = matched_cosine_loss(
                 online[0][:, own], target[j], match
             ) + matched_cosine_loss(online[j], target[0][:, own], match.transpose(1, 2))
@@ -141,7 +141,7 @@ class SoCo(nn.Module):
         return outputs
 
     def _levels(self, view: View) -> Tensor:
-        """``(B, K)`` level of each region."""
+        """``(B, K)`` level of each region, on the CPU."""
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
         return assign_levels(view.boxes, self.level_scales)
@@ -167,7 +167,8 @@ class SoCo(nn.Module):
 
         if self.all_levels:
             everywhere = torch.stack([embed_on(i) for i in range(len(features))])  # (L, B * K, D)
-            chosen = levels.clamp(min=0).reshape(1, -1, 1).expand(1, -1, everywhere.shape[-1])
+            chosen = levels.clamp(min=0).to(images.device, non_blocking=True).reshape(1, -1, 1)
+            chosen = chosen.expand(1, -1, everywhere.shape[-1])
             embedded = everywhere.gather(0, chosen)[0]
         else:
             embedded = embed_on(levels)
