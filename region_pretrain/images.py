@@ -43,6 +43,44 @@ class _Header(NamedTuple):
     ordinary: bool
 
 
+class EncodedImage(NamedTuple):
+    """An image file's bytes, before they are decoded.
+
+    Attributes:
+        data: the whole file.
+        name: for messages.
+    """
+
+    data: bytes
+    name: str
+
+    @classmethod
+    def read(cls, path: str) -> EncodedImage:
+        """Read a file; anything that PathManager opens.
+
+        Raises:
+            UnreadableImage: it is missing or cannot be read.
+        """
+        return cls(_read_bytes(path), os.fspath(path))
+
+    @property
+    def is_jpeg(self) -> bool:
+        """Whether decoding at a part of the size saves time."""
+        return self.data.startswith(b"\xff\xd8")
+
+    def size(self) -> tuple[int, int]:
+        """``(width, height)`` in pixels of the upright image, from its header.
+
+        Raises:
+            UnreadableImage: the header is damaged or no image's.
+        """
+        return _upright_size(_header(self.data) or _header_by_pillow(self.data, self.name))
+
+    def decode(self, reduce: int = 1) -> np.ndarray:
+        """See :func:`read_image`."""
+        return decode_image(self.data, self.name, reduce)
+
+
 def read_image(path: str, reduce: int = 1) -> np.ndarray:
     """Read an image file.
 
@@ -57,7 +95,7 @@ def read_image(path: str, reduce: int = 1) -> np.ndarray:
     Raises:
         UnreadableImage: the file is missing, damaged or no image.
     """
-    return decode_image(_read_bytes(path), path, reduce)
+    return EncodedImage.read(path).decode(reduce)
 
 
 def decode_image(data: bytes, name: str = "image", reduce: int = 1) -> np.ndarray:
@@ -99,21 +137,27 @@ def image_size(path: str) -> tuple[int, int]:
     head = _read_bytes(path, _HEAD_BYTES)
     # A JPEG's header is in front; a PNG's orientation may stand at its end.
     header = _header(head) if head.startswith(b"\xff\xd8") else None
-    if header is None:
-        data = _read_bytes(path) if len(head) == _HEAD_BYTES else head
-        header = _header(data)
-        if header is None:
-            try:
-                with Image.open(io.BytesIO(data)) as image:
-                    if image.format == "TIFF":
-                        image.load()  # Pillow turns it upright by itself, size and all
-                    orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-                    header = _Header(*image.size, _valid_orientation(orientation), False)
-            except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
-                raise _unreadable(path, data, error) from error
+    if header is not None:
+        return _upright_size(header)
+    data = _read_bytes(path) if len(head) == _HEAD_BYTES else head
+    return EncodedImage(data, path).size()
+
+
+def _upright_size(header: _Header) -> tuple[int, int]:
     if header.orientation >= 5:
         return header.height, header.width
     return header.width, header.height
+
+
+def _header_by_pillow(data: bytes, name: str) -> _Header:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "TIFF":
+                image.load()  # Pillow turns it upright by itself, size and all
+            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+            return _Header(*image.size, _valid_orientation(orientation), False)
+    except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
+        raise _unreadable(name, data, error) from error
 
 
 def _read_bytes(path: str, limit: int = -1) -> bytes:

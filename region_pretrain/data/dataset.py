@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from detectron2.data import DatasetFromList
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.catalog import get_records
-from region_pretrain.data.geometry import ViewGeometry, render
+from region_pretrain.data.geometry import ViewGeometry, decode_reduction, render
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
-from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.images import EncodedImage, UnreadableImage
 from region_pretrain.regions import RegionStore
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,23 @@ class ViewSample:
     boxes: np.ndarray
     region_ids: np.ndarray
     valid: np.ndarray
+
+
+class Sample(NamedTuple):
+    """One image, and what to make of it.
+
+    Attributes:
+        image: ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB.
+        reduce: 1, or the part of its size at which a large JPEG was decoded
+            (:func:`~region_pretrain.data.geometry.decode_reduction`).
+        views: of the view sampler.
+        photometry: ``(P,)`` float32 of each view.
+    """
+
+    image: np.ndarray
+    reduce: int
+    views: list[ViewSample]
+    photometry: list[np.ndarray]
 
 
 class ViewSampler(Protocol):
@@ -132,42 +149,38 @@ class PretrainDataset:
     def __len__(self) -> int:
         return len(self._records)
 
-    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, index: int) -> tuple[EncodedImage, tuple[int, int], np.ndarray]:
         file_name, key = self._records[index]
-        image = read_image(file_name)
+        image = EncodedImage.read(file_name)
+        size = image.size()
         boxes = np.zeros((0, 4), np.float32)
         if self.store is not None:
-            height, width = image.shape[:2]
-            if self.store.size(key) != (width, height):
+            if self.store.size(key) != size:
                 raise UserError(
-                    f"{file_name} is {width}x{height}, but its regions were made for an image of "
-                    "{}x{}: make the regions again".format(*self.store.size(key))
+                    "{} is {}x{}, but its regions were made for an image of {}x{}: make the "
+                    "regions again".format(file_name, *size, *self.store.size(key))
                 )
             boxes = self.store.boxes(key)
-        return image, boxes
+        return image, size, boxes
 
-    def _read_or_next(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A file that fails in the middle of a run is replaced by the next one that does not."""
-        for offset in range(min(len(self), 100)):
-            try:
-                return self._read((index + offset) % len(self))
-            except UnreadableImage as error:
-                logger.warning("%s; the next image takes its place", error)
-        raise UserError(f"100 images in a row could not be read, the last at index {index}")
-
-    def sample(
-        self, seed: int, epoch: int, index: int
-    ) -> tuple[np.ndarray, list[ViewSample], list[np.ndarray]]:
+    def sample(self, seed: int, epoch: int, index: int) -> Sample:
         """One image, its views and the photometric parameters of each.
 
-        Returns:
-            ``(H, W, 3)`` uint8 RGB, the views, and per view ``(P,)`` float32.
+        A file that fails in the middle of a run is replaced by the next one that does not.
         """
-        # From 1: a generator of (seed, epoch, 0) would be that of (seed, epoch), the epoch's order.
-        rng = np.random.default_rng([seed, epoch, 1 + index])
-        image, boxes = self._read_or_next(index)
-        views = self.views(image.shape[1], image.shape[0], boxes, rng)
-        return image, views, [view.photometry.sample(rng) for view in views]
+        for offset in range(min(len(self), 100)):
+            # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
+            rng = np.random.default_rng([seed, epoch, 1 + index])
+            try:
+                encoded, size, boxes = self._read((index + offset) % len(self))
+                views = self.views(*size, boxes, rng)
+                reduce = decode_reduction([v.geometry for v in views]) if encoded.is_jpeg else 1
+                image = encoded.decode(reduce)
+            except UnreadableImage as error:
+                logger.warning("%s; the next image takes its place", error)
+                continue
+            return Sample(image, reduce, views, [view.photometry.sample(rng) for view in views])
+        raise UserError(f"100 images in a row could not be read, the last at index {index}")
 
     def batch(self, seed: int, epoch: int, indices: Sequence[int]) -> ViewBatch:
         """Render the samples of one batch straight into its tensors."""
@@ -175,14 +188,14 @@ class PretrainDataset:
         samples: list[list[ViewSample]] = []
         photometry: list[list[np.ndarray]] = []
         for i, index in enumerate(indices):
-            image, views, parameters = self.sample(seed, epoch, index)
+            sample = self.sample(seed, epoch, index)
             if not canvases:
-                shapes = [(len(indices), *v.geometry.size, 3) for v in views]
+                shapes = [(len(indices), *v.geometry.size, 3) for v in sample.views]
                 canvases = [np.empty(shape, np.uint8) for shape in shapes]
-            for canvas, view in zip(canvases, views, strict=True):
-                render(image, view.geometry, canvas[i], self.antialias)
-            samples.append(views)
-            photometry.append(parameters)
+            for canvas, view in zip(canvases, sample.views, strict=True):
+                render(sample.image, view.geometry, canvas[i], self.antialias, sample.reduce)
+            samples.append(sample.views)
+            photometry.append(sample.photometry)
         batch_views = []
         for v, canvas in enumerate(canvases):
             column = [views[v] for views in samples]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from region_pretrain.data.catalog import get_records
-from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.dataset import PretrainDataset, ViewSample
+from region_pretrain.data.geometry import ViewGeometry, boxes_in_view, decode_reduction
+from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
 from region_pretrain.regions.generate import make_regions
 
@@ -15,10 +17,10 @@ from region_pretrain.regions.generate import make_regions
 def test_regions_are_found_by_key(region_folder, soco_views):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
     for index in range(len(data)):
-        image, boxes = data._read(index)
+        image, size, boxes = data._read(index)
         expected = region_folder.boxes[data._records[index][1]]
         np.testing.assert_array_equal(boxes, expected)
-        assert image.shape == (64, 64, 3)
+        assert size == (64, 64) and image.decode().shape == (64, 64, 3)
 
 
 def test_another_recipe_is_refused(region_folder, soco_views):
@@ -54,11 +56,11 @@ def test_an_image_of_another_size_than_its_regions_is_refused(region_folder, soc
 
 def test_a_file_broken_during_the_run_is_replaced_by_the_next(region_folder, soco_views, caplog):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
-    expected = data._read(3)[0]
+    expected = data._read(3)[0].decode()
     with open(data._records[2][0], "wb") as f:
         f.write(b"not an image")
     with caplog.at_level(logging.WARNING):
-        image, _, _ = data.sample(0, 0, 2)
+        image = data.sample(0, 0, 2).image
     np.testing.assert_array_equal(image, expected)
     assert data._records[2][0] in caplog.text
 
@@ -71,5 +73,46 @@ def test_images_without_regions_are_counted(region_folder, soco_views, caplog):
     make_regions(get_records(names), store, "shapes-v1", workers=1)
     with caplog.at_level(logging.INFO):
         data = PretrainDataset(names, soco_views, store)
-    assert len(data) == 13 and len(data._read(12)[1]) == 0
+    assert len(data) == 13 and len(data._read(12)[2]) == 0
     assert "1 images without regions train on the whole-image box" in caplog.text
+
+
+class _Crop:
+    """One view of 32 pixels: the same crop of every image."""
+
+    def __init__(self, *crop: int) -> None:
+        self.geometry = ViewGeometry(*crop, size=(32, 32))
+
+    def __call__(self, width, height, boxes, rng) -> list[ViewSample]:
+        box = boxes_in_view(self.geometry, np.array([self.geometry.crop_box]))
+        ids = np.zeros(1, np.int64)
+        return [ViewSample(self.geometry, Photometry(), box, ids, np.ones(1, bool))]
+
+
+@pytest.mark.parametrize(
+    "side, reduce, suffix",
+    [(64, 1, "jpg"), (127, 1, "jpg"), (128, 2, "jpg"), (300, 4, "jpg"), (520, 8, "jpg")]
+    + [(520, 1, "png")],
+)
+def test_a_large_jpeg_is_decoded_at_the_size_that_its_views_need(tmp_path, side, reduce, suffix):
+    ramp = np.add.outer(np.arange(600) * 0.15, np.arange(601) * 0.25)
+    image = np.repeat(ramp.astype(np.uint8)[..., None], 3, axis=2)
+    cv2.imwrite(str(tmp_path / f"a.{suffix}"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    data = PretrainDataset(f"folder://{tmp_path}", _Crop(33, 47, side, side))
+    sample = data.sample(0, 0, 0)
+    assert sample.reduce == reduce
+    assert sample.image.shape[:2] == (-(-600 // reduce), -(-601 // reduce))
+    view = data.batch(0, 0, [0]).views[0].images[0, 0].numpy().astype(float)
+    # The ramp at the centre of each of the view's pixels: a quarter of one is 0.4 * step / 4.
+    centres = (np.arange(32) + 0.5) * side / 32 - 0.5
+    exact = np.add.outer(0.15 * (47 + centres), 0.25 * (33 + centres))
+    assert np.abs(view - exact).max() < 1.5 + 0.1 * side / 32
+
+
+def test_reduction_is_the_largest_that_leaves_each_view_twice_its_pixels():
+    def view(side: int, size: int) -> ViewGeometry:
+        return ViewGeometry(0, 0, side, 2 * side, (size, size))
+
+    for side in range(224, 4000, 7):
+        expected = max(r for r in (1, 2, 4, 8) if r == 1 or side / r / 224 >= 2)
+        assert decode_reduction([view(side, 224), view(side, 112)]) == expected

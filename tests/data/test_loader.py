@@ -44,8 +44,8 @@ def test_every_image_once_an_epoch_in_a_new_order(pretrain_dataset):
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
     assert epochs[0] != epochs[1]
     # The same image is another sample in another epoch.
-    first = pretrain_dataset.sample(0, 0, 5)[1]
-    second = pretrain_dataset.sample(0, 1, 5)[1]
+    first = pretrain_dataset.sample(0, 0, 5).views
+    second = pretrain_dataset.sample(0, 1, 5).views
     assert first[1].geometry != second[1].geometry
 
 
