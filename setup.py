@@ -82,7 +82,7 @@ setup(
         "matplotlib",
         "numpy",
         "omegaconf>=2.1",
-        "opencv-contrib-python",
+        "opencv-contrib-python>=4.11",  # IMREAD_COLOR_RGB
         "packaging",
         "pillow>=7.1",
         "pyarrow",

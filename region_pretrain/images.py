@@ -17,7 +17,7 @@ from region_pretrain.errors import UserError
 _EXIF_ORIENTATION = 0x0112
 _HEAD_BYTES = 1 << 16
 _JPEG_REDUCED = {
-    1: cv2.IMREAD_COLOR,
+    1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
@@ -112,8 +112,9 @@ def decode_image(data: bytes, name: str = "image", reduce: int = 1) -> np.ndarra
         except cv2.error:
             pass  # Pillow may know better, or says what is wrong
     if pixels is not None:
-        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-        reduce = 1 if is_jpeg else reduce
+        if is_jpeg and reduce > 1:  # the reduced sizes come as BGR only
+            cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+            reduce = 1
         orientation = header.orientation
     else:
         pixels, orientation = _decode_with_pillow(data, name)

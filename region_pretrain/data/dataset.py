@@ -21,6 +21,10 @@ from region_pretrain.regions import RegionStore
 
 logger = logging.getLogger(__name__)
 
+_TOGETHER = 16  # files in memory at once
+_IN_A_ROW = 100
+_REPLACED = "%s; the next image takes its place"
+
 
 @dataclass
 class ViewSample:
@@ -56,6 +60,15 @@ class Sample(NamedTuple):
     reduce: int
     views: list[ViewSample]
     photometry: list[np.ndarray]
+
+
+class Drawn(NamedTuple):
+    """A sample before its pixels: the image is ``offset`` places after the one it stands for."""
+
+    encoded: EncodedImage
+    views: list[ViewSample]
+    photometry: list[np.ndarray]
+    offset: int
 
 
 class ViewSampler(Protocol):
@@ -149,7 +162,13 @@ class PretrainDataset:
     def __len__(self) -> int:
         return len(self._records)
 
-    def _read(self, index: int) -> tuple[EncodedImage, tuple[int, int], np.ndarray]:
+    def read(self, index: int) -> tuple[EncodedImage, tuple[int, int], np.ndarray]:
+        """A file, its ``(width, height)`` in pixels and its ``(N, 4)`` float32 XYXY regions.
+
+        Raises:
+            UnreadableImage: the file is missing or its header damaged.
+            UserError: its size is not that of the image that the regions were made for.
+        """
         file_name, key = self._records[index]
         image = EncodedImage.read(file_name)
         size = image.size()
@@ -163,39 +182,66 @@ class PretrainDataset:
             boxes = self.store.boxes(key)
         return image, size, boxes
 
+    def draw(self, seed: int, epoch: int, index: int, offset: int = 0) -> Drawn:
+        """Everything about a sample but its pixels.
+
+        Args:
+            seed, epoch, index: which sample.
+            offset: take the image so many places after ``index``, or the first readable one after.
+
+        Raises:
+            UserError: a hundred files in a row cannot be read, or the regions are another image's.
+        """
+        for place in range(offset, min(len(self), _IN_A_ROW)):
+            # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
+            rng = np.random.default_rng([seed, epoch, 1 + index])
+            try:
+                encoded, size, boxes = self.read((index + place) % len(self))
+            except UnreadableImage as error:
+                logger.warning(_REPLACED, error)
+                continue
+            views = self.views(*size, boxes, rng)
+            photometry = [view.photometry.sample(rng) for view in views]
+            return Drawn(encoded, views, photometry, place)
+        raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
+
+    def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
+        while True:
+            geometries = [view.geometry for view in drawn.views]
+            reduce = decode_reduction(geometries) if drawn.encoded.is_jpeg else 1
+            try:
+                return Sample(drawn.encoded.decode(reduce), reduce, drawn.views, drawn.photometry)
+            except UnreadableImage as error:
+                logger.warning(_REPLACED, error)
+            drawn = self.draw(seed, epoch, index, drawn.offset + 1)
+
     def sample(self, seed: int, epoch: int, index: int) -> Sample:
         """One image, its views and the photometric parameters of each.
 
         A file that fails in the middle of a run is replaced by the next one that does not.
         """
-        for offset in range(min(len(self), 100)):
-            # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
-            rng = np.random.default_rng([seed, epoch, 1 + index])
-            try:
-                encoded, size, boxes = self._read((index + offset) % len(self))
-                views = self.views(*size, boxes, rng)
-                reduce = decode_reduction([v.geometry for v in views]) if encoded.is_jpeg else 1
-                image = encoded.decode(reduce)
-            except UnreadableImage as error:
-                logger.warning("%s; the next image takes its place", error)
-                continue
-            return Sample(image, reduce, views, [view.photometry.sample(rng) for view in views])
-        raise UserError(f"100 images in a row could not be read, the last at index {index}")
+        return self._decode(seed, epoch, index, self.draw(seed, epoch, index))
 
     def batch(self, seed: int, epoch: int, indices: Sequence[int]) -> ViewBatch:
         """Render the samples of one batch straight into its tensors."""
         canvases: list[np.ndarray] = []
         samples: list[list[ViewSample]] = []
         photometry: list[list[np.ndarray]] = []
-        for i, index in enumerate(indices):
-            sample = self.sample(seed, epoch, index)
-            if not canvases:
-                shapes = [(len(indices), *v.geometry.size, 3) for v in sample.views]
-                canvases = [np.empty(shape, np.uint8) for shape in shapes]
-            for canvas, view in zip(canvases, sample.views, strict=True):
-                render(sample.image, view.geometry, canvas[i], self.antialias, sample.reduce)
-            samples.append(sample.views)
-            photometry.append(sample.photometry)
+        # First what Python does for some images, then what the codecs do: one after the other for
+        # each image, Python's code and data leave the processor's cache at every decode.
+        for start in range(0, len(indices), _TOGETHER):
+            some = indices[start : start + _TOGETHER]
+            drawn = [self.draw(seed, epoch, index) for index in some]
+            for i, index in enumerate(some):
+                sample = self._decode(seed, epoch, index, drawn[i])
+                if not canvases:
+                    shapes = [(len(indices), *v.geometry.size, 3) for v in sample.views]
+                    canvases = [np.empty(shape, np.uint8) for shape in shapes]
+                for canvas, view in zip(canvases, sample.views, strict=True):
+                    out = canvas[start + i]
+                    render(sample.image, view.geometry, out, self.antialias, sample.reduce)
+                samples.append(sample.views)
+                photometry.append(sample.photometry)
         batch_views = []
         for v, canvas in enumerate(canvases):
             column = [views[v] for views in samples]

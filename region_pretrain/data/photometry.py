@@ -10,6 +10,7 @@ that MoCo v2 and BYOL (appendix B) use: colour jitter, grey, blur, solarisation.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -42,6 +43,9 @@ class PhotometryLayout(IntEnum):
 #: The row that changes nothing.
 IDENTITY = np.array([1, 1, 1, 0, 0, 1, 2, 3, 0, 0, np.inf], dtype=np.float32)
 IDENTITY.setflags(write=False)
+_IDENTITY = IDENTITY.tolist()
+_ORDERS = list(itertools.permutations((0.0, 1.0, 2.0, 3.0)))
+_DRAWS = 10  # four decisions, three factors, hue, order, sigma
 
 # On a CPU a group of samples is worked on in pieces of about this many pixels, which stay in the
 # cache from one elementwise operation to the next: a quarter less time at 224 x 224.
@@ -96,28 +100,24 @@ class Photometry:
         Returns:
             ``(P,)`` float32, see :class:`PhotometryLayout`.
         """
-        at = PhotometryLayout
-        jitter, gray, blur, solarize = rng.random(4) < (
-            *(self.jitter_prob, self.gray_prob),
-            *(self.blur_prob, self.solarize_prob),
-        )
-        strength = np.array([self.brightness, self.contrast, self.saturation])
-        factors = rng.uniform(np.maximum(0, 1 - strength), 1 + strength)
-        hue = rng.uniform(-self.hue, self.hue)
-        order = rng.permutation(4)
-        sigma = rng.uniform(*self.blur_sigma)
-
-        params = IDENTITY.copy()
-        if jitter:
-            params[at.BRIGHTNESS : at.HUE] = factors
-            params[at.HUE] = hue
-            params[at.FIRST : at.GRAY] = order
-        params[at.GRAY] = gray
-        if blur:
-            params[at.BLUR_SIGMA] = sigma
-        if solarize:
-            params[at.SOLARIZE_FROM] = self.solarize_threshold
-        return params
+        # Plain numbers: a loader draws this for every view, and NumPy is slow on single values.
+        draws = rng.random(_DRAWS).tolist()
+        jitter, gray, blur, solarize, *factors, hue, order, sigma = draws
+        row = list(_IDENTITY)
+        if jitter < self.jitter_prob:
+            for i, strength in enumerate((self.brightness, self.contrast, self.saturation)):
+                low = max(0.0, 1 - strength)
+                row[i] = low + (1 + strength - low) * factors[i]
+            row[PhotometryLayout.HUE] = self.hue * (2 * hue - 1)
+            row[PhotometryLayout.FIRST : PhotometryLayout.GRAY] = _ORDERS[int(24 * order)]
+        if gray < self.gray_prob:
+            row[PhotometryLayout.GRAY] = 1.0
+        if blur < self.blur_prob:
+            low, high = self.blur_sigma
+            row[PhotometryLayout.BLUR_SIGMA] = low + (high - low) * sigma
+        if solarize < self.solarize_prob:
+            row[PhotometryLayout.SOLARIZE_FROM] = self.solarize_threshold
+        return np.array(row, np.float32)
 
 
 @torch.no_grad()

@@ -138,7 +138,12 @@ def _wrap(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
     return create_ddp_model(model, **ddp)
 
 
-def _amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | None:
+def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | None:
+    """``train.amp`` as a dtype; None where it is off.
+
+    Raises:
+        UserError: a name that is no half-precision dtype.
+    """
     if not amp["enabled"]:
         return None
     name = amp.get("dtype", "float16")
@@ -219,7 +224,7 @@ def run_training(
         optimizer,
         data.iterate,
         device=device,
-        amp_dtype=_amp_dtype(train.amp, device),
+        amp_dtype=amp_dtype(train.amp, device),
         accumulate_steps=train.accumulate_steps,
         log_period=train.log_period,
         **_clipping(train.clip_grad),

@@ -17,7 +17,7 @@ from region_pretrain.regions.generate import make_regions
 def test_regions_are_found_by_key(region_folder, soco_views):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
     for index in range(len(data)):
-        image, size, boxes = data._read(index)
+        image, size, boxes = data.read(index)
         expected = region_folder.boxes[data._records[index][1]]
         np.testing.assert_array_equal(boxes, expected)
         assert size == (64, 64) and image.decode().shape == (64, 64, 3)
@@ -56,7 +56,7 @@ def test_an_image_of_another_size_than_its_regions_is_refused(region_folder, soc
 
 def test_a_file_broken_during_the_run_is_replaced_by_the_next(region_folder, soco_views, caplog):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
-    expected = data._read(3)[0].decode()
+    expected = data.read(3)[0].decode()
     with open(data._records[2][0], "wb") as f:
         f.write(b"not an image")
     with caplog.at_level(logging.WARNING):
@@ -73,7 +73,7 @@ def test_images_without_regions_are_counted(region_folder, soco_views, caplog):
     make_regions(get_records(names), store, "shapes-v1", workers=1)
     with caplog.at_level(logging.INFO):
         data = PretrainDataset(names, soco_views, store)
-    assert len(data) == 13 and len(data._read(12)[2]) == 0
+    assert len(data) == 13 and len(data.read(12)[2]) == 0
     assert "1 images without regions train on the whole-image box" in caplog.text
 
 

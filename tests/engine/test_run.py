@@ -77,7 +77,7 @@ def test_optimizer_gets_the_scaled_lr_and_leaves_the_config_alone():
     ],
 )
 def test_precision(amp, device, expected):
-    assert run._amp_dtype(amp, torch.device(device)) is expected
+    assert run.amp_dtype(amp, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(

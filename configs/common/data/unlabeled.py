@@ -17,7 +17,7 @@ dataloader.train = L(PretrainLoader)(
         recipe="soco-v1",
         # Share of the images that may be missing from the store (files that could not be read).
         max_unreadable=0.01,
-        # Average over the covered pixels where a view shrinks the image; False is faster.
+        # Widen the filter where a view shrinks the image; False is faster, and aliases.
         antialias=True,
     ),
     # Images of one optimiser step, over all processes.

@@ -124,7 +124,7 @@ class SoCoViews:
             if source == "crop":
                 chosen = candidates[j]
                 if len(chosen) > self.num_regions:
-                    chosen = rng.choice(chosen, self.num_regions, replace=False)
+                    chosen = rng.permutation(chosen)[: self.num_regions]
                 if len(chosen):
                     mine = self._jitter(boxes[chosen], width, height, rng)
                 else:  # nothing of any region in the crop: the views match as wholes

@@ -1,0 +1,106 @@
+"""The loader against the decoder alone, on one core."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from region_pretrain.benchmark.timing import interleaved, resident_mib
+from region_pretrain.data.dataset import PretrainDataset
+
+_DISTINCT = 256  # files, cycled through: they stay in the page cache
+
+
+@dataclass
+class LoaderRates:
+    """Images a second of one core; ``parts`` are shares of the loader's time that add up to 1.
+
+    Attributes:
+        decode: ``cv2.imdecode`` of bytes in memory, and nothing else.
+        linear, antialiased: whole batches of the config, by the filter of the views.
+        parts: of the antialiased loader: ``decode``, ``read and draw`` (file, header, boxes, views,
+            colour parameters), ``render and the rest``.
+        size: mean ``(width, height)`` in pixels, and mean kilobytes of a file.
+        drift_mib: growth of this process's resident memory over the last two thirds of the rounds.
+    """
+
+    decode: float
+    linear: float
+    antialiased: float
+    parts: dict[str, float]
+    size: tuple[float, float, float]
+    drift_mib: float
+
+
+def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) -> LoaderRates:
+    """Measure a config's data set in this process; rounds of all kinds alternate.
+
+    Args:
+        dataset: the config's ``dataloader.train.dataset``.
+        batch_size: images of a batch.
+        seconds: about so long for each kind.
+
+    Returns:
+        The rates.
+    """
+    count = min(len(dataset), _DISTINCT)
+    encoded = [dataset.read(i) for i in range(count)]
+    buffers = [np.frombuffer(image.data, np.uint8) for image, _, _ in encoded]
+    order = itertools.cycle(range(count))
+    take = min(batch_size, 32)
+
+    def decode_only() -> None:
+        for _ in range(take):
+            cv2.imdecode(buffers[next(order)], cv2.IMREAD_COLOR)
+
+    def draw_only() -> None:
+        for _ in range(take):
+            dataset.draw(0, 0, next(order))
+
+    def batches(antialias: bool) -> Callable[[], None]:
+        def load() -> None:
+            dataset.antialias = antialias
+            dataset.batch(0, 0, [next(order) for _ in range(take)])
+
+        return load
+
+    before = dataset.antialias
+    kinds = {
+        "decode": decode_only,
+        "draw": draw_only,
+        "linear": batches(False),
+        "antialiased": batches(True),
+    }
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    memory: list[float] = []
+    try:
+        with tqdm(desc="loader", unit=" rounds", leave=False) as progress:
+
+            def after_round() -> None:
+                memory.append(resident_mib())
+                progress.update()
+
+            per_call = interleaved(kinds, seconds * len(kinds), after_round)
+    finally:
+        dataset.antialias = before
+        cv2.setNumThreads(threads)
+    whole = per_call["antialiased"]
+    sizes = [(*size, len(image.data) / 1000) for image, size, _ in encoded]
+    return LoaderRates(
+        decode=take / per_call["decode"],
+        linear=take / per_call["linear"],
+        antialiased=take / whole,
+        parts={
+            "decode": per_call["decode"] / whole,
+            "read and draw": per_call["draw"] / whole,
+            "render and the rest": (whole - per_call["decode"] - per_call["draw"]) / whole,
+        },
+        size=tuple(np.mean(sizes, axis=0)),
+        drift_mib=memory[-1] - memory[len(memory) // 3],
+    )

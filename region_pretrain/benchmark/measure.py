@@ -1,0 +1,100 @@
+"""From a config to figures, and figures to lines."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import instantiate
+from omegaconf import DictConfig
+from tabulate import tabulate
+
+from region_pretrain.benchmark.images import make_jpegs
+from region_pretrain.benchmark.loader import LoaderRates, benchmark_loader
+from region_pretrain.benchmark.step import StepRates, benchmark_step
+from region_pretrain.engine.run import amp_dtype, build_model, build_optimizer
+from region_pretrain.engine.setup import resolve_device
+from region_pretrain.engine.trainer import Trainer
+from region_pretrain.errors import UserError
+
+
+def use_made_images(cfg: DictConfig, folder: str, count: int) -> None:
+    """Put files made for the purpose in place of a config's data set.
+
+    Args:
+        cfg: changed in place.
+        folder: for the files.
+        count: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
+    """
+    dataset = cfg.dataloader.train.dataset
+    dataset.names, store = make_jpegs(folder, count)
+    if dataset.get("regions") is not None:
+        dataset.regions, dataset.recipe = store, None
+
+
+def loader_rates(cfg: DictConfig, seconds: float) -> LoaderRates:
+    """Measure ``cfg.dataloader.train``; see :func:`benchmark_loader`."""
+    dataset = instantiate(cfg.dataloader.train.dataset)
+    return benchmark_loader(dataset, cfg.dataloader.train.total_batch_size, seconds)
+
+
+def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
+    """Measure a step of ``cfg`` with its own model and precision; see :func:`benchmark_step`.
+
+    Raises:
+        UserError: the data set has fewer images than a batch.
+    """
+    device = resolve_device(cfg.train.device)
+    size = cfg.dataloader.train.total_batch_size
+    dataset = instantiate(cfg.dataloader.train.dataset)
+    if len(dataset) < size:
+        raise UserError(
+            f"dataloader.train.total_batch_size={size}, but there are {len(dataset)} images: "
+            "lower it, or raise --made-images"
+        )
+    batch = dataset.batch(0, 0, range(size))
+    model = build_model(cfg, device)
+    trainer = Trainer(
+        model,
+        # The rate is of no account for the time; a small one keeps the numbers finite.
+        build_optimizer(cfg, model, 1e-6),
+        lambda start, stop: (),
+        device=device,
+        amp_dtype=amp_dtype(cfg.train.amp, device),
+        accumulate_steps=cfg.train.accumulate_steps,
+    )
+    if cfg.train.compile:
+        model.compile()
+    torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
+    return benchmark_step(trainer, batch, seconds)
+
+
+def describe_loader(rates: LoaderRates) -> str:
+    """A few lines for a person."""
+    width, height, kilobytes = rates.size
+    rates_by_name = {
+        "decode only (cv2.imdecode)": rates.decode,
+        "loader, linear filter": rates.linear,
+        "loader, antialiased": rates.antialiased,
+    }
+    rows = [[name, f"{r:.0f}", f"{r / rates.decode:.2f}"] for name, r in rates_by_name.items()]
+    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rates.parts.items())
+    return (
+        f"\nloader, one core, files of {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB\n"
+        + tabulate(rows, ["", "images/s", "of decode"], colalign=("left", "right", "right"))
+        + f"\nantialiased: {parts}; resident memory {rates.drift_mib:+.1f} MiB meanwhile\n"
+    )
+
+
+def describe_step(rates: StepRates) -> str:
+    """A few lines for a person."""
+    whole = sum(rates.parts.values())
+    rows = [
+        [name, f"{1000 * seconds:.1f}", f"{100 * seconds / whole:.1f}"]
+        for name, seconds in sorted(rates.parts.items(), key=lambda part: -part[1])
+    ]
+    return (
+        f"\nstep of {rates.images} images: {1000 * rates.step:.1f} ms, "
+        f"{rates.images / rates.step:.2f} images/s; networks alone: {1000 * rates.floor:.1f} ms "
+        f"= {rates.floor / rates.step:.2f} of the step; peak memory {rates.memory_mib:.0f} MiB\n"
+        + tabulate(rows, ["part", "ms", "%"], colalign=("left", "right", "right"))
+        + "\n"
+    )

@@ -1,0 +1,263 @@
+"""A training step against its floor: the same networks' forward and backward, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from region_pretrain.benchmark.timing import interleaved, peak_memory_mib, reset_peak_memory
+from region_pretrain.engine.trainer import Trainer
+
+_PARTS_STEPS = 3
+
+
+@dataclass
+class StepRates:
+    """What a step costs.
+
+    Attributes:
+        step: seconds of a whole step on a batch that is on the CPU: transfer, photometry, forward,
+            backward, target update, optimiser.
+        floor: seconds of forward and backward of the networks alone, on tensors of the same shapes.
+        images: of a step.
+        parts: seconds by part, of a run of its own in which the device is waited for at each
+            part's end, so that they add up to somewhat more than ``step`` on a GPU.
+        memory_mib: peak of the steps (:func:`~region_pretrain.benchmark.timing.peak_memory_mib`).
+    """
+
+    step: float
+    floor: float
+    images: int
+    parts: dict[str, float]
+    memory_mib: float
+
+
+@dataclass
+class Call:
+    """One call of a network inside a step.
+
+    Attributes:
+        name: the network's, in the model.
+        module: the network.
+        inputs: ``(shape, dtype, channels_last, needs gradient)`` of each tensor argument.
+        grad: whether a gradient is computed.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[tuple[torch.Size, torch.dtype, bool, bool]] = field(default_factory=list)
+    grad: bool = True
+
+
+def benchmark_step(trainer: Trainer, batch: Any, seconds: float) -> StepRates:
+    """Measure a trainer's steps on one batch, again and again.
+
+    Args:
+        trainer: not started; its model is on its device.
+        batch: as the loader gives it.
+        seconds: about so long.
+
+    Returns:
+        The rates.
+    """
+    device = trainer.device
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    trainer.data = lambda start, stop: (batch for _ in range(start, stop))
+    trainer.start_iter, trainer.max_iter = 0, 1 << 60
+    trainer.log_period = 1 << 60
+    trainer.iter = 0
+    with EventStorage(0) as storage:
+        trainer.storage = storage
+        trainer.before_train()
+
+        def step() -> None:
+            trainer.run_step()
+            trainer.iter += 1
+            trainer._unchecked.clear()
+            wait()
+
+        with recorded_calls(trainer.module) as calls:
+            step()
+        floor = make_floor(calls, trainer._autocast, device)
+        step()
+        reset_peak_memory(device)
+        step()
+        memory = peak_memory_mib(device)
+        times = interleaved({"step": step, "floor": lambda: (floor(), wait())}, seconds)
+        parts = _parts(trainer, calls, step, wait)
+    return StepRates(times["step"], times["floor"], len(batch), parts, memory)
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Note each outermost call of a submodule that has parameters, while the context is open."""
+    calls: list[Call] = []
+    depth = 0
+    handles = []
+
+    def enter(module: nn.Module, args: tuple, name: str) -> None:
+        nonlocal depth
+        depth += 1
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        if depth > 1 or not tensors or len(tensors) != len(args):
+            return
+        inputs = [(t.shape, t.dtype, _is_channels_last(t), t.requires_grad) for t in tensors]
+        calls.append(Call(name, module, inputs, torch.is_grad_enabled()))
+
+    def leave(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+
+    for name, module in model.named_modules():
+        if module is model or not any(True for _ in module.parameters()):
+            continue
+        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(m, a, name)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def make_floor(
+    calls: Sequence[Call], autocast: Callable[[], Any], device: torch.device
+) -> Callable[[], None]:
+    """A function that runs recorded calls on tensors of their own, and the gradients back.
+
+    Args:
+        calls: of :func:`recorded_calls`.
+        autocast: makes the context of the forward passes.
+        device: for the tensors.
+    """
+    made: list[tuple[Call, list[Tensor]]] = []
+    for call in calls:
+        tensors = []
+        for shape, dtype, channels_last, requires_grad in call.inputs:
+            x = torch.randn(shape, device=device).to(dtype)
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            tensors.append(x.requires_grad_(requires_grad))
+        made.append((call, tensors))
+    parameters = {p for call in calls for p in call.module.parameters()}
+
+    def floor() -> None:
+        for p in parameters:
+            p.grad = None
+        ends: list[Tensor] = []
+        for call, tensors in made:
+            for x in tensors:
+                x.grad = None
+            with autocast(), nullcontext() if call.grad else torch.no_grad():
+                output = call.module(*tensors)
+            if call.grad:
+                ends += [y for y in _tensors(output) if y.requires_grad]
+        torch.autograd.backward(ends, [torch.ones_like(y) for y in ends])
+
+    return floor
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [t for value in values for t in _tensors(value)]
+
+
+def _parts(
+    trainer: Trainer, calls: Sequence[Call], step: Callable[[], None], wait: Callable[[], None]
+) -> dict[str, float]:
+    """Mean seconds of each part of a step."""
+    model = trainer.module
+    spent: dict[str, float] = {}
+    open_at: list[tuple[str, float]] = []
+
+    def start(name: str) -> None:
+        wait()
+        open_at.append((name, time.perf_counter()))
+
+    def stop() -> None:
+        wait()
+        name, started = open_at.pop()
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+    networks = {call.module: f"forward {call.name}" for call in calls}
+    others = {
+        module: f"forward {name} (no parameters)"
+        for name, module in model.named_modules()
+        if module is not model
+        and not any(True for _ in module.parameters())
+        and not any(module in set(network.modules()) for network in networks)
+        and type(module).__name__ != "Identity"
+    }
+    depth = 0
+    handles = []
+
+    def enter(module: nn.Module, name: str) -> None:
+        nonlocal depth
+        depth += 1
+        if depth == 1:
+            start(name)
+
+    def leave() -> None:
+        nonlocal depth
+        if depth == 1:
+            stop()
+        depth -= 1
+
+    for module, name in {**networks, **others}.items():
+        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(m, name)))
+        handles.append(module.register_forward_hook(lambda m, a, y: leave(), always_call=True))
+    handles.append(model.register_forward_pre_hook(lambda m, a: start("forward, all of it")))
+    handles.append(model.register_forward_hook(lambda m, a, y: stop(), always_call=True))
+
+    def wrap(owner: Any, method: str, name: str) -> Callable[[], None]:
+        if not hasattr(owner, method):
+            return lambda: None
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start(name)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                stop()
+
+        setattr(owner, method, timed)
+        return lambda: delattr(owner, method)
+
+    undo = [
+        wrap(model, "before_step", "before and after the step (target update)"),
+        wrap(model, "after_step", "before and after the step (target update)"),
+        wrap(trainer, "_forward_backward", "forward and backward"),
+        wrap(trainer, "_optimizer_step", "optimiser"),
+    ]
+    try:
+        start("step")
+        for _ in range(_PARTS_STEPS):
+            step()
+        stop()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for function in undo:
+            function()
+    spent = {name: seconds / _PARTS_STEPS for name, seconds in spent.items()}
+    whole, both = spent.pop("step"), spent.pop("forward and backward")
+    forward = spent.pop("forward, all of it")
+    inner = sum(seconds for name, seconds in spent.items() if name.startswith("forward "))
+    spent["forward, the rest (regions, losses)"] = forward - inner
+    spent["backward"] = both - forward
+    spent["the rest (transfer)"] = whole - sum(spent.values())
+    return spent

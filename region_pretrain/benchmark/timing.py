@@ -1,0 +1,75 @@
+"""Clocks and memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+_MIN_ROUNDS = 3
+
+
+def interleaved(
+    kinds: Mapping[str, Callable[[], object]],
+    seconds: float,
+    after_round: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Time several functions turn by turn, so that what else the machine does strikes all alike.
+
+    Args:
+        kinds: each is called once a round; a first round is not counted.
+        seconds: rounds go on until this time is over, but for three rounds at least.
+        after_round: called after each round.
+
+    Returns:
+        The median seconds of a call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for function in kinds.values():
+        function()
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
+        for name, function in kinds.items():
+            started = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - started)
+        rounds += 1
+        after_round()
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def resident_mib() -> float:
+    """Resident memory of this process in MiB."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start :func:`peak_memory_mib` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:  # not every kernel lets a process do that; the peak is then the process's own
+        pass
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory since :func:`reset_peak_memory`, in MiB.
+
+    On a GPU that of PyTorch's allocator, on a CPU the resident memory of the whole process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with open("/proc/self/status", encoding="ascii") as file:
+        peak = [line for line in file if line.startswith("VmHWM")]
+    if peak:
+        return int(peak[0].split()[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

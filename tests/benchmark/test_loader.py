@@ -1,0 +1,81 @@
+"""The loader's figures, and its memory."""
+
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+from region_pretrain.benchmark.images import make_jpegs
+from region_pretrain.benchmark.loader import benchmark_loader
+from region_pretrain.benchmark.timing import interleaved
+from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.errors import UserError
+from region_pretrain.regions import RegionStore
+
+
+def test_made_files_are_as_promised_and_always_the_same(tmp_path):
+    name, store_path = make_jpegs(str(tmp_path / "a"), 3)
+    store = RegionStore.open(store_path)
+    files = sorted((tmp_path / "a" / "images").iterdir())
+    assert name == f"folder://{tmp_path}/a/images" and len(files) == 3
+    for file in files:
+        assert cv2.imread(str(file)).shape == (375, 500, 3)
+        assert file.stat().st_size == pytest.approx(80_000, rel=0.1)
+        assert store.size(file.name) == (500, 375) and len(store.boxes(file.name)) == 100
+    make_jpegs(str(tmp_path / "b"), 1)
+    assert files[0].read_bytes() == (tmp_path / "b" / "images" / "00000.jpg").read_bytes()
+    with pytest.raises(UserError, match="--made-images 0"):
+        make_jpegs(str(tmp_path / "c"), 0)
+
+
+def test_kinds_take_turns_and_the_first_round_is_not_counted(monkeypatch):
+    now, calls = [0.0], []
+    costs = {"a": iter([100, 1, 2, 9, 2]), "b": iter([100, 5, 5, 5, 5])}
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def kind(name):
+        def call():
+            calls.append(name)
+            now[0] += next(costs[name])
+
+        return call
+
+    found = interleaved({"a": kind("a"), "b": kind("b")}, seconds=10)
+    assert found == {"a": 2, "b": 5}
+    assert calls == ["a", "b"] * 4  # warm-up, and three rounds at least
+
+
+def test_rates_are_of_the_same_images(tmp_path, soco_views):
+    name, store = make_jpegs(str(tmp_path), 2)
+    dataset = PretrainDataset(name, soco_views, store, antialias=False)
+    rates = benchmark_loader(dataset, 2, seconds=0.2)
+    assert rates.size[:2] == (500, 375)
+    # A loader decodes, and then does more.
+    assert 0 < rates.antialiased < rates.decode and 0 < rates.linear < rates.decode
+    assert sum(rates.parts.values()) == pytest.approx(1)
+    assert rates.parts["decode"] == pytest.approx(rates.antialiased / rates.decode)
+    assert dataset.antialias is False
+
+
+def resident(*pids: int) -> float:
+    pages = 0
+    for pid in pids:
+        with open(f"/proc/{pid}/statm") as file:
+            fields = file.read().split()
+        pages += int(fields[1]) - int(fields[2])  # not what is shared with files
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_is_flat_over_two_thousand_iterations(pretrain_dataset, workers):
+    loader = PretrainLoader(pretrain_dataset, total_batch_size=2, num_workers=workers)
+    batches = loader.iterate(0, 2100)
+    sizes = []
+    for i, batch in enumerate(batches):
+        if i in (99, 2099 - 50):
+            pids = [w.pid for w in batches._workers] if workers else []
+            sizes.append(resident(os.getpid(), *pids))
+        assert len(batch) == 2
+    assert np.diff(sizes)[0] < 6, sizes  # MiB

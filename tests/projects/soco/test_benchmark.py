@@ -1,0 +1,89 @@
+"""A step's floor does the networks' work, all of it and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch.utils.flop_counter import FlopCounterMode
+
+from region_pretrain.benchmark.step import benchmark_step, make_floor, recorded_calls
+from region_pretrain.engine.trainer import Trainer
+from region_pretrain.solver import LARS, pretrain_param_groups
+
+ROOT = Path(__file__).parents[3]
+
+
+def make_trainer(model, **options):
+    groups = pretrain_param_groups(model, weight_decay=1e-5)
+    return Trainer(model, LARS(groups, lr=0.01), lambda start, stop: (), **options)
+
+
+def run_step(model, batch):
+    with EventStorage(0):
+        model.before_step(0, 10)
+        losses = model(batch)
+        sum(v for k, v in losses.items() if k.startswith("loss")).backward()
+
+
+def test_calls_are_those_of_the_outermost_networks(small_soco, make_batch):
+    model, batch = small_soco(), make_batch(2, (64, 64, 32))
+    with recorded_calls(model) as calls:
+        run_step(model, batch)
+    # 8 + 4 + 4 regions of 2 images; P5 of a 32 view is 1 pixel, so its sides divide
+    once = [("backbone", (2, 3, 64, 64)), ("roi_heads.box_head", (16, 48, 7, 7))]
+    assert [(c.name, tuple(c.inputs[0][0])) for c in calls[:2]] == once
+    names = [c.name for c in calls]
+    online = ["backbone", "roi_heads.box_head", "projector", "predictor"]
+    target = ["target.backbone", "target.head", "target.projector"]
+    assert names == online * 3 + target * 3
+    assert [c.grad for c in calls] == [True] * 12 + [False] * 9
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 32), (96, 96, 48)])
+def test_floor_has_the_arithmetic_of_the_step(small_soco, make_batch, sizes):
+    model, batch = small_soco(), make_batch(2, sizes)
+    with recorded_calls(model) as calls, FlopCounterMode(display=False) as step:
+        run_step(model, batch)
+    model.zero_grad()
+    floor = make_floor(calls, torch.enable_grad, torch.device("cpu"))
+    with FlopCounterMode(display=False) as alone:
+        floor()
+    # The step adds the products of matched pairs; region alignment is not counted.
+    assert 0.995 < alone.get_total_flops() / step.get_total_flops() <= 1
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("target."), name
+
+
+def test_figures_of_a_step(small_soco, make_batch):
+    trainer = make_trainer(small_soco())
+    rates = benchmark_step(trainer, make_batch(2, (64, 64, 32)), seconds=0.1)
+    assert rates.images == 2 and rates.memory_mib > 100
+    assert 0.3 < rates.floor / rates.step < 1.3
+    for part in ("forward backbone", "forward target.backbone", "backward", "optimiser"):
+        assert rates.parts[part] > 0
+    assert sum(rates.parts.values()) == pytest.approx(rates.step, rel=1.0)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in trainer.module.modules())
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [
+        *(sys.executable, str(ROOT / "tools/benchmark.py"), "--made-images", "4"),
+        *("--seconds", "0.1", "--json", str(out)),
+        *("--config-file", str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")),
+        *("train.device=cpu", "dataloader.train.total_batch_size=4"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert figures["step"]["images"] == 4 and figures["loader"]["decode"] > 0
+    assert "networks alone" in done.stdout and "loader, antialiased" in done.stdout
+    done = subprocess.run(
+        [*command, "dataloader.train.total_batch_size=8"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "raise --made-images" in done.stderr
