@@ -49,10 +49,12 @@ class EncodedImage(NamedTuple):
     Attributes:
         data: the whole file.
         name: for messages.
+        crop: ``(x0, y0, x1, y1)`` in whole pixels: the image is this part of the file's.
     """
 
     data: bytes
     name: str
+    crop: tuple[int, int, int, int] | None = None
 
     @classmethod
     def read(cls, path: str) -> EncodedImage:
@@ -64,9 +66,9 @@ class EncodedImage(NamedTuple):
         return cls(_read_bytes(path), os.fspath(path))
 
     @property
-    def is_jpeg(self) -> bool:
+    def reducible(self) -> bool:
         """Whether decoding at a part of the size saves time."""
-        return self.data.startswith(b"\xff\xd8")
+        return self.crop is None and self.data.startswith(b"\xff\xd8")
 
     def size(self) -> tuple[int, int]:
         """``(width, height)`` in pixels of the upright image, from its header.
@@ -74,11 +76,16 @@ class EncodedImage(NamedTuple):
         Raises:
             UnreadableImage: the header is damaged or no image's.
         """
+        if self.crop is not None:
+            return self.crop[2] - self.crop[0], self.crop[3] - self.crop[1]
         return _upright_size(_header(self.data) or _header_by_pillow(self.data, self.name))
 
     def decode(self, reduce: int = 1) -> np.ndarray:
-        """See :func:`read_image`."""
-        return decode_image(self.data, self.name, reduce)
+        """See :func:`read_image`; a part of a file is not reduced."""
+        if self.crop is None:
+            return decode_image(self.data, self.name, reduce)
+        x0, y0, x1, y1 = self.crop
+        return decode_image(self.data, self.name)[y0:y1, x0:x1]
 
 
 def read_image(path: str, reduce: int = 1) -> np.ndarray:

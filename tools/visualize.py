@@ -2,7 +2,8 @@
 """Draw what a pre-training sees: the views of its first images, after photometry.
 
 A line is an image, a column a view. Boxes of one colour and number are the same region, and are
-matched; grey ones are in one view only.
+matched; grey ones are in one view only. A method may draw what it makes of its views instead: MCL
+its montages, a line a pyramid, a column a level, with the image of each tile.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.evaluation.plots import to_png
-from region_pretrain.evaluation.view_pictures import first_views, sheet, view_pictures
+from region_pretrain.evaluation.view_pictures import first_views, pictures, sheet
 
 
 @exit_on_user_error
@@ -31,7 +32,7 @@ def main() -> None:
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
     cfg = complete_train(load_config(args.config_file, args.opts))
-    picture = sheet(view_pictures(first_views(cfg, args.num)), args.height)
+    picture = sheet(pictures(cfg, first_views(cfg, args.num)), args.height)
     PathManager.mkdirs(os.path.dirname(args.output) or ".")
     with PathManager.open(args.output, "wb") as file:
         file.write(to_png(picture, max_width=picture.shape[1]))

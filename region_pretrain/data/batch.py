@@ -50,21 +50,26 @@ class ViewBatch:
         views: one :class:`View` each.
         indices: ``(B,)`` int64, the images' positions in the data set. (The place of a file that
             cannot be read is taken by the next one, under the same index.)
+        labels: ``(B,)`` int64, the images' classes, where the data set reads them. They stay on the
+            CPU as well.
     """
 
     views: list[View]
     indices: Tensor
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> ViewBatch:
-        return ViewBatch([view._map(function) for view in self.views], function(self.indices))
+        labels = None if self.labels is None else function(self.labels)
+        views = [view._map(function) for view in self.views]
+        return ViewBatch(views, function(self.indices), labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
         """The batch with its views' images on a device."""
         views = [view.to(device, non_blocking) for view in self.views]
-        return ViewBatch(views, self.indices)
+        return replace(self, views=views)
 
     def pin_memory(self) -> ViewBatch:
         """The batch in page-locked memory; ``DataLoader`` calls this."""

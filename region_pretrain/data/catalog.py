@@ -122,21 +122,37 @@ def register_imagenet(name: str, root: str, with_labels: bool = False) -> str:
     def load() -> list[dict]:
         records = load_image_folder(root)
         if with_labels:
-            wnids = sorted({_wnid(record) for record in records})
-            ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
-            for record in records:
-                record["category_id"] = ranks[_wnid(record)]
-            MetadataCatalog.get(name).set(thing_classes=wnids)
+            MetadataCatalog.get(name).set(thing_classes=label_by_folder(records))
         return records
 
     return _register(name, load, image_root=root, with_labels=with_labels)
 
 
-def _wnid(record: dict) -> str:
-    wnid, slash, _ = record["image_id"].partition("/")
+def label_by_folder(records: list[dict]) -> list[str]:
+    """Label images by the first folder of their ``image_id``, ``<class>/...``.
+
+    Args:
+        records: of image folders; each is given its ``category_id``, the rank of its class.
+
+    Returns:
+        The classes, in the order of their names.
+
+    Raises:
+        UserError: an image lies in no folder.
+    """
+    names = [_first_folder(record) for record in records]
+    classes = sorted(set(names))
+    ranks = {name: rank for rank, name in enumerate(classes)}
+    for record, name in zip(records, names, strict=True):
+        record["category_id"] = ranks[name]
+    return classes
+
+
+def _first_folder(record: dict) -> str:
+    folder, slash, _ = record["image_id"].partition("/")
     if not slash:
         raise UserError(f"{record['file_name']} lies in no class's folder: it has no label")
-    return wnid
+    return folder
 
 
 def register_coco_unlabeled(name: str, json_file: str | None, image_root: str) -> str:
@@ -284,7 +300,9 @@ def _register_builtin(root: str) -> None:
             return load_coco_images(json_file if there else None, image_root)
 
         _register(name, load, image_root=image_root, json_file=json_file)
-    register_imagenet("imagenet_train", os.path.join(root, "imagenet/train"))
+    imagenet = os.path.join(root, "imagenet/train")
+    register_imagenet("imagenet_train", imagenet)
+    register_imagenet("imagenet_train_labeled", imagenet, with_labels=True)
 
 
 _register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

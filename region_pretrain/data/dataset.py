@@ -1,4 +1,4 @@
-"""Unlabelled images and their regions, turned into views by a method's own sampler."""
+"""Images and their regions, turned into views by a method's own sampler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from detectron2.data import DatasetFromList
 
 from region_pretrain.data.batch import View, ViewBatch
-from region_pretrain.data.catalog import get_records
+from region_pretrain.data.catalog import FOLDER_PREFIX, get_records, label_by_folder
 from region_pretrain.data.geometry import ViewGeometry, decode_reduction, render
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
@@ -54,12 +54,14 @@ class Sample(NamedTuple):
             (:func:`~region_pretrain.data.geometry.decode_reduction`).
         views: of the view sampler.
         photometry: ``(P,)`` float32 of each view.
+        label: the image's class, -1 where it has none.
     """
 
     image: np.ndarray
     reduce: int
     views: list[ViewSample]
     photometry: list[np.ndarray]
+    label: int
 
 
 class Drawn(NamedTuple):
@@ -68,11 +70,17 @@ class Drawn(NamedTuple):
     encoded: EncodedImage
     views: list[ViewSample]
     photometry: list[np.ndarray]
+    label: int
     offset: int
 
 
 class ViewSampler(Protocol):
-    """What a method owns of the data path. ``K`` and the views' sizes never change."""
+    """What a method owns of the data path. ``K`` and the views' sizes never change.
+
+    A sampler whose views are worked on before the network sees them may have a method
+    ``pictures(batch)``, which draws what comes of them (as
+    :func:`~region_pretrain.evaluation.view_pictures.view_pictures` draws the views themselves).
+    """
 
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
@@ -99,9 +107,16 @@ class PretrainDataset:
         max_unreadable: share of the images that may be missing from the store (it holds no row
             for a file that could not be read).
         antialias: see :func:`~region_pretrain.data.geometry.render`.
+        labels: give each image's class as ``ViewBatch.labels``: its record's ``category_id`` (as in
+            ``imagenet_train_labeled`` and :mod:`region_pretrain.data.objects`), or where all data
+            sets are folders, ``folder://DIR``, the rank of its folder in ``DIR``.
+
+    A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this part of
+    the file.
 
     Raises:
-        UserError: no images, a store of other images or another recipe, too many unreadable ones.
+        UserError: no images, a store of other images or another recipe, too many unreadable ones,
+            or images without a class where ``labels`` wants one.
     """
 
     def __init__(
@@ -112,8 +127,12 @@ class PretrainDataset:
         recipe: str | None = None,
         max_unreadable: float = 0.01,
         antialias: bool = True,
+        labels: bool = False,
     ) -> None:
         records = get_records(names)
+        if labels:
+            _label(records, names)
+        self.labels = labels
         self.views = views
         self.antialias = antialias
         self.store = None
@@ -121,7 +140,12 @@ class PretrainDataset:
             self.store = RegionStore.open(regions)
             records = self._match(records, names, regions, recipe, max_unreadable)
         # Only what a sample needs, packed so that workers do not copy a million dicts.
-        self._records = DatasetFromList([(r["file_name"], str(r["image_id"])) for r in records])
+        self._records = DatasetFromList(
+            [
+                (r["file_name"], str(r["image_id"]), r.get("category_id", -1), r.get("crop"))
+                for r in records
+            ]
+        )
 
     def _match(
         self, records: list[dict], names, regions: str, recipe: str | None, max_unreadable: float
@@ -169,8 +193,8 @@ class PretrainDataset:
             UnreadableImage: the file is missing or its header damaged.
             UserError: its size is not that of the image that the regions were made for.
         """
-        file_name, key = self._records[index]
-        image = EncodedImage.read(file_name)
+        file_name, key, _, crop = self._records[index]
+        image = EncodedImage.read(file_name)._replace(crop=crop)
         size = image.size()
         boxes = np.zeros((0, 4), np.float32)
         if self.store is not None:
@@ -195,22 +219,24 @@ class PretrainDataset:
         for place in range(offset, min(len(self), _IN_A_ROW)):
             # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
             rng = np.random.default_rng([seed, epoch, 1 + index])
+            at = (index + place) % len(self)
             try:
-                encoded, size, boxes = self.read((index + place) % len(self))
+                encoded, size, boxes = self.read(at)
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
                 continue
             views = self.views(*size, boxes, rng)
             photometry = [view.photometry.sample(rng) for view in views]
-            return Drawn(encoded, views, photometry, place)
+            return Drawn(encoded, views, photometry, self._records[at][2], place)
         raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
             geometries = [view.geometry for view in drawn.views]
-            reduce = decode_reduction(geometries) if drawn.encoded.is_jpeg else 1
+            reduce = decode_reduction(geometries) if drawn.encoded.reducible else 1
             try:
-                return Sample(drawn.encoded.decode(reduce), reduce, drawn.views, drawn.photometry)
+                image = drawn.encoded.decode(reduce)
+                return Sample(image, reduce, drawn.views, drawn.photometry, drawn.label)
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
             drawn = self.draw(seed, epoch, index, drawn.offset + 1)
@@ -227,6 +253,7 @@ class PretrainDataset:
         canvases: list[np.ndarray] = []
         samples: list[list[ViewSample]] = []
         photometry: list[list[np.ndarray]] = []
+        labels: list[int] = []
         # First what Python does for some images, then what the codecs do: one after the other for
         # each image, Python's code and data leave the processor's cache at every decode.
         for start in range(0, len(indices), _TOGETHER):
@@ -242,6 +269,7 @@ class PretrainDataset:
                     render(sample.image, view.geometry, out, self.antialias, sample.reduce)
                 samples.append(sample.views)
                 photometry.append(sample.photometry)
+                labels.append(sample.label)
         batch_views = []
         for v, canvas in enumerate(canvases):
             column = [views[v] for views in samples]
@@ -255,4 +283,22 @@ class PretrainDataset:
                     photometry=torch.from_numpy(np.stack([p[v] for p in photometry])),
                 )
             )
-        return ViewBatch(batch_views, torch.as_tensor(indices, dtype=torch.int64))
+        return ViewBatch(
+            batch_views,
+            torch.as_tensor(indices, dtype=torch.int64),
+            torch.as_tensor(labels, dtype=torch.int64) if self.labels else None,
+        )
+
+
+def _label(records: list[dict], names: str | Sequence[str]) -> None:
+    names = [names] if isinstance(names, str) else list(names)
+    if all(name.startswith(FOLDER_PREFIX) for name in names):
+        classes = label_by_folder(records)
+        logger.info("%d classes: %s ... %s", len(classes), classes[0], classes[-1])
+    bare = [r for r in records if "category_id" not in r]
+    if bare:
+        raise UserError(
+            f"dataloader.train.dataset.labels=True, but {len(bare)} of the {len(records)} images "
+            f"have no class (e.g. {bare[0]['file_name']}): name {FOLDER_PREFIX}DIR with a folder a "
+            "class, imagenet_train_labeled, or objects (region_pretrain.data.objects)"
+        )

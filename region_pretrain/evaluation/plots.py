@@ -160,6 +160,7 @@ def draw_boxes(
     boxes: np.ndarray,
     labels: Sequence[str] | None = None,
     colours: Sequence[tuple[int, int, int]] | None = None,
+    labels_inside: bool = False,
 ) -> np.ndarray:
     """Draw boxes and their labels.
 
@@ -168,6 +169,7 @@ def draw_boxes(
         boxes: (N, 4) XYXY half-open in pixels of ``image``.
         labels: N texts.
         colours: N RGB colours in 0-255.
+        labels_inside: boxes touch each other: a label is in its box's corner, not above the box.
 
     Returns:
         (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
@@ -186,15 +188,18 @@ def draw_boxes(
             cv2.rectangle(picture, (x0, y0), (x1, y1), line, thickness)
     if labels is not None:
         for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):
-            _draw_label(picture, x0, y0, colour, label)
+            _draw_label(picture, x0, y0, colour, label, labels_inside)
     return picture
 
 
-def _draw_label(picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str):
+def _draw_label(
+    picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str, inside: bool
+):
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.5
     (width, height), below = cv2.getTextSize(text, font, scale, 1)
     x = max(0, min(x, picture.shape[1] - width - 4))
-    y = max(height + 4, y)  # the baseline: above the box where there is room
+    # The baseline: above the box where there is room.
+    y = y + height + 4 if inside else max(height + 4, y)
     cv2.rectangle(picture, (x, y - height - 4), (x + width + 3, y + below - 2), colour, cv2.FILLED)
     cv2.putText(picture, text, (x + 2, y - 1), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
 
@@ -229,12 +234,15 @@ def draw_detections(
     return draw_boxes(image, boxes[keep], labels, colours)
 
 
-def draw_regions(views: Sequence[tuple[np.ndarray, np.ndarray, Sequence[int]]]) -> list[np.ndarray]:
+def draw_regions(
+    views: Sequence[tuple[np.ndarray, np.ndarray, Sequence[int]]], labels_inside: bool = False
+) -> list[np.ndarray]:
     """Draw the regions of several views of one image: the same colour is the same region.
 
     Args:
         views: of each its (H, W, 3) uint8 RGB picture, boxes (K, 4) XYXY in its pixels and K ids.
             Negative ids are slots without a region, and not drawn.
+        labels_inside: see :func:`draw_boxes`.
 
     Returns:
         One (H', W', 3) uint8 RGB picture a view. Regions that live in one view only are grey.
@@ -251,7 +259,7 @@ def draw_regions(views: Sequence[tuple[np.ndarray, np.ndarray, Sequence[int]]]) 
                 drawn[tuple(box)] = int(i)
         colours = [colour.get(i, _GREY) for i in drawn.values()]
         labels = [str(i) for i in drawn.values()]
-        pictures.append(draw_boxes(image, np.array(list(drawn)), labels, colours))
+        pictures.append(draw_boxes(image, np.array(list(drawn)), labels, colours, labels_inside))
     return pictures
 
 

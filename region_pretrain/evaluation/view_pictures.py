@@ -10,7 +10,7 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
-from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.plots import draw_regions
@@ -39,6 +39,27 @@ def first_views(cfg: DictConfig, count: int) -> ViewBatch:
     return next(iter(instantiate(loader).iterate(0, 1)))
 
 
+def pictures(cfg: DictConfig, batch: ViewBatch) -> list[list[np.ndarray]]:
+    """Draw what the network sees of a batch.
+
+    Args:
+        cfg: the pre-training config. Where its view sampler has a method ``pictures(batch)``, that
+            draws; else it is :func:`view_pictures`.
+        batch: of its loader.
+
+    Returns:
+        Rows of (H, W, 3) uint8 RGB pictures.
+    """
+    sampler = instantiate(cfg.dataloader.train.dataset.views)
+    return getattr(sampler, "pictures", view_pictures)(batch)
+
+
+def view_pixels(view: View) -> torch.Tensor:
+    """A view's (B, 3, H, W) uint8 RGB pixels after photometry, before normalisation."""
+    images = apply_photometry(view.images.float() / 255, view.photometry)
+    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
     """Draw every view of every image of a batch.
 
@@ -49,11 +70,10 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
         For each image, for each view, (H, W, 3) uint8 RGB: the pixels after photometry, before
         normalisation, enlarged by a whole number; a region has the same colour in all views.
     """
-    pixels = []
-    for view in batch.views:
-        images = apply_photometry(view.images.float() / 255, view.photometry)
-        images = (images * 255).round().clamp(0, 255).to(torch.uint8)
-        pixels.append(images.permute(0, 2, 3, 1).contiguous().cpu().numpy())  # (B, H, W, 3)
+    pixels = [
+        view_pixels(view).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
+        for view in batch.views
+    ]
     rows = []
     for i in range(len(batch)):
         drawn = []

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from detectron2.layers import get_norm
 from torch import Tensor, nn
+
+from region_pretrain.errors import UserError
 
 
 class _VectorNorm(nn.Module):
     """One of Detectron2's norms on vectors: ``(N, C)`` as ``(N, C, 1, 1)``."""
 
-    def __init__(self, norm: str, channels: int) -> None:
+    def __init__(self, norm: str, channels: int, affine: bool = True) -> None:
         super().__init__()
+        if not affine:
+            norm = partial(type(get_norm(norm, channels)), affine=False)
         self.norm = get_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,12 +29,26 @@ class MLPHead(nn.Sequential):
     Args:
         input_dim, hidden_dim, output_dim: channels.
         norm: a name for :func:`detectron2.layers.get_norm`, ``"SyncBN"`` by default; ``""`` none.
+        final_norm: one more norm behind the last layer, without scale and offset.
+
+    Raises:
+        UserError: ``final_norm`` with a norm that is no batch norm.
     """
 
     def __init__(
-        self, input_dim: int, hidden_dim: int, output_dim: int, norm: str = "SyncBN"
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        norm: str = "SyncBN",
+        final_norm: bool = False,
     ) -> None:
+        if final_norm and norm not in ("BN", "SyncBN", "naiveSyncBN"):
+            raise UserError(f"final_norm=True needs a batch norm such as SyncBN, not norm={norm!r}")
         layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
         if norm:
             layers.append(_VectorNorm(norm, hidden_dim))
-        super().__init__(*layers, nn.ReLU(inplace=True), nn.Linear(hidden_dim, output_dim))
+        layers += [nn.ReLU(inplace=True), nn.Linear(hidden_dim, output_dim)]
+        if final_norm:
+            layers.append(_VectorNorm(norm, output_dim, affine=False))
+        super().__init__(*layers)

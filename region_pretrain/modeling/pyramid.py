@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import Tensor
@@ -42,3 +44,55 @@ def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
         top_down = here
         features.insert(0, output(here))
     return dict(zip(backbone._out_features, features, strict=False))
+
+
+def pyramid_maps(
+    backbone: Backbone, images: Tensor, reads: Mapping[str, slice]
+) -> dict[str, Tensor]:
+    """Only those maps of a pyramid that are read, of only those images that they are read of.
+
+    An FPN's lateral and output convolutions are most of its work on the finer levels. Lateral
+    convolutions run on the images of which their own or a finer map is read, output convolutions
+    on those of which their own is; finer levels than the finest that is read are left out. In
+    training mode the statistics of their norms are those of the images that they see.
+
+    Args:
+        backbone: the detector's own; another one than Detectron2's FPN is run as it is.
+        images: ``(B, 3, H, W)``, normalised; sides divide by the backbone's size divisibility.
+        reads: for each map's name the images to give, as a slice with bounds and step 1. Not those
+            of an FPN's top block.
+
+    Returns:
+        For each name in ``reads`` the map of ``images[reads[name]]``.
+    """
+    if not isinstance(backbone, FPN):
+        maps = backbone(images)
+        return {name: maps[name][span] for name, span in reads.items()}
+    bottom_up = backbone.bottom_up(images)
+    names = pyramid_names(backbone)[::-1]  # coarsest first, as the convolutions are
+    sources = reversed(backbone.in_features)
+    layers = zip(names, sources, backbone.lateral_convs, backbone.output_convs, strict=True)
+    found: dict[str, Tensor] = {}
+    top_down, low = None, 0
+    for k, (name, source, lateral, output) in enumerate(layers):
+        ahead = [reads[n] for n in names[k:] if n in reads]
+        if not ahead:
+            break
+        start, stop = min(span.start for span in ahead), max(span.stop for span in ahead)
+        here = lateral(bottom_up[source][start:stop])
+        if top_down is not None:
+            above = top_down[start - low : stop - low]
+            here = here + F.interpolate(above, size=here.shape[-2:], mode="nearest")
+            if backbone._fuse_type == "avg":
+                here = here / 2
+        top_down, low = here, start
+        if name in reads:
+            span = reads[name]
+            found[name] = output(here[span.start - low : span.stop - low])
+    return found
+
+
+def pyramid_names(backbone: Backbone) -> list[str]:
+    """Names of a backbone's maps, finest first, without those of an FPN's top block."""
+    names = list(backbone.output_shape())
+    return names[: len(backbone.in_features)] if isinstance(backbone, FPN) else names

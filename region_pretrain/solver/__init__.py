@@ -2,7 +2,12 @@
 
 from region_pretrain.solver.lars import LARS
 from region_pretrain.solver.param_groups import pretrain_param_groups
-from region_pretrain.solver.schedules import cosine_momentum, warmup_cosine, warmup_multistep
+from region_pretrain.solver.schedules import (
+    cosine_momentum,
+    warmup_cosine,
+    warmup_multistep,
+    warmup_times_cosine,
+)
 
 __all__ = [
     "LARS",
@@ -10,4 +15,5 @@ __all__ = [
     "pretrain_param_groups",
     "warmup_cosine",
     "warmup_multistep",
+    "warmup_times_cosine",
 ]

@@ -23,8 +23,14 @@ class LARS(Optimizer):
         w <- w - lr * v
 
     The norm in the denominator is that of the *decayed* gradient. ``timm.optim.Lars`` divides by
-    ``||g|| + weight_decay * ||w||`` instead; the two agree only at ``weight_decay=0``. No step
-    waits for the device.
+    ``||g|| + weight_decay * ||w||`` instead; the two agree only at ``weight_decay=0``. That, and a
+    learning rate inside the momentum, is the form of the paper's algorithm 1, ``form="original"``::
+
+        v <- momentum * v + lr * trust_coefficient * ||w|| / (||g|| + weight_decay * ||w||)
+                               * (g + weight_decay * w)
+        w <- w - v
+
+    No step waits for the device.
 
     Args:
         params: parameters or groups; a group may set ``weight_decay`` and ``adapt`` of its own, as
@@ -35,9 +41,10 @@ class LARS(Optimizer):
         trust_coefficient: the factor in front of the ratio of norms.
         eps: added to the norm in the denominator.
         adapt: whether the ratio of norms applies.
+        form: ``"byol"`` or ``"original"``, see above.
 
     Raises:
-        UserError: a value is negative.
+        UserError: a value is negative, or there is no such form.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         adapt: bool = True,
+        form: str = "byol",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -60,7 +68,9 @@ class LARS(Optimizer):
         for name, value in defaults.items():
             if value < 0:
                 raise UserError(f"optimizer.{name} is {value}; it cannot be negative")
-        super().__init__(params, {**defaults, "adapt": adapt})
+        if form not in ("byol", "original"):
+            raise UserError(f"optimizer.form={form}: must be byol or original")
+        super().__init__(params, {**defaults, "adapt": adapt, "form": form})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,15 +93,20 @@ class LARS(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
-        if group["weight_decay"]:
-            grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        original = group.get("form") == "original"  # checkpoints of older versions do not say
+        decay = group["weight_decay"]
+        grads = raw = [p.grad for p in params]
+        if decay:
+            grads = torch._foreach_add(grads, params, alpha=decay)
         if group["adapt"]:
             w_norm = torch.stack(torch._foreach_norm(params))  # (number of parameters,)
-            g_norm = torch.stack(torch._foreach_norm(grads))
-            ratio = group["trust_coefficient"] * w_norm / (g_norm + group["eps"])
+            g_norm = torch.stack(torch._foreach_norm(raw if original else grads))
+            scale = g_norm + decay * w_norm if original else g_norm
+            ratio = group["trust_coefficient"] * w_norm / (scale + group["eps"])
             ratio = torch.where((w_norm > 0) & (g_norm > 0), ratio, 1.0)
             grads = torch._foreach_mul(grads, list(ratio.unbind()))
+        if original:
+            grads = torch._foreach_mul(grads, group["lr"])
         if group["momentum"]:
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
@@ -100,4 +115,4 @@ class LARS(Optimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, grads)
             grads = buffers
-        torch._foreach_add_(params, grads, alpha=-group["lr"])
+        torch._foreach_add_(params, grads, alpha=-1.0 if original else -group["lr"])

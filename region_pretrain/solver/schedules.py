@@ -6,11 +6,13 @@ run that is cut short with ``train.max_iter`` keeps the schedule's shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
+    LinearParamScheduler,
     MultiStepParamScheduler,
     ParamScheduler,
 )
@@ -38,17 +40,60 @@ def warmup_cosine(
     Raises:
         UserError: the warm-up does not fit into the training.
     """
-    if not epochs or not 0 <= warmup_epochs < epochs:
-        raise UserError(
-            f"lr_multiplier: warmup_epochs={warmup_epochs} must be at least 0 and less than "
-            f"epochs={epochs} (set train.epochs and lr_multiplier.warmup_epochs)"
-        )
+    _check_warmup(epochs, warmup_epochs)
     return WarmupParamScheduler(
         CosineParamScheduler(1.0, final_factor),
         warmup_factor=warmup_factor,
         warmup_length=warmup_epochs / epochs,
         rescale_interval=True,
     )
+
+
+def _check_warmup(epochs: float, warmup_epochs: float) -> None:
+    if not epochs or not 0 <= warmup_epochs < epochs:
+        raise UserError(
+            f"lr_multiplier: warmup_epochs={warmup_epochs} must be at least 0 and less than "
+            f"epochs={epochs} (set train.epochs and lr_multiplier.warmup_epochs)"
+        )
+
+
+class _Product(ParamScheduler):
+    """The product of schedulers."""
+
+    def __init__(self, *factors: ParamScheduler) -> None:
+        self.factors = factors
+
+    def __call__(self, where: float) -> float:
+        return math.prod(factor(where) for factor in self.factors)
+
+
+def warmup_times_cosine(
+    epochs: float,
+    warmup_epochs: float,
+    warmup_factor: float = 1e-4,
+    final_factor: float = 6.25e-6,
+) -> ParamScheduler:
+    """Half a cosine over all epochs, multiplied by a linear warm-up over the first of them.
+
+    Unlike :func:`warmup_cosine` the cosine starts with the warm-up, so that the peak stays a little
+    below 1 (the schedule of mmcv).
+
+    Args:
+        epochs: length of the whole training; only its ratio to ``warmup_epochs`` counts.
+        warmup_epochs: length of the warm-up.
+        warmup_factor: multiplier at the first iteration.
+        final_factor: multiplier at the end; the default is 1e-4 of a learning rate of 16.
+
+    Returns:
+        A learning-rate multiplier.
+
+    Raises:
+        UserError: the warm-up does not fit into the training.
+    """
+    _check_warmup(epochs, warmup_epochs)
+    one = LinearParamScheduler(1.0, 1.0)
+    warmup = WarmupParamScheduler(one, warmup_factor, warmup_length=warmup_epochs / epochs)
+    return _Product(warmup, CosineParamScheduler(1.0, final_factor))
 
 
 def warmup_multistep(

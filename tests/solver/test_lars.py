@@ -121,3 +121,44 @@ def test_a_step_reads_no_value_back_from_the_device():
 def test_a_negative_value_is_refused_by_name():
     with pytest.raises(UserError, match="optimizer.lr is -1"):
         LARS(make_params(), lr=-1)
+
+
+def test_original_form_is_timms_with_weight_decay():
+    ours, theirs = make_params(), make_params()
+    mine = LARS(ours, lr=0.3, momentum=0.9, weight_decay=0.05, form="original")
+    other = timm.optim.Lars(
+        theirs, lr=0.3, momentum=0.9, weight_decay=0.05, trust_coeff=0.001, always_adapt=True
+    )
+    for step in range(3):
+        set_grads(ours, step)
+        set_grads(theirs, step)
+        mine.step()
+        other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_original_form_has_the_learning_rate_inside_the_momentum():
+    w = nn.Parameter(torch.tensor([[6.0, 8.0]]))
+    optimizer = LARS([w], lr=1.0, momentum=0.9, weight_decay=1e-5, form="original")
+    slow, buffer = w.detach().clone().double(), torch.zeros(1, 2, dtype=torch.float64)
+    for lr in (1.0, 0.5, 0.1):
+        optimizer.param_groups[0]["lr"] = lr
+        w.grad = torch.tensor([[0.3, 0.4]])
+        local = 0.001 * slow.norm() / (0.5 + 1e-5 * slow.norm())
+        if lr == 1.0:
+            assert local.item() == pytest.approx(0.019996, abs=1e-6)
+        buffer = 0.9 * buffer + lr * local * (w.grad.double() + 1e-5 * slow)
+        slow = slow - buffer
+        optimizer.step()
+        assert torch.equal(w.grad, torch.tensor([[0.3, 0.4]]))
+        torch.testing.assert_close(w.detach().double(), slow, rtol=1e-6, atol=1e-7)
+
+
+def test_original_form_without_adaptation_is_sgd():
+    w = nn.Parameter(torch.tensor([6.0, 8.0]))
+    w.grad = torch.tensor([0.3, 0.4])
+    LARS([w], lr=0.5, momentum=0.0, adapt=False, form="original").step()
+    torch.testing.assert_close(w.detach(), torch.tensor([6 - 0.15, 8 - 0.2]))
+    with pytest.raises(UserError, match="optimizer.form=paper: must be byol or original"):
+        LARS([w], lr=0.5, form="paper")

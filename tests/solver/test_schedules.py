@@ -10,7 +10,12 @@ from omegaconf import OmegaConf
 
 from region_pretrain.config import get_config
 from region_pretrain.errors import UserError
-from region_pretrain.solver import cosine_momentum, warmup_cosine, warmup_multistep
+from region_pretrain.solver import (
+    cosine_momentum,
+    warmup_cosine,
+    warmup_multistep,
+    warmup_times_cosine,
+)
 
 
 def learning_rates(base_lr, multiplier, max_iter):
@@ -92,3 +97,24 @@ def test_ema_momentum_at_the_quarters():
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_warmup_times_cosine_of_the_facts():
+    """Peak 16.0, 31,200 iterations, of which 3,127 warm up: the released recipe of MCL."""
+    schedule = warmup_times_cosine(epochs=31_200, warmup_epochs=3_127)
+    lr = {k: 16 * schedule(k / 31_200) for k in (0, 1_000, 3_127, 15_600, 31_199)}
+    assert lr[0] == pytest.approx(0.0016)
+    assert lr[1_000] == pytest.approx(5.105, abs=1e-3)
+    assert lr[3_127] == pytest.approx(15.607, abs=1e-3)
+    assert lr[15_600] == pytest.approx(8.0, abs=1e-3)
+    assert lr[31_199] == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_warmup_times_cosine_is_the_product():
+    schedule = warmup_times_cosine(epochs=10, warmup_epochs=2, warmup_factor=0.1, final_factor=0.0)
+    for where in (0.0, 0.05, 0.1, 0.199, 0.2, 0.6, 1.0):
+        warmup = min(1.0, 0.1 + 0.9 * where / 0.2)
+        cosine = 0.5 * (1 + math.cos(math.pi * where))
+        assert schedule(where) == pytest.approx(warmup * cosine, abs=1e-9)
+    with pytest.raises(UserError, match="warmup_epochs=10"):
+        warmup_times_cosine(epochs=10, warmup_epochs=10)

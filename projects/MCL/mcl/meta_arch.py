@@ -1,0 +1,144 @@
+"""MCL's meta-architecture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from fvcore.common.param_scheduler import ParamScheduler
+from torch import Tensor, nn
+
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.contrast import concat_all_gather
+from region_pretrain.modeling.losses import embedding_std
+from region_pretrain.modeling.momentum import MomentumCopy
+from region_pretrain.projects.mcl.loss import image_keys, level_contrast, target_levels
+from region_pretrain.projects.mcl.tiles import Canvases, TileModel
+
+
+@META_ARCH_REGISTRY.register()
+class MCL(TileModel):
+    """Every tile, at every scale, predicts the momentum embedding of its image at full size.
+
+    Two pyramids of montages are made of each batch (query and key); the tiles of each are told
+    apart by what the target network says of the other's images, on all processes together.
+
+    Args:
+        projector: from the head's features to the embedding.
+        predictor: from the embedding to the target's; each level gets one of its own, of this
+            form, with weights from a normal distribution of standard deviation 0.01.
+        momentum: schedule of the EMA momentum over the run, from 0 to 1.
+        temperature: of the softmax over images.
+        level_weights: one for each ratio, coarse first.
+        pairing: which target levels each level is compared with
+            (:func:`~region_pretrain.projects.mcl.loss.target_levels`).
+        parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
+
+    Raises:
+        UserError: weights, pairing or projector do not fit the levels or the head.
+    """
+
+    def __init__(
+        self,
+        *,
+        projector: nn.Module,
+        predictor: nn.Module,
+        momentum: ParamScheduler,
+        temperature: float = 1.0,
+        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
+        pairing: str | Sequence[Sequence[int]] = "top",
+        **parts,
+    ) -> None:
+        super().__init__(**parts)
+        levels = len(self.names)
+        if len(level_weights) != levels:
+            raise UserError(
+                f"model.level_weights={list(level_weights)} for {levels} montage.ratios: one each"
+            )
+        if temperature <= 0:
+            raise UserError(f"model.temperature={temperature} must be above 0")
+        _check_width(self.roi_heads["box_head"], projector)
+        self.projector = projector
+        self.predictors = nn.ModuleList(copy.deepcopy(predictor) for _ in range(levels))
+        for module in self.predictors.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        self.target = MomentumCopy(self.online)
+        self.momentum = momentum
+        self.temperature = temperature
+        self.level_weights = list(level_weights)
+        self.pairs = target_levels(pairing, levels)
+
+    @property
+    def online(self) -> dict[str, nn.Module]:
+        """The modules that have a momentum copy."""
+        return {**self.trunk, "projector": self.projector}
+
+    def on_weights_loaded(self) -> None:
+        """Start the target from ``train.init_checkpoint`` as well; the engine calls it."""
+        self.target.ema_update(self.online, momentum=0.0)
+
+    def after_step(self, iteration: int, max_iter: int) -> None:
+        """Move the target; the engine calls it after each optimiser step."""
+        momentum = self.momentum(iteration / max_iter)
+        self.target.ema_update(self.online, momentum)
+        get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
+
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Losses of a batch of views from :class:`~region_pretrain.projects.mcl.MCLViews`.
+
+        Returns:
+            For each level, named by its map: ``loss_p5``, weighted and symmetric; the mean cosines
+            ``positive_query_p5``, ``negative_query_p5`` and the same of ``key``. And
+            ``embedding_std``, of the key pyramid's targets.
+        """
+        query, key = pyramids = self.pyramids(batch)
+        online = [self._predict(canvases) for canvases in pyramids]
+        query_keys, key_keys = (self._keys(canvases, len(batch)) for canvases in pyramids)
+        offset = comm.get_rank() * len(batch)
+        outputs: dict[str, Tensor] = {}
+        for i, name in enumerate(self.names):
+            outputs[f"loss_{name}"] = 0.0
+            # The tiles of either pyramid look for their images among the targets of the other.
+            for side, canvases, queries, keys in (
+                ("query", query, online[0], key_keys),
+                ("key", key, online[1], query_keys),
+            ):
+                positives = canvases.images[i] + offset
+                term = level_contrast(queries[i], keys, positives, self.pairs[i], self.temperature)
+                outputs[f"loss_{name}"] += self.level_weights[i] * term.loss
+                outputs[f"positive_{side}_{name}"] = term.positive
+                outputs[f"negative_{side}_{name}"] = term.negative
+        outputs["embedding_std"] = embedding_std(next(iter(key_keys.values())))
+        return outputs
+
+    def _predict(self, canvases: Canvases) -> list[Tensor]:
+        """Of each level the ``(slots, D)`` predictions of the online network."""
+        levels = range(len(self.names))
+        vectors = self.tile_vectors(self.online, canvases, levels, self.projector)
+        return [self.predictors[i](vectors[i]) for i in levels]
+
+    @torch.no_grad()
+    def _keys(self, canvases: Canvases, batch: int) -> dict[int, Tensor]:
+        """Of each target level the ``(batch * world, D)`` unit vectors of all images."""
+        levels = sorted(set().union(*self.pairs))
+        vectors = self.tile_vectors(self.target, canvases, levels, self.target["projector"])
+        return {
+            i: concat_all_gather(image_keys(vectors[i], canvases.images[i], batch)) for i in levels
+        }
+
+
+def _check_width(head: nn.Module, projector: nn.Module) -> None:
+    first = next((m for m in projector.modules() if isinstance(m, nn.Linear)), None)
+    shape = getattr(head, "output_shape", None)  # of Detectron2's heads
+    if first is not None and shape is not None and first.in_features != shape.channels:
+        raise UserError(
+            f"model.projector.input_dim={first.in_features}, but the box head ends with "
+            f"{shape.channels} channels: set it to that (with an fc layer, its width)"
+        )

@@ -1,0 +1,88 @@
+"""The supervised form of MCL: the same montages, with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.errors import UserError
+from region_pretrain.projects.mcl.tiles import TileModel
+
+
+@META_ARCH_REGISTRY.register()
+class SupervisedMCL(TileModel):
+    """Every tile, at every scale, is classified by its image's class.
+
+    One linear classifier serves all levels, so that a class looks the same on each. There is no
+    target network.
+
+    Args:
+        classifier: linear, from the head's features to the classes.
+        level_weights: one for each ratio, coarse first.
+        parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
+
+    Raises:
+        UserError: weights that do not fit the levels.
+    """
+
+    def __init__(
+        self,
+        *,
+        classifier: nn.Linear,
+        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
+        **parts,
+    ) -> None:
+        super().__init__(**parts)
+        if len(level_weights) != len(self.names):
+            raise UserError(
+                f"model.level_weights={list(level_weights)} for {len(self.names)} montage.ratios: "
+                "one each"
+            )
+        self.classifier = classifier
+        self.level_weights = list(level_weights)
+
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Losses of a labelled batch of :class:`~region_pretrain.projects.mcl.MCLViews`.
+
+        Returns:
+            For each level ``loss_p5``, the weighted mean of the pyramids' cross entropies, and
+            ``accuracy_p5``, the share of tiles that are classified rightly.
+
+        Raises:
+            UserError: the batch has no labels, or classes that the classifier does not have.
+        """
+        classes = self.classifier.out_features
+        if batch.labels is None:
+            raise UserError(
+                "SupervisedMCL needs classes: set dataloader.train.dataset.labels=True and a "
+                "labelled data set"
+            )
+        wrong = batch.labels[(batch.labels < 0) | (batch.labels >= classes)].tolist()
+        if wrong:
+            raise UserError(
+                f"class {wrong[0]} in the data, but model.classifier.out_features={classes}: set "
+                "it to the number of classes, which are counted from 0"
+            )
+        pyramids = self.pyramids(batch)
+        labels = batch.labels.to(pyramids[0].pixels.device, non_blocking=True)
+        levels = range(len(self.names))
+        losses: list[list[Tensor]] = [[] for _ in levels]
+        hits: list[list[Tensor]] = [[] for _ in levels]
+        for canvases in pyramids:
+            logits = self.tile_vectors(self.trunk, canvases, levels, self.classifier)
+            for i in levels:
+                truth = labels[canvases.images[i]]
+                losses[i].append(F.cross_entropy(logits[i].float(), truth))
+                hits[i].append((logits[i].argmax(dim=1) == truth).float().mean())
+        outputs: dict[str, Tensor] = {}
+        for name, weight, loss, hit in zip(
+            self.names, self.level_weights, losses, hits, strict=True
+        ):
+            outputs[f"loss_{name}"] = weight * torch.stack(loss).mean()
+            outputs[f"accuracy_{name}"] = torch.stack(hit).mean()
+        return outputs

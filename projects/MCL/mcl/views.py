@@ -1,0 +1,84 @@
+"""MCL's views: a random crop for each level of each pyramid."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.dataset import ViewSample
+from region_pretrain.data.geometry import random_resized_crop
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.evaluation.plots import draw_regions
+from region_pretrain.evaluation.view_pictures import view_pixels
+from region_pretrain.projects.mcl.montage import Montage
+
+
+class MCLViews:
+    """Draws ``2 * len(ratios)`` full-size crops of an image: the query pyramid's, then the key's.
+
+    Every level has a crop of its own, coarse levels first. The model shrinks and tiles them on its
+    device. Regions are not used: each view's one box is all of it.
+
+    Args:
+        montage: its size and number of ratios are those of the views.
+        query_photometry, key_photometry: of either pyramid.
+        crop_area: range of a crop's share of the image.
+    """
+
+    def __init__(
+        self,
+        montage: Montage,
+        query_photometry: Photometry,
+        key_photometry: Photometry,
+        crop_area: tuple[float, float] = (0.2, 1.0),
+    ) -> None:
+        self.montage = montage
+        self.photometry = [query_photometry, key_photometry]
+        self.crop_area = tuple(crop_area)
+
+    def __call__(
+        self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
+    ) -> list[ViewSample]:
+        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        size = (self.montage.size, self.montage.size)
+        whole = np.array([[0, 0, *size]], np.float32)
+        return [
+            ViewSample(
+                random_resized_crop(width, height, size, rng, self.crop_area),
+                photometry,
+                whole,
+                np.zeros(1, np.int64),
+                np.ones(1, bool),
+            )
+            for photometry in self.photometry
+            for _ in self.montage.ratios
+        ]
+
+    def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]]:
+        """Draw the first canvas of each level.
+
+        Args:
+            batch: of these views.
+
+        Returns:
+            A row a pyramid, a picture a level: ``(H, W, 3)`` uint8 RGB before normalisation. A
+            tile's number is that of its image in the batch; the same image has the same colour in
+            all levels, and images that are in one canvas only are grey.
+        """
+        levels, generator = len(self.montage.ratios), torch.Generator().manual_seed(0)
+        rows = []
+        for start in range(0, len(batch.views), levels):
+            pixels = [view_pixels(view).float() for view in batch.views[start : start + levels]]
+            slots = self.montage.draw(len(batch), generator)
+            counts = self.montage.counts(slots)
+            firsts = np.cumsum([0, *counts[:-1]]).tolist()
+            canvases = self.montage.canvases(pixels, slots)[firsts]
+            canvases = canvases.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            drawn = []
+            for i, canvas in enumerate(canvases):
+                boxes = self.montage.tile_boxes(i)
+                ids = slots[i][: len(boxes)].tolist()
+                drawn.append((canvas.numpy(), boxes.numpy(), ids))
+            rows.append(draw_regions(drawn, labels_inside=True))
+        return rows

@@ -1,0 +1,78 @@
+"""Annotated objects as images of their own, with one class each, for pre-training with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from region_pretrain.data.catalog import get_records
+from region_pretrain.data.geometry import clip_boxes
+from region_pretrain.errors import UserError
+
+_MIN_SIDE = 8  # pixels; a smaller object shows nothing when it is cut out
+
+
+def object_crops(names: str | Sequence[str], context: float = 1.5) -> str:
+    """Register the annotated objects of detection data sets, each as an image of its own.
+
+    An object's image is its box with some of its surroundings, cut at the image's borders. Crowds
+    and objects below 8 pixels are left out. For use in a config::
+
+        dataset.names = L(object_crops)(names="coco_2017_train")
+        dataset.labels = True
+
+    A record has the object's ``category_id`` and its ``crop``, whole pixels of the file.
+
+    Args:
+        names: registered data sets with boxes, of the same classes.
+        context: sides of the image by those of the box, at least 1.
+
+    Returns:
+        The registered name. Reading it raises ``UserError`` where no object is left, or where a
+        data set says no image sizes.
+
+    Raises:
+        UserError: ``context`` below 1.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if context < 1:
+        raise UserError(f"object_crops: context={context} cuts objects off; it is at least 1")
+    name = f"objects:{'+'.join(names)}:{context:g}"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, lambda: _load_crops(names, context))
+        classes = MetadataCatalog.get(names[0]).get("thing_classes")
+        if classes is not None:
+            MetadataCatalog.get(name).set(thing_classes=list(classes))
+    return name
+
+
+def _load_crops(names: list[str], context: float) -> list[dict]:
+    crops: list[dict] = []
+    for record in get_records(names):
+        objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
+        if not objects:
+            continue
+        if "width" not in record or "height" not in record:
+            raise UserError(f"object_crops: {record['file_name']} has no width and height")
+        boxes = np.array(
+            [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
+        )
+        centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        grown = np.concatenate([centre - context * side / 2, centre + context * side / 2], axis=1)
+        grown = clip_boxes(np.rint(grown), record["width"], record["height"]).astype(int)
+        for k, (annotation, crop) in enumerate(zip(objects, grown.tolist(), strict=True)):
+            if min(crop[2] - crop[0], crop[3] - crop[1], *side[k]) >= _MIN_SIDE:
+                crops.append(
+                    {
+                        "file_name": record["file_name"],
+                        "image_id": f"{record['image_id']}#{k}",
+                        "crop": crop,
+                        "category_id": annotation["category_id"],
+                    }
+                )
+    if not crops:
+        raise UserError(f"object_crops: {', '.join(names)} have no box of {_MIN_SIDE} pixels")
+    return crops

@@ -1,0 +1,69 @@
+"""InfoNCE against keys that are gathered from every process."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Contrast(NamedTuple):
+    """What a contrast gives: all scalars.
+
+    Attributes:
+        loss: cross entropy, with gradient to the queries.
+        positive: mean cosine of a query and its own key.
+        negative: mean cosine of a query and all other keys; 0 where there are none.
+    """
+
+    loss: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+@torch.no_grad()
+def concat_all_gather(tensor: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks, without gradient.
+
+    Args:
+        tensor: ``(N, ...)``, of the same shape and type in every process.
+
+    Returns:
+        ``(N * world, ...)``; without a process group the tensor itself, detached.
+    """
+    tensor = tensor.detach().contiguous()
+    if comm.get_world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(comm.get_world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, positives: Tensor, temperature: float = 1.0
+) -> Contrast:
+    r"""Cross entropy of finding each query's key among all keys (InfoNCE, arXiv 1807.03748).
+
+    .. math:: -\frac{1}{n} \sum_i \log \frac{\exp(\langle q_i, k_{y_i} \rangle / \tau)}
+              {\sum_{j=1}^{M} \exp(\langle q_i, k_j \rangle / \tau)}
+
+    Args:
+        queries: ``(n, D)`` unit vectors.
+        keys: ``(M, D)`` unit vectors; they get no gradient.
+        positives: ``(n,)`` int64, the index of each query's key; queries may share a key.
+        temperature: :math:`\tau`.
+
+    Returns:
+        The loss, in nats, and the mean cosines.
+    """
+    with torch.autocast(queries.device.type, enabled=False):  # bfloat16 has 3 digits
+        cosine = queries @ keys.detach().T  # (n, M)
+        loss = F.cross_entropy(cosine / temperature, positives)
+    with torch.no_grad():
+        own = cosine.gather(1, positives[:, None]).mean()
+        others = (cosine.mean() * len(keys) - own) / max(len(keys) - 1, 1)
+    return Contrast(loss, own, others)

@@ -1,0 +1,199 @@
+"""From a run's checkpoint into stock Detectron2, and runs that stop and go on."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+
+from region_pretrain.config import CONFIG_ROOT
+from region_pretrain.data.objects import object_crops
+from region_pretrain.data.shapes import shapes
+from region_pretrain.engine.overrides import apply_overrides
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.errors import UserError
+
+RECIPES = CONFIG_ROOT.parent / "projects/MCL/configs"
+SHAPES = "mcl_r18-fpn_b32_shapes"
+
+
+@pytest.fixture
+def run(region_folder, tmp_path):
+    """``run(name, *overrides)``: a few steps of a Shapes recipe on the folder's images."""
+
+    def start(name: str, *overrides: str, recipe: str = SHAPES, resume: bool = False):
+        cfg = apply_overrides(
+            LazyConfig.load(str(RECIPES / f"{recipe}.py")),
+            [
+                f"train.output_dir={tmp_path / name}",
+                f"dataloader.train.dataset.names=folder://{region_folder.images}",
+                "dataloader.train.dataset.views.montage.size=56",  # on P3 and P2
+                "dataloader.train.dataset.views.montage.ratios=[1,2]",
+                "dataloader.train.dataset.views.montage.images_per_canvas=[1,4]",
+                "model.level_weights=[0.5,0.5]",
+                "dataloader.train.total_batch_size=4",
+                "dataloader.train.num_workers=0",
+                "train.max_iter=6",
+                "train.log_period=1",
+                "train.checkpointer.period=2",
+                "train.device=cpu",
+                *overrides,
+            ],
+        )
+        do_pretrain(cfg, resume=resume)
+        return tmp_path / name
+
+    return start
+
+
+def losses(folder) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return {line["iteration"]: line["total_loss"] for line in lines if "total_loss" in line}
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(run, monkeypatch):
+    whole = losses(run("whole"))
+
+    class Stop(Exception):
+        pass
+
+    step, calls = torch.optim.Optimizer.zero_grad, []
+
+    def stop_in_the_fifth_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise Stop
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", stop_in_the_fifth_step)
+    with pytest.raises(Stop):
+        run("parts")
+    monkeypatch.undo()
+    parts = losses(run("parts", resume=True))
+    assert sorted(whole) == list(range(6)) and parts == whole
+    first, second = (
+        torch.load(f / "model_final.pth", weights_only=True)
+        for f in (run("parts", resume=True), run("whole", resume=True))
+    )
+    for part in ("model", "pretraining"):
+        assert first[part].keys() == second[part].keys()
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name
+
+
+#: A stock detector that loads a file, where this project cannot be imported.
+STOCK = """
+    import sys
+    sys.modules["region_pretrain"] = None  # importing it fails
+    import torch
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import LazyCall as L, instantiate
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
+
+    cfg = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    cfg.backbone.bottom_up.stem.update(out_channels=24, norm="BN")
+    cfg.backbone.bottom_up.stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock, num_blocks=2, stride_per_block=[stride, 1],
+            in_channels=inputs, out_channels=outputs, norm="BN",
+        )
+        for inputs, outputs, stride in ((24, 24, 1), (24, 48, 2), (48, 96, 2), (96, 192, 2))
+    ]
+    cfg.backbone.norm = "BN"
+    cfg.backbone.out_channels = cfg.proposal_generator.head.in_channels = 48
+    head = cfg.roi_heads.box_head
+    head.input_shape = ShapeSpec(channels=48, height=7, width=7)
+    head.conv_dims, head.conv_norm, head.fc_dims = [48] * 4, "BN", [256]
+    cfg.roi_heads.box_predictor.input_shape = ShapeSpec(channels=256)
+    cfg.roi_heads.mask_head.input_shape = ShapeSpec(channels=48, height=14, width=14)
+    detector = instantiate(cfg)
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    checkpointer = DetectionCheckpointer(detector)
+    incompatible = []
+    checkpointer._log_incompatible_keys = incompatible.append
+    for path in sys.argv[1:]:
+        checkpointer.load(path)
+        saved = torch.load(path, weights_only=True)["model"]
+        for name, value in detector.state_dict().items():
+            assert torch.equal(value, saved[name] if name in saved else before[name]), name
+        keys = incompatible.pop()
+        assert not keys.unexpected_keys and not keys.incorrect_shapes, keys
+        new = {".".join(key.split(".")[:3]) for key in keys.missing_keys}
+        print(len(saved), *sorted(k for k in new if "box_head" in k or "backbone" in k))
+        detector.load_state_dict(before)
+"""
+
+
+def get_detector():
+    return instantiate(
+        LazyConfig.load(str(CONFIG_ROOT / "detection/mask_rcnn_r18_fpn_shapes.py")).model
+    )
+
+
+def test_stock_detectron2_fills_everything_that_was_trained(run, region_folder):
+    """The recipe fills backbone, FPN and the head's convolutions; with fc the whole head."""
+    folders = [
+        run("plain", "train.max_iter=2"),
+        run("fc", "train.max_iter=2", "model.head.fc_dims=[256]", "model.projector.input_dim=256"),
+    ]
+    names = [
+        n for n in get_detector().state_dict() if n.startswith(("backbone.", "roi_heads.box_head."))
+    ]
+    convs = [n for n in names if "box_head.fc" not in n]
+    for folder, expected in zip(folders, (convs, names), strict=True):
+        assert set(torch.load(folder / "model_final.pth", weights_only=True)["model"]) == set(
+            expected
+        )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STOCK)]
+        + [str(folder / "model_final.pth") for folder in folders],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{len(convs)} roi_heads.box_head.fc1", f"{len(names)}"]
+
+    detector = get_detector()
+    report = load_pretrained(detector, str(folders[0] / "model_final.pth"))
+    assert sorted(report.matched) == sorted(convs)
+    saved = torch.load(folders[0] / "model_final.pth", weights_only=True)
+    assert any(n.startswith("target.backbone.") for n in saved["pretraining"])
+    assert saved["pretraining"]["shrink_filter"] == 0
+
+
+def test_the_supervised_recipe_trains_on_folders_of_classes(run, region_folder):
+    arguments = ("train.max_iter=2", "dataloader.train.dataset.labels=True")
+    recipe = dict(recipe="mcl-supervised_r18-fpn_b32_shapes")
+    with pytest.raises(UserError, match="lies in no class's folder"):
+        run("unlabeled", *arguments, **recipe)
+    (region_folder.images / "other").mkdir()
+    for path in sorted(region_folder.images.glob("*.png")):
+        path.rename(region_folder.images / "other" / path.name)  # beside "sub"
+    folder = run("folder", *arguments, **recipe)
+    saved = torch.load(folder / "model_final.pth", weights_only=True)
+    detector = get_detector()
+    report = load_pretrained(detector, str(folder / "model_final.pth"))
+    assert sorted(report.matched) == sorted(saved["model"])
+    assert {n for n in saved["pretraining"] if "classifier" in n} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert "accuracy_p3" in (folder / "metrics.json").read_text()
+
+
+def test_the_supervised_recipe_trains_on_objects_of_shapes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    names = object_crops(shapes(split="train", size=12, side=64))
+    folder = run(
+        "shapes",
+        "train.max_iter=2",
+        f"dataloader.train.dataset.names={names}",
+        recipe="mcl-supervised_r18-fpn_b32_shapes",
+    )
+    assert set(losses(folder)) == {0, 1}
