@@ -10,9 +10,10 @@ from .coco import dataloader
 SIDE = 96
 
 dataloader.train.dataset.names = L(shapes)(split="train", size=100, side=SIDE, level="easy")
-dataloader.test.dataset.names = L(shapes)(split="val", size=200, side=SIDE, level="easy")
+dataloader.test.dataset.names = L(shapes)(split="val", size=400, side=SIDE, level="easy")
 dataloader.train.mapper.augmentations = [L(T.RandomFlip)(horizontal=True)]
 dataloader.test.mapper.augmentations = []
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 1
 dataloader.test.num_workers = 0
+dataloader.test.batch_size = 16

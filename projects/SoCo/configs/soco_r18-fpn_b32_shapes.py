@@ -22,7 +22,7 @@ del dataset
 dataloader.train.total_batch_size = 32
 dataloader.train.num_workers = 1
 
-optimizer.lr = 4.0  # 4.0 * 32 / 256 = 0.5
+optimizer.lr = 2.0  # 2.0 * 32 / 256 = 0.25
 train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch
 lr_multiplier.warmup_epochs = 1
 train.amp.enabled = False
