@@ -22,8 +22,8 @@ del dataset
 dataloader.train.total_batch_size = 32
 dataloader.train.num_workers = 1
 
-optimizer.lr = 2.0  # 2.0 * 32 / 256 = 0.25
-train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch
+optimizer.lr = 4.0  # 4.0 * 32 / 256 = 0.5
+train.epochs = 14  # 434 iters = 14 ep * 31 iters/ep, 1,000 images / 32 a batch
 lr_multiplier.warmup_epochs = 1
 train.amp.enabled = False
 train.channels_last = False
