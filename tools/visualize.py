@@ -3,7 +3,8 @@
 
 A line is an image, a column a view. Boxes of one colour and number are the same region, and are
 matched; grey ones are in one view only. A method may draw what it makes of its views instead: MCL
-its montages, a line a pyramid, a column a level, with the image of each tile.
+its montages, a line a pyramid, a column a level, with the image of each tile. With --method it is
+what the model draws of its own, such as CCOP's candidate boxes; the project's README says what.
 """
 
 import argparse
@@ -15,7 +16,12 @@ from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.evaluation.plots import to_png
-from region_pretrain.evaluation.view_pictures import first_views, pictures, sheet
+from region_pretrain.evaluation.view_pictures import (
+    first_views,
+    model_pictures,
+    pictures,
+    sheet,
+)
 
 
 @exit_on_user_error
@@ -27,12 +33,18 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=4, help="images (default 4)")
     parser.add_argument("--output", default="views.png", help="the PNG (default views.png)")
     parser.add_argument("--height", type=int, default=224, help="of a view in the picture")
+    parser.add_argument("--method", action="store_true", help="draw what is the method's own")
+    parser.add_argument("--weights", default="", help="with --method: a checkpoint of a run")
     parser.add_argument("opts", nargs="*", help="key=value for a key of the config")
     args = parser.parse_args()
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
     cfg = complete_train(load_config(args.config_file, args.opts))
-    picture = sheet(pictures(cfg, first_views(cfg, args.num)), args.height)
+    if args.weights and not args.method:
+        raise UserError("--weights goes with --method")
+    batch = first_views(cfg, args.num)
+    draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
+    picture = sheet(draw, args.height)
     PathManager.mkdirs(os.path.dirname(args.output) or ".")
     with PathManager.open(args.output, "wb") as file:
         file.write(to_png(picture, max_width=picture.shape[1]))

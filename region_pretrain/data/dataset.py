@@ -18,6 +18,7 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage
 from region_pretrain.regions import RegionStore
+from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +111,15 @@ class PretrainDataset:
         labels: give each image's class as ``ViewBatch.labels``: its record's ``category_id`` (as in
             ``imagenet_train_labeled`` and :mod:`region_pretrain.data.objects`), or where all data
             sets are folders, ``folder://DIR``, the rank of its folder in ``DIR``.
+        allow_ground_truth: accept a store of annotated boxes, with which this is no longer
+            pre-training without labels.
 
     A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this part of
     the file.
 
     Raises:
-        UserError: no images, a store of other images or another recipe, too many unreadable ones,
-            or images without a class where ``labels`` wants one.
+        UserError: no images, a store of other images or another recipe, one of annotated boxes,
+            too many unreadable ones, or images without a class where ``labels`` wants one.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class PretrainDataset:
         max_unreadable: float = 0.01,
         antialias: bool = True,
         labels: bool = False,
+        allow_ground_truth: bool = False,
     ) -> None:
         records = get_records(names)
         if labels:
@@ -138,6 +142,7 @@ class PretrainDataset:
         self.store = None
         if regions is not None:
             self.store = RegionStore.open(regions)
+            self._refuse_labels(regions, allow_ground_truth)
             records = self._match(records, names, regions, recipe, max_unreadable)
         # Only what a sample needs, packed so that workers do not copy a million dicts.
         self._records = DatasetFromList(
@@ -146,6 +151,19 @@ class PretrainDataset:
                 for r in records
             ]
         )
+
+    def _refuse_labels(self, regions: str, allow_ground_truth: bool) -> None:
+        recipe = RECIPES.get(self.store.manifest["recipe"].split("+")[0])
+        if not isinstance(recipe, GroundTruthRecipe):
+            return
+        if not allow_ground_truth:
+            raise UserError(
+                f"dataloader.train.dataset.regions={regions} holds annotated boxes "
+                f"({recipe.name}): a run on them is not pre-training without labels. Make other "
+                "regions with tools/make_regions.py, or, if it is meant, set "
+                "dataloader.train.dataset.allow_ground_truth=True"
+            )
+        logger.warning("%s holds annotated boxes: this run uses labels", regions)
 
     def _match(
         self, records: list[dict], names, regions: str, recipe: str | None, max_unreadable: float
@@ -173,8 +191,7 @@ class PretrainDataset:
         rows = self.store.rows([str(r["image_id"]) for r in records])
         counts = self.store.counts(rows)
         logger.info(
-            "%s: %d images, %.1f regions an image (%s); %d images without regions train on the "
-            "whole-image box",
+            "%s: %d images, %.1f regions an image (%s); %d images without regions",
             names,
             len(records),
             counts.mean(),

@@ -167,7 +167,7 @@ def draw_boxes(
     Args:
         image: (H, W, 3) uint8 RGB. A small one is enlarged so that labels can be read.
         boxes: (N, 4) XYXY half-open in pixels of ``image``.
-        labels: N texts.
+        labels: N texts; an empty one is not drawn.
         colours: N RGB colours in 0-255.
         labels_inside: boxes touch each other: a label is in its box's corner, not above the box.
 
@@ -188,7 +188,8 @@ def draw_boxes(
             cv2.rectangle(picture, (x0, y0), (x1, y1), line, thickness)
     if labels is not None:
         for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):
-            _draw_label(picture, x0, y0, colour, label, labels_inside)
+            if label:
+                _draw_label(picture, x0, y0, colour, label, labels_inside)
     return picture
 
 

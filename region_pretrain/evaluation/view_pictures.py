@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from region_pretrain.data.batch import View, ViewBatch
@@ -54,10 +56,43 @@ def pictures(cfg: DictConfig, batch: ViewBatch) -> list[list[np.ndarray]]:
     return getattr(sampler, "pictures", view_pictures)(batch)
 
 
-def view_pixels(view: View) -> torch.Tensor:
-    """A view's (B, 3, H, W) uint8 RGB pixels after photometry, before normalisation."""
+def view_pixels(view: View) -> np.ndarray:
+    """``(B, H, W, 3)`` uint8 RGB: a view's pixels after photometry, before normalisation."""
     images = apply_photometry(view.images.float() / 255, view.photometry)
-    return (images * 255).round().clamp(0, 255).to(torch.uint8)
+    images = (images * 255).round().clamp(0, 255).to(torch.uint8)
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list[list[np.ndarray]]:
+    """What a method draws of its own: its meta-architecture's ``pictures(batch)``, in eval mode.
+
+    Args:
+        cfg: a pre-training config; ``model`` and ``train.seed`` are read.
+        batch: from a loader.
+        weights: a checkpoint of a run of this config; ``""`` for what a run starts with.
+
+    Returns:
+        The method's pictures, as :func:`view_pictures` returns them.
+
+    Raises:
+        UserError: the method draws nothing, or the checkpoint is not of this model.
+    """
+    if cfg.train.seed is None:
+        cfg.train.seed = 0
+    torch.manual_seed(cfg.train.seed)
+    model = instantiate(cfg.model)
+    if not hasattr(model, "pictures"):
+        raise UserError(f"{type(model).__name__} draws no pictures of its own: leave out --method")
+    if weights:
+        try:
+            saved = torch.load(
+                PathManager.get_local_path(weights), map_location="cpu", weights_only=True
+            )
+            model.load_state_dict({**saved["model"], **saved["pretraining"]})
+        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise UserError(f"{weights} is no checkpoint of a run of this config: {why}") from error
+    return model.eval().pictures(batch)
 
 
 def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
@@ -70,10 +105,7 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
         For each image, for each view, (H, W, 3) uint8 RGB: the pixels after photometry, before
         normalisation, enlarged by a whole number; a region has the same colour in all views.
     """
-    pixels = [
-        view_pixels(view).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
-        for view in batch.views
-    ]
+    pixels = [view_pixels(view) for view in batch.views]
     rows = []
     for i in range(len(batch)):
         drawn = []

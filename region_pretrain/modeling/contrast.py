@@ -6,9 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor
-from torch import distributed as dist
 
 
 class Contrast(NamedTuple):
@@ -25,28 +23,14 @@ class Contrast(NamedTuple):
     negative: Tensor
 
 
-@torch.no_grad()
-def concat_all_gather(tensor: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks, without gradient.
-
-    Args:
-        tensor: ``(N, ...)``, of the same shape and type in every process.
-
-    Returns:
-        ``(N * world, ...)``; without a process group the tensor itself, detached.
-    """
-    tensor = tensor.detach().contiguous()
-    if comm.get_world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(comm.get_world_size())]
-    dist.all_gather(parts, tensor)
-    return torch.cat(parts)
-
-
-def info_nce(
+def gathered_info_nce(
     queries: Tensor, keys: Tensor, positives: Tensor, temperature: float = 1.0
 ) -> Contrast:
     r"""Cross entropy of finding each query's key among all keys (InfoNCE, arXiv 1807.03748).
+
+    For keys of all processes, brought together with
+    :func:`~region_pretrain.modeling.gather.gather_rows`; with negatives of their own, such as a
+    queue's, see :func:`~region_pretrain.modeling.losses.info_nce`.
 
     .. math:: -\frac{1}{n} \sum_i \log \frac{\exp(\langle q_i, k_{y_i} \rangle / \tau)}
               {\sum_{j=1}^{M} \exp(\langle q_i, k_j \rangle / \tau)}

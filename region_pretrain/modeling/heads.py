@@ -24,12 +24,14 @@ class _VectorNorm(nn.Module):
 
 
 class MLPHead(nn.Sequential):
-    """Linear, norm, ReLU, linear: the projector and predictor of the BYOL family.
+    """Linear, norm, dropout, ReLU, linear: the projectors and predictors of BYOL and MoCo v2.
 
     Args:
         input_dim, hidden_dim, output_dim: channels.
         norm: a name for :func:`detectron2.layers.get_norm`, ``"SyncBN"`` by default; ``""`` none.
         final_norm: one more norm behind the last layer, without scale and offset.
+        dropout: probability of dropping a hidden channel; 0 for none.
+        init_std: of a normal initialisation of both weights, with biases of 0; None for PyTorch's.
 
     Raises:
         UserError: ``final_norm`` with a norm that is no batch norm.
@@ -42,13 +44,21 @@ class MLPHead(nn.Sequential):
         output_dim: int,
         norm: str = "SyncBN",
         final_norm: bool = False,
+        dropout: float = 0.0,
+        init_std: float | None = None,
     ) -> None:
         if final_norm and norm not in ("BN", "SyncBN", "naiveSyncBN"):
             raise UserError(f"final_norm=True needs a batch norm such as SyncBN, not norm={norm!r}")
         layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
         if norm:
             layers.append(_VectorNorm(norm, hidden_dim))
+        if dropout:
+            layers.append(nn.Dropout(dropout))
         layers += [nn.ReLU(inplace=True), nn.Linear(hidden_dim, output_dim)]
         if final_norm:
             layers.append(_VectorNorm(norm, output_dim, affine=False))
         super().__init__(*layers)
+        if init_std is not None:
+            for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
+                nn.init.normal_(linear.weight, std=init_std)
+                nn.init.zeros_(linear.bias)

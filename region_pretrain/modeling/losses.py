@@ -55,3 +55,28 @@ def embedding_std(embeddings: Tensor) -> Tensor:
     """
     flat = embeddings.detach().float().flatten(0, -2)
     return flat.std(dim=0).mean() * flat.shape[1] ** 0.5
+
+
+def info_nce(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    r"""InfoNCE of each query, its own positive key against a set of negatives that all share.
+
+    .. math:: \ell_i = -\log \frac{e^{\langle q_i, k_i \rangle / \tau}}
+              {e^{\langle q_i, k_i \rangle / \tau} + \sum_n e^{\langle q_i, n \rangle / \tau}}
+
+    (MoCo, arXiv 1911.05722, equation 1.)
+
+    Args:
+        query: ``(N, D)``, unit vectors; N may be 0.
+        positive: ``(N, D)``, unit vectors; gets no gradient.
+        negatives: ``(M, D)``, unit vectors; get no gradient.
+        temperature: tau.
+
+    Returns:
+        ``(N,)`` losses.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        query = query.float() if query.dtype != torch.float64 else query
+        own = (query * positive.detach().to(query.dtype)).sum(dim=1, keepdim=True)  # (N, 1)
+        others = query @ negatives.detach().to(query.dtype).T  # (N, M)
+        logits = torch.cat([own, others], dim=1) / temperature
+        return logits.logsumexp(dim=1) - logits[:, 0]

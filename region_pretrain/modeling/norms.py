@@ -1,6 +1,8 @@
-"""Synchronised batch norm where PyTorch's own refuses to work: several processes on CPU."""
+"""Which processes share the statistics of a batch norm, and how on CPUs."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from detectron2.utils import comm
@@ -73,11 +75,29 @@ def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
     Returns:
         The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
     """
-    replaced: dict[nn.Module, CpuSyncBatchNorm] = {}
+    return _replace_sync_batchnorm(model, CpuSyncBatchNorm)
 
-    def replacement(norm: nn.SyncBatchNorm) -> CpuSyncBatchNorm:
+
+def use_local_batchnorm(model: nn.Module) -> nn.Module:
+    """Replace every ``nn.SyncBatchNorm`` in a model by ``nn.BatchNorm2d``: statistics per process.
+
+    As :func:`use_cpu_sync_batchnorm`, the new layers hold the very same parameters and buffers.
+
+    Args:
+        model: changed in place; its norms see ``(N, C, H, W)``.
+
+    Returns:
+        The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
+    """
+    return _replace_sync_batchnorm(model, nn.BatchNorm2d)
+
+
+def _replace_sync_batchnorm(model: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def replacement(norm: nn.SyncBatchNorm) -> nn.Module:
         if norm not in replaced:
-            new = CpuSyncBatchNorm(
+            new = make(
                 norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
             )
             new._parameters.update(norm._parameters)

@@ -28,7 +28,27 @@ def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     divides = all(side % max(backbone.size_divisibility, 1) == 0 for side in images.shape[-2:])
     if divides or not isinstance(backbone, FPN):
         return backbone(images)
+    return _pyramid(backbone, backbone.bottom_up(images))
+
+
+def trunk_and_pyramid_features(
+    backbone: FPN, images: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run a detector's FPN on a batch of views, and keep what its trunk gave.
+
+    Args:
+        backbone: the detector's own.
+        images: ``(B, 3, H, W)``, normalised; the sides need not divide by 32.
+
+    Returns:
+        The maps of the trunk (``res2``, ...), and those of :func:`pyramid_features` without the
+        top block's, both by the backbone's names, finest first.
+    """
     bottom_up = backbone.bottom_up(images)
+    return bottom_up, _pyramid(backbone, bottom_up)
+
+
+def _pyramid(backbone: FPN, bottom_up: dict[str, Tensor]) -> dict[str, Tensor]:
     # lateral_convs and output_convs are ordered from the coarsest level to the finest.
     names = list(reversed(backbone.in_features))
     features: list[Tensor] = []

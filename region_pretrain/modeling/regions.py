@@ -34,10 +34,36 @@ def assign_levels(boxes: Tensor, max_scales: Sequence[float]) -> Tensor:
     return torch.where(level == len(max_scales), UNASSIGNED, level)
 
 
-@torch.compiler.disable  # which box goes where differs from batch to batch
 def pool_regions(
     features: Sequence[Tensor],
     boxes: Tensor,
+    levels: Tensor | int,
+    pooler: ROIPooler,
+    view_size: tuple[int, int],
+) -> Tensor:
+    """RoIAlign the boxes of each image of a batch: :func:`pool_boxes` on ``(B, K)`` slots.
+
+    Args:
+        features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
+        boxes: ``(B, K, 4)`` XYXY in view pixels, on the CPU.
+        levels: ``(B, K)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
+            the last level.
+        pooler: the detector's ``box_pooler``; its level poolers are used as they are.
+        view_size: ``(height, width)`` of the view in pixels.
+
+    Returns:
+        ``(B * K, C, S, S)`` float32.
+    """
+    image = torch.arange(len(boxes)).repeat_interleave(boxes.shape[1])
+    levels = levels if isinstance(levels, int) else levels.reshape(-1)
+    return pool_boxes(features, boxes.reshape(-1, 4), image, levels, pooler, view_size)
+
+
+@torch.compiler.disable  # which box goes where differs from batch to batch
+def pool_boxes(
+    features: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
     levels: Tensor | int,
     pooler: ROIPooler,
     view_size: tuple[int, int],
@@ -51,18 +77,17 @@ def pool_regions(
 
     Args:
         features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
-        boxes: ``(B, K, 4)`` XYXY in view pixels, on the CPU.
-        levels: ``(B, K)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
+        boxes: ``(R, 4)`` XYXY in view pixels, on the CPU; R may be 0.
+        image: ``(R,)`` int64 on the CPU: which image of the batch each box is of.
+        levels: ``(R,)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
             the last level.
         pooler: the detector's ``box_pooler``; its level poolers are used as they are.
         view_size: ``(height, width)`` of the view in pixels.
 
     Returns:
-        ``(B * K, C, S, S)`` float32.
+        ``(R, C, S, S)`` float32.
     """
-    batch, slots = boxes.shape[:2]
-    image = torch.arange(batch, dtype=boxes.dtype).repeat_interleave(slots)[:, None]
-    boxes, device = boxes.reshape(-1, 4), features[0].device
+    image, device = image[:, None].to(boxes.dtype), features[0].device
     ratios = boxes.new_tensor(
         [
             [feature.shape[-1] / view_size[1] / level_pooler.spatial_scale]
@@ -78,7 +103,6 @@ def pool_regions(
         rois = torch.cat([image, boxes * ratios[levels]], dim=1).to(device, non_blocking=True)
         return pooler.level_poolers[levels](features[levels].float(), rois)
 
-    levels = levels.reshape(-1)
     levels = levels.where(levels != UNASSIGNED, len(features) - 1)
     order = torch.argsort(levels, stable=True)
     rois = torch.cat([image, boxes * ratios[levels]], dim=1)[order].to(device, non_blocking=True)

@@ -25,6 +25,7 @@ def warmup_cosine(
     warmup_epochs: float,
     warmup_factor: float = 0.01,
     final_factor: float = 1.25e-7,
+    rescale: bool = True,
 ) -> ParamScheduler:
     """Linear warm-up, then half a cosine over the epochs that remain, both per iteration.
 
@@ -33,6 +34,8 @@ def warmup_cosine(
         warmup_epochs: length of the warm-up.
         warmup_factor: multiplier at the first iteration.
         final_factor: multiplier at the end; the default is 1e-6 of a learning rate of 8.0.
+        rescale: ``False``: the cosine runs over the whole training, and the warm-up stands in for
+            its beginning (mmcv's way).
 
     Returns:
         A learning-rate multiplier: ``warmup_factor`` -> 1 -> ``final_factor``.
@@ -45,7 +48,7 @@ def warmup_cosine(
         CosineParamScheduler(1.0, final_factor),
         warmup_factor=warmup_factor,
         warmup_length=warmup_epochs / epochs,
-        rescale_interval=True,
+        rescale_interval=rescale,
     )
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch.multiprocessing import spawn
 
-from region_pretrain.modeling.contrast import concat_all_gather, info_nce
+from region_pretrain.modeling.contrast import gathered_info_nce
+from region_pretrain.modeling.gather import gather_rows
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -24,7 +25,9 @@ def test_info_nce_against_a_slow_restatement(temperature):
         loss -= np.log(weights[y] / sum(weights)) / 7
         own.append(scores[y])
         others += [s for j, s in enumerate(scores) if j != y]
-    found = info_nce(torch.from_numpy(q), torch.from_numpy(k), torch.tensor(positives), temperature)
+    found = gathered_info_nce(
+        torch.from_numpy(q), torch.from_numpy(k), torch.tensor(positives), temperature
+    )
     assert found.loss.item() == pytest.approx(loss, abs=1e-9)
     assert found.positive.item() == pytest.approx(np.mean(own), abs=1e-9)
     assert found.negative.item() == pytest.approx(np.mean(others), abs=1e-9)
@@ -34,29 +37,29 @@ def test_keys_get_no_gradient_and_mixed_precision_changes_nothing():
     q = F.normalize(torch.randn(4, 8), dim=1).requires_grad_()
     k = F.normalize(torch.randn(6, 8), dim=1).requires_grad_()
     positives = torch.arange(4)
-    plain = info_nce(q, k, positives).loss
+    plain = gathered_info_nce(q, k, positives).loss
     plain.backward()
     assert k.grad is None and q.grad.abs().sum() > 0
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = info_nce(q, k, positives).loss
+        mixed = gathered_info_nce(q, k, positives).loss
     assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
 
 
 def test_a_single_key_has_no_negatives():
-    found = info_nce(torch.eye(3)[:1], torch.eye(3)[:1], torch.tensor([0]))
+    found = gathered_info_nce(torch.eye(3)[:1], torch.eye(3)[:1], torch.tensor([0]))
     assert found.loss.item() == 0 and found.positive.item() == 1 and found.negative.item() == 0
 
 
 def test_without_processes_gathering_detaches():
     x = torch.randn(3, 2, requires_grad=True)
-    gathered = concat_all_gather(x)
+    gathered = gather_rows(x)
     assert torch.equal(gathered, x) and not gathered.requires_grad
 
 
 def _gather(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine = torch.arange(6.0).view(3, 2).add(10 * rank).requires_grad_()
-    torch.save(concat_all_gather(mine), f"{folder}/{rank}.pt")
+    torch.save(gather_rows(mine), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

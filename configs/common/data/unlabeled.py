@@ -19,6 +19,8 @@ dataloader.train = L(PretrainLoader)(
         max_unreadable=0.01,
         # Widen the filter where a view shrinks the image; False is faster, and aliases.
         antialias=True,
+        # True accepts a store of annotated boxes, which is no pre-training without labels.
+        allow_ground_truth=False,
     ),
     # Images of one optimiser step, over all processes.
     total_batch_size=2048,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.contrast import Contrast, info_nce
+from region_pretrain.modeling.contrast import Contrast, gathered_info_nce
 
 PAIRINGS = ("top", "same", "adjacent", "all")
 
@@ -84,6 +84,6 @@ def level_contrast(
         Loss and mean cosines.
     """
     queries = F.normalize(queries.float(), dim=1)
-    terms = [info_nce(queries, keys[j], positives, tau) for j in levels]
+    terms = [gathered_info_nce(queries, keys[j], positives, tau) for j in levels]
     loss, positive, negative = (torch.stack(t).mean() for t in zip(*terms, strict=True))
     return Contrast(2 * tau * loss, positive, negative)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.contrast import concat_all_gather
+from region_pretrain.modeling.gather import gather_rows
 from region_pretrain.modeling.losses import embedding_std
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.projects.mcl.loss import image_keys, level_contrast, target_levels
@@ -129,9 +129,7 @@ class MCL(TileModel):
         """Of each target level the ``(batch * world, D)`` unit vectors of all images."""
         levels = sorted(set().union(*self.pairs))
         vectors = self.tile_vectors(self.target, canvases, levels, self.target["projector"])
-        return {
-            i: concat_all_gather(image_keys(vectors[i], canvases.images[i], batch)) for i in levels
-        }
+        return {i: gather_rows(image_keys(vectors[i], canvases.images[i], batch)) for i in levels}
 
 
 def _check_width(head: nn.Module, projector: nn.Module) -> None:

@@ -69,7 +69,10 @@ class MCLViews:
         levels, generator = len(self.montage.ratios), torch.Generator().manual_seed(0)
         rows = []
         for start in range(0, len(batch.views), levels):
-            pixels = [view_pixels(view).float() for view in batch.views[start : start + levels]]
+            pixels = [
+                torch.from_numpy(view_pixels(view)).permute(0, 3, 1, 2).float()
+                for view in batch.views[start : start + levels]
+            ]
             slots = self.montage.draw(len(batch), generator)
             counts = self.montage.counts(slots)
             firsts = np.cumsum([0, *counts[:-1]]).tolist()

@@ -1,0 +1,12 @@
+"""BYOL R50, COCO train2017, 800 epochs. 8 GPUs x 128 images."""
+
+from region_pretrain.config import get_config
+
+from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
+
+model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
+dataloader.train.dataset.names = "coco_2017_train_images"
+dataloader.train.total_batch_size = 1024
+optimizer.lr = 0.45  # 0.45 * 1024 / 256 = 1.8
+train.epochs = 800  # 92,000 iters = 800 ep * 115 iters/ep, 118,287 images / 1024 a batch
+train.output_dir = "output/byol_r50_800ep_coco"

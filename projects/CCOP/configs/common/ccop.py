@@ -1,0 +1,95 @@
+"""What all of CCOP's recipes share. Leaves choose detector, data and length."""
+
+from detectron2.config import LazyCall as L
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from omegaconf import DictConfig
+
+from region_pretrain.config import get_config
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.modeling.heads import MLPHead
+from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.projects.ccop import CCOP, CCOPViews, Curriculum
+
+optimizer = get_config("common/optim.py").sgd
+lr_multiplier = get_config("common/schedule.py").pretrain
+train = get_config("common/train.py").train
+dataloader = get_config("common/data/unlabeled.py").dataloader
+
+optimizer.lr = 0.3
+optimizer.weight_decay = 1e-4
+optimizer.params.weight_decay_norm = None  # norms decay as well
+train.base_batch_size = 256
+lr_multiplier.update(warmup_epochs=10, warmup_factor=1e-4, final_factor=0.0, rescale=False)
+train.checkpointer.period = 2310  # 5 ep of COCO
+train.checkpointer.keep_every = 23_100  # 50 ep
+train.output_dir = "output/ccop"
+
+dataloader.train.total_batch_size = 256
+dataset = dataloader.train.dataset
+dataset.names = "coco_2017_train_images"
+dataset.regions = "regions/coco_2017_train_ccop.arrow"
+dataset.recipe = "ccop-v1"
+dataset.views = L(CCOPViews)(
+    size=224,
+    photometry=L(Photometry)(
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        jitter_prob=0.8,
+        gray_prob=0.2,
+        blur_prob=0.5,
+        blur_sigma=(0.1, 2.0),
+    ),
+    num_regions=50,
+    crop_areas=[(0.1, 1.0), (0.1, 1.0)],
+    min_visible=0.6,
+    min_area=144.0,
+)
+del dataset
+
+
+def ccop_fpn(
+    detector: DictConfig, trunk_dim: int = 2048, hidden_dim: int = 2048, dim: int = 128
+) -> DictConfig:
+    """CCOP around the backbone and the box pooler of an FPN detector.
+
+    Args:
+        detector: ``model`` of a config in ``configs/detection``.
+        trunk_dim: channels of the trunk's last map.
+        hidden_dim, dim: of the two heads.
+    """
+    heads = detector.roi_heads
+    pooled = detector.backbone.out_channels * heads.box_pooler.output_size**2
+    head = dict(hidden_dim=hidden_dim, output_dim=dim, norm="", dropout=0.1, init_std=0.01)
+    return L(CCOP)(
+        backbone=detector.backbone,
+        in_features=heads.box_in_features,
+        pooler=heads.box_pooler,
+        image_head=L(MLPHead)(input_dim=trunk_dim, **head),
+        region_head=L(MLPHead)(input_dim=pooled, **head),
+        image_queue=L(KeyQueue)(length=65_536, dim=dim),
+        region_queue=L(KeyQueue)(length=65_536, dim=dim),
+        # Values at the start and at the end of the training. For the closed loop:
+        # curriculum.feedback=L(Feedback)(set_point=0.8, gain=0.1, period=10)
+        curriculum=L(Curriculum)(
+            center=(0.15, 0.6), log_size=(0.35, 1.4), iou_floor=(0.8, 0.4), feedback=None
+        ),
+        momentum=L(ConstantParamScheduler)(value=0.999),
+        temperature=0.2,
+        image_weight=1.0,
+        inter_weight=1.0,
+        intra_weight=1.0,
+        margin=0.4,
+        max_pair_iou=0.05,
+        anchor="column",
+        num_candidates=10,
+        hardest=True,
+        level_scales=[48, 96, 192, 224],
+        # True: batch norm per GPU, key images shuffled over the GPUs. False: the detector's SyncBN.
+        shuffle=True,
+        seed="${train.seed}",
+        pixel_mean=detector.pixel_mean,
+        pixel_std=detector.pixel_std,
+        input_format=detector.input_format,
+    )

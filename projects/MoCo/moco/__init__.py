@@ -1,0 +1,5 @@
+"""MoCo v2: momentum contrast (arXiv 1911.05722, 2003.04297)."""
+
+from region_pretrain.projects.moco.meta_arch import MoCo
+
+__all__ = ["MoCo"]

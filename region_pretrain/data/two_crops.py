@@ -1,0 +1,54 @@
+"""Two random crops of an image: the views of image-level methods."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from region_pretrain.data.dataset import ViewSample
+from region_pretrain.data.geometry import random_resized_crop
+from region_pretrain.data.photometry import Photometry
+from region_pretrain.errors import UserError
+
+
+class TwoCrops:
+    """Draws two independent random resized crops of an image, and no regions.
+
+    Args:
+        size: side of both views in pixels.
+        first_photometry, second_photometry: of each view.
+        crop_area: range of a crop's share of the image.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        first_photometry: Photometry,
+        second_photometry: Photometry,
+        crop_area: tuple[float, float] = (0.2, 1.0),
+    ) -> None:
+        area = tuple(crop_area)
+        if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+            raise UserError(
+                f"views.size={size} and crop_area={area}: at least 2 pixels, and a range within "
+                "(0, 1]"
+            )
+        self.size = (size, size)
+        self.photometry = (first_photometry, second_photometry)
+        self.crop_area = area
+
+    def __call__(
+        self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
+    ) -> list[ViewSample]:
+        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
+        return [
+            ViewSample(
+                random_resized_crop(width, height, self.size, rng, self.crop_area),
+                photometry,
+                *none,
+            )
+            for photometry in self.photometry
+        ]
