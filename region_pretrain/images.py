@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -43,7 +45,8 @@ class _Header(NamedTuple):
     ordinary: bool
 
 
-class EncodedImage(NamedTuple):
+@dataclass
+class EncodedImage:
     """An image file's bytes, before they are decoded.
 
     Attributes:
@@ -57,13 +60,17 @@ class EncodedImage(NamedTuple):
     crop: tuple[int, int, int, int] | None = None
 
     @classmethod
-    def read(cls, path: str) -> EncodedImage:
+    def read(cls, path: str, crop: tuple[int, int, int, int] | None = None) -> EncodedImage:
         """Read a file; anything that PathManager opens.
 
         Raises:
             UnreadableImage: it is missing or cannot be read.
         """
-        return cls(_read_bytes(path), os.fspath(path))
+        return cls(_read_bytes(path), os.fspath(path), crop)
+
+    @functools.cached_property
+    def _header(self) -> _Header | None:
+        return _header(self.data)
 
     @property
     def reducible(self) -> bool:
@@ -78,14 +85,14 @@ class EncodedImage(NamedTuple):
         """
         if self.crop is not None:
             return self.crop[2] - self.crop[0], self.crop[3] - self.crop[1]
-        return _upright_size(_header(self.data) or _header_by_pillow(self.data, self.name))
+        return _upright_size(self._header or _header_by_pillow(self.data, self.name))
 
     def decode(self, reduce: int = 1) -> np.ndarray:
         """See :func:`read_image`; a part of a file is not reduced."""
         if self.crop is None:
-            return decode_image(self.data, self.name, reduce)
+            return _decode(self.data, self.name, self._header, reduce)
         x0, y0, x1, y1 = self.crop
-        return decode_image(self.data, self.name)[y0:y1, x0:x1]
+        return _decode(self.data, self.name, self._header, 1)[y0:y1, x0:x1]
 
 
 def read_image(path: str, reduce: int = 1) -> np.ndarray:
@@ -107,9 +114,12 @@ def read_image(path: str, reduce: int = 1) -> np.ndarray:
 
 def decode_image(data: bytes, name: str = "image", reduce: int = 1) -> np.ndarray:
     """:func:`read_image` from memory; ``name`` stands in the error message."""
+    return EncodedImage(data, name).decode(reduce)
+
+
+def _decode(data: bytes, name: str, header: _Header | None, reduce: int) -> np.ndarray:
     if reduce not in _JPEG_REDUCED:
         raise ValueError(f"reduce is 1, 2, 4 or 8, not {reduce}")
-    header = _header(data)
     is_jpeg = data.startswith(b"\xff\xd8")
     pixels = None
     if header is not None and header.ordinary:

@@ -49,8 +49,8 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         The rates.
     """
     count = min(len(dataset), _DISTINCT)
-    encoded = [dataset.read(i) for i in range(count)]
-    buffers = [np.frombuffer(image.data, np.uint8) for image, _, _ in encoded]
+    files = [dataset.read(i) for i in range(count)]
+    buffers = [np.frombuffer(file.encoded.data, np.uint8) for file in files]
     order = itertools.cycle(range(count))
     take = min(batch_size, 32)
 
@@ -91,7 +91,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         dataset.antialias = before
         cv2.setNumThreads(threads)
     whole = per_call["antialiased"]
-    sizes = [(*size, len(image.data) / 1000) for image, size, _ in encoded]
+    sizes = [(*file.size, len(file.encoded.data) / 1000) for file in files]
     return LoaderRates(
         decode=take / per_call["decode"],
         linear=take / per_call["linear"],

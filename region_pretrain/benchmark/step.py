@@ -168,6 +168,12 @@ def make_floor(
     return floor
 
 
+def _network(name: str) -> str:
+    """``backbone`` for ``backbone.fpn_output2``, ``target.head`` for ``target.head.conv1``."""
+    parts = name.split(".")
+    return ".".join(parts[: 2 if parts[0] in ("target", "key", "roi_heads") else 1])
+
+
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output]
@@ -192,9 +198,9 @@ def _parts(
         name, started = open_at.pop()
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
 
-    networks = {call.module: f"forward {call.name}" for call in calls}
+    networks = {call.module: f"forward {_network(call.name)}" for call in calls}
     others = {
-        module: f"forward {name} (no parameters)"
+        module: f"forward {_network(name)} (no parameters)"
         for name, module in model.named_modules()
         if module is not model
         and not any(True for _ in module.parameters())

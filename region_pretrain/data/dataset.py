@@ -22,7 +22,7 @@ from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 16  # files in memory at once
+_TOGETHER = 32  # files in memory at once
 _IN_A_ROW = 100
 _REPLACED = "%s; the next image takes its place"
 
@@ -44,6 +44,22 @@ class ViewSample:
     boxes: np.ndarray
     region_ids: np.ndarray
     valid: np.ndarray
+
+
+class File(NamedTuple):
+    """A file of the data set.
+
+    Attributes:
+        encoded: not decoded yet.
+        size: ``(width, height)`` in pixels.
+        boxes: ``(N, 4)`` float32 XYXY, its regions; N is 0 without a store.
+        label: its class, -1 where it has none.
+    """
+
+    encoded: EncodedImage
+    size: tuple[int, int]
+    boxes: np.ndarray
+    label: int
 
 
 class Sample(NamedTuple):
@@ -203,25 +219,25 @@ class PretrainDataset:
     def __len__(self) -> int:
         return len(self._records)
 
-    def read(self, index: int) -> tuple[EncodedImage, tuple[int, int], np.ndarray]:
-        """A file, its ``(width, height)`` in pixels and its ``(N, 4)`` float32 XYXY regions.
+    def read(self, index: int) -> File:
+        """A file of the data set, its image not yet decoded.
 
         Raises:
             UnreadableImage: the file is missing or its header damaged.
             UserError: its size is not that of the image that the regions were made for.
         """
-        file_name, key, _, crop = self._records[index]
-        image = EncodedImage.read(file_name)._replace(crop=crop)
+        file_name, key, label, crop = self._records[index]
+        image = EncodedImage.read(file_name, crop)
         size = image.size()
         boxes = np.zeros((0, 4), np.float32)
         if self.store is not None:
-            if self.store.size(key) != size:
+            made_for, boxes = self.store.entry(key)
+            if made_for != size:
                 raise UserError(
                     "{} is {}x{}, but its regions were made for an image of {}x{}: make the "
-                    "regions again".format(file_name, *size, *self.store.size(key))
+                    "regions again".format(file_name, *size, *made_for)
                 )
-            boxes = self.store.boxes(key)
-        return image, size, boxes
+        return File(image, size, boxes, label)
 
     def draw(self, seed: int, epoch: int, index: int, offset: int = 0) -> Drawn:
         """Everything about a sample but its pixels.
@@ -238,13 +254,13 @@ class PretrainDataset:
             rng = np.random.default_rng([seed, epoch, 1 + index])
             at = (index + place) % len(self)
             try:
-                encoded, size, boxes = self.read(at)
+                file = self.read(at)
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
                 continue
-            views = self.views(*size, boxes, rng)
+            views = self.views(*file.size, file.boxes, rng)
             photometry = [view.photometry.sample(rng) for view in views]
-            return Drawn(encoded, views, photometry, self._records[at][2], place)
+            return Drawn(file.encoded, views, photometry, file.label, place)
         raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:

@@ -215,6 +215,11 @@ class RegionStore:
         chunk, i = self._at(self._row(key))
         return chunk.boxes_of(i).copy()
 
+    def entry(self, key: str) -> tuple[tuple[int, int], np.ndarray]:
+        """:meth:`size` and :meth:`boxes` with one look-up."""
+        chunk, i = self._at(self._row(key))
+        return (int(chunk.widths[i]), int(chunk.heights[i])), chunk.boxes_of(i).copy()
+
     def size(self, key: str) -> tuple[int, int]:
         """``(width, height)`` of the image that the regions were made for, in pixels.
 

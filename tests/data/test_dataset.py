@@ -17,7 +17,7 @@ from region_pretrain.regions.generate import make_regions
 def test_regions_are_found_by_key(region_folder, soco_views):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
     for index in range(len(data)):
-        image, size, boxes = data.read(index)
+        image, size, boxes, _ = data.read(index)
         expected = region_folder.boxes[data._records[index][1]]
         np.testing.assert_array_equal(boxes, expected)
         assert size == (64, 64) and image.decode().shape == (64, 64, 3)

@@ -10,7 +10,6 @@ from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import (
     ViewGeometry,
     boxes_in_view,
-    clip_boxes,
     overlaps,
     random_resized_crop,
     whole_image,
@@ -57,10 +56,9 @@ def jitter_boxes(boxes: np.ndarray, draws: np.ndarray) -> np.ndarray:
     Returns:
         ``(N, 4)`` float32, not clipped.
     """
-    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    x, y = boxes[:, 0] + draws[:, 0] * w, boxes[:, 1] + draws[:, 1] * h
-    out = (x, y, x + w * (1 + draws[:, 2]), y + h * (1 + draws[:, 3]))
-    return np.stack(out, axis=1).astype(np.float32)
+    size = boxes[:, 2:] - boxes[:, :2]
+    start = boxes[:, :2] + draws[:, :2] * size
+    return np.concatenate([start, start + size * (1 + draws[:, 2:])], axis=1).astype(np.float32)
 
 
 class SoCoViews:
@@ -126,11 +124,11 @@ class SoCoViews:
                 if len(chosen) > self.num_regions:
                     chosen = rng.permutation(chosen)[: self.num_regions]
                 if len(chosen):
-                    mine = self._jitter(boxes[chosen], width, height, rng)
+                    mine = self._jitter(boxes[chosen], rng)
                 else:  # nothing of any region in the crop: the views match as wholes
                     mine = np.array([[0, 0, width, height]], np.float32)
                 slots = self._pad(len(mine), rng)
-                first_boxes.append(boxes_in_view(first, mine[slots]))
+                first_boxes.append(mine[slots])
                 first_ids.append(chosen[slots] if len(chosen) else np.zeros_like(slots))
             else:
                 chosen = candidates[source]
@@ -143,17 +141,20 @@ class SoCoViews:
             other_ids.append(chosen[slots] if len(chosen) else np.zeros_like(slots))
             candidates[j] = chosen  # a view of the same crop shows the same regions
 
+        # One whole image, so what is jittered out of it is clipped by the view.
+        in_first = boxes_in_view(first, np.concatenate(first_boxes))
         samples = []
         for geometry, photometry, view_boxes, ids in zip(
             [first, *others],
             self.photometry,
-            [np.concatenate(first_boxes), *other_boxes],
+            [in_first, *other_boxes],
             [np.concatenate(first_ids), *other_ids],
             strict=True,
         ):
-            ids = ids.astype(np.int64)
-            valid = np.ones(len(ids), bool)
-            samples.append(ViewSample(geometry, photometry, view_boxes, ids, valid))
+            ids = ids.astype(np.int64, copy=False)
+            samples.append(
+                ViewSample(geometry, photometry, view_boxes, ids, np.ones(len(ids), bool))
+            )
         return samples
 
     def _draw_crops(
@@ -186,14 +187,14 @@ class SoCoViews:
             shown &= (inside[:, 2:] - inside[:, :2]).min(axis=1) >= self.min_box_side
         return np.flatnonzero(shown)
 
-    def _jitter(
-        self, boxes: np.ndarray, width: int, height: int, rng: np.random.Generator
-    ) -> np.ndarray:
+    def _jitter(self, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         draws = rng.uniform(-self.jitter_ratio, self.jitter_ratio, boxes.shape)
         draws[rng.random(len(boxes)) >= self.jitter_prob] = 0
-        return clip_boxes(jitter_boxes(boxes, draws), width, height)
+        return jitter_boxes(boxes, draws)
 
     def _pad(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Slot indices: each region once, then random ones of them again up to K."""
+        if count == self.num_regions:
+            return np.arange(count)
         again = rng.integers(count, size=self.num_regions - count)
         return np.concatenate([np.arange(count), again])
