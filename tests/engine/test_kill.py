@@ -127,11 +127,13 @@ def test_killed_at_random_instants_it_follows_the_undisturbed_run(
         "another step": (killed.in_step(rng.randrange(7, 11)), rng.uniform(0, 0.3)),
         "after the last": (killed.after_last, 0.0),
     }
+    if processes == 2:
+        del instants["another step"]  # each attempt starts two processes
     workers = itertools.cycle([0, 1, 2])
     died = [name for name, at in instants.items() if killed.kill(*at, workers=next(workers))]
     killed.finish(workers=1)
     # On a slow disk or a fast machine one may come too late; most must have struck.
-    assert len(died) >= 3 and "the first iteration" in died, died
+    assert len(died) >= len(instants) - 2 and "the first iteration" in died, died
 
     assert [line["iteration"] for line in whole.lines()] == list(range(ITERATIONS))
     assert killed.lines() == whole.lines()  # every loss of every iteration, bit for bit, each once
