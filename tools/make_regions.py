@@ -78,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
         wanted = load_config(args.config_file, args.opts).dataloader.train.dataset
         if "regions" not in wanted:
             raise UserError(f"{args.config_file} asks for no regions: it is no pre-training config")
+        if wanted.regions is None and not args.out:
+            raise UserError(
+                f"{args.config_file} needs no regions: start its pre-training, or say --out FILE "
+                "and --recipe ID for regions of its images all the same"
+            )
         names = instantiate(wanted.names)
         args.out = args.out or wanted.regions
         args.recipe = args.recipe or wanted.recipe

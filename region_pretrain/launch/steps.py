@@ -134,7 +134,7 @@ class Steps:
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",  # universal newlines: a progress bar's \r ends a line, too
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
             ) as process,
         ):
             try:
