@@ -124,3 +124,18 @@ def test_mistakes_end_with_one_line(tmp_path, photos, arguments, message, capsys
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "r.arrow").exists() and not (tmp_path / "r.arrow.parts").exists()
+
+
+def test_a_method_without_regions_says_so(capsys):
+    config = Path(__file__).parents[2] / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+    with pytest.raises(SystemExit) as exit_:
+        tool().main(["--config-file", str(config)])
+    assert exit_.value.code == 2
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(
+            f"{config} needs no regions: start its pre-training, or say --out FILE "
+            "and --recipe ID for regions of its images all the same"
+        )
+    )

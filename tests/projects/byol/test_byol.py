@@ -5,14 +5,13 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
+from project_runs import two_view_batch
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.config import CONFIG_ROOT, get_config
-from region_pretrain.data.batch import View, ViewBatch
-from region_pretrain.data.photometry import IDENTITY
 from region_pretrain.engine.overrides import apply_overrides
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
@@ -39,24 +38,8 @@ def small_byol() -> BYOL:
     )
 
 
-def make_batch(batch: int = 4, seed: int = 0) -> ViewBatch:
-    rng = np.random.default_rng(seed)
-    views = [
-        View(
-            images=torch.from_numpy(rng.integers(0, 256, (batch, 3, 32, 32), dtype=np.uint8)),
-            boxes=torch.zeros(batch, 0, 4),
-            valid=torch.zeros(batch, 0, dtype=torch.bool),
-            region_ids=torch.zeros(batch, 0, dtype=torch.int64),
-            affine=torch.zeros(batch, 2, 3),
-            photometry=torch.from_numpy(np.tile(IDENTITY, (batch, 1))),
-        )
-        for _ in range(2)
-    ]
-    return ViewBatch(views, torch.arange(batch))
-
-
 def test_loss_is_the_papers_squared_error_less_four():
-    model, batch = small_byol().eval(), make_batch()
+    model, batch = small_byol().eval(), two_view_batch()
     with torch.no_grad():
         for parameter in model.target.parameters():
             parameter.mul_(1.05)
@@ -88,7 +71,7 @@ def test_online_learns_and_the_target_follows_the_schedule():
     for name, parameter in model.target["projector"].named_parameters():
         expected = start[f"projector.{name}"] + moved
         torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6)
-    model(make_batch())["loss_image"].backward()
+    model(two_view_batch())["loss_image"].backward()
     for name, parameter in model.named_parameters():
         if name.startswith("target."):
             assert parameter.grad is None
@@ -109,7 +92,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = use_cpu_sync_batchnorm(small_byol())
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    loss, gradients = _step(wrapped, make_batch(8).chunk(2)[rank], model)
+    loss, gradients = _step(wrapped, two_view_batch(8).chunk(2)[rank], model)
     dist.all_reduce(loss)
     torch.save((loss / 2, gradients), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -117,7 +100,7 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_processes_are_one(tmp_path):
     model = small_byol()
-    loss, gradients = _step(model, make_batch(8), model)
+    loss, gradients = _step(model, two_view_batch(8), model)
     spawn(_rank, (str(tmp_path),), nprocs=2)
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     for rank in range(2):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from project_runs import stopped_in_step
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.overrides import apply_overrides
@@ -64,7 +65,7 @@ def metrics(folder) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("closed_loop", [False, True])
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, closed_loop):
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, closed_loop):
     def start(name: str, resume: bool = False):
         cfg = config(name)
         if closed_loop:
@@ -72,22 +73,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, closed
         do_pretrain(cfg, resume=resume)
         return metrics(tmp_path / name)
 
-    class Stop(Exception):
-        pass
-
     whole = start("whole")
-    step, calls = torch.optim.Optimizer.zero_grad, []
-
-    def stop_in_the_fifth_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Stop
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", stop_in_the_fifth_step)
-    with pytest.raises(Stop):
+    with stopped_in_step(5):
         start("parts")
-    monkeypatch.undo()
     assert start("parts", resume=True) == whole and sorted(whole) == list(range(6))
     levels = [whole[i]["curriculum/level"] for i in range(6)]
     if closed_loop:

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import ConstantParamScheduler
+from project_runs import two_view_batch
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.config import CONFIG_ROOT, get_config
-from region_pretrain.data.batch import View, ViewBatch
-from region_pretrain.data.photometry import IDENTITY
 from region_pretrain.engine.overrides import apply_overrides
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
@@ -47,24 +46,8 @@ def small_moco(**overrides) -> MoCo:
     return MoCo(**{**arguments, **overrides})
 
 
-def make_batch(batch: int = 4, seed: int = 0) -> ViewBatch:
-    rng = np.random.default_rng(seed)
-    views = [
-        View(
-            images=torch.from_numpy(rng.integers(0, 256, (batch, 3, 32, 32), dtype=np.uint8)),
-            boxes=torch.zeros(batch, 0, 4),
-            valid=torch.zeros(batch, 0, dtype=torch.bool),
-            region_ids=torch.zeros(batch, 0, dtype=torch.int64),
-            affine=torch.zeros(batch, 2, 3),
-            photometry=torch.from_numpy(np.tile(IDENTITY, (batch, 1))),
-        )
-        for _ in range(2)
-    ]
-    return ViewBatch(views, torch.arange(batch))
-
-
 def test_loss_against_stock_cross_entropy():
-    model, batch = small_moco().eval(), make_batch()
+    model, batch = small_moco().eval(), two_view_batch()
     with torch.no_grad():
         for parameter in model.key.parameters():
             parameter.mul_(1.05)
@@ -94,7 +77,7 @@ def test_queries_learn_and_keys_follow():
         model.before_step(0, 10)
     for name, parameter in model.key["head"].named_parameters():
         torch.testing.assert_close(parameter, start[f"head.{name}"] + 0.1)
-    model(make_batch())["loss_image"].backward()
+    model(two_view_batch())["loss_image"].backward()
     assert all(p.grad is None for p in model.key.parameters())
     assert all(p.grad.abs().sum() > 0 for m in model.query.values() for p in m.parameters())
     assert model.queue.pointer == 4
@@ -116,13 +99,13 @@ def _rank(rank: int, folder: str) -> None:
     for shuffle in (False, True):
         model = use_cpu_sync_batchnorm(torch.load(f"{folder}/{shuffle}.pt", weights_only=False))
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-        loss, *rest = _step(wrapped, make_batch(8).chunk(2)[rank], model)
+        loss, *rest = _step(wrapped, two_view_batch(8).chunk(2)[rank], model)
         dist.all_reduce(loss)
         found[shuffle] = (loss / 2, *rest)
     own = small_moco().train()  # statistics per process
-    found["shuffled"] = own._keys(make_batch(8).chunk(2)[rank].views[1])
+    found["shuffled"] = own._keys(two_view_batch(8).chunk(2)[rank].views[1])
     own.shuffle = False
-    found["straight"] = own._keys(make_batch(8).chunk(2)[rank].views[1])
+    found["straight"] = own._keys(two_view_batch(8).chunk(2)[rank].views[1])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -136,7 +119,7 @@ def test_two_processes_are_one_with_shared_or_fixed_statistics(tmp_path):
                 norm.eval()
                 norm.running_var.fill_(2.0)
         torch.save(model, tmp_path / f"{shuffle}.pt")
-        one[shuffle] = _step(model, make_batch(8), model)
+        one[shuffle] = _step(model, two_view_batch(8), model)
     spawn(_rank, (str(tmp_path),), nprocs=2)
     two = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for shuffle, (loss, gradients, keys, pointer) in one.items():

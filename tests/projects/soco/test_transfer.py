@@ -1,6 +1,5 @@
 """From a run's checkpoint into stock Detectron2, and runs that stop and go on."""
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -8,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from project_runs import check_stopped_run_goes_on
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.overrides import apply_overrides
@@ -46,37 +46,8 @@ def run(region_folder, tmp_path):
     return start
 
 
-def losses(folder) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    return {line["iteration"]: line["total_loss"] for line in lines if "total_loss" in line}
-
-
-def test_a_stopped_run_goes_on_bit_for_bit(run, monkeypatch):
-    whole = losses(run("whole"))
-
-    class Stop(Exception):
-        pass
-
-    step, calls = torch.optim.Optimizer.zero_grad, []
-
-    def stop_in_the_fifth_step(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 5:
-            raise Stop
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", stop_in_the_fifth_step)
-    with pytest.raises(Stop):
-        run("parts")
-    monkeypatch.undo()
-    parts = losses(run("parts", resume=True))
-    assert sorted(whole) == list(range(6)) and parts == whole
-    first, second = (
-        torch.load(f / "model_final.pth", weights_only=True)
-        for f in (run("parts", resume=True).parent / "whole", run("parts", resume=True))
-    )
-    for name, value in first["pretraining"].items():
-        assert torch.equal(value, second["pretraining"][name]), name
+def test_a_stopped_run_goes_on_bit_for_bit(run):
+    check_stopped_run_goes_on(run)
 
 
 def test_stock_detectron2_fills_everything_that_was_trained(run):
