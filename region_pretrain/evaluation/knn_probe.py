@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.data import detection_utils, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase
+from detectron2.layers import ROIAlign
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes, BoxMode, ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -22,6 +26,8 @@ from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn import knn_accuracy
 
 logger = logging.getLogger(__name__)
+
+TRUNK = "probe/knn_trunk"
 
 
 @contextmanager
@@ -80,10 +86,7 @@ def region_features(
         UserError: the data set has no boxes.
     """
     return _extract(
-        backbone,
-        box_pooler,
-        {"only": box_head},
-        in_features,
+        RegionReader(backbone, box_pooler, {"only": box_head}, in_features),
         (pixel_mean, pixel_std, input_format),
         dataset_dicts,
         batch_size,
@@ -92,38 +95,120 @@ def region_features(
     )["only"]
 
 
+class RegionReader(nn.Module):
+    """Vectors of boxes, by name, out of one pass through a backbone.
+
+    Args:
+        backbone: from (B, 3, H, W) to a dict of maps; to anything, where only ``trunk`` is read.
+        pooler: a ``ROIPooler``; None where there are no maps for one.
+        heads: behind the pooler, by name of what they give; None: the pooled maps themselves.
+        in_features: names of the maps that the pooler takes.
+        trunk: the part of the backbone whose two last maps are read as ``"probe/knn_trunk"``:
+            RoIAligned to 7x7, averaged over space, brought to length 1 each and put side by side.
+            Every method has these, also one that knows no pyramid.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pooler: nn.Module | None,
+        heads: Mapping[str, nn.Module | None],
+        in_features: Sequence[str] = (),
+        trunk: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.pooler = backbone, pooler
+        self.heads = nn.ModuleList(head for head in heads.values() if head is not None)
+        self.trunk = trunk
+        self._by_name = dict(heads)
+        self._in_features = list(in_features)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the vectors."""
+        return [*([TRUNK] if self.trunk is not None else []), *self._by_name]
+
+    def forward(self, images: Tensor, boxes: list[Boxes]) -> dict[str, Tensor]:
+        """``(R, D)`` by name, for the R boxes of ``(B, 3, H, W)`` normalised images."""
+        kept: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        handle = None
+        if self.trunk is not None:
+            handle = self.trunk.register_forward_hook(lambda m, args, maps: kept.update(maps))
+        try:
+            maps = self.backbone(images)
+        finally:
+            if handle is not None:
+                handle.remove()
+        if self.trunk is not None:
+            found[TRUNK] = self._read_trunk(kept, boxes)
+        if self.pooler is not None:
+            pooled = self.pooler([maps[name] for name in self._in_features], boxes)  # (R, C, S, S)
+            for name, head in self._by_name.items():
+                vectors = pooled if head is None else head(pooled)
+                found[name] = vectors.mean(dim=(2, 3)) if vectors.dim() == 4 else vectors
+        return found
+
+    def _read_trunk(self, maps: Mapping[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        strides = {name: shape.stride for name, shape in self.trunk.output_shape().items()}
+        rois = convert_boxes_to_pooler_format(boxes)
+        parts = []
+        for name in sorted(strides, key=strides.get)[-2:]:
+            pooled = ROIAlign(7, 1 / strides[name], sampling_ratio=0, aligned=True)(
+                maps[name], rois
+            )
+            parts.append(F.normalize(pooled.mean(dim=(2, 3)), dim=1))
+        return torch.cat(parts, dim=1)
+
+
+def model_reader(model: nn.Module) -> RegionReader:
+    """What a detector or a pre-training model has to offer, under the probe's names.
+
+    A model has ``backbone`` and perhaps, in ``roi_heads``, a pooler (``box_pooler`` or ``pooler``)
+    and a head (``box_head``; C4: ``res5``). An FPN without a pooler gets one of 7x7.
+    """
+    backbone = model.backbone
+    trunk = getattr(backbone, "bottom_up", backbone)
+    roi_heads = getattr(model, "roi_heads", model)
+    pooler = _first(roi_heads, "box_pooler", "pooler")
+    if pooler is None and isinstance(backbone, FPN):
+        strides = [shape.stride for shape in backbone.output_shape().values()]
+        scales = [1 / stride for stride in strides[: len(backbone.in_features)]]  # no top block
+        pooler = ROIPooler(7, scales, sampling_ratio=0, pooler_type="ROIAlignV2")
+    heads: dict[str, nn.Module | None] = {}
+    if pooler is not None:
+        heads["probe/knn_fpn"] = None
+        if (head := _first(roi_heads, "box_head", "res5")) is not None:
+            heads["probe/knn_head"] = head
+    in_features = () if pooler is None else _in_features(model, roi_heads, pooler)
+    return RegionReader(backbone, pooler, heads, in_features, trunk)
+
+
 def _extract(
-    backbone: nn.Module,
-    box_pooler: nn.Module,
-    heads: Mapping[str, nn.Module | None],
-    in_features: Sequence[str],
+    reader: RegionReader,
     pixels: tuple[Any, Any, str],
     dataset_dicts: Sequence[Mapping[str, Any]],
     batch_size: int,
     device: torch.device | str | None,
     size: tuple[int | None, int],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """As :func:`region_features`, for several heads on the same pooled boxes."""
+    """As :func:`region_features`, for all vectors of a reader."""
     mean, std = (torch.as_tensor(v, dtype=torch.float32).reshape(3, 1, 1).cpu() for v in pixels[:2])
+    backbone = reader.backbone
     device = next(backbone.parameters()).device if device is None else torch.device(device)
-    features: dict[str, list[Tensor]] = {name: [] for name in heads}
+    features: dict[str, list[Tensor]] = {name: [] for name in reader.names}
     labels: list[int] = []
     labelled = (d for d in dataset_dicts if any(_counts(a) for a in d.get("annotations", ())))
-    with evaluating(backbone, box_pooler, *heads.values()):
+    with evaluating(reader):
         while chunk := list(itertools.islice(labelled, batch_size)):
             loaded = [_load(d, pixels[2], *size) for d in chunk]
             images = ImageList.from_tensors(
                 [((image - mean) / std).to(device) for image, _, _ in loaded],
-                backbone.size_divisibility,
-                padding_constraints=backbone.padding_constraints,
+                getattr(backbone, "size_divisibility", 0),
+                padding_constraints=getattr(backbone, "padding_constraints", None),
             )
-            maps = backbone(images.tensor)
             boxes = [Boxes(b).to(device) for _, b, _ in loaded]
-            pooled = box_pooler([maps[name] for name in in_features], boxes)  # (R, C, S, S)
-            for name, head in heads.items():
-                vectors = pooled if head is None else head(pooled)
-                if vectors.dim() == 4:
-                    vectors = vectors.mean(dim=(2, 3))
+            for name, vectors in reader(images.tensor, boxes).items():
                 features[name].append(vectors.float().cpu())
             labels += itertools.chain.from_iterable(classes for _, _, classes in loaded)
     if not labels:
@@ -157,13 +242,16 @@ def _load(
 
 
 class KNNProbeHook(HookBase):
-    """Log the kNN accuracy of the region features as ``probe/knn_fpn`` and ``probe/knn_head``.
+    """Log the kNN accuracy of frozen region features: a useless run shows within minutes.
 
-    It works on detectors and on pre-training models alike: both have ``backbone`` and, in
-    ``roi_heads``, ``box_pooler`` and ``box_head`` (C4: ``pooler`` and ``res5``). Without a head
-    there is ``probe/knn_fpn`` only. A run with the probe is the same as one without: it draws no
-    random number and restores every mode. With several processes each takes its part of the
-    images. Put it before the writers.
+    ``probe/knn_trunk`` reads the trunk's last maps, which every method trains; ``probe/knn_fpn``
+    the pooled FPN maps and ``probe/knn_head`` what the box head makes of them, where a model has
+    these (:func:`model_reader`). It works on detectors and on pre-training models alike.
+
+    A run with the probe is the same as one without: it draws no random number and restores every
+    mode. With several processes each takes its part of the images. Put it before the writers::
+
+        train.hooks = [L(KNNProbeHook)(period=500, train_names="shapes_train", short_edge=None)]
 
     Args:
         period: in iterations; the probe also runs after the last one.
@@ -209,44 +297,29 @@ class KNNProbeHook(HookBase):
         """Accuracies in [0, 1] by name of the features; the same on all processes."""
         if isinstance(model, DistributedDataParallel):
             model = model.module
-        roi_heads = model.roi_heads
-        pooler = _first(roi_heads, "box_pooler", "pooler")
-        heads: dict[str, nn.Module | None] = {"probe/knn_fpn": None}
-        if (head := _first(roi_heads, "box_head", "res5")) is not None:
-            heads["probe/knn_head"] = head
-        in_features = _in_features(model, pooler)
-        sets = [self._extract(model, pooler, heads, in_features, dicts) for dicts in self._dicts]
+        reader = model_reader(model)
+        sets = [self._extract(model, reader, dicts) for dicts in self._dicts]
         result = {}
-        for name in heads:
+        for name in reader.names:
             train, *val = (features[name] for features in sets)
             result[name] = knn_accuracy(*train, *itertools.chain.from_iterable(val), k=self._k)
-        counts = " and ".join(str(len(features["probe/knn_fpn"][1])) for features in sets)
+        counts = " and ".join(str(len(features[reader.names[0]][1])) for features in sets)
         text = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
         logger.info("kNN of %s boxes: %s", counts, text)
         return result
 
-    def _extract(self, model, pooler, heads, in_features, dicts) -> dict[str, tuple]:
+    def _extract(self, model, reader, dicts) -> dict[str, tuple]:
         rank, world = comm.get_rank(), comm.get_world_size()
         mine = dicts[rank::world]
         found = {}
         if mine:
-            found = _extract(
-                model.backbone,
-                pooler,
-                heads,
-                in_features,
-                _pixels(model),
-                mine,
-                self._batch_size,
-                None,
-                self._size,
-            )
+            found = _extract(reader, _pixels(model), mine, self._batch_size, None, self._size)
         parts = [part for part in comm.all_gather(found) if part]
         return {
             name: tuple(
                 torch.cat(tensors) for tensors in zip(*(p[name] for p in parts), strict=True)
             )
-            for name in heads
+            for name in reader.names
         }
 
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
@@ -265,9 +338,9 @@ def _first(module: nn.Module, *names: str) -> nn.Module | None:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def _in_features(model: nn.Module, pooler: nn.Module) -> list[str]:
+def _in_features(model: nn.Module, roi_heads: nn.Module, pooler: nn.Module) -> list[str]:
     """Names of the maps that the pooler takes: the detector's, else the model's, else P-levels."""
-    for owner in (model.roi_heads, model):
+    for owner in (roi_heads, model):
         names = getattr(owner, "in_features", ())
         if len(names) == len(pooler.level_poolers):
             return list(names)

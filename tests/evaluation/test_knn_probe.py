@@ -9,19 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.config import instantiate
+import torch.nn.functional as F
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes, BoxMode
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torchvision.ops import roi_align
 
-from region_pretrain.config import get_config
+from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn import knn_accuracy
-from region_pretrain.evaluation.knn_probe import KNNProbeHook, evaluating, region_features
+from region_pretrain.evaluation.knn_probe import KNNProbeHook, _load, evaluating, region_features
 from region_pretrain.modeling.preprocess import Preprocess
+from region_pretrain.modeling.trunk import Trunk
 
 COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230)]
 
@@ -128,14 +132,46 @@ def test_features_are_the_detectors_own(dicts, with_head, input_format):
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
+def _labels(dicts) -> list[int]:
+    return [a["category_id"] for d in dicts for a in d["annotations"] if not a["iscrowd"]]
+
+
 def hook_on(model, **kwargs) -> dict[str, float]:
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, **kwargs)
     hook.before_train()
     return hook.probe(model)
 
 
+def trunk_vectors(model, dicts) -> torch.Tensor:
+    """The probe's trunk features: one box after the other, one map after the other."""
+    pixels = next(m for m in model.modules() if hasattr(m, "pixel_mean"))
+    vectors = []
+    for record in dicts:
+        image, boxes, _ = _load(record, "RGB", None, 0)
+        image = ((image - pixels.pixel_mean) / pixels.pixel_std).reshape(1, *image.shape)
+        height, width = image.shape[-2:]
+        if isinstance(model.backbone, FPN):
+            image = F.pad(image, (0, -width % 32, 0, -height % 32))
+        with torch.no_grad():
+            maps = model.eval().backbone.bottom_up(image)
+        for box in boxes:
+            parts = []
+            for name, stride in (("res4", 16), ("res5", 32)):
+                pooled = roi_align(maps[name], [box[None]], 7, 1 / stride, aligned=True)
+                vector = pooled[0].flatten(1).mean(1)
+                parts.append(vector / vector.norm())
+            vectors.append(torch.cat(parts))
+    return torch.stack(vectors)
+
+
+def trunk_accuracy(model, dicts) -> float:
+    labels = [torch.tensor(_labels(part)) for part in (dicts[:6], dicts[6:])]
+    trunk = [trunk_vectors(model, part) for part in (dicts[:6], dicts[6:])]
+    return knn_accuracy(trunk[0], labels[0], trunk[1], labels[1], k=5)
+
+
 def expected_accuracies(model, dicts) -> dict[str, float]:
-    result = {}
+    result = {"probe/knn_trunk": trunk_accuracy(model, dicts)}
     for name, head in (("probe/knn_fpn", None), ("probe/knn_head", model.roi_heads.box_head)):
         sets = [
             region_features(
@@ -181,14 +217,39 @@ def test_a_pretraining_model_gives_what_its_detector_gives(names, input_format):
     detector = make_detector(input_format)
     model = Pretraining(detector)
     assert hook_on(model) == hook_on(detector)
+    full = hook_on(model)
     del model.roi_heads.box_head
-    assert list(hook_on(model)) == ["probe/knn_fpn"]
+    assert hook_on(model) == {k: full[k] for k in ("probe/knn_trunk", "probe/knn_fpn")}
+    del model.roi_heads.box_pooler  # the probe's own is the detector's: 7x7, the same levels
+    assert hook_on(model) == {k: full[k] for k in ("probe/knn_trunk", "probe/knn_fpn")}
+    model.backbone = Trunk(detector.backbone.bottom_up)
+    assert list(hook_on(model)) == ["probe/knn_trunk"]
+
+
+#: What each project's networks offer to the probe.
+OFFERS = {
+    "soco": {"trunk", "fpn", "head"},
+    "mcl": {"trunk", "fpn", "head"},
+    "ccop": {"trunk", "fpn"},
+    "moco-v2": {"trunk"},
+    "byol": {"trunk"},
+}
+SHAPES_RECIPES = sorted((CONFIG_ROOT.parent / "projects").glob("*/configs/*_shapes.py"))
+
+
+@pytest.mark.parametrize("recipe", SHAPES_RECIPES, ids=lambda p: p.stem)
+def test_every_method_can_be_probed(names, dicts, recipe):
+    model = instantiate(LazyConfig.load(str(recipe)).model)
+    accuracies = hook_on(model, batch_size=1)
+    method = recipe.stem.split("_")[0].removesuffix("-supervised")
+    assert set(accuracies) == {f"probe/knn_{name}" for name in OFFERS[method]}
+    assert accuracies["probe/knn_trunk"] == trunk_accuracy(model, dicts)
 
 
 def test_c4_detector(names):
     model = instantiate(get_config("detection/faster_rcnn_r50_c4_voc.py").model)
     result = hook_on(model)
-    assert set(result) == {"probe/knn_fpn", "probe/knn_head"}
+    assert set(result) == {"probe/knn_trunk", "probe/knn_fpn", "probe/knn_head"}
     vectors, _ = region_features(
         model.backbone,
         model.roi_heads.pooler,
