@@ -181,7 +181,9 @@ def _header_by_pillow(data: bytes, name: str) -> _Header:
 def _read_bytes(path: str, limit: int = -1) -> bytes:
     path = os.fspath(path)
     try:
-        with PathManager.open(path, "rb") as file:
+        # One system call for a file on the disk: PathManager and a buffer take twice the time.
+        remote = "://" in path
+        with PathManager.open(path, "rb") if remote else open(path, "rb", buffering=0) as file:
             return file.read(limit)
     except FileNotFoundError as error:
         raise UnreadableImage(f"{path}: no such file") from error

@@ -134,9 +134,11 @@ def random_resized_crop(
         aspect is in range.
     """
     flip = bool(rng.random() < flip_prob)
+    least, most = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        target = width * height * rng.uniform(*area)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        # What rng.uniform() does, in a third of the time: a loader draws this for every view.
+        target = width * height * (area[0] + (area[1] - area[0]) * rng.random())
+        ratio = math.exp(least + (most - least) * rng.random())
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))

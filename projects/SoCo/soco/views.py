@@ -58,7 +58,10 @@ def jitter_boxes(boxes: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """
     size = boxes[:, 2:] - boxes[:, :2]
     start = boxes[:, :2] + draws[:, :2] * size
-    return np.concatenate([start, start + size * (1 + draws[:, 2:])], axis=1).astype(np.float32)
+    jittered = np.empty(boxes.shape, np.float32)
+    jittered[:, :2] = start
+    jittered[:, 2:] = start + size * (1 + draws[:, 2:])
+    return jittered
 
 
 class SoCoViews:
