@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo benchmark test lint clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
+
+benchmark: $(STAMP)
+	$(BIN)/python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2 --wait
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q

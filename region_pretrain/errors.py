@@ -11,6 +11,17 @@ class UserError(Exception):
     """Bad input. The message names the file, key or value at fault and how to mend it."""
 
 
+#: Exit code of a run that was told to stop and has saved where it is (``EX_TEMPFAIL``).
+STOPPED = 75
+
+
+class Stopped(SystemExit):
+    """A run was told to stop and has saved where it is; ends the process with :data:`STOPPED`."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
 class NonFiniteLoss(UserError, FloatingPointError):
     """A loss became NaN or infinite. The message names the last good checkpoint."""
 

@@ -10,8 +10,6 @@ import socket
 from collections.abc import Callable
 from typing import IO
 
-from detectron2.utils.file_io import PathManager
-
 _PART = ".part"
 
 
@@ -33,6 +31,8 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
         OSError: the file could not be written; the temporary file is gone, an older file is intact.
     """
     if not is_local(path):
+        from detectron2.utils.file_io import PathManager  # imports PyTorch, which takes seconds
+
         with PathManager.open(path, "wb") as f:
             write(f)
         return

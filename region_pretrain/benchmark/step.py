@@ -12,7 +12,8 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from region_pretrain.benchmark.timing import interleaved, peak_memory_mib, reset_peak_memory
+from region_pretrain.benchmark.timing import interleaved, reset_peak_memory
+from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.engine.trainer import Trainer
 
 _PARTS_STEPS = 3
@@ -29,7 +30,7 @@ class StepRates:
         images: of a step.
         parts: seconds by part, of a run of its own in which the device is waited for at each
             part's end, so that they add up to somewhat more than ``step`` on a GPU.
-        memory_mib: peak of the steps (:func:`~region_pretrain.benchmark.timing.peak_memory_mib`).
+        memory_mib: peak of the steps (:func:`~region_pretrain.engine.memory.peak_memory_mib`).
     """
 
     step: float

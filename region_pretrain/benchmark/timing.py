@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping
 
@@ -50,7 +49,7 @@ def resident_mib() -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`peak_memory_mib` anew."""
+    """Start :func:`region_pretrain.engine.memory.peak_memory_mib` anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -59,17 +58,3 @@ def reset_peak_memory(device: torch.device) -> None:
             file.write("5")
     except OSError:  # not every kernel lets a process do that; the peak is then the process's own
         pass
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Largest memory since :func:`reset_peak_memory`, in MiB.
-
-    On a GPU that of PyTorch's allocator, on a CPU the resident memory of the whole process.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with open("/proc/self/status", encoding="ascii") as file:
-        peak = [line for line in file if line.startswith("VmHWM")]
-    if peak:
-        return int(peak[0].split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

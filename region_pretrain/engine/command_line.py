@@ -35,13 +35,14 @@ On 8 GPUs, or with 2 processes on a CPU:
     {prog} --config-file {example_config} --num-gpus 2 train.device=cpu
 """)
     parser.description = description
+    parser.fromfile_prefix_chars = "@"  # @FILE: further arguments, one a line
     parser.set_defaults(dist_url="auto")
     changed_help = {
         "resume": "continue the run in train.output_dir from its newest checkpoint",
         "num_gpus": "GPUs per machine; with train.device=cpu: processes",
         "dist_url": "where the processes meet, tcp://HOST:PORT; auto (default) on one machine",
         "eval_only": "only evaluate train.init_checkpoint",
-        "opts": "key=value for a key of the config, +key=value for a new one",
+        "opts": "key=value for a key of the config, +key=value for a new one, @FILE with more",
     }
     for action in parser._actions:
         action.help = changed_help.get(action.dest, action.help)

@@ -33,17 +33,25 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: there is no such file, or an override does not fit.
     """
+    return apply_overrides(complete_train(load_file(path)), overrides)
+
+
+def load_file(path: str) -> DictConfig:
+    """Load a lazy-config file as it is.
+
+    Raises:
+        UserError: there is no such file, or it is none that can be loaded.
+    """
     if not path:
         raise UserError("say which config: --config-file PATH")
     if not PathManager.isfile(path):
         raise UserError(f"no config file {path}")
     try:
-        cfg = LazyConfig.load(path)
+        return LazyConfig.load(path)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return apply_overrides(complete_train(cfg), overrides)
 
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:

@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError
 
 logger = logging.getLogger(__name__)
@@ -306,6 +307,7 @@ class Trainer(TrainerBase):
             "data_time": self._data_seconds / self._steps,
             "time": self._step_seconds / self._steps,
             "images": self._images / self._step_seconds,
+            "memory": peak_memory_mib(self.device),
         }
         self._reset_clocks()
         reports = comm.gather(report)
@@ -321,3 +323,4 @@ class Trainer(TrainerBase):
         self.storage.put_scalar("data_time", max(r["data_time"] for r in reports))
         self.storage.put_scalar("time", max(r["time"] for r in reports))
         self.storage.put_scalar("img_per_sec", sum(r["images"] for r in reports))
+        self.storage.put_scalar("peak_memory_mib", max(r["memory"] for r in reports))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from urllib.parse import quote
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -17,7 +18,7 @@ from region_pretrain.files import write_text_atomic
 
 _STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #8886; }
 .scroll { overflow-x: auto; }
@@ -38,11 +39,25 @@ class Section:
 
     Attributes:
         title: its heading.
-        blocks: HTML from :func:`text`, :func:`table`, :func:`figure` and :func:`picture_grid`.
+        blocks: HTML from :func:`text`, :func:`table`, :func:`preformatted`, :func:`figure` and
+            :func:`picture_grid`.
     """
 
     title: str
     blocks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads elsewhere.
+
+    Attributes:
+        label: what is read.
+        href: relative to the page, or absolute.
+    """
+
+    label: str
+    href: str
 
 
 def text(paragraph: str) -> str:
@@ -86,9 +101,16 @@ def _is_number(value: object) -> bool:
 def _shown(value: object, digits: int) -> str:
     if value is None:
         return "–"
+    if isinstance(value, Link):
+        return f'<a href="{html.escape(quote(value.href))}">{html.escape(value.label)}</a>'
     if _is_number(value) and not isinstance(value, Integral):
         return f"{value:.{digits}f}"
     return html.escape(str(value))
+
+
+def preformatted(lines: Sequence[str]) -> str:
+    """Lines of a log, as they are."""
+    return f'<pre class="scroll">{html.escape(chr(10).join(lines))}</pre>'
 
 
 def figure(picture: bytes | np.ndarray, caption: str = "") -> str:
@@ -130,14 +152,18 @@ def picture_grid(
     return "\n".join(lines)
 
 
-def write_report(path: str, sections: Sequence[Section], title: str = "Report") -> None:
+def write_report(
+    path: str, sections: Sequence[Section], title: str = "Report", width: str = "60rem"
+) -> None:
     """Write the page; a reader sees either the old one or the whole new one.
 
     Args:
         path: of the ``.html`` file; its folder is made.
         sections: in order.
         title: heading, and name of the browser's tab.
+        width: of the text where the screen is wider, in CSS's words.
     """
+    style = f"{_STYLE}\nbody {{ max-width: {width}; }}"
     body = "\n".join(
         f"<section>\n<h2>{html.escape(s.title)}</h2>\n" + "\n".join(s.blocks) + "\n</section>"
         for s in sections
@@ -145,7 +171,7 @@ def write_report(path: str, sections: Sequence[Section], title: str = "Report") 
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{_STYLE}\n</style>\n</head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n"
         f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
     if folder := os.path.dirname(path):

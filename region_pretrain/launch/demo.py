@@ -9,30 +9,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import detectron2
-import numpy as np
 import torch
-import torchvision
 from detectron2.config import instantiate
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from region_pretrain import __version__
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.run import build_model
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
+from region_pretrain.evaluation.summary import mean_std
 from region_pretrain.files import write_text_atomic
 from region_pretrain.launch.demo_report import write_demo_report
 from region_pretrain.launch.demo_tables import tables
+from region_pretrain.launch.environment import machine, versions
 from region_pretrain.launch.steps import Steps, in_checkout
 
 #: Fine-tuning learning rates, the best of SWEEP_RATES for each start by box AP on a split that the
@@ -175,8 +172,8 @@ def run_demo(
         "summary": summarise(by_seed),
         "minutes": {name: steps.minutes(name) for name in names},
         "commands": {name: steps.command(name) for name in names},
-        "versions": _versions(),
-        "machine": _machine(),
+        "versions": versions(),
+        "machine": machine(),
     }
     path = os.path.join(output_dir, "results.json")
     write_text_atomic(path, json.dumps(results, indent=2) + "\n")
@@ -329,33 +326,5 @@ def summarise(by_seed: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, d
             "pretrained": [b for _, b in pairs],
             "difference": [b - a for a, b in pairs] if whole else [None],
         }
-        summary[metric] = {name: _mean_std(column) for name, column in columns.items()}
+        summary[metric] = {name: mean_std(column) for name, column in columns.items()}
     return summary
-
-
-def _mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
-    if None in values:
-        return {"mean": None, "std": None}
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "region_pretrain": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-        name = models[0] if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "system": platform.platform()}

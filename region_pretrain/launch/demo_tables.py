@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from region_pretrain.evaluation.summary import shown
+
 Table = tuple[str, list[str], list[list[Any]]]
 
 _DETECTION = {
@@ -15,14 +17,6 @@ _DETECTION = {
 }
 _FEATURES = {"knn/fpn": "FPN features", "knn/head": "after the box head"}
 _ROWS = {"scratch": "from scratch", "pretrained": "pre-trained", "difference": "difference"}
-
-
-def shown(value: Mapping[str, float | None]) -> str:
-    """``12.3``, or ``12.3 ± 0.4`` over several seeds, or a dash."""
-    if value["mean"] is None:
-        return "–"
-    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:.1f}{spread}"
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

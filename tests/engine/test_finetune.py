@@ -20,7 +20,7 @@ from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 
-CLOCK = {"time", "data_time", "img_per_sec"}
+CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 
 
 def metrics(folder):

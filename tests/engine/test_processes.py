@@ -19,7 +19,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
 
-CLOCK = {"time", "data_time", "img_per_sec"}
+CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 
 
 def metrics(folder):

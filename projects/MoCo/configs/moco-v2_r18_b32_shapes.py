@@ -25,7 +25,7 @@ del dataset
 dataloader.train.total_batch_size = 32
 dataloader.train.num_workers = 1
 
-optimizer.lr = 0.8  # 0.8 * 32 / 256 = 0.1
+optimizer.lr = 0.3  # 0.3 * 32 / 256 = 0.0375
 train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch
 train.log_period = 10
 train.checkpointer.period = 100

@@ -59,7 +59,7 @@ def config(region_folder, tmp_path):
 
 
 def metrics(folder) -> dict[int, dict]:
-    clock = ("time", "data_time", "img_per_sec", "eta_seconds")
+    clock = ("time", "data_time", "img_per_sec", "eta_seconds", "peak_memory_mib")
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return {x["iteration"]: {k: v for k, v in x.items() if k not in clock} for x in lines}
 

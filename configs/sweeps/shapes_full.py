@@ -1,0 +1,99 @@
+"""The Shapes benchmark on one GPU: ResNet-50 and FPN, scenes of 256 pixels.
+
+    python tools/sweep.py --config configs/sweeps/shapes_full.py --jobs 3
+
+Each method's own ImageNet or COCO recipe, as far as a run of 150 steps lets it: momentum copies
+have to follow within dozens of steps, and a queue must not hold an image many times. Both are
+changed as in the methods' configs for the small detector.
+
+    pre-training    2 seeds * 6 methods * 150 steps of 128 images
+    fine-tuning     7 starts * (2 rates + 2 seeds) * 300 steps of 16 images
+"""
+
+from .common.shapes_benchmark import benchmark
+
+_IMAGE_DATA = "dataloader.train.dataset"
+_MOMENTUM = "model.momentum.start=0.97"
+
+sweep = benchmark(
+    title="Shapes benchmark, full size",
+    methods=dict(
+        supervised=dict(
+            label="supervised MCL (labels of all scenes)",
+            config="projects/MCL/configs/mcl-supervised_r50-fpn_32xb128-100ep_imagenet.py",
+            overrides=[
+                f"{_IMAGE_DATA}.names="
+                "{_target_:region_pretrain.data.objects.object_crops,names:null,context:1.5}",
+                f"{_IMAGE_DATA}.views.crop_area=[0.5,1.0]",
+                "model.classifier.out_features=8",
+            ],
+            data=f"{_IMAGE_DATA}.names.names",
+        ),
+        moco=dict(
+            label="MoCo v2",
+            config="projects/MoCo/configs/moco-v2_r50_8xb32-200ep_imagenet.py",
+            overrides=[
+                "model.queue.length=1024",
+                "model.momentum.value=0.99",
+                "model.head.norm=SyncBN",
+                "model.temperature=0.1",
+            ],
+        ),
+        byol=dict(
+            label="BYOL",
+            config="projects/BYOL/configs/byol_r50_32xb128-300ep_imagenet.py",
+            overrides=[_MOMENTUM],
+        ),
+        soco=dict(
+            label="SoCo",
+            config="projects/SoCo/configs/soco_r50-fpn_8xb128-100ep_imagenet.py",
+            overrides=[_MOMENTUM, f"{_IMAGE_DATA}.recipe=shapes-v1"],
+        ),
+        ccop=dict(
+            label="CCOP",
+            config="projects/CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco.py",
+            overrides=[
+                "model.momentum.value=0.97",
+                "model.image_queue.length=1024",
+                "model.region_queue.length=16384",
+                "model.image_head.init_std=null",
+                "model.region_head.init_std=null",
+            ],
+        ),
+        mcl=dict(
+            label="MCL",
+            config="projects/MCL/configs/mcl_r50-fpn_8xb128-100ep_imagenet.py",
+            overrides=[_MOMENTUM],
+        ),
+    ),
+    detector="configs/detection/mask_rcnn_r50_fpn_4conv1fc.py",
+    side=256,
+    level="easy",
+    unlabeled=2000,
+    labelled=500,
+    val=300,
+    images_seen=19_200,  # 150 steps * 128 = 9.6 ep
+    iterations=300,  # 9.6 ep * 500 images / 16 a batch
+    evaluations=3,
+    rates=[0.02, 0.05],
+    fractions=[1.0],
+    seeds=[0, 1],
+    pretrain_overrides=[
+        "dataloader.train.total_batch_size=128",
+        "dataloader.train.num_workers=4",
+        "train.log_period=10",
+        "train.checkpointer.period=0",
+        "train.checkpointer.keep_every=0",
+    ],
+    finetune_overrides=[
+        "model.roi_heads.num_classes=8",
+        "dataloader.train.mapper.augmentations="
+        "[{_target_:detectron2.data.transforms.RandomFlip,horizontal:true}]",
+        "dataloader.test.mapper.augmentations=[]",
+        "dataloader.train.num_workers=4",
+        "train.amp.enabled=true",
+        "train.precise_bn.num_iter=20",
+        "train.log_period=10",
+    ],
+)
+sweep["regions"] = dict(arguments=["--workers", "5"])

@@ -1,0 +1,31 @@
+"""Several seeds as one number with its spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation.
+
+    Args:
+        values: one a seed; None: it has none.
+
+    Returns:
+        ``mean`` and ``std``; both None where a value is, or there is none at all; ``std`` None
+        for a single one.
+    """
+    if None in values or not len(values):
+        return {"mean": None, "std": None}
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std}
+
+
+def shown(value: Mapping[str, float | None]) -> str:
+    """``12.3``, or ``12.3 ± 0.4`` over several seeds, or a dash."""
+    if value["mean"] is None:
+        return "–"
+    spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
+    return f"{value['mean']:.1f}{spread}"
