@@ -87,6 +87,7 @@ setup(
         "pillow>=7.1",
         "pyarrow",
         "pycocotools>=2.0.2",
+        "scikit-image",
         "scipy>1.5.1",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed
         "shapely",
@@ -99,6 +100,6 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "scikit-image", "timm"]},
+    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "timm"]},
     cmdclass={"build_py": BuildWithConfigs},
 )

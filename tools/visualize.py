@@ -3,8 +3,9 @@
 
 A line is an image, a column a view. Boxes of one colour and number are the same region, and are
 matched; grey ones are in one view only. A method may draw what it makes of its views instead: MCL
-its montages, a line a pyramid, a column a level, with the image of each tile. With --method it is
-what the model draws of its own, such as CCOP's candidate boxes; the project's README says what.
+its montages, a line a pyramid, a column a level, with the image of each tile; point-level region
+contrast its points. With --method it is what the model draws of its own, such as CCOP's candidate
+boxes; the project's README says what.
 """
 
 import argparse

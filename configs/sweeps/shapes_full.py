@@ -6,8 +6,8 @@ Each method's own ImageNet or COCO recipe, as far as a run of 150 steps lets it:
 have to follow within dozens of steps, and a queue must not hold an image many times. Both are
 changed as in the methods' configs for the small detector.
 
-    pre-training    2 seeds * 6 methods * 150 steps of 128 images
-    fine-tuning     7 starts * (2 rates + 2 seeds) * 300 steps of 16 images
+    pre-training    2 seeds * 7 methods * 150 steps of 128 images
+    fine-tuning     8 starts * (2 rates + 2 seeds) * 300 steps of 16 images
 """
 
 from .common.shapes_benchmark import benchmark
@@ -64,6 +64,11 @@ sweep = benchmark(
             label="MCL",
             config="projects/MCL/configs/mcl_r50-fpn_8xb128-100ep_imagenet.py",
             overrides=[_MOMENTUM],
+        ),
+        point=dict(
+            label="point-level region contrast",
+            config="projects/PointRegionContrast/configs/point-region_r50_8xb32-200ep_imagenet.py",
+            overrides=["model.queue.length=1024", "model.momentum.value=0.99"],
         ),
     ),
     detector="configs/detection/mask_rcnn_r50_fpn_4conv1fc.py",

@@ -30,7 +30,7 @@ sweep = benchmark(
         mcl=dict(label="MCL", config="projects/MCL/configs/mcl_r18-fpn_b32_shapes.py"),
         point=dict(
             label="point-level region contrast",
-            config="projects/PointRegionContrast/configs/point-region_r18_b32_shapes.py",
+            config="projects/PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.py",
         ),
     ),
     detector="configs/detection/mask_rcnn_r18_fpn_shapes.py",

@@ -85,14 +85,21 @@ class Drawn(NamedTuple):
     """A sample before its pixels: the image is ``offset`` places after the one it stands for."""
 
     encoded: EncodedImage
+    size: tuple[int, int]
     views: list[ViewSample]
     photometry: list[np.ndarray]
     label: int
     offset: int
+    rng: np.random.Generator
 
 
 class ViewSampler(Protocol):
     """What a method owns of the data path. ``K`` and the views' sizes never change.
+
+    A sampler whose regions depend on the pixels may have a method
+    ``complete(views, image, size, rng)``: it gets the views that it chose, the decoded image
+    (``(h, w, 3)`` uint8 RGB, perhaps at a part of its size), the image's ``(width, height)`` and
+    the sample's generator, and returns the views with their regions. The geometries stay.
 
     A sampler whose views are worked on before the network sees them may have a method
     ``pictures(batch)``, which draws what comes of them (as
@@ -260,7 +267,7 @@ class PretrainDataset:
                 continue
             views = self.views(*file.size, file.boxes, rng)
             photometry = [view.photometry.sample(rng) for view in views]
-            return Drawn(file.encoded, views, photometry, file.label, place)
+            return Drawn(file.encoded, file.size, views, photometry, file.label, place, rng)
         raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
@@ -269,10 +276,14 @@ class PretrainDataset:
             reduce = decode_reduction(geometries) if drawn.encoded.reducible else 1
             try:
                 image = drawn.encoded.decode(reduce)
-                return Sample(image, reduce, drawn.views, drawn.photometry, drawn.label)
+                break
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
             drawn = self.draw(seed, epoch, index, drawn.offset + 1)
+        views = drawn.views
+        if hasattr(self.views, "complete"):
+            views = self.views.complete(views, image, drawn.size, drawn.rng)
+        return Sample(image, reduce, views, drawn.photometry, drawn.label)
 
     def sample(self, seed: int, epoch: int, index: int) -> Sample:
         """One image, its views and the photometric parameters of each.

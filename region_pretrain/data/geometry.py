@@ -43,6 +43,19 @@ class ViewGeometry:
             matrix[0] = (-sx, 0, self.size[1] + sx * self.left)
         return matrix
 
+    def original_points(self, points: np.ndarray) -> np.ndarray:
+        """Where points of the view are in the original image: the inverse of :attr:`affine`.
+
+        Args:
+            points: ``(..., 2)`` x and y in view pixels.
+
+        Returns:
+            ``(..., 2)`` float64 in original pixels.
+        """
+        x, y = points[..., 0] / self.size[1], points[..., 1] / self.size[0]
+        x = 1 - x if self.flip else x
+        return np.stack([self.left + x * self.width, self.top + y * self.height], axis=-1)
+
     @property
     def crop_box(self) -> np.ndarray:
         """``(4,)`` float32 XYXY: the crop in original pixels."""

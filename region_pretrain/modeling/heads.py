@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from detectron2.layers import get_norm
@@ -61,4 +62,36 @@ class MLPHead(nn.Sequential):
         if init_std is not None:
             for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
                 nn.init.normal_(linear.weight, std=init_std)
+                nn.init.zeros_(linear.bias)
+
+
+class DeepMLPHead(nn.Sequential):
+    """A linear layer from each width to the next, norm and ReLU between: the head of DINO or SwAV.
+
+    Args:
+        dims: channels of the input, of each hidden layer and of the output.
+        norm: as for :class:`MLPHead`.
+        init_std: of a truncated normal initialisation of all weights, with biases of 0; None for
+            PyTorch's.
+
+    Raises:
+        UserError: fewer than two widths.
+    """
+
+    def __init__(
+        self, dims: Sequence[int], norm: str = "SyncBN", init_std: float | None = None
+    ) -> None:
+        if len(dims) < 2:
+            raise UserError(f"a head of dims={list(dims)}: those of its input and output at least")
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(dims[:-1], dims[1:], strict=True):
+            if layers:
+                if norm:
+                    layers.append(_VectorNorm(norm, inputs))
+                layers.append(nn.ReLU(inplace=True))
+            layers.append(nn.Linear(inputs, outputs))
+        super().__init__(*layers)
+        if init_std is not None:
+            for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
+                nn.init.trunc_normal_(linear.weight, std=init_std)
                 nn.init.zeros_(linear.bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch.nn.functional as F
 from detectron2.modeling.backbone import FPN, Backbone
@@ -110,6 +110,35 @@ def pyramid_maps(
             span = reads[name]
             found[name] = output(here[span.start - low : span.stop - low])
     return found
+
+
+def freeze_unread(backbone: Backbone, names: Collection[str]) -> list[str]:
+    """Take the gradient from those of an FPN's convolutions that no map of interest needs.
+
+    :func:`pyramid_maps` does not run them, and a parameter that waits for a gradient in vain stops
+    a run of several processes.
+
+    Args:
+        backbone: the detector's own; of another one than Detectron2's FPN nothing is frozen.
+        names: of the maps that are read.
+
+    Returns:
+        The convolutions' names in the backbone, such as ``fpn_output2``.
+    """
+    if not isinstance(backbone, FPN):
+        return []
+    levels = pyramid_names(backbone)
+    finest = min(levels.index(name) for name in names)
+    frozen = []
+    for name, module in backbone.named_children():
+        if not name.startswith(("fpn_lateral", "fpn_output")):
+            continue
+        convs = backbone.lateral_convs if "lateral" in name else backbone.output_convs
+        level = len(levels) - 1 - list(convs).index(module)  # they are ordered coarsest first
+        if level < finest or ("output" in name and levels[level] not in names):
+            module.requires_grad_(False)
+            frozen.append(name)
+    return frozen
 
 
 def pyramid_names(backbone: Backbone) -> list[str]:

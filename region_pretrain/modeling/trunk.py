@@ -1,4 +1,4 @@
-"""The part of a detector that image-level methods pre-train."""
+"""The part of a detector that methods without a feature pyramid pre-train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trunk(nn.Module):
-    """The trunk below a detector's FPN, for methods that look at whole images.
+    """The trunk below a detector's FPN, for methods that look at whole images or at its last map.
 
     A model that holds it as ``backbone`` writes checkpoints of ``backbone.bottom_up.*`` and of
     nothing else: FPN, RPN and heads of the detector start anew, which the log says.
@@ -34,10 +34,14 @@ class Trunk(nn.Module):
         self.bottom_up = bottom_up
         self.feature = feature
         logger.info(
-            "an image-level method: it trains backbone.bottom_up only; FPN, RPN and all heads "
-            "start anew in the detector"
+            "this method trains backbone.bottom_up only; FPN, RPN and all heads start anew in the "
+            "detector"
         )
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """``(B, C, h, w)``: the last map of ``(B, 3, H, W)`` images."""
+        return self.bottom_up(images)[self.feature]
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C)``: the last map of ``(B, 3, H, W)`` images, averaged over space."""
-        return self.bottom_up(images)[self.feature].mean(dim=(2, 3))
+        return self.last_map(images).mean(dim=(2, 3))

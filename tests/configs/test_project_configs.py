@@ -49,7 +49,8 @@ def test_recipe(path: Path, tmp_path):
 def view_sizes(views) -> list[tuple[int, int]]:
     if "montage" in views:  # MCL: a full-size view a level, in two pyramids
         return [(views.montage.size,) * 2] * (2 * len(views.montage.ratios))
-    sizes = views.sizes if "sizes" in views else [views.size] * 2
+    partner = views.get("pairs", 0) > 0  # a third view, of point-level region contrast
+    sizes = views.sizes if "sizes" in views else [views.size] * (2 + partner)
     return [(size, size) for size in sizes]
 
 

@@ -5,42 +5,21 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
-from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.two_crops import TwoCrops
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.projects.moco import MoCo
 
-optimizer = get_config("common/optim.py").sgd
-lr_multiplier = get_config("common/schedule.py").pretrain
-train = get_config("common/train.py").train
-dataloader = get_config("common/data/unlabeled.py").dataloader
+_shared = get_config("common/moco_family.py")
+optimizer, lr_multiplier, train = _shared.optimizer, _shared.lr_multiplier, _shared.train
+dataloader = _shared.dataloader
 
-optimizer.lr = 0.03
-optimizer.weight_decay = 1e-4
-optimizer.params.weight_decay_norm = None  # norms decay as well
-train.base_batch_size = 256
-lr_multiplier.update(warmup_epochs=0, final_factor=0.0)
 train.output_dir = "output/moco"
-
-dataloader.train.total_batch_size = 256
-dataloader.train.dataset.regions = None
-dataloader.train.dataset.recipe = None
-_photometry = dict(
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    jitter_prob=0.8,
-    gray_prob=0.2,
-    blur_prob=0.5,
-    blur_sigma=(0.1, 2.0),
-)
 dataloader.train.dataset.views = L(TwoCrops)(
     size=224,
-    first_photometry=L(Photometry)(**_photometry),
-    second_photometry=L(Photometry)(**_photometry),
+    first_photometry=_shared.photometry,
+    second_photometry=_shared.photometry,
     crop_area=(0.2, 1.0),
 )
 

@@ -1,0 +1,20 @@
+"""Point-level region contrast on the trunk of the small Mask R-CNN of Shapes, 2 x 2 places a view.
+
+So few that the grid has 2 x 2 cells.
+"""
+
+from region_pretrain.config import get_config
+
+from .common.point_region import point_region
+from .common.shapes import dataloader, for_a_short_run, lr_multiplier, optimizer, train
+
+model = for_a_short_run(
+    point_region(
+        get_config("detection/mask_rcnn_r18_fpn_shapes.py").model,
+        trunk_dim=192,
+        hidden_dim=512,
+        dim=64,
+    )
+)
+dataloader.train.dataset.views.maps.n = 2
+train.output_dir = "output/point-region_r18_shapes"

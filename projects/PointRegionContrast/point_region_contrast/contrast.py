@@ -1,0 +1,221 @@
+"""The contrast of points: the four levels of the paper's figure 2 are settings of this one loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.gather import gather_rows
+from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.modeling.recompute import recomputed_sum
+
+OTHERS = ("none", "local", "gathered", "queue")
+LOGS = ("outside", "inside")
+#: Similarities at a time; some tensors of this size are there while the loss is worked out.
+_AT_ONCE = 1 << 22
+_NEVER = -1e4  # a logit that has no share in a softmax, and that no infinity comes from
+
+
+class Points(NamedTuple):
+    """Points of a batch's views.
+
+    Attributes:
+        vectors: ``(B, S, D)`` features, not normalised.
+        ids: ``(B, S)`` int64 on the CPU; within an image, equal ids are positives of each other.
+        valid: ``(B, S)`` bool on the CPU.
+    """
+
+    vectors: Tensor
+    ids: Tensor
+    valid: Tensor
+
+
+class PointContrast(nn.Module):
+    r"""Contrast of points with the points of the same region, of others, and of other images.
+
+    With unit vectors :math:`f_a` of the query view's points, :math:`g_c` of the key view's, and P
+    the points of the key view with the id of a,
+
+    .. math:: \ell_a = -\frac{1}{|P|} \sum_{p \in P}
+              \log \frac{e^{\langle f_a, g_p \rangle / \tau}}
+                        {\sum_{c \in C} e^{\langle f_a, g_c \rangle / \tau}}
+
+    where C are P, the image's other points (``in_image``) and those of other images (``others``).
+    Averaged over all points of all images that have a positive. (Point-level region contrast, arXiv
+    2202.04639; the equation is read out of the abstract and figure 2.)
+
+    Args:
+        temperature: tau.
+        in_image: points of other regions of the same image are negatives.
+        others: which other images' points are: ``"none"``, ``"local"`` (this process's batch),
+            ``"gathered"`` (all processes' batches) or ``"queue"`` (of earlier batches).
+        pool: so many consecutive points are averaged first; 1: none. With all points of a region
+            this is the contrast of regions.
+        log: ``"outside"``: as above; ``"inside"``: of the positives' summed share instead.
+        same_view: points of the query view are positives and negatives as well.
+        queue_length, dim: of the queue, where there is one.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.2,
+        in_image: bool = True,
+        others: str = "local",
+        pool: int = 1,
+        log: str = "outside",
+        same_view: bool = False,
+        queue_length: int = 65_536,
+        dim: int = 128,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (("others", others, OTHERS), ("log", log, LOGS)):
+            if value not in known:
+                raise UserError(f"model.contrast.{name}={value!r}: it is one of {', '.join(known)}")
+        if temperature <= 0 or pool < 1:
+            raise UserError(
+                f"model.contrast.temperature={temperature} and pool={pool}: more than 0, and at "
+                "least 1"
+            )
+        if others == "none" and not in_image:
+            raise UserError(
+                "model.contrast.in_image=False and others=none: there is no negative left"
+            )
+        self.temperature = temperature
+        self.in_image, self.others = in_image, others
+        self.pool = pool
+        self.log, self.same_view = log, same_view
+        self.queue = KeyQueue(queue_length, dim) if others == "queue" else None
+
+    def forward(self, query: Points, key: Points) -> tuple[Tensor, int, Tensor]:
+        """The loss of this process's points, and of how many.
+
+        Args:
+            query: of the query view.
+            key: of the key view; gets no gradient. ``gathered`` and ``queue`` want the same number
+                of slots on every process.
+
+        Returns:
+            Sum over the query view's points that have a positive; 0, connected to the graph, where
+            none has. Their number. The mean cosine of positives, 0 where there is none.
+        """
+        query, key = self._pooled(query), self._pooled(key._replace(vectors=key.vectors.detach()))
+        bank, bank_ids, bank_valid = key
+        if self.same_view:
+            bank = torch.cat([bank, query.vectors], dim=1)
+            bank_ids = torch.cat([bank_ids, query.ids], dim=1)
+            bank_valid = torch.cat([bank_valid, query.valid], dim=1)
+        positive = query.ids[:, :, None] == bank_ids[:, None]
+        positive &= query.valid[:, :, None] & bank_valid[:, None]  # (B, S, S')
+        slots = query.ids.shape[1]
+        if self.same_view:  # a point is not its own positive
+            positive[:, :, -slots:] &= ~torch.eye(slots, dtype=torch.bool)
+        anchors = positive.any(dim=2)
+        count = int(anchors.sum())
+
+        device = bank.device
+        candidate = positive
+        if self.in_image:
+            candidate = bank_valid[:, None] & query.valid[:, :, None]
+            if self.same_view:
+                candidate = candidate.clone()
+                candidate[:, :, -slots:] &= ~torch.eye(slots, dtype=torch.bool)
+        own = [t.to(device, non_blocking=True) for t in (positive, candidate, anchors)]
+        others = self._others(bank, bank_valid)
+
+        def part(images: slice) -> Tensor:
+            return self._loss(images, query.vectors, bank, *own, *others)
+
+        columns = bank.shape[1] + len(others[0])
+        step = _AT_ONCE // max(slots * columns, 1)
+        with torch.autocast(device.type, enabled=False):
+            loss = recomputed_sum(part, len(bank), step)
+            with torch.no_grad():
+                cosine = torch.einsum("bid,bjd->bij", query.vectors, bank)
+                similarity = (cosine * own[0]).sum() / max(int(positive.sum()), 1)
+        if self.queue is not None and self.training:
+            flat = key.valid.flatten().to(device, non_blocking=True)
+            self.queue.enqueue(key.vectors.flatten(0, 1), flat)
+        return loss, count, similarity
+
+    def _pooled(self, points: Points) -> Points:
+        """Unit vectors, one a group of ``pool`` points."""
+        vectors, ids, valid = points.vectors.float(), points.ids, points.valid
+        if self.pool > 1:
+            if ids.shape[1] % self.pool:
+                raise UserError(
+                    f"model.contrast.pool={self.pool} does not divide the {ids.shape[1]} points "
+                    "of a view: it is dataloader.train.dataset.views.points"
+                )
+            vectors = vectors.unflatten(1, (-1, self.pool)).mean(dim=2)
+            ids, valid = (t.unflatten(1, (-1, self.pool)) for t in (ids, valid))
+            if (ids != ids[..., :1]).any():
+                raise UserError(
+                    f"model.contrast.pool={self.pool} averages points of several ids: it is "
+                    "dataloader.train.dataset.views.points, with views.positives=region"
+                )
+            ids, valid = ids[..., 0], valid.all(dim=2)
+        return Points(F.normalize(vectors, dim=2), ids, valid)
+
+    def _others(self, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """``(M, D)`` vectors that are negatives, and ``(M,)`` of which of our images each is.
+
+        -1 is none of this process's images, -2 no point at all.
+        """
+        images, slots = valid.shape
+        device = bank.device
+        if self.others == "none":
+            return bank.new_zeros(0, bank.shape[2]), torch.zeros(
+                0, dtype=torch.int64, device=device
+            )
+        if self.queue is not None:
+            negatives = self.queue.negatives()
+            return negatives, torch.full((len(negatives),), -1, device=device)
+        image = torch.arange(images)[:, None].expand(-1, slots)
+        image = torch.where(valid, image, -2).flatten().to(device, non_blocking=True)
+        vectors = bank.flatten(0, 1)
+        if self.others == "gathered" and comm.get_world_size() > 1:
+            offset = comm.get_rank() * images
+            # Numbered over all processes, then seen from this one.
+            everywhere = gather_rows(torch.where(image < 0, image, image + offset))
+            mine = (everywhere >= offset) & (everywhere < offset + images)
+            image = torch.where(mine, everywhere - offset, everywhere.clamp(max=-1))
+            vectors = gather_rows(vectors)
+        return vectors, image
+
+    def _loss(
+        self,
+        images: slice,
+        query: Tensor,
+        bank: Tensor,
+        positive: Tensor,
+        candidate: Tensor,
+        anchors: Tensor,
+        others: Tensor,
+        image_of_other: Tensor,
+    ) -> Tensor:
+        """Sum over the anchors of some images; shapes as in :meth:`forward`."""
+        query, positive, anchors = query[images], positive[images], anchors[images]
+        own = torch.einsum("bid,bjd->bij", query, bank[images]) / self.temperature
+        far = query @ others.T / self.temperature  # (b, S, M)
+        image = torch.arange(images.start, images.stop, device=far.device)
+        banned = (image_of_other == image[:, None]) | (image_of_other == -2)  # (b, M)
+        logits = torch.cat(
+            [
+                own.masked_fill(~candidate[images], _NEVER),
+                far.masked_fill(banned[:, None], _NEVER),
+            ],
+            dim=2,
+        )
+        if self.log == "inside":
+            found = own.masked_fill(~positive, _NEVER).logsumexp(dim=2)
+        else:
+            found = (own * positive).sum(dim=2) / positive.sum(dim=2).clamp(min=1)
+        return ((logits.logsumexp(dim=2) - found) * anchors).sum()

@@ -1,0 +1,141 @@
+"""Points of regions in their views, and what a point is alike to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from matplotlib import colormaps
+from torch import Tensor
+
+from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.evaluation.plots import draw_boxes
+from region_pretrain.evaluation.view_pictures import view_pixels
+
+_SHOWN = 12  # places of each pair of views
+_COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(int).tolist()
+_HEAT = colormaps["inferno"]
+_POINT = (0, 235, 235)
+
+
+def draw_points(
+    image: np.ndarray,
+    points: np.ndarray,
+    colours: Sequence[Sequence[int]],
+    labels: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Draw points and their labels.
+
+    Args:
+        image: (H, W, 3) uint8 RGB. A small one is enlarged.
+        points: (N, 2) x and y in its pixels.
+        colours: N RGB colours in 0-255.
+        labels: N short texts.
+
+    Returns:
+        (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
+    """
+    picture = draw_boxes(image, np.zeros((0, 4)))
+    scale = picture.shape[1] / image.shape[1]
+    centres = np.rint(points * scale).astype(int).tolist()
+    for i, (centre, colour) in enumerate(zip(centres, colours, strict=True)):
+        cv2.circle(picture, centre, 5, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+        cv2.circle(picture, centre, 4, tuple(map(int, colour)), cv2.FILLED, cv2.LINE_AA)
+        if labels is not None:
+            _write(picture, labels[i], (centre[0] + 6, centre[1] + 4))
+    return picture
+
+
+def _write(picture: np.ndarray, text: str, corner: tuple[int, int]) -> None:
+    for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+        cv2.putText(
+            picture, text, corner, cv2.FONT_HERSHEY_SIMPLEX, 0.45, colour, thickness, cv2.LINE_AA
+        )
+
+
+def draw_views(batch: ViewBatch, slots: int) -> list[list[np.ndarray]]:
+    """Draw the points of each image of a batch.
+
+    Args:
+        batch: of :class:`~region_pretrain.projects.point_region_contrast.views.PointRegionViews`.
+        slots: number of those that are points of regions.
+
+    Returns:
+        For each image a row of (H, W, 3) uint8 RGB: the points of regions in query and key view, a
+        colour a region; and where there is a partner, query view and partner with places that both
+        see, a colour and a number a place.
+    """
+    pixels = [view_pixels(view) for view in batch.views]
+    rows = []
+    for i in range(len(batch)):
+        shown = np.unique(batch.views[0].region_ids[i, :slots][batch.views[0].valid[i, :slots]])
+        colour = {id_: _COLOURS[n % len(_COLOURS)] for n, id_ in enumerate(shown.tolist())}
+        row = []
+        for view, images in zip(batch.views[:2], pixels, strict=False):
+            valid = view.valid[i, :slots]
+            ids = view.region_ids[i, :slots][valid].tolist()
+            xy = view.boxes[i, :slots][valid][:, :2].numpy()
+            row.append(draw_points(images[i], xy, [colour[id_] for id_ in ids]))
+        if len(batch.views) > 2:
+            there = np.flatnonzero(batch.views[2].valid[i].numpy())
+            few = there[np.linspace(0, len(there) - 1, min(_SHOWN, len(there))).astype(int)]
+            colours = [_COLOURS[n % len(_COLOURS)] for n in range(len(few))]
+            numbers = [str(n + 1) for n in range(len(few))]
+            for v, at in ((0, slots + few), (2, few)):
+                xy = batch.views[v].boxes[i, at, :2].numpy()
+                row.append(draw_points(pixels[v][i], xy, colours, numbers))
+        rows.append(row)
+    return rows
+
+
+def draw_affinities(
+    query_view: View,
+    key_view: View,
+    places: Tensor,
+    valid: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+) -> list[list[np.ndarray]]:
+    """Draw a point of each image and what it is alike to.
+
+    Args:
+        query_view, key_view: of the images.
+        places: ``(B, M, 2)`` points of the query view in pixels.
+        valid: ``(B, M)`` bool.
+        student, teacher: ``(B, M, cells, cells)`` affinities to the key view's cells, summing to 1.
+
+    Returns:
+        For each image the query view with that of its points that is nearest to its middle, and the
+        key view under each affinity map: the brighter, the more alike; the number says how many
+        times the highest affinity is that of an even map.
+    """
+    queries, keys = view_pixels(query_view), view_pixels(key_view)
+    rows = []
+    for i in range(len(queries)):
+        if not valid[i].any():
+            rows.append(
+                [
+                    draw_points(image, np.zeros((0, 2)), [])
+                    for image in (queries[i], keys[i], keys[i])
+                ]
+            )
+            continue
+        middle = np.array(queries[i].shape[1::-1]) / 2
+        distance = ((places[i].numpy() - middle) ** 2).sum(axis=1)
+        chosen = int(np.where(valid[i].numpy(), distance, np.inf).argmin())
+        row = [draw_points(queries[i], places[i, chosen : chosen + 1].numpy(), [_POINT])]
+        for maps in (student, teacher):
+            row.append(_draw_heat(keys[i], maps[i, chosen].cpu().numpy()))
+        rows.append(row)
+    return rows
+
+
+def _draw_heat(image: np.ndarray, affinity: np.ndarray) -> np.ndarray:
+    picture = draw_boxes(image, np.zeros((0, 4)))
+    heat = cv2.resize(affinity, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+    colours = 255 * _HEAT(heat / heat.max())[..., :3]
+    grey = picture.mean(axis=2, keepdims=True)
+    mixed = np.clip(0.65 * colours + 0.35 * grey, 0, 255).astype(np.uint8)
+    _write(mixed, f"x{affinity.max() * affinity.size:.1f}", (6, mixed.shape[0] - 8))
+    return mixed
