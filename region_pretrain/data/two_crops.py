@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import random_resized_crop
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
+
+
+def checked_crop_area(size: int, crop_area: Sequence[float]) -> tuple[float, float]:
+    """The range of a crop's share of the image.
+
+    Args:
+        size: side of the view in pixels.
+        crop_area: as a config gives it.
+
+    Raises:
+        UserError: one of them makes no sense.
+    """
+    area = tuple(crop_area)
+    if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise UserError(
+            f"views.size={size} and crop_area={area}: at least 2 pixels, and a range within (0, 1]"
+        )
+    return area
 
 
 class TwoCrops:
@@ -29,15 +49,9 @@ class TwoCrops:
         second_photometry: Photometry,
         crop_area: tuple[float, float] = (0.2, 1.0),
     ) -> None:
-        area = tuple(crop_area)
-        if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-            raise UserError(
-                f"views.size={size} and crop_area={area}: at least 2 pixels, and a range within "
-                "(0, 1]"
-            )
+        self.crop_area = checked_crop_area(size, crop_area)
         self.size = (size, size)
         self.photometry = (first_photometry, second_photometry)
-        self.crop_area = area
 
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator

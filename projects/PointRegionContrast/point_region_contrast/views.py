@@ -11,6 +11,7 @@ from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import ViewGeometry, map_points, random_resized_crop
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.two_crops import checked_crop_area
 from region_pretrain.errors import UserError
 from region_pretrain.projects.point_region_contrast.correspondence import (
     crop_overlap,
@@ -71,12 +72,7 @@ class PointRegionViews:
         min_overlap: float = 0.5,
         max_draws: int = 101,
     ) -> None:
-        area = tuple(crop_area)
-        if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-            raise UserError(
-                f"views.size={size} and crop_area={area}: at least 2 pixels, and a range within "
-                "(0, 1]"
-            )
+        area = checked_crop_area(size, crop_area)
         if positives not in POSITIVES:
             raise UserError(f"views.positives={positives!r}: it is one of {', '.join(POSITIVES)}")
         counts = dict(num_regions=num_regions, points=points, cells=cells, max_draws=max_draws)

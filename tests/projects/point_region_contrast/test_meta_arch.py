@@ -226,7 +226,7 @@ def test_shuffled_regions_do_not_run_away(small_model, make_batch, level):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        losses.append(float(outputs["loss_point"]) / 0.3)
+        losses.append(outputs["loss_point"].item() / 0.3)
         assert all(p.isfinite().all() for p in parameters)
     even = math.log(4 * (8 if level == "region" else 24))  # at most so many candidates
     assert max(losses) < 1.5 * even and losses[-1] < 1.2 * even
