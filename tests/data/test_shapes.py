@@ -1,6 +1,9 @@
 """Shapes: what it draws is what it says."""
 
 import json
+import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -138,6 +141,23 @@ def test_the_same_seed_gives_the_same_files_whatever_the_size_and_workers(tmp_pa
     assert first["annotations"] == second["annotations"][: len(first["annotations"])]
     train = make_shapes(ShapesSpec("train", 1, side=48))
     assert (train / "images/000000.png").read_bytes() != (few / "images/000000.png").read_bytes()
+
+
+#: As a cluster's jobs run: they ignore SIGTERM, and what they start does, too.
+IN_A_JOB = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from region_pretrain.data.shapes import ShapesSpec, make_shapes
+for seed in range(8):  # the harm is done by chance
+    make_shapes(ShapesSpec("val", 100, 32, seed), workers=2)
+"""
+
+
+def test_made_where_sigterm_is_ignored(tmp_path):
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", IN_A_JOB], env=environment, check=True, timeout=60)
+    made = list(tmp_path.rglob("annotations.json"))
+    assert [len(json.loads(path.read_text())["images"]) for path in made] == [100] * 8
 
 
 def test_the_json_is_coco_and_its_masks_have_their_areas():

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -116,8 +117,10 @@ def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
         if workers == 1:
             results = [_render_to_disk(job) for job in tqdm(jobs, **bar)]
         else:
-            with get_context("fork").Pool(workers, cv2.setNumThreads, (0,)) as pool:
-                results = list(tqdm(pool.imap(_render_to_disk, jobs, chunksize=16), **bar))
+            # Not multiprocessing.Pool: it ends its workers by SIGTERM, which a cluster's jobs ignore.
+            context = get_context("fork")
+            with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
+                results = list(tqdm(pool.map(_render_to_disk, jobs, chunksize=16), **bar))
         coco = {
             "info": {"description": "Shapes, procedural", "version": str(_VERSION), **asdict(spec)},
             "images": [image for image, _ in results],
