@@ -117,7 +117,7 @@ def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
         if workers == 1:
             results = [_render_to_disk(job) for job in tqdm(jobs, **bar)]
         else:
-            # Not multiprocessing.Pool: it ends its workers by SIGTERM, which a cluster's jobs ignore.
+            # Not multiprocessing.Pool: it ends workers by SIGTERM, which a cluster's jobs ignore.
             context = get_context("fork")
             with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
                 results = list(tqdm(pool.map(_render_to_disk, jobs, chunksize=16), **bar))
