@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark test lint clean
+.PHONY: setup demo benchmark test test-slurm lint clean
 
 setup: $(STAMP)
 
@@ -29,7 +29,11 @@ benchmark: $(STAMP)
 	$(BIN)/python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2 --wait
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/slurm
+
+# On a real slurmctld and two slurmd of this machine: apt-get install slurm-wlm munge
+test-slurm: $(STAMP)
+	REQUIRE_SLURM=1 $(BIN)/python -m pytest -q tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

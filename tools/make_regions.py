@@ -4,6 +4,8 @@
     tools/make_regions.py --images photos --out regions.arrow --recipe soco-v1
     tools/make_regions.py --dataset imagenet_train --out imagenet.arrow --shard 3/64
     tools/make_regions.py --config-file projects/NAME/configs/x.py   # what this config asks for
+    tools/make_regions.py --dataset imagenet_train --out imagenet.arrow \\
+        --shards 64 --slurm partition=cpu,cpus-per-task=16           # as a job array
 
 Run it again after an interruption and it goes on. Shards may run at once on machines that share
 the output's disk.
@@ -20,6 +22,7 @@ import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.launch.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import format_summary, make_regions
 from region_pretrain.regions.preview import draw_preview
@@ -65,8 +68,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--part-size", type=int, default=1000, help="images in a part (1000)")
     parser.add_argument("--preview", type=int, metavar="N", help="draw N images: FILE.preview.png")
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="with --slurm: so many jobs share it"
+    )
+    add_slurm_arguments(parser)
     parser.add_argument("opts", nargs="*", help="with --config-file: key=value")
     return parser.parse_args(argv)
+
+
+def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
+    """The command line of a shard, without a config that might be edited meanwhile."""
+    if isinstance(names, str) and names.startswith(FOLDER_PREFIX):
+        what = ["--images", names.removeprefix(FOLDER_PREFIX)]
+    else:
+        what = ["--dataset", *([names] if isinstance(names, str) else names)]
+    flags = {
+        "--out": args.out,
+        "--recipe": args.recipe,
+        "--workers": args.workers,
+        "--max-unreadable": args.max_unreadable,
+        "--part-size": args.part_size,
+        "--preview": args.preview,
+    }
+    given = [text for flag, value in flags.items() if value is not None for text in (flag, value)]
+    settings = [text for item in changes.items() for text in ("--set", "=".join(item))]
+    return [*what, *map(str, given), *settings]
 
 
 @exit_on_user_error
@@ -108,6 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--preview {args.preview}: draw at least one image")
 
     records = get_records(names)
+    if wants_slurm(args):
+        submit_shards(args, "tools/make_regions.py", _arguments(args, names, changes), args.out)
+        return
     summary = make_regions(
         records,
         args.out,

@@ -4,15 +4,20 @@
 from region_pretrain.engine.command_line import argument_parser, launch_with_config
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.launch.submission import add_slurm_arguments, submit_training, wants_slurm
 
 
 @exit_on_user_error
 def main() -> None:
     parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
+    add_slurm_arguments(parser)
     args = parser.parse_intermixed_args()
     if args.eval_only:
         raise UserError("--eval-only is for tools/train_net.py; pre-training has no results")
-    launch_with_config(args, do_pretrain, args.resume)
+    if wants_slurm(args):
+        submit_training(args, "tools/pretrain_net.py")
+    else:
+        launch_with_config(args, do_pretrain, args.resume)
 
 
 if __name__ == "__main__":

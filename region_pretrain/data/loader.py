@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import cv2
 import numpy as np
 import torch
 from detectron2.utils import comm
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.workers import init_worker
 from region_pretrain.errors import UserError
 
 
@@ -40,10 +40,6 @@ class _Batches(Dataset):
     def __getitem__(self, iteration: int) -> ViewBatch:
         epoch, indices = self.indices(iteration)
         return self.dataset.batch(self.seed, epoch, indices)
-
-
-def _init_worker(_: int) -> None:
-    cv2.setNumThreads(0)
 
 
 class PretrainLoader:
@@ -113,6 +109,6 @@ class PretrainLoader:
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
                 prefetch_factor=self.prefetch_factor if self.num_workers else None,
-                worker_init_fn=_init_worker,
+                worker_init_fn=init_worker,
             )
         )

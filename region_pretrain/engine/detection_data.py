@@ -21,6 +21,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from region_pretrain.data.workers import init_worker
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.engine.run import TrainingData
 from region_pretrain.errors import UserError
@@ -114,6 +115,7 @@ class DetectionTrainData:
             batch_sampler=itertools.islice(self._batches(), start_iter, stop_iter),
             num_workers=self._num_workers,
             collate_fn=_as_is,
+            worker_init_fn=init_worker,
             generator=torch.Generator(),  # else starting it draws from the model's random numbers
         )
         return iter(loader)

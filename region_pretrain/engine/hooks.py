@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
+from region_pretrain.errors import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class CheckpointHook(HookBase):
         minutes: save when so many minutes have passed since the last save, at a log step; 0: never.
         keep_last: how many numbered files to keep; 0: all.
         keep_every: keep those of every so many iterations as well; 0: none.
+        stop: asked after each step on all ranks: True saves and ends the run with ``Stopped``.
     """
 
     def __init__(
@@ -34,12 +37,14 @@ class CheckpointHook(HookBase):
         minutes: float = 0,
         keep_last: int = 0,
         keep_every: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.checkpointer = checkpointer
         self.period = period
         self.minutes = minutes
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.stop = stop
         self._saved_at = time.monotonic()
 
     def before_train(self) -> None:
@@ -49,12 +54,16 @@ class CheckpointHook(HookBase):
     def after_step(self) -> None:
         iteration = self.trainer.iter
         last = iteration == self.trainer.max_iter - 1
-        if not last and not self._is_due(iteration + 1):
+        stopping = self.stop()
+        if not last and not stopping and not self._is_due(iteration + 1):
             return
         self.trainer.check_finite()
         self.checkpointer.save(FINAL if last else checkpoint_name(iteration), iteration=iteration)
         self.checkpointer.remove_old(self.keep_last, self.keep_every)
         self._saved_at = time.monotonic()
+        if stopping and not last:
+            logger.warning("told to stop: saved after iteration %d, leaving", iteration)
+            raise Stopped
 
     def _is_due(self, done: int) -> bool:
         if any(period and done % period == 0 for period in (self.period, self.keep_every)):

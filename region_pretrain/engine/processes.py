@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import STOPPED, UserError
 
 _EXIT_CODE = 2
 
@@ -79,8 +79,8 @@ def launch(
             args=(main, args),
         )
     except ProcessExitedException as error:
-        if error.exit_code == _EXIT_CODE:  # a UserError, which the child has printed
-            sys.exit(_EXIT_CODE)
+        if error.exit_code in (_EXIT_CODE, STOPPED):  # the child has printed what there is to say
+            sys.exit(error.exit_code)
         raise
     finally:
         os.environ.clear()
@@ -107,7 +107,8 @@ def _join_from_environment(device: str) -> None:
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     if device != "cpu":
-        torch.cuda.set_device(local_rank)
+        # A scheduler may show each process all GPUs of its machine, or its own alone.
+        torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     comm.synchronize()

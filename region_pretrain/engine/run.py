@@ -21,6 +21,7 @@ from torch import nn
 
 from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
 from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
+from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.setup import resolve_device
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.writers import build_writers, read_last_metrics
@@ -133,8 +134,8 @@ def _wrap(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
     if cfg.train.compile:
         model.compile()  # in place: names in the state dict stay
     ddp = dict(cfg.train.ddp)
-    if device.type == "cpu":
-        ddp["device_ids"] = None
+    # The device's own number: a task of a job may see no GPU but its own.
+    ddp["device_ids"] = None if device.type == "cpu" else [device.index]
     return create_ddp_model(model, **ddp)
 
 
@@ -209,6 +210,9 @@ def run_training(
 
     Returns:
         The trained model without DDP, and the newest value of each metric (on the main process).
+
+    Raises:
+        Stopped: USR2 (in a job: or TERM) came; a checkpoint of the last step is there.
     """
     train = cfg.train
     device = resolve_device(train.device)
@@ -266,6 +270,9 @@ def run_training(
     if comm.is_main_process():
         writers = build_writers(train.output_dir, start_iter, max_iter)
         trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
-    trainer.register_hooks([CheckpointHook(checkpointer, **train.checkpointer)])
-    trainer.train(start_iter, max_iter)
+    stop = StopRequest()
+    trainer.register_hooks([CheckpointHook(checkpointer, **train.checkpointer, stop=stop.agreed)])
+    with stop.listen():
+        trainer.train(start_iter, max_iter)
+    stop.close()
     return model, {name: value for name, (value, _) in trainer.storage.latest().items()}

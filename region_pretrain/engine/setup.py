@@ -131,12 +131,9 @@ def _claim(cfg: DictConfig, resume: bool) -> int:
     folder = cfg.train.output_dir
     path = os.path.join(folder, "config.yaml")
     saved = None
-    if holds_run(folder):
-        if not resume:
-            raise UserError(
-                f"{folder} already holds a run: continue it with --resume, "
-                "or take another train.output_dir"
-            )
+    if not resume:
+        refuse_held(folder)
+    elif holds_run(folder):
         saved = _load_saved(path)
     seed = cfg.train.seed
     if seed is None:
@@ -161,6 +158,19 @@ def holds_run(folder: str) -> bool:
     return "metrics.json" in names or any(
         name.startswith("model_") and name.endswith(".pth") for name in names
     )
+
+
+def refuse_held(folder: str) -> None:
+    """Stop a new run in a folder that holds one.
+
+    Raises:
+        UserError: it does.
+    """
+    if holds_run(folder):
+        raise UserError(
+            f"{folder} already holds a run: continue it with --resume, "
+            "or take another train.output_dir"
+        )
 
 
 def config_text(cfg: DictConfig) -> str:

@@ -209,7 +209,7 @@ class _Task:
         """Not where the job was cancelled, or is requeued already by who told it to stop."""
         if self.env.cluster != "slurm":
             return self.told != signal.SIGTERM
-        command = ["squeue", "--noheader", "--format=%T", f"--jobs={self.env.raw_job_id}"]
+        command = ["squeue", "--noheader", "--format=%T", f"--jobs={self.env.job_id}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from region_pretrain.launch.sweeps.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 REPORT = ("report.html", "report.md", "results.csv")
-METHODS = {"supervised", "moco", "byol", "soco", "ccop", "mcl"}
+METHODS = {"supervised", "moco", "byol", "soco", "ccop", "mcl", "point"}
 
 
 def overrides(run):
@@ -33,7 +33,7 @@ def config(run):
 def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path):
     changes = ["sweep.seeds=[0]", f"sweep.output_dir={tmp_path}"]
     sweep = load_sweep(str(ROOT / f"configs/sweeps/shapes_{size}.py"), changes)
-    assert METHODS <= set(sweep.pretrain) and list(sweep.baselines) == ["random"]
+    assert METHODS == set(sweep.pretrain) and list(sweep.baselines) == ["random"]
     plan = make_plan(sweep)
     kinds = {e["run"]: e["kind"] for e in plan.entries}
     of = {kind: [r for r in plan.runs.values() if kinds[r.id] == kind] for kind in kinds.values()}

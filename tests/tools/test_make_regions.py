@@ -139,3 +139,28 @@ def test_a_method_without_regions_says_so(capsys):
             "and --recipe ID for regions of its images all the same"
         )
     )
+
+
+def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/a.png")
+    made = []
+    monkeypatch.setattr(
+        "region_pretrain.launch.submission._submit", lambda jobs, *_: made.extend(jobs)
+    )
+    out = str(tmp_path / "x.arrow")
+    array = ["--shards", "3", "--slurm", "partition=cpu,cpus-per-task=4"]
+    recipe = ["--recipe", "ccop-v1", "--set", "mode=fast", "--working-size", "99", "--workers", "2"]
+    here = tool()
+    here.main(["--images", str(tmp_path / "images"), "--out", out, *recipe, *array])
+    assert [job.arguments[-2:] for job in made] == [["--shard", f"{i}/3"] for i in range(3)]
+    assert {job.resume for job in made} == {""} and len({job.output_dir for job in made}) == 3
+    args = here.parse_args(made[1].arguments)
+    assert (args.images, args.out, args.workers) == (str(tmp_path / "images"), out, 2)
+    assert args.recipe == "ccop-v1" and sorted(args.set) == ["mode=fast", "working_size=99"]
+    with pytest.raises(SystemExit):
+        here.main(["--images", str(tmp_path / "images"), "--out", out, *array[:2], "--slurm", "a"])
+    assert "'a' is not of the form key=value" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        here.main(["--images", str(tmp_path / "images"), "--out", out, "--dry-run"])
+    assert "--dry-run shows what --slurm would submit" in capsys.readouterr().err

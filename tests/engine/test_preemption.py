@@ -1,0 +1,139 @@
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from tiny_run import TellAt, make_config, make_detection_config, train_in_process
+from torch.utils.data import DataLoader, Dataset
+
+from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.data.workers import init_worker
+from region_pretrain.engine.detection_data import DetectionTrainData
+from region_pretrain.engine.finetune import do_train
+from region_pretrain.engine.preemption import StopRequest
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
+from region_pretrain.errors import STOPPED, Stopped
+
+CLOCK = {"time", "data_time", "img_per_sec"}
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("model_*.pth"))
+
+
+def same_weights(a, b):
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (a, b))
+    return all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+@pytest.mark.parametrize(
+    ("run", "config"), [(do_pretrain, make_config), (do_train, make_detection_config)]
+)
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(tmp_path, monkeypatch, run, config):
+    hooks = [L(TellAt)()]
+    run(config(tmp_path / "whole", hooks=hooks))
+    monkeypatch.setenv("TELL_AT", "8")
+    with pytest.raises(Stopped) as stopped:
+        run(config(tmp_path / "told", hooks=hooks))
+    assert stopped.value.code == STOPPED == 75
+    assert checkpoints(tmp_path / "told")[-1] == "model_0000008.pth"
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+    run(config(tmp_path / "told", hooks=hooks), resume=True)
+    assert metrics(tmp_path / "told") == metrics(tmp_path / "whole")
+    assert same_weights(tmp_path / "told", tmp_path / "whole")
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, monkeypatch):
+    monkeypatch.setenv("TELL_AT", "19")
+    do_pretrain(make_config(tmp_path, hooks=[L(TellAt)()]))
+    assert "model_final.pth" in checkpoints(tmp_path)
+
+
+def test_one_of_two_processes_is_told_and_both_leave_after_the_same_step(tmp_path, monkeypatch):
+    train = {"hooks": [L(TellAt)()]}
+    launch(train_in_process, 2, device="cpu", args=(str(tmp_path / "whole"), False, train))
+    monkeypatch.setenv("TELL_AT", "8")
+    folder = tmp_path / "told"
+    with pytest.raises(SystemExit) as stopped:
+        launch(train_in_process, 2, device="cpu", args=(str(folder), False, train))
+    assert stopped.value.code == STOPPED
+    assert checkpoints(folder)[-1] == "model_0000009.pth"  # heard of at the next boundary
+    launch(train_in_process, 2, device="cpu", args=(str(folder), True, train))
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    assert same_weights(folder, tmp_path / "whole")
+
+
+def test_term_is_a_request_in_a_job_only(monkeypatch):
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    stop = StopRequest()
+    with stop.listen():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    with stop.listen():
+        assert not stop.agreed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_thread_that_gets_no_signals_trains_all_the_same():
+    entered = []
+
+    def listen():
+        with StopRequest().listen():
+            entered.append(True)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert entered == [True]
+
+
+class TellsItself(Dataset):
+    """Its worker gets a signal at each item, as SLURM gives it to every process of a job."""
+
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+        return index
+
+    def batch(self, seed, epoch, indices):
+        return self[len(indices)]
+
+
+def test_workers_forked_while_a_run_listens_ignore_usr2():
+    stop = StopRequest()
+    with stop.listen():
+        got = list(DataLoader(TellsItself(signal.SIGUSR2), batch_size=None, num_workers=1))
+    assert [int(i) for i in got] == list(range(8)) and stop.heard is None
+
+
+@pytest.mark.parametrize("kind", ["plain", "pre-training", "fine-tuning"])
+def test_loader_workers_of_a_job_ignore_both_signals(monkeypatch, kind):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    both = TellsItself(signal.SIGUSR2, signal.SIGTERM)
+    with StopRequest().listen():
+        if kind == "plain":
+            got = DataLoader(both, batch_size=None, num_workers=1, worker_init_fn=init_worker)
+            assert [int(i) for i in got] == list(range(8))
+        elif kind == "pre-training":
+            assert list(PretrainLoader(both, 2, num_workers=1).iterate(0, 3)) == [2, 2, 2]
+        else:
+            mapper = lambda record: both[record["image_id"]]  # noqa: E731
+            data = DetectionTrainData([{"image_id": i} for i in range(8)], mapper, 2, num_workers=1)
+            assert [len(batch) for batch in data.iterate(0, 3)] == [2, 2, 2]

@@ -1,0 +1,196 @@
+"""Runs on a real SLURM: two nodes, slurmctld and slurmd on this machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from slurm_runs import (
+    ROOT,
+    in_step,
+    is_over,
+    metrics,
+    outcomes,
+    submit,
+    wait_until,
+)
+
+from region_pretrain.errors import UserError
+from region_pretrain.launch.attempts import read_attempts
+from region_pretrain.launch.cluster import Cluster, check_cluster
+from region_pretrain.launch.job import ToolJob
+from region_pretrain.launch.job import submit as submit_jobs
+
+pytestmark = pytest.mark.slurm
+
+TWO = "partition=low,nodes=2,tasks-per-node=1,cpus-per-task=1,mem=1G"
+HERE = Path(__file__).parent
+SLOW = ("train.hooks.0.seconds=1.0",)
+
+
+def run_here(tool, config, folder, *overrides, processes=1):
+    """The same run without SLURM."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), "--config-file", str(HERE / config)]
+        + ["--num-gpus", str(processes), f"train.output_dir={folder}", *overrides],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def wait_to_end(folder):
+    wait_until(lambda: is_over(folder), folder)
+
+
+def same_run(disturbed, whole):
+    """Every loss of every iteration, bit for bit and each once, and the final weights."""
+    assert metrics(disturbed) == metrics(whole)
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (disturbed, whole))
+    for part in ("model", "pretraining"):
+        torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(slurm, tmp_path_factory):
+    """The undisturbed pre-training."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return run_here("pretrain_net.py", "tiny_pretrain.py", folder, processes=2)
+
+
+def test_bad_input_is_told_before_anything_is_submitted(slurm, tmp_path):
+    with pytest.raises(UserError, match="no partition 'lo' here: there is low"):
+        check_cluster(Cluster(partition="lo"))
+    check_cluster(Cluster(partition="low"))
+    with pytest.raises(UserError, match="total_batch_size=8 must be a multiple of the 3 processes"):
+        submit("pretrain_net.py", "tiny_pretrain.py", "tasks-per-node=3", tmp_path / "run")
+    with pytest.raises(UserError, match="sbatch refuses the job run: Memory specification"):
+        submit("pretrain_net.py", "tiny_pretrain.py", "mem=900T", tmp_path / "run")
+    assert subprocess.check_output(["squeue", "--noheader"]) == b""
+
+
+def test_two_nodes_of_two_tasks_train_as_one_process(slurm, tmp_path, monkeypatch):
+    who = tmp_path / "who"
+    who.mkdir()
+    monkeypatch.setenv("WHO_FOLDER", str(who))
+    model = ["model.noise=0.0", "model.norm=SyncBN", "train.max_iter=12"]
+    settings = "partition=low,nodes=2,tasks-per-node=2,time=10"
+    command = [sys.executable, str(ROOT / "tools/pretrain_net.py"), "--slurm", settings]
+    command += ["--config-file", str(HERE / "tiny_pretrain.py")]
+    command += [f"train.output_dir={tmp_path / 'four'}", *model]
+    said = subprocess.check_output(command, text=True)
+    assert "submitted" in said and "log: " in said
+    one = run_here("pretrain_net.py", "tiny_pretrain.py", tmp_path / "one", *model)
+    wait_to_end(tmp_path / "four")
+    a, b = metrics(one), metrics(tmp_path / "four")
+    assert len(a) == len(b) == 12
+    for x, y in zip(a, b, strict=True):
+        for name in ("total_loss", "loss_main", "loss_l2", "lr"):
+            assert y[name] == pytest.approx(x[name], rel=1e-4), (x["iteration"], name)
+    # Four processes, of the code as it was when the job was submitted.
+    ranks = [json.loads(path.read_text()) for path in who.glob("[0-9]*-0-*")]
+    assert len(ranks) == len({rank["pid"] for rank in ranks}) == 4
+    assert all(r["code"].startswith(str(tmp_path / "four/slurm/code/")) for r in ranks)
+
+
+def test_a_killed_process_and_a_killed_task_cost_an_attempt_each(whole, tmp_path, monkeypatch):
+    who = tmp_path / "who"
+    who.mkdir()
+    monkeypatch.setenv("WHO_FOLDER", str(who))
+    folder = tmp_path / "run"
+    slow = [*SLOW, "train.hooks.0.count=2"]
+    job = submit("pretrain_net.py", "tiny_pretrain.py", TWO, folder, *slow)
+    wait_until(in_step(folder, 2), folder)
+    os.kill(json.loads((who / f"{job}-0-1").read_text())["pid"], signal.SIGKILL)
+    wait_until((who / f"{job}-1-0").exists, folder)
+    time.sleep(1)
+    os.kill(json.loads((who / f"{job}-1-0").read_text())["parent"], signal.SIGKILL)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["killed", "killed", "finished"]
+    same_run(folder, whole)
+
+
+def test_a_preempting_job_of_a_higher_partition(whole, tmp_path):
+    folder = tmp_path / "run"
+    submit("pretrain_net.py", "tiny_pretrain.py", TWO, folder, *SLOW)
+    wait_until(in_step(folder, 2), folder)
+    whole_nodes = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    subprocess.run(["sbatch", *whole_nodes, "--wrap=sleep 1"], check=True, capture_output=True)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["stopped", "finished"]
+    assert read_attempts(folder)[1]["start"] >= "model_0000002.pth"  # written when it was told
+    same_run(folder, whole)
+
+
+def test_fine_tuning_with_loader_workers_is_requeued_by_hand(slurm, tmp_path):
+    whole = run_here("train_net.py", "tiny_finetune.py", tmp_path / "whole", processes=2)
+    folder = tmp_path / "run"
+    job = submit("train_net.py", "tiny_finetune.py", TWO, folder, *SLOW)
+    wait_until(in_step(folder, 5), folder)
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["stopped", "finished"]
+    assert read_attempts(folder)[1]["start"] >= "model_0000005.pth"
+    same_run(folder, whole)
+    assert (folder / "results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
+    (tmp_path / "code/tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/launch/fake_tool.py", tmp_path / "code/tools/tool.py")
+
+    def make(name, how):
+        (tmp_path / name).mkdir()
+        folder = str(tmp_path / name)
+        return ToolJob("tools/tool.py", [how, folder], folder, str(tmp_path / "code"))
+
+    def submit_here(jobs, name, after=()):
+        cluster = Cluster(partition="low", array_parallelism=2)
+        return [job.job_id for job in submit_jobs(jobs, cluster, f"{tmp_path}/jobs", name, after)]
+
+    ids = submit_here([make(how, how) for how in ("well", "killed", "told")], "array")
+    assert ids == [f"{ids[0].split('_')[0]}_{i}" for i in range(3)]
+    (wrong,) = submit_here([make("wrong", "wrong")], "wrong")
+    submit_here([make("after", "well")], "after", ids)
+    submit_here([make("never", "well")], "never", [ids[0], wrong])
+
+    wait_until(lambda: not subprocess.check_output(["squeue", "--noheader"]), tmp_path)
+    assert outcomes(tmp_path / "well") == outcomes(tmp_path / "after") == ["finished"]
+    assert outcomes(tmp_path / "killed") == ["killed", "finished"]
+    assert outcomes(tmp_path / "told") == ["stopped", "finished"]
+    assert outcomes(tmp_path / "wrong") == ["failed"] and outcomes(tmp_path / "never") == []
+    ends = [read_attempts(f"{tmp_path}/{n}")[-1]["ended"] for n in ("well", "killed", "told")]
+    assert read_attempts(f"{tmp_path}/after")[0]["started"] > max(ends)
+
+
+def test_a_failing_run_fails_alone_and_is_named(slurm, tmp_path):
+    folder = tmp_path / "broken"
+    breaking = "train.hooks=[{_target_: slurm_runs.BreakAt, iteration: 3, rank: 1}]"
+    submit("pretrain_net.py", "tiny_pretrain.py", TWO, folder, breaking)
+    wait_to_end(folder)
+    (attempt,) = read_attempts(folder)
+    assert attempt["outcome"] == "failed"
+    assert f"tools/pretrain_net.py for {folder} failed on rank 1 of 2" in attempt["error"]
+    assert "ValueError: the weather is bad" in attempt["error"]
+
+
+def test_the_time_limit(whole, tmp_path):
+    folder = tmp_path / "run"
+    limit = ",time=10,signal-seconds=120"
+    job = submit("pretrain_net.py", "tiny_pretrain.py", TWO + limit, folder, *SLOW)
+    wait_until(in_step(folder, 2), folder)
+    # So that the test need not wait for so long: two minutes before the end SLURM tells the job.
+    subprocess.run(["scontrol", "update", f"job={job}", "TimeLimit=2"], check=True)
+    wait_until(lambda: "outcome" in read_attempts(str(folder))[0], folder)
+    subprocess.run(["scontrol", "update", f"job={job}", "TimeLimit=10"], check=True)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["stopped", "finished"]
+    assert read_attempts(folder)[1]["start"] >= "model_0000002.pth"
+    same_run(folder, whole)

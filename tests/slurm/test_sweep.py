@@ -1,0 +1,96 @@
+"""A sweep on a real SLURM: two methods and two seeds, and a third method that fails."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_runs import ROOT, wait_until
+
+from region_pretrain.launch.attempts import read_attempts
+from region_pretrain.launch.sweeps import state
+from region_pretrain.launch.sweeps.graph import FINETUNE, PRETRAIN
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def swept(slurm, tmp_path_factory):
+    """The sweep's folder when nothing of it is queued any more, and a way to call the tool."""
+    folder = tmp_path_factory.mktemp("sweep")
+    environment = {**slurm, "DETECTRON2_DATASETS": str(folder / "datasets")}
+
+    def tool(*words):
+        command = [sys.executable, str(ROOT / "tools/sweep.py"), *words]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def start():
+        settings = ["--slurm", "partition=low,tasks-per-node=1,cpus-per-task=1,mem=1G"]
+        config = ["--config", str(Path(__file__).with_name("tiny_sweep.py"))]
+        tool(*config, *settings, f"sweep.output_dir={folder / 'out'}")
+        empty = ["squeue", "--noheader"]
+        wait_until(lambda: not subprocess.check_output(empty, env=environment), folder, 600)
+
+    start()
+    return folder / "out", tool, start
+
+
+def runs_of(folder, kind):
+    plan = state.read_sweep(str(folder)).plan
+    return {
+        (entry["start"], entry["seed"]): plan.runs[entry["run"]]
+        for entry in plan.entries
+        if entry["kind"] == kind
+    }
+
+
+def test_what_depends_runs_after_and_a_failing_run_fails_alone(swept):
+    folder, tool, _ = swept
+    pretrained, tuned = runs_of(folder, PRETRAIN), runs_of(folder, FINETUNE)
+    assert len(pretrained) == len(tuned) == 6
+    for key, run in tuned.items():
+        parent = read_attempts(pretrained[key].folder)
+        if key[0] == "broken":
+            assert parent[-1]["outcome"] == "failed" and not read_attempts(run.folder)
+        else:
+            (before,), (after,) = parent, read_attempts(run.folder)
+            assert before["outcome"] == after["outcome"] == "finished"
+            assert after["started"] > before["ended"]
+            config = (Path(run.folder) / "config.yaml").read_text()
+            assert f"{pretrained[key].folder}/model_final.pth" in config
+    said = tool("status", str(folder))
+    assert "8 finished" in said and "2 failed" in said and "2 blocked" in said
+    assert "broken_seed0 failed; these wait for it: broken_seed0_det" in said
+    assert "ValueError: the weather is bad" in said
+
+
+def test_the_table_is_what_the_runs_found(swept):
+    folder, tool, _ = swept
+    tool("report", str(folder))
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        rows = {row["start"]: row for row in csv.DictReader(file)}
+    assert rows["byol"]["seeds"] == rows["moco"]["seeds"] == "2" and rows["broken"]["seeds"] == "0"
+    for start in ("byol", "moco"):
+        values = []
+        for seed in (0, 1):
+            results = Path(runs_of(folder, FINETUNE)[start, seed].product).read_text()
+            values.append(json.loads(results)["bbox"]["AP"])
+        assert float(rows[start]["bbox/AP mean"]) == pytest.approx(sum(values) / 2)
+
+
+def test_started_again_it_submits_only_what_failed(swept):
+    folder, _, start = swept
+    start()
+    times = {
+        key: state.read_record(run).submitted
+        for kind in (PRETRAIN, FINETUNE)
+        for key, run in runs_of(folder, kind).items()
+        if key[0] != "broken"
+    }
+    assert set(times.values()) == {1} and len(times) == 4
+    broken = runs_of(folder, PRETRAIN)["broken", 0]
+    assert state.read_record(broken).submitted == 2 and not state.is_finished(broken)
