@@ -211,3 +211,14 @@ def test_folder_of_another_sweep_or_of_something_else(sweeps, tmp_path):
         state.claim(str(tmp_path / "full"), "mine")
     with pytest.raises(UserError, match="holds no sweep"):
         status.status_text(str(tmp_path / "full"))
+
+
+def test_what_slurm_cancelled_since_its_parent_failed_is_blocked(sweeps):
+    sweeps.add("a")
+    sweeps.add("b", "a")
+    sweeps.add("c", "b")
+    for name in "abc":  # all were submitted, and none is in the queue any more
+        state.write_record(sweeps.plan.runs[name], state.Record(1, [f"7_{name}"], []))
+    assert sweeps.states() == {"a": state.FAILED, "b": state.BLOCKED, "c": state.BLOCKED}
+    Path(sweeps.plan.runs["a"].product).touch()
+    assert sweeps.states() == {"a": state.FINISHED, "b": state.FAILED, "c": state.BLOCKED}

@@ -74,23 +74,29 @@ def test_the_table_is_what_the_runs_found(swept):
     with open(folder / "results.csv", encoding="utf-8") as file:
         rows = {row["start"]: row for row in csv.DictReader(file)}
     assert rows["byol"]["seeds"] == rows["moco"]["seeds"] == "2" and rows["broken"]["seeds"] == "0"
+    pretrained = runs_of(folder, PRETRAIN)
     for start in ("byol", "moco"):
-        values = []
+        peaks = []
         for seed in (0, 1):
-            results = Path(runs_of(folder, FINETUNE)[start, seed].product).read_text()
-            values.append(json.loads(results)["bbox"]["AP"])
-        assert float(rows[start]["bbox/AP mean"]) == pytest.approx(sum(values) / 2)
+            lines = (Path(pretrained[start, seed].folder) / "metrics.json").read_text().splitlines()
+            peaks.append(max(json.loads(line)["peak_memory_mib"] for line in lines))
+        assert float(rows[start]["memory_mib"]) == pytest.approx(max(peaks))
+        for seed in (0, 1):
+            assert "bbox" in json.loads(
+                Path(runs_of(folder, FINETUNE)[start, seed].product).read_text()
+            )
+    assert "Failed: broken_seed0, broken_seed1." in (folder / "report.md").read_text()
 
 
 def test_started_again_it_submits_only_what_failed(swept):
     folder, _, start = swept
     start()
     times = {
-        key: state.read_record(run).submitted
+        (kind, *key): state.read_record(run).submitted
         for kind in (PRETRAIN, FINETUNE)
         for key, run in runs_of(folder, kind).items()
         if key[0] != "broken"
     }
-    assert set(times.values()) == {1} and len(times) == 4
+    assert set(times.values()) == {1} and len(times) == 8
     broken = runs_of(folder, PRETRAIN)["broken", 0]
     assert state.read_record(broken).submitted == 2 and not state.is_finished(broken)

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 
 from region_pretrain.errors import UserError
+from region_pretrain.launch.attempts import read_attempts
 from region_pretrain.launch.cluster import Cluster
 from region_pretrain.launch.job import ToolJob, submit
 from region_pretrain.launch.snapshot import CHECKOUT
@@ -146,6 +147,10 @@ def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:
             found[run.id] = state.CANCELLED
         else:
             found[run.id] = state.FAILED if record.job_ids else state.WAITING
+    for run in plan.runs.values():  # what SLURM has cancelled since a run that it needs has failed
+        stuck = any(found[p] in (state.FAILED, state.BLOCKED) for p in run.parents)
+        if stuck and found[run.id] == state.FAILED and not read_attempts(run.folder):
+            found[run.id] = state.BLOCKED
     for blocked in state.blocked_by(plan, {i for i, s in found.items() if s == state.FAILED}):
         if found[blocked] in (state.WAITING, state.FAILED):
             found[blocked] = state.BLOCKED
