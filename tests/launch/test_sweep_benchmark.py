@@ -60,6 +60,20 @@ def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path
     assert first.lr_multiplier.steps[-1] < first.lr_multiplier.max_iter == first.train.max_iter
 
 
+def test_the_ablation_is_the_benchmark_with_one_part_less(tmp_path):
+    def runs(name):
+        changes = [f"sweep.output_dir={tmp_path / name}"]
+        plan = make_plan(load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), changes))
+        pairs = ((e, plan.runs[e["run"]]) for e in plan.entries if e["kind"] == PRETRAIN)
+        return {(e["start"], e["seed"]): run for e, run in pairs}
+
+    whole, parts = runs("shapes_quick"), runs("point_region_ablation")
+    assert {start for start, _ in parts} == {"all", "in_image", "pooled", "distillation"}
+    for seed in (0, 1):
+        assert parts["all", seed].id == whole["point", seed].id
+        assert len({parts[start, seed].id for start, _ in parts}) == 4
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """Two methods, one seed, a few steps; all that the benchmark does otherwise."""
