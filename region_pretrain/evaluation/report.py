@@ -24,6 +24,7 @@ h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #8886; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; text-align: left; }
+td:not(:first-child) { white-space: nowrap; }
 th { border-bottom: 2px solid #8888; white-space: nowrap; }
 .number { text-align: right; }
 figure { margin: .5rem 0; }
