@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from tiny_run import (
+    CLOCK,
     MeanOutput,
     NoisyMapper,
     Poison,
@@ -19,8 +20,6 @@ from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
-
-CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 
 
 def metrics(folder):

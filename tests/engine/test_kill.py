@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import CLOCK
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 ITERATIONS = 14
 #: What depends on the machine.
-CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 
 
 class Run:

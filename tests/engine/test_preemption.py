@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from tiny_run import TellAt, make_config, make_detection_config, train_in_process
+from tiny_run import CLOCK, TellAt, make_config, make_detection_config, train_in_process
 from torch.utils.data import DataLoader, Dataset
 
 from region_pretrain.data.loader import PretrainLoader
@@ -17,8 +17,6 @@ from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import STOPPED, Stopped
-
-CLOCK = {"time", "data_time", "img_per_sec"}
 
 
 def metrics(folder):

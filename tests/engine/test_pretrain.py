@@ -8,14 +8,13 @@ import sys
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from tiny_run import KillAt, KillInSave, Poison, make_config
+from tiny_run import CLOCK, KillAt, KillInSave, Poison, make_config
 from torch import nn
 
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 
 #: What depends on the machine.
-CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 CHILD = (
     "import json, sys, tiny_run; "
     "tiny_run.train_in_process(sys.argv[1], False, json.loads(sys.argv[2]))"

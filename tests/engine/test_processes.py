@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from tiny_run import (
+    CLOCK,
     fail_on_second,
     make_config,
     refuse,
@@ -18,8 +19,6 @@ from tiny_run import (
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
-
-CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
 
 
 def metrics(folder):

@@ -33,6 +33,9 @@ from region_pretrain.solver import (
     warmup_multistep,
 )
 
+#: What is not the same in two runs of one computation.
+CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
+
 
 @dataclass
 class Batch:

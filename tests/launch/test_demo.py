@@ -88,7 +88,7 @@ def test_probe_of_random_and_of_learnt_features(results):
     knn = results["by_seed"]["0"]["knn"]
     assert knn.keys() == {"random", "pretrained"}
     for values in knn.values():
-        assert values.keys() == {"fpn", "head"}
+        assert values.keys() == {"trunk", "fpn", "head"}
         assert all(0 <= value <= 100 for value in values.values())
     assert results["summary"]["knn/fpn"]["scratch"]["mean"] == knn["random"]["fpn"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from tiny_run import CLOCK
 
 import region_pretrain
 from region_pretrain.engine.command_line import argument_parser
@@ -19,7 +20,6 @@ from region_pretrain.launch.rendezvous import restart_count
 from region_pretrain.launch.submission import add_slurm_arguments, submit_training
 
 ROOT = Path(__file__).parents[2]
-CLOCK = {"time", "data_time", "img_per_sec"}
 
 
 class SlowAttempts(HookBase):
