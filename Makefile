@@ -28,8 +28,9 @@ demo: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2 --wait
 
+# One thread a process: several of two threads on two cores are much slower than one after the other.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore=tests/slurm
 
 # On a real slurmctld and two slurmd of this machine: apt-get install slurm-wlm munge
 test-slurm: $(STAMP)

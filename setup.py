@@ -100,6 +100,6 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "hypothesis", "pytest", "ruff", "timm"]},
+    extras_require={"dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"]},
     cmdclass={"build_py": BuildWithConfigs},
 )
