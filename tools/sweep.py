@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 import warnings
 
@@ -81,6 +82,7 @@ def _status(argv: list[str]) -> None:
     folder, _ = _folder(argv, "status", "How far each run is.")
     from region_pretrain.launch.sweeps.status import status_text
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet where a pager or head ends first
     print(status_text(folder)[0])
 
 
