@@ -5,47 +5,33 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
-from region_pretrain.data.photometry import Photometry
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.projects.ccop import CCOP, CCOPViews, Curriculum
 
-optimizer = get_config("common/optim.py").sgd
-lr_multiplier = get_config("common/schedule.py").pretrain
-train = get_config("common/train.py").train
-dataloader = get_config("common/data/unlabeled.py").dataloader
+_shared = get_config("common/moco_family.py")
+optimizer, lr_multiplier, train = _shared.optimizer, _shared.lr_multiplier, _shared.train
+dataloader = _shared.dataloader
 
 optimizer.lr = 0.3
-optimizer.weight_decay = 1e-4
-optimizer.params.weight_decay_norm = None  # norms decay as well
-train.base_batch_size = 256
-lr_multiplier.update(warmup_epochs=10, warmup_factor=1e-4, final_factor=0.0, rescale=False)
+lr_multiplier.update(warmup_epochs=10, warmup_factor=1e-4, rescale=False)
 train.checkpointer.period = 2310  # 5 ep of COCO
 train.checkpointer.keep_every = 23_100  # 50 ep
 train.output_dir = "output/ccop"
 
-dataloader.train.total_batch_size = 256
 dataset = dataloader.train.dataset
 dataset.names = "coco_2017_train_images"
 dataset.regions = "regions/coco_2017_train_ccop.arrow"
 dataset.recipe = "ccop-v1"
 dataset.views = L(CCOPViews)(
     size=224,
-    photometry=L(Photometry)(
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        jitter_prob=0.8,
-        gray_prob=0.2,
-        blur_prob=0.5,
-        blur_sigma=(0.1, 2.0),
-    ),
+    photometry=_shared.photometry,
     num_regions=50,
     crop_areas=[(0.1, 1.0), (0.1, 1.0)],
     min_visible=0.6,
     min_area=144.0,
 )
+dataset.views.photometry.saturation = 0.2
 del dataset
 
 
