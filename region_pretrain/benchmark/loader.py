@@ -59,8 +59,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
             cv2.imdecode(buffers[next(order)], cv2.IMREAD_COLOR)
 
     def draw_only() -> None:
-        for _ in range(take):
-            dataset.draw(0, 0, next(order))
+        dataset.draw(0, 0, [next(order) for _ in range(take)])
 
     def batches(antialias: bool) -> Callable[[], None]:
         def load() -> None:

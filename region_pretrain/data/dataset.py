@@ -246,28 +246,42 @@ class PretrainDataset:
                 )
         return File(image, size, boxes, label)
 
-    def draw(self, seed: int, epoch: int, index: int, offset: int = 0) -> Drawn:
-        """Everything about a sample but its pixels.
+    def draw(
+        self, seed: int, epoch: int, indices: Sequence[int], offset: int = 0
+    ) -> list[Drawn]:
+        """Everything about some samples but their pixels.
 
         Args:
-            seed, epoch, index: which sample.
-            offset: take the image so many places after ``index``, or the first readable one after.
+            seed, epoch, indices: which samples.
+            offset: take the image so many places after the index, or the first readable one after.
 
         Raises:
             UserError: a hundred files in a row cannot be read, or the regions are another image's.
         """
+        # Each step for all samples: what it touches stays in the processor's cache meanwhile.
+        files = [self._first_readable(index, offset) for index in indices]
+        # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
+        rngs = [np.random.default_rng([seed, epoch, 1 + index]) for index in indices]
+        views = [
+            self.views(*file.size, file.boxes, rng)
+            for (file, _), rng in zip(files, rngs, strict=True)
+        ]
+        photometry = [
+            [view.photometry.sample(rng) for view in some]
+            for some, rng in zip(views, rngs, strict=True)
+        ]
+        return [
+            Drawn(file.encoded, file.size, views[i], photometry[i], file.label, place, rngs[i])
+            for i, (file, place) in enumerate(files)
+        ]
+
+    def _first_readable(self, index: int, offset: int) -> tuple[File, int]:
+        """The file at ``index + offset`` or the first readable one after, and its offset."""
         for place in range(offset, min(len(self), _IN_A_ROW)):
-            # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
-            rng = np.random.default_rng([seed, epoch, 1 + index])
-            at = (index + place) % len(self)
             try:
-                file = self.read(at)
+                return self.read((index + place) % len(self)), place
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
-                continue
-            views = self.views(*file.size, file.boxes, rng)
-            photometry = [view.photometry.sample(rng) for view in views]
-            return Drawn(file.encoded, file.size, views, photometry, file.label, place, rng)
         raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
@@ -279,7 +293,7 @@ class PretrainDataset:
                 break
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
-            drawn = self.draw(seed, epoch, index, drawn.offset + 1)
+            (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
         views = drawn.views
         if hasattr(self.views, "complete"):
             views = self.views.complete(views, image, drawn.size, drawn.rng)
@@ -290,7 +304,7 @@ class PretrainDataset:
 
         A file that fails in the middle of a run is replaced by the next one that does not.
         """
-        return self._decode(seed, epoch, index, self.draw(seed, epoch, index))
+        return self._decode(seed, epoch, index, *self.draw(seed, epoch, [index]))
 
     def batch(self, seed: int, epoch: int, indices: Sequence[int]) -> ViewBatch:
         """Render the samples of one batch straight into its tensors."""
@@ -302,7 +316,7 @@ class PretrainDataset:
         # each image, Python's code and data leave the processor's cache at every decode.
         for start in range(0, len(indices), _TOGETHER):
             some = indices[start : start + _TOGETHER]
-            drawn = [self.draw(seed, epoch, index) for index in some]
+            drawn = self.draw(seed, epoch, some)
             for i, index in enumerate(some):
                 sample = self._decode(seed, epoch, index, drawn[i])
                 if not canvases:
