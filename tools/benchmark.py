@@ -23,9 +23,16 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while
 import torch  # noqa: E402
 
 from region_pretrain.benchmark import measure  # noqa: E402
+from region_pretrain.benchmark.images import SIZE  # noqa: E402
 from region_pretrain.engine.overrides import load_config  # noqa: E402
 from region_pretrain.errors import exit_on_user_error  # noqa: E402
 from region_pretrain.files import write_text_atomic  # noqa: E402
+
+
+def width_and_height(text: str) -> tuple[int, int]:
+    """``(500, 375)`` of ``500x375``."""
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,8 +44,14 @@ def parse_args() -> argparse.Namespace:
         "--made-images",
         type=int,
         metavar="N",
-        help="measure with N JPEGs of 500x375 pixels and 80 kB, made now, and random regions, "
-        "instead of the config's data set",
+        help="measure with N JPEGs made now and random regions, instead of the config's data set",
+    )
+    parser.add_argument(
+        "--made-size",
+        type=width_and_height,
+        default=SIZE,
+        metavar="WxH",
+        help="their size in pixels (default 500x375, of 80 kB each; others in proportion)",
     )
     parser.add_argument("--only", choices=("loader", "step"), help="default: both")
     parser.add_argument("--seconds", type=float, default=20, help="a kind (default %(default)s)")
@@ -62,7 +75,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if args.made_images is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            measure.use_made_images(cfg, folder, args.made_images)
+            measure.use_made_images(cfg, folder, args.made_images, args.made_size)
         if args.only != "step":
             rates = measure.loader_rates(cfg, args.seconds)
             results["loader"] = asdict(rates)

@@ -20,7 +20,7 @@ train = dict(
     amp=dict(enabled=False, dtype="bfloat16"),
     # NHWC convolutions: faster with mixed precision on recent GPUs.
     channels_last=False,
-    # torch.compile the model.
+    # torch.compile the trunks: minutes at the start, and no gain on a CPU.
     compile=False,
     # Let cuDNN try its algorithms: worth it where all batches have one size.
     cudnn_benchmark=False,

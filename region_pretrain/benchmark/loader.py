@@ -23,8 +23,9 @@ class LoaderRates:
     Attributes:
         decode: ``cv2.imdecode`` of bytes in memory, and nothing else.
         linear, antialiased: whole batches of the config, by the filter of the views.
-        parts: of the antialiased loader: ``decode``, ``read and draw`` (file, header, boxes, views,
-            colour parameters), ``render and the rest``.
+        parts: of the antialiased loader: ``decode`` (large files at a part of their size, see
+            :func:`~region_pretrain.data.geometry.decode_reduction`), ``read and draw`` (file,
+            header, boxes, views, colour parameters), ``render and the rest``.
         size: mean ``(width, height)`` in pixels, and mean kilobytes of a file.
         drift_mib: growth of this process's resident memory over the last two thirds of the rounds.
     """
@@ -51,12 +52,18 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
     count = min(len(dataset), _DISTINCT)
     files = [dataset.read(i) for i in range(count)]
     buffers = [np.frombuffer(file.encoded.data, np.uint8) for file in files]
+    drawn = dataset.draw(0, 0, range(count))
     order = itertools.cycle(range(count))
     take = min(batch_size, 32)
 
     def decode_only() -> None:
         for _ in range(take):
             cv2.imdecode(buffers[next(order)], cv2.IMREAD_COLOR)
+
+    def decode_as_drawn() -> None:
+        for _ in range(take):
+            sample = drawn[next(order)]
+            sample.encoded.decode(sample.reduce)
 
     def draw_only() -> None:
         dataset.draw(0, 0, [next(order) for _ in range(take)])
@@ -71,6 +78,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
     before = dataset.antialias
     kinds = {
         "decode": decode_only,
+        "decode as drawn": decode_as_drawn,
         "draw": draw_only,
         "linear": batches(False),
         "antialiased": batches(True),
@@ -90,15 +98,16 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         dataset.antialias = before
         cv2.setNumThreads(threads)
     whole = per_call["antialiased"]
+    decode, draw = per_call["decode as drawn"], per_call["draw"]
     sizes = [(*file.size, len(file.encoded.data) / 1000) for file in files]
     return LoaderRates(
         decode=take / per_call["decode"],
         linear=take / per_call["linear"],
         antialiased=take / whole,
         parts={
-            "decode": per_call["decode"] / whole,
-            "read and draw": per_call["draw"] / whole,
-            "render and the rest": (whole - per_call["decode"] - per_call["draw"]) / whole,
+            "decode": decode / whole,
+            "read and draw": draw / whole,
+            "render and the rest": (whole - decode - draw) / whole,
         },
         size=tuple(np.mean(sizes, axis=0)),
         drift_mib=memory[-1] - memory[len(memory) // 3],

@@ -7,25 +7,26 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from region_pretrain.benchmark.images import make_jpegs
+from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.loader import LoaderRates, benchmark_loader
 from region_pretrain.benchmark.step import StepRates, benchmark_step
 from region_pretrain.engine.run import amp_dtype, build_model, build_optimizer
 from region_pretrain.engine.setup import resolve_device
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.trunk import compile_trunks
 
 
-def use_made_images(cfg: DictConfig, folder: str, count: int) -> None:
+def use_made_images(cfg: DictConfig, folder: str, count: int, size: tuple[int, int] = SIZE) -> None:
     """Put files made for the purpose in place of a config's data set.
 
     Args:
         cfg: changed in place.
         folder: for the files.
-        count: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
+        count, size: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
     """
     dataset = cfg.dataloader.train.dataset
-    dataset.names, store = make_jpegs(folder, count)
+    dataset.names, store = make_jpegs(folder, count, size)
     if dataset.get("regions") is not None:
         dataset.regions, dataset.recipe = store, None
 
@@ -62,7 +63,7 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
         accumulate_steps=cfg.train.accumulate_steps,
     )
     if cfg.train.compile:
-        model.compile()
+        compile_trunks(model)
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
     return benchmark_step(trainer, batch, seconds)
 

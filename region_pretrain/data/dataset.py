@@ -92,6 +92,13 @@ class Drawn(NamedTuple):
     offset: int
     rng: np.random.Generator
 
+    @property
+    def reduce(self) -> int:
+        """1, or the part of its size at which the file may be decoded."""
+        if not self.encoded.reducible:
+            return 1
+        return decode_reduction([view.geometry for view in self.views])
+
 
 class ViewSampler(Protocol):
     """What a method owns of the data path. ``K`` and the views' sizes never change.
@@ -246,9 +253,7 @@ class PretrainDataset:
                 )
         return File(image, size, boxes, label)
 
-    def draw(
-        self, seed: int, epoch: int, indices: Sequence[int], offset: int = 0
-    ) -> list[Drawn]:
+    def draw(self, seed: int, epoch: int, indices: Sequence[int], offset: int = 0) -> list[Drawn]:
         """Everything about some samples but their pixels.
 
         Args:
@@ -286,8 +291,7 @@ class PretrainDataset:
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
-            geometries = [view.geometry for view in drawn.views]
-            reduce = decode_reduction(geometries) if drawn.encoded.reducible else 1
+            reduce = drawn.reduce
             try:
                 image = drawn.encoded.decode(reduce)
                 break

@@ -27,6 +27,7 @@ from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.writers import build_writers, read_last_metrics
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.trunk import compile_trunks
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
 
 def _wrap(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
     if cfg.train.compile:
-        model.compile()  # in place: names in the state dict stay
+        compile_trunks(model)
     ddp = dict(cfg.train.ddp)
     # The device's own number: a task of a job may see no GPU but its own.
     ddp["device_ids"] = None if device.type == "cpu" else [device.index]

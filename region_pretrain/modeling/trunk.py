@@ -1,4 +1,4 @@
-"""The part of a detector that methods without a feature pyramid pre-train."""
+"""The trunk of a detector: below its feature pyramid, and the most of the work."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ class Trunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C)``: the last map of ``(B, 3, H, W)`` images, averaged over space."""
         return self.last_map(images).mean(dim=(2, 3))
+
+
+def compile_trunks(model: nn.Module) -> None:
+    """``torch.compile`` the trunks of a model in place; names in its state dict stay.
+
+    Nearly all the work is theirs, and their shapes hardly ever change, while what goes on around
+    them (which box goes on which level, which pairs match) does from batch to batch. A model
+    without a Detectron2 backbone is compiled whole.
+    """
+    backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+    outer = {b for b in backbones for c in b.modules() if c is not b and isinstance(c, Backbone)}
+    for module in [b for b in backbones if b not in outer] or [model]:
+        module.compile()

@@ -28,6 +28,18 @@ def test_made_files_are_as_promised_and_always_the_same(tmp_path):
     assert files[0].read_bytes() == (tmp_path / "b" / "images" / "00000.jpg").read_bytes()
     with pytest.raises(UserError, match="--made-images 0"):
         make_jpegs(str(tmp_path / "c"), 0)
+    with pytest.raises(UserError, match="--made-size 500x63"):
+        make_jpegs(str(tmp_path / "c"), 1, (500, 63))
+
+
+def test_made_files_of_another_size(tmp_path):
+    make_jpegs(str(tmp_path), 1, (200, 320))
+    path = tmp_path / "images" / "00000.jpg"
+    assert cv2.imread(str(path)).shape == (320, 200, 3)
+    assert path.stat().st_size == pytest.approx(80_000 * (200 * 320) / (500 * 375), rel=0.1)
+    boxes = RegionStore.open(str(tmp_path / "regions.arrow")).boxes("00000.jpg")
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (200, 320)).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_kinds_take_turns_and_the_first_round_is_not_counted(monkeypatch):
@@ -55,8 +67,18 @@ def test_rates_are_of_the_same_images(tmp_path, soco_views):
     # A loader decodes, and then does more.
     assert 0 < rates.antialiased < rates.decode and 0 < rates.linear < rates.decode
     assert sum(rates.parts.values()) == pytest.approx(1)
-    assert rates.parts["decode"] == pytest.approx(rates.antialiased / rates.decode)
+    # Small files: the loader decodes them as they are.
+    assert rates.parts["decode"] == pytest.approx(rates.antialiased / rates.decode, rel=0.3)
     assert dataset.antialias is False
+
+
+def test_large_files_are_decoded_at_a_part_of_their_size(tmp_path, soco_views):
+    name, store = make_jpegs(str(tmp_path), 2, (1600, 1200))
+    dataset = PretrainDataset(name, soco_views, store)
+    assert dataset.draw(0, 0, [0])[0].reduce > 1
+    rates = benchmark_loader(dataset, 2, seconds=0.2)
+    assert rates.antialiased > rates.decode  # faster than their whole decoding
+    assert rates.parts["decode"] < rates.antialiased / rates.decode
 
 
 def resident(*pids: int) -> float:

@@ -1,5 +1,7 @@
 """The meta-architecture: what it computes, what it trains, what it hands to the detector."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torchvision.ops import roi_align
 from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.modeling.pyramid import pyramid_features
 from region_pretrain.modeling.regions import pool_regions
+from region_pretrain.modeling.trunk import compile_trunks
 from region_pretrain.projects.soco import SoCo
 
 
@@ -248,3 +251,27 @@ def test_c4_recipe_trains_and_transfers_res5(make_batch):
     assert "roi_heads.res5.0.conv1.weight" in names and "target.head.2.conv3.weight" in names
     assert model.projector[0].in_features == 2048
     assert model.groups == [0]
+
+
+def test_compiled_trunks_give_the_same_loss_and_gradients(small_soco, make_batch, monkeypatch):
+    batch = make_batch(2, (64, 64, 32))
+    model, compiled = small_soco(), small_soco()
+    names = list(model.state_dict())
+    # All of torch.compile but the code generation, which takes a minute.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    compile_trunks(compiled)
+    done = [name for name, m in compiled.named_modules() if m._compiled_call_impl is not None]
+    assert done == ["backbone.bottom_up", "target.backbone.bottom_up"]
+    for _ in range(2):
+        expected, found = total(model(batch)), total(compiled(batch))
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+        expected.backward()
+        found.backward()
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 0
+    assert list(compiled.state_dict()) == names
+    for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
