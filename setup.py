@@ -91,6 +91,7 @@ setup(
         "scipy>1.5.1",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed
         "shapely",
+        "simplejpeg",
         "submitit",
         "tabulate",
         "tensorboard",

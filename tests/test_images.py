@@ -312,3 +312,37 @@ def test_photographs_as_scikit_image_reads_them(name):
     folder = skimage.__path__[0]
     image = read_image(f"{folder}/data/{name}.{suffix}")
     assert np.abs(image.astype(int) - expected).max() <= (2 if suffix == "jpg" else 0)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2], ids=["444", "422", "420"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_both_jpeg_decoders_give_the_same_pixels(monkeypatch, subsampling, mode, progressive):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    used = []
+    decode_jpeg = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda x: used.append(1) or decode_jpeg(x))
+    for photograph in (skimage.data.astronaut()[:203, :301], skimage.data.coffee()[3:400, :255]):
+        image = Image.fromarray(photograph).convert(mode)
+        buffer = io.BytesIO()
+        image.save(buffer, "jpeg", quality=87, subsampling=subsampling, progressive=progressive)
+        data = np.frombuffer(buffer.getvalue(), np.uint8)
+        expected = cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
+        assert np.array_equal(decode_image(buffer.getvalue()), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr("region_pretrain.images.simplejpeg", None)
+            assert np.array_equal(decode_image(buffer.getvalue()), expected)
+    assert len(used) == 2
+
+
+def test_a_jpeg_with_small_damage_is_read_on_as_opencv_does():
+    buffer = io.BytesIO()
+    Image.fromarray(skimage.data.astronaut()).save(buffer, "jpeg", quality=87)
+    data = bytearray(buffer.getvalue())
+    middle = len(data) // 2
+    data[middle : middle + 40] = b"\x55\xff\xd3" + bytes(37)  # a marker out of place
+    expected = cv2.imdecode(np.frombuffer(bytes(data), np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+    found = decode_image(bytes(data))
+    assert np.array_equal(found, expected)
+    clean = skimage.data.astronaut()[:200].astype(int)
+    assert np.abs(found[:200] - clean).mean() < 4  # what stands before the damage

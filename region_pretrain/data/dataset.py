@@ -22,7 +22,7 @@ from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 32  # files in memory at once
+_TOGETHER = 64  # files in memory at once
 _IN_A_ROW = 100
 _REPLACED = "%s; the next image takes its place"
 

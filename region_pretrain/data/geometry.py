@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+_MIRRORED = np.array([2, 1, 0, 3])  # XYXY of a mirrored box
+
 
 @dataclass(frozen=True)
 class ViewGeometry:
@@ -87,9 +89,10 @@ def map_boxes(affine: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         ``(N, 4)`` float32 XYXY in view pixels, not clipped.
     """
     (sx, _, tx), (_, sy, ty) = affine.tolist()
-    mapped = boxes * np.array([sx, sy, sx, sy], np.float32) + np.array([tx, ty, tx, ty], np.float32)
+    mapped = boxes * np.array((sx, sy, sx, sy), np.float32)
+    mapped += np.array((tx, ty, tx, ty), np.float32)
     if sx < 0:
-        mapped = mapped[:, [2, 1, 0, 3]]
+        mapped = mapped.take(_MIRRORED, axis=1)
     return mapped.astype(np.float32, copy=False)
 
 

@@ -127,7 +127,7 @@ class SoCoViews:
                 if len(chosen) > self.num_regions:
                     chosen = rng.permutation(chosen)[: self.num_regions]
                 if len(chosen):
-                    mine = self._jitter(boxes[chosen], rng)
+                    mine = self._jitter(boxes.take(chosen, axis=0), rng)
                 else:  # nothing of any region in the crop: the views match as wholes
                     mine = np.array([[0, 0, width, height]], np.float32)
                 slots = self._pad(len(mine), rng)
@@ -136,7 +136,7 @@ class SoCoViews:
             else:
                 chosen = candidates[source]
             if len(chosen):
-                seen = boxes_in_view(geometry, boxes[chosen])
+                seen = boxes_in_view(geometry, boxes.take(chosen, axis=0))
             else:
                 seen = np.array([[0, 0, *geometry.size[::-1]]], np.float32)
             slots = self._pad(len(seen), rng)
