@@ -31,7 +31,10 @@ from region_pretrain.files import write_text_atomic  # noqa: E402
 
 def width_and_height(text: str) -> tuple[int, int]:
     """``(500, 375)`` of ``500x375``."""
-    width, height = map(int, text.split("x"))
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT, such as 2000x1500") from None
     return width, height
 
 
@@ -49,7 +52,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--made-size",
         type=width_and_height,
-        default=SIZE,
         metavar="WxH",
         help="their size in pixels (default 500x375, of 80 kB each; others in proportion)",
     )
@@ -58,7 +60,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of a step on a CPU (default 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="for keys of the config")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.made_size and args.made_images is None:
+        parser.error("--made-size is the size of made images: say how many with --made-images N")
+    return args
 
 
 @exit_on_user_error
@@ -75,7 +80,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if args.made_images is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            measure.use_made_images(cfg, folder, args.made_images, args.made_size)
+            measure.use_made_images(cfg, folder, args.made_images, args.made_size or SIZE)
         if args.only != "step":
             rates = measure.loader_rates(cfg, args.seconds)
             results["loader"] = asdict(rates)

@@ -18,7 +18,6 @@ from tiny_run import CLOCK
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 ITERATIONS = 14
-#: What depends on the machine.
 
 
 class Run:

@@ -14,7 +14,6 @@ from torch import nn
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 
-#: What depends on the machine.
 CHILD = (
     "import json, sys, tiny_run; "
     "tiny_run.train_in_process(sys.argv[1], False, json.loads(sys.argv[2]))"

@@ -70,6 +70,19 @@ def test_figures_of_a_step(small_soco, make_batch):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in trainer.module.modules())
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--made-images", "4", "--made-size", "500"], "500 is not WIDTHxHEIGHT"),
+        (["--made-size", "500x375"], "say how many with --made-images"),
+    ],
+)
+def test_bad_sizes_are_told_at_once(more, message):
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--config-file", "none.py", *more]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+
+
 def test_command_line(tmp_path):
     out = tmp_path / "figures.json"
     command = [
