@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from detectron2.utils import comm
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.errors import STOPPED, Stopped, UserError
 
 _EXIT_CODE = 2
 
@@ -50,7 +51,9 @@ def launch(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         _join_from_environment(device)
-        main(*args)
+        ended = _run_to_end(main, args)
+        if ended is not None:
+            raise ended
         return
     if num_processes < 1 or num_machines < 1:
         raise UserError(f"--num-gpus {num_processes} --num-machines {num_machines}: at least 1")
@@ -88,13 +91,42 @@ def launch(
 
 
 def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    is_main = comm.is_main_process()
+    ended = _run_to_end(main, args)
+    if isinstance(ended, UserError):
+        # All processes tend to find the same fault; the parent ends the others when one exits.
+        time.sleep(0 if is_main else 2)
+        print(f"error: {ended}", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_CODE)
+    if ended is not None:
+        raise ended
+
+
+def _run_to_end(main: Callable[..., Any], args: tuple[Any, ...]) -> UserError | Stopped | None:
+    """Run ``main(*args)`` and leave the process group. Returns what ended it, if not its end."""
+    ended = None
     try:
         main(*args)
-    except UserError as error:
-        # All processes tend to find the same fault; the parent ends the others when one exits.
-        time.sleep(0 if comm.is_main_process() else 2)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(_EXIT_CODE)
+    except (UserError, Stopped) as error:
+        ended = error.with_traceback(None)  # its frames hold groups
+    # After a fault the other processes may be waiting in NCCL for this one, which no call ends.
+    if not isinstance(ended, UserError) or dist.get_backend() == "gloo":
+        _leave_process_group()
+    return ended
+
+
+def _leave_process_group() -> None:
+    """End the threads of gloo in this process.
+
+    They hold the tensors of what they did last, and to drop one while the interpreter is shutting
+    down aborts the process: a run that had finished would look like one that had crashed. A thread
+    ends with the last reference to its group.
+    """
+    dist.destroy_process_group()
+    comm._LOCAL_PROCESS_GROUP = None
+    comm.create_local_process_group.cache_clear()
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()
 
 
 def _join_from_environment(device: str) -> None:

@@ -13,12 +13,13 @@ from tiny_run import (
     make_config,
     refuse,
     train_in_process,
+    use_all_groups_and_end,
     write_ranks,
 )
 
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
-from region_pretrain.errors import UserError
+from region_pretrain.errors import STOPPED, UserError
 
 
 def metrics(folder):
@@ -102,14 +103,16 @@ def test_an_error_in_one_process_ends_all_and_leaves_the_environment():
     assert dict(os.environ) == before
 
 
-def test_processes_that_a_scheduler_started_join(tmp_path):
+def start_as_a_scheduler(function, *args):
+    """Exit codes of two processes that have been started outside ``launch``."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     code = (
-        "import sys; from tiny_run import write_ranks\n"
+        f"import sys; from tiny_run import {function}\n"
         "from region_pretrain.engine.processes import launch\n"
-        "launch(write_ranks, 1, device='cpu', args=(sys.argv[1],))\n"
+        "from region_pretrain.errors import exit_on_user_error\n"
+        f"exit_on_user_error(launch)({function}, 1, device='cpu', args=sys.argv[1:])\n"
     )
     children = []
     for rank in range(2):
@@ -122,11 +125,35 @@ def test_processes_that_a_scheduler_started_join(tmp_path):
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-        children.append(subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env))
-    assert [child.wait(60) for child in children] == [0, 0]
+        children.append(subprocess.Popen([sys.executable, "-c", code, *args], env=env))
+    return [child.wait(60) for child in children]
+
+
+def test_processes_that_a_scheduler_started_join(tmp_path):
+    assert start_as_a_scheduler("write_ranks", str(tmp_path)) == [0, 0]
     assert (tmp_path / "0").read_text() == "0/2 local 0 sum 3 gloo"
     assert (tmp_path / "1").read_text() == "1/2 local 1 sum 3 gloo"
     assert write_ranks.__module__ == "tiny_run"
+
+
+# A thread of gloo's that drops its last tensor while the interpreter shuts down aborts the process.
+@pytest.mark.parametrize(("how", "code"), [("finished", 0), ("stopped", STOPPED), ("refused", 2)])
+def test_no_thread_of_gloo_is_left_when_a_process_exits(how, code, tmp_path):
+    try:
+        launch(use_all_groups_and_end, 2, device="cpu", args=(str(tmp_path), how))
+        ended = 0
+    except SystemExit as error:
+        ended = error.code
+    assert ended == code
+    # The first to end on a fault may take the other with it.
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"True 0"}
+    assert how == "refused" or len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("how", "code"), [("finished", 0), ("refused", 2)])
+def test_nor_in_a_process_that_a_scheduler_started(how, code, tmp_path):
+    assert start_as_a_scheduler("use_all_groups_and_end", str(tmp_path), how) == [code, code]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True 0", "True 0"]
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import io
 import os
@@ -9,6 +10,7 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +25,9 @@ from omegaconf import OmegaConf
 from torch import distributed as dist
 from torch import nn
 
+from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.errors import UserError
+from region_pretrain.errors import Stopped, UserError
 from region_pretrain.solver import (
     LARS,
     cosine_momentum,
@@ -282,6 +285,38 @@ def fail_on_second() -> None:
     if comm.get_rank() == 1:
         raise ValueError("rank 1 broke")
     comm.synchronize()
+
+
+def gloo_threads() -> int:
+    """Threads of this process in which gloo works; each holds tensors, which are Python's."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return sum(name == "pt_gloo_runloop" for name in names)
+
+
+def use_all_groups_and_end(folder: str, how: str) -> None:
+    """Has every kind of group that a run has, and ends as runs end.
+
+    At the exit of the process, ``folder/RANK`` says how many gloo threads there were in here, and
+    how many are left.
+    """
+    path, stop = os.path.join(folder, str(comm.get_rank())), StopRequest()
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    model.itself = model  # garbage in a circle, as hooks and trainers are
+    model(torch.ones(1, 2)).sum().backward()
+    for _ in range(2):
+        assert not stop.agreed()
+    comm.all_gather(1)
+    inside = gloo_threads()
+
+    @atexit.register
+    def write() -> None:
+        with open(path, "w") as f:
+            f.write(f"{inside > 0} {gloo_threads()}")
+
+    if how == "stopped":
+        raise Stopped
+    if how == "refused":
+        raise UserError("mend train.x")
 
 
 def write_ranks(folder: str) -> None:
