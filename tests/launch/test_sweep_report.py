@@ -3,10 +3,12 @@
 import csv
 import html
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +232,32 @@ def test_in_a_browser(folder, tmp_path):
     coloured = (pixels.max(2) - pixels.min(2) > 80).any(1)  # curves; text is grey
     assert coloured.sum() > 50
     assert np.nonzero(pixels.std((1, 2)) > 0)[0].min() < 100  # a heading on top
+
+
+def test_a_finished_run_that_is_still_ending_counts(tmp_path):
+    # The report is made as soon as the last product is there; its process then notes its end.
+    plan, sweep = Plan(), tmp_path / "sweep"
+    for name, started, ended in (("early", 1000.0, 1060.0), ("late", 1060.0, 1180.0)):
+        run = Run(name, PRETRAIN, name, "t.py", ((),), str(sweep / name), str(sweep / name / "x"))
+        plan.runs[name] = run
+        plan.entries.append({"kind": PRETRAIN, "start": name, "seed": 0, "run": name})
+        (sweep / name).mkdir(parents=True)
+        (sweep / name / "x").touch()
+        os.utime(sweep / name / "x", (ended, ended))
+        attempt = {"job": "1", "restart": 0, "host": "h", "started": started, "start": ""}
+        if name == "early":
+            attempt |= {"ended": ended, "stop": "", "outcome": "finished"}
+        (sweep / name / "attempts.json").write_text(json.dumps([attempt]))
+    (sweep / "jobs").mkdir()
+    labels = {"early": "Early", "late": "Late"}
+    cluster = Cluster(kind="local")
+    state.write_sweep(
+        str(sweep), state.SweepFile("s", "S", "c", cluster, "/", "/", labels, None, plan)
+    )
+    page, markdown, _ = (Path(path).read_text() for path in write_sweep_report(str(sweep)))
+    for text in (page, markdown):
+        assert "2 finished. 3.0 minutes from the first start to the last end." in text
+    cells = re.findall(r"<tr><td>(?:<a[^>]*>)?(early|late)\b.*?</tr>", page)
+    rows = {c: re.search(rf">{c}(?:</a>)?</td>.*?</tr>", page, re.S)[0] for c in cells}
+    minutes = {c: re.findall(r"<td[^>]*>([\d.]+)</td>", row)[-1] for c, row in rows.items()}
+    assert {c: float(m) for c, m in minutes.items()} == {"early": 1.0, "late": 2.0}

@@ -16,7 +16,7 @@ from region_pretrain.launch.attempts import read_attempts
 from region_pretrain.launch.environment import machine, versions
 from region_pretrain.launch.sweeps import jobs, state
 from region_pretrain.launch.sweeps.definition import FINAL
-from region_pretrain.launch.sweeps.graph import PRETRAIN
+from region_pretrain.launch.sweeps.graph import PRETRAIN, Run
 from region_pretrain.launch.sweeps.results import METRICS, Row, collect, logged
 from region_pretrain.launch.sweeps.state import SweepFile
 
@@ -58,12 +58,20 @@ def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 
 def _wall_time(sweep: SweepFile) -> str:
     """From the first start of a run to the last end so far."""
-    attempts = [a for run in sweep.plan.runs.values() for a in read_attempts(run.folder)]
+    attempts = [a for run in sweep.plan.runs.values() for a in _attempts(run)]
     ends = [a["ended"] for a in attempts if a.get("ended")]
     if not ends:
         return ""
     minutes = (max(ends) - min(a["started"] for a in attempts)) / 60
     return f" {minutes:.1f} minutes from the first start to the last end."
+
+
+def _attempts(run: Run) -> list[dict[str, Any]]:
+    """The attempts of a run. One that has made its product and not yet noted its end ended then."""
+    attempts = read_attempts(run.folder)
+    if attempts and "outcome" not in attempts[-1] and state.is_finished(run):
+        attempts[-1]["ended"] = os.path.getmtime(run.product)
+    return attempts
 
 
 def _varying(rows: Sequence[Row]) -> dict[str, str]:
@@ -200,7 +208,7 @@ def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
     rows = []
     for run in sweep.plan.runs.values():
         at, path = state.progress(run), os.path.relpath(run.folder, folder)
-        attempts = read_attempts(run.folder)
+        attempts = _attempts(run)
         spent = sum((a.get("ended") or a["started"]) - a["started"] for a in attempts) / 60
         there = os.path.isdir(run.folder)
         record = state.read_record(run)
