@@ -25,8 +25,8 @@ def read_attempts(output_dir: str) -> list[dict[str, Any]]:
         Each with ``job`` (id), ``restart`` (count of SLURM), ``host``, ``started`` (Unix time),
         ``start`` (checkpoint that it went on from, "" for none); when it is over ``ended``,
         ``stop`` (newest checkpoint) and ``outcome``: ``finished``, ``stopped`` (told to, and will
-        go on), ``killed`` (a process died by a signal), ``failed`` (with its ``error``), or
-        ``lost`` (nobody could say).
+        go on), ``killed`` (a process died by a signal, or SLURM gave its step up), ``failed`` (with
+        its ``error``), or ``lost`` (nobody could say).
     """
     try:
         with open(os.path.join(output_dir, _NAME), encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from region_pretrain.errors import STOPPED, UserError
 from region_pretrain.launch.attempts import MAX_FRUITLESS, end_attempt, start_attempt
 from region_pretrain.launch.child import start_child
 from region_pretrain.launch.cluster import Cluster
-from region_pretrain.launch.rendezvous import rank_environment, restart_count
+from region_pretrain.launch.rendezvous import job_state, rank_environment, restart_count
 
 _TAIL = 15  # lines of a failed job's log that its error shows
 #: So long a task that failed waits for the news that another one failed before it.
@@ -209,12 +209,8 @@ class _Task:
         """Not where the job was cancelled, or is requeued already by who told it to stop."""
         if self.env.cluster != "slurm":
             return self.told != signal.SIGTERM
-        command = ["squeue", "--noheader", "--format=%T", f"--jobs={self.env.job_id}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return self.told != signal.SIGTERM
-        return done.stdout.strip() == "RUNNING"
+        state = job_state(self.env.job_id)
+        return self.told != signal.SIGTERM if state is None else state == "RUNNING"
 
     def _failure(self, code: int) -> str:
         lines = []

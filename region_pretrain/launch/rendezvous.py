@@ -1,10 +1,11 @@
-"""Where the processes of a job meet, from what the job itself knows."""
+"""Where the processes of a job meet, from what the job itself knows, and what SLURM says of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import socket
+import subprocess
 
 import submitit
 
@@ -15,6 +16,16 @@ _PORTS = range(10000, 32000)
 def restart_count() -> int:
     """How often SLURM has started this job before."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def job_state(job_id: str) -> str | None:
+    """The state that ``squeue`` gives a job, e.g. ``RUNNING``; None where it does not answer."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip()
 
 
 def rank_environment(env: submitit.JobEnvironment) -> dict[str, str | None]:

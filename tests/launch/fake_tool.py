@@ -36,5 +36,8 @@ if how == "killed" and attempt == 1 and rank == "0":
 if how == "wrong":
     print("error: no such thing", file=sys.stderr)
     sys.exit(2)
+if how == "deaf" and attempt == 1:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    time.sleep(120)
 if how == "slow":
     time.sleep(60)

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import submitit
 
 from region_pretrain.errors import UserError
-from region_pretrain.launch import rendezvous
+from region_pretrain.launch import after, rendezvous
 from region_pretrain.launch.after import find_killed
 from region_pretrain.launch.attempts import (
     MAX_FRUITLESS,
@@ -238,6 +239,44 @@ def test_a_job_that_gets_nowhere_says_so(make_job, tmp_path, monkeypatch):
 )
 def test_who_was_killed_is_told_from_who_was_stopped(states, requeued):
     assert (find_killed([{"state": state} for state in states]) is not None) == requeued
+
+
+@pytest.mark.parametrize(
+    ("states", "state", "requeued"),
+    [
+        (["told", "told"], "RUNNING", True),  # SLURM gave the step up, not the job
+        (["told", "told"], "COMPLETING", False),  # cancelled
+        (["told", "told"], "", False),  # squeue knows it no more
+        (["stopped", "told"], "RUNNING", False),  # requeued by rank 0, which said so
+        (["told", "failed"], "RUNNING", False),
+        (["told", "killed"], "COMPLETING", True),
+        ([], "RUNNING", False),
+    ],
+)
+def test_what_a_batch_script_requeues(states, state, requeued, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / "bin").mkdir()
+    squeue = f"[ $3 = --jobs=7_2 ] && echo {state}"
+    for name, line in {"squeue": squeue, "scontrol": f"echo $* >{tmp_path}/ran"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    start_attempt(str(tmp_path / "run"), "7_2", 1, "n1")
+    (tmp_path / "tasks").mkdir()
+    for rank, word in enumerate(states):
+        note = {"state": word, "code": 0, "output_dir": str(tmp_path / "run")}
+        (tmp_path / f"tasks/7_2_1_{rank}.json").write_text(json.dumps(note))
+    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "143"])
+    after.main()
+    ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
+    assert ran == ("requeue 7_2\n" if requeued else "")
+    assert [a.get("outcome") for a in read_attempts(str(tmp_path / "run"))] == [
+        "killed" if requeued else None
+    ]
+    assert ("it is requeued" in capsys.readouterr().out) == requeued
 
 
 def test_each_attempt_meets_at_a_port_of_its_own(monkeypatch):

@@ -170,6 +170,34 @@ def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
     assert read_attempts(f"{tmp_path}/after")[0]["started"] > max(ends)
 
 
+def test_a_step_that_slurm_gives_up_and_a_job_that_is_cancelled(slurm, tmp_path):
+    (tmp_path / "code/tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/launch/fake_tool.py", tmp_path / "code/tools/tool.py")
+    cluster = Cluster(partition="low", nodes=2, tasks_per_node=1)
+    ids = {}
+    for name in ("step", "job"):
+        (tmp_path / name).mkdir()
+        folder = str(tmp_path / name)
+        job = ToolJob("tools/tool.py", ["deaf", folder], folder, str(tmp_path / "code"))
+        ids[name] = submit_jobs([job], cluster, f"{tmp_path}/jobs", name)[0].job_id
+
+    def told(name):
+        paths = tmp_path.glob(f"jobs/tasks/{ids[name]}_0_*.json")
+        return [json.loads(path.read_text() or "{}").get("state") for path in paths] == ["told"] * 2
+
+    for name in ids:
+        wait_until(lambda n=name: len(list((tmp_path / n).glob("seen*"))) == 2, tmp_path)
+    # As SLURM does where a node or srun does not answer: all tasks are told, and soon killed.
+    subprocess.run(["scancel", "--signal=TERM", f"{ids['step']}.0"], check=True)
+    subprocess.run(["scancel", ids["job"]], check=True)
+    wait_until(lambda: told("step") and told("job"), tmp_path)
+    subprocess.run(["scancel", "--signal=KILL", f"{ids['step']}.0"], check=True)
+    wait_until(lambda: not subprocess.check_output(["squeue", "--noheader"]), tmp_path)
+    assert outcomes(tmp_path / "step") == ["killed", "finished"]
+    (attempt,) = read_attempts(str(tmp_path / "job"))
+    assert "outcome" not in attempt
+
+
 def test_a_failing_run_fails_alone_and_is_named(slurm, tmp_path):
     folder = tmp_path / "broken"
     breaking = "train.hooks=[{_target_: slurm_runs.BreakAt, iteration: 3, rank: 1}]"
