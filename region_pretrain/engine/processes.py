@@ -35,7 +35,7 @@ def launch(
     With ``device="cpu"`` the processes talk through gloo, on a machine with GPUs as well, and share
     the cores. Where ``torchrun`` or SLURM has already started a process a GPU (``RANK``,
     ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` are set), that process joins the others
-    instead of starting more.
+    instead of starting more; a process group of the caller's own is used as it is.
 
     Args:
         main: importable by name.
@@ -50,6 +50,9 @@ def launch(
         UserError: the machine has fewer GPUs, or the processes have no place to meet.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        if dist.is_initialized():
+            main(*args)  # whose group this is will leave it
+            return
         _join_from_environment(device)
         ended = _run_to_end(main, args)
         if ended is not None:
@@ -130,8 +133,6 @@ def _leave_process_group() -> None:
 
 
 def _join_from_environment(device: str) -> None:
-    if dist.is_initialized():
-        return
     missing = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
     if missing:
         raise UserError(

@@ -16,6 +16,7 @@ from tiny_run import (
     use_all_groups_and_end,
     write_ranks,
 )
+from torch import distributed as dist
 
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
@@ -154,6 +155,23 @@ def test_no_thread_of_gloo_is_left_when_a_process_exits(how, code, tmp_path):
 def test_nor_in_a_process_that_a_scheduler_started(how, code, tmp_path):
     assert start_as_a_scheduler("use_all_groups_and_end", str(tmp_path), how) == [code, code]
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True 0", "True 0"]
+
+
+def test_a_group_of_the_callers_own_is_used_and_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
+    try:
+        launch(write_group_size, 1, device="cpu", args=(str(tmp_path),))
+        assert dist.is_initialized() and dist.get_world_size() == 1
+    finally:
+        dist.destroy_process_group()
+    assert (tmp_path / "size").read_text() == "1"
+
+
+def write_group_size(folder):
+    with open(os.path.join(folder, "size"), "w") as f:
+        f.write(str(dist.get_world_size()))
 
 
 def test_what_a_machine_lacks_is_said(monkeypatch):
