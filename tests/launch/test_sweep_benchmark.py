@@ -1,4 +1,4 @@
-"""The Shapes benchmark: its two sizes, and the quick one from end to end at a minute's size."""
+"""The Shapes benchmark: its sizes, and the quick one from end to end at a minute's size."""
 
 import json
 import os
@@ -29,11 +29,12 @@ def config(run):
     return load_config(arguments[arguments.index("--config-file") + 1], overrides(run))
 
 
-@pytest.mark.parametrize(("size", "side"), [("quick", 96), ("full", 256)])
+@pytest.mark.parametrize(("size", "side"), [("quick", 96), ("medium", 96), ("full", 256)])
 def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path):
     changes = ["sweep.seeds=[0]", f"sweep.output_dir={tmp_path}"]
     sweep = load_sweep(str(ROOT / f"configs/sweeps/shapes_{size}.py"), changes)
-    assert METHODS == set(sweep.pretrain) and list(sweep.baselines) == ["random"]
+    left_out = {"supervised"} if size == "medium" else set()
+    assert METHODS - left_out == set(sweep.pretrain) and list(sweep.baselines) == ["random"]
     plan = make_plan(sweep)
     kinds = {e["run"]: e["kind"] for e in plan.entries}
     of = {kind: [r for r in plan.runs.values() if kinds[r.id] == kind] for kind in kinds.values()}

@@ -1,6 +1,7 @@
 """The Shapes benchmark: every method under one budget, one detector, one protocol.
 
-Its two sizes, ``shapes_quick.py`` and ``shapes_full.py``, give it methods and numbers.
+Its sizes, ``shapes_quick.py``, ``shapes_medium.py`` and ``shapes_full.py``, give it methods and
+numbers.
 """
 
 #: Scenes that choose learning rates are of another seed than those of the results.

@@ -1,0 +1,23 @@
+"""The Shapes benchmark on a CPU with three times the quick size's pre-training and twice its
+fine-tuning: an hour and a half on two cores.
+
+    python tools/sweep.py --config configs/sweeps/shapes_medium.py --jobs 2
+
+Without the supervised start, which would add a quarter of an hour.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_quick import QUICK
+
+_METHODS = {name: entry for name, entry in QUICK["methods"].items() if name != "supervised"}
+
+sweep = benchmark(
+    **{
+        **QUICK,
+        "title": "Shapes benchmark, medium size",
+        "methods": _METHODS,
+        "images_seen": 13_888,  # 434 steps * 32, as in tools/demo.py
+        "iterations": 300,
+        "evaluations": 3,
+    }
+)
