@@ -1,5 +1,5 @@
 """The Shapes benchmark on a CPU with three times the quick size's pre-training and twice its
-fine-tuning: an hour and a half on two cores.
+fine-tuning: 75 minutes on two cores.
 
     python tools/sweep.py --config configs/sweeps/shapes_medium.py --jobs 2
 
