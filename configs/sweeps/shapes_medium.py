@@ -3,7 +3,7 @@ fine-tuning: 75 minutes on two cores.
 
     python tools/sweep.py --config configs/sweeps/shapes_medium.py --jobs 2
 
-Without the supervised start, which would add a quarter of an hour.
+Without the supervised start, which by arithmetic would add a quarter of an hour.
 """
 
 from .common.shapes_benchmark import benchmark
