@@ -13,7 +13,7 @@ import warnings
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
 
 from region_pretrain.errors import exit_on_user_error  # noqa: E402
-from region_pretrain.launch.demo import (  # noqa: E402
+from region_pretrain.sweeps.demo import (  # noqa: E402
     PRETRAINED_LR,
     SCRATCH_LR,
     run_demo,

@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from region_pretrain.errors import exit_on_user_error
-from region_pretrain.launch.local_slurm import local_slurm
+from region_pretrain.jobs.local_slurm import local_slurm
 
 
 @exit_on_user_error

@@ -22,7 +22,7 @@ import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.launch.submission import add_slurm_arguments, submit_shards, wants_slurm
+from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import format_summary, make_regions
 from region_pretrain.regions.preview import draw_preview

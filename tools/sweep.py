@@ -39,9 +39,9 @@ def _start(argv: list[str]) -> None:
     parser.add_argument("opts", nargs="*", help="sweep.key=value")
     args = parser.parse_intermixed_args(argv)
 
-    from region_pretrain.launch.cluster import Cluster, parse_slurm
-    from region_pretrain.launch.sweeps import status, submission
-    from region_pretrain.launch.sweeps.definition import load_sweep
+    from region_pretrain.jobs.cluster import Cluster, parse_slurm
+    from region_pretrain.sweeps import status, submission
+    from region_pretrain.sweeps.definition import load_sweep
 
     kind = args.cluster or ("slurm" if args.slurm else "local")
     if args.slurm and kind != "slurm":
@@ -73,14 +73,14 @@ def _folder(argv: list[str], command: str, says: str) -> tuple[str, argparse.Nam
     args = parser.parse_args(argv)
     if not args.sweep.endswith(".py"):
         return os.path.abspath(args.sweep), args
-    from region_pretrain.launch.sweeps.definition import load_sweep
+    from region_pretrain.sweeps.definition import load_sweep
 
     return os.path.abspath(load_sweep(args.sweep, args.opts).output_dir), args
 
 
 def _status(argv: list[str]) -> None:
     folder, _ = _folder(argv, "status", "How far each run is.")
-    from region_pretrain.launch.sweeps.status import status_text
+    from region_pretrain.sweeps.status import status_text
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet where a pager or head ends first
     print(status_text(folder)[0])
@@ -88,7 +88,7 @@ def _status(argv: list[str]) -> None:
 
 def _cancel(argv: list[str]) -> None:
     folder, _ = _folder(argv, "cancel", "Stop all jobs; started again, the sweep goes on.")
-    from region_pretrain.launch.sweeps.submission import cancel
+    from region_pretrain.sweeps.submission import cancel
 
     stopped = cancel(folder)
     print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
@@ -96,7 +96,7 @@ def _cancel(argv: list[str]) -> None:
 
 def _report(argv: list[str]) -> None:
     folder, _ = _folder(argv, "report", "Write report.html, report.md and results.csv.")
-    from region_pretrain.launch.sweeps.report import write_sweep_report
+    from region_pretrain.sweeps.report import write_sweep_report
 
     for path in write_sweep_report(folder):
         print(path)
@@ -108,7 +108,7 @@ def _choose(argv: list[str]) -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("results", nargs="+", metavar="RATE=results.json")
     args = parser.parse_args(argv)
-    from region_pretrain.launch.sweeps.choice import choose
+    from region_pretrain.sweeps.choice import choose
 
     print(choose(dict(text.split("=", 1) for text in args.results), args.metric, args.out))
 

@@ -4,7 +4,7 @@
 from region_pretrain.engine.command_line import argument_parser, launch_with_config
 from region_pretrain.engine.finetune import do_evaluate, do_train
 from region_pretrain.errors import exit_on_user_error
-from region_pretrain.launch.submission import add_slurm_arguments, submit_training, wants_slurm
+from region_pretrain.jobs.submission import add_slurm_arguments, submit_training, wants_slurm
 
 
 @exit_on_user_error

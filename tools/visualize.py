@@ -16,13 +16,13 @@ from detectron2.utils.file_io import PathManager
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.evaluation.plots import to_png
-from region_pretrain.evaluation.view_pictures import (
+from region_pretrain.reporting.pictures import (
     first_views,
     model_pictures,
     pictures,
     sheet,
 )
+from region_pretrain.reporting.plots import to_png
 
 
 @exit_on_user_error

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from region_pretrain.evaluation.few_label import first_fraction
+from region_pretrain.data.few_label import first_fraction
 
 from .mask_rcnn_r50_fpn_4conv1fc import dataloader, lr_multiplier, model, optimizer, train
 

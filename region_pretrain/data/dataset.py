@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from detectron2.data import DatasetFromList
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.catalog import FOLDER_PREFIX, get_records, label_by_folder
-from region_pretrain.data.geometry import ViewGeometry, decode_reduction, render
-from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.geometry import decode_reduction, render
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage
 from region_pretrain.regions import RegionStore
@@ -25,25 +24,6 @@ logger = logging.getLogger(__name__)
 _TOGETHER = 64  # files in memory at once
 _IN_A_ROW = 100
 _REPLACED = "%s; the next image takes its place"
-
-
-@dataclass
-class ViewSample:
-    """One view of one image, before it is rendered.
-
-    Attributes:
-        geometry: where the view looks.
-        photometry: which photometric operations it may undergo.
-        boxes: ``(K, 4)`` float32 XYXY in view pixels.
-        region_ids: ``(K,)`` int64.
-        valid: ``(K,)`` bool.
-    """
-
-    geometry: ViewGeometry
-    photometry: Photometry
-    boxes: np.ndarray
-    region_ids: np.ndarray
-    valid: np.ndarray
 
 
 class File(NamedTuple):
@@ -98,31 +78,6 @@ class Drawn(NamedTuple):
         if not self.encoded.reducible:
             return 1
         return decode_reduction([view.geometry for view in self.views])
-
-
-class ViewSampler(Protocol):
-    """What a method owns of the data path. ``K`` and the views' sizes never change.
-
-    A sampler whose regions depend on the pixels may have a method
-    ``complete(views, image, size, rng)``: it gets the views that it chose, the decoded image
-    (``(h, w, 3)`` uint8 RGB, perhaps at a part of its size), the image's ``(width, height)`` and
-    the sample's generator, and returns the views with their regions. The geometries stay.
-
-    A sampler whose views are worked on before the network sees them may have a method
-    ``pictures(batch)``, which draws what comes of them (as
-    :func:`~region_pretrain.evaluation.view_pictures.view_pictures` draws the views themselves).
-    """
-
-    def __call__(
-        self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
-    ) -> list[ViewSample]:
-        """Choose the views of an image.
-
-        Args:
-            width, height: the image in pixels.
-            boxes: ``(N, 4)`` float32 XYXY regions in its pixels; N may be 0.
-            rng: the only source of randomness.
-        """
 
 
 class PretrainDataset:
@@ -298,9 +253,7 @@ class PretrainDataset:
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
-        views = drawn.views
-        if hasattr(self.views, "complete"):
-            views = self.views.complete(views, image, drawn.size, drawn.rng)
+        views = self.views.complete(drawn.views, image, drawn.size, drawn.rng)
         return Sample(image, reduce, views, drawn.photometry, drawn.label)
 
     def sample(self, seed: int, epoch: int, index: int) -> Sample:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import random_resized_crop
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
 
@@ -30,7 +30,7 @@ def checked_crop_area(size: int, crop_area: Sequence[float]) -> tuple[float, flo
     return area
 
 
-class TwoCrops:
+class TwoCrops(ViewSampler):
     """Draws two independent random resized crops of an image, and no regions.
 
     Args:
@@ -56,7 +56,7 @@ class TwoCrops:
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        """See :class:`~region_pretrain.data.views.ViewSampler`."""
         none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool)
         return [
             ViewSample(

@@ -25,6 +25,7 @@ from region_pretrain.files import (
     write_atomic,
     write_text_atomic,
 )
+from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +42,16 @@ def split_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part a model's state dict.
 
     Args:
-        model: its ``detector_modules`` names the top-level submodules that are the detector's own;
-            a model without that attribute is a detector.
+        model: a detector, all of which is the detector's own; or a ``PretrainingModel``, whose
+            ``detector_modules`` names the submodules that are.
 
     Returns:
         (the detector's entries, all others), under the model's own names.
     """
     state = model.state_dict()
-    own = getattr(model, "detector_modules", None)
-    if own is None:
+    if not isinstance(model, PretrainingModel):
         return dict(state), {}
-    prefixes = tuple(f"{name}." for name in own)
+    prefixes = tuple(f"{name}." for name in model.detector_modules)
     detector = {k: v for k, v in state.items() if k.startswith(prefixes)}
     return detector, {k: v for k, v in state.items() if k not in detector}
 

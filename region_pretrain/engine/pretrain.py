@@ -7,7 +7,11 @@ import logging
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
-from region_pretrain.engine.run import TrainingData, run_training
+from region_pretrain.engine.run import (
+    TrainingData,
+    build_pretraining_model,
+    run_training,
+)
 from region_pretrain.engine.setup import complete_train, start_run
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
@@ -21,9 +25,7 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
     Args:
         cfg: an object with the following fields:
 
-            - ``model``: lazy meta-architecture: ``forward(batch)`` returns a dict of losses, see
-              :class:`region_pretrain.engine.trainer.Trainer`; ``detector_modules`` names the
-              submodules that are the detector's own.
+            - ``model``: lazy :class:`~region_pretrain.modeling.meta_arch.PretrainingModel`.
             - ``dataloader.train``: lazy loader with ``total_batch_size``, ``iterations_per_epoch``
               and ``iterate(start_iter, stop_iter)``. Its ``seed``, where null, is ``train.seed``.
             - ``optimizer``: lazy; ``params.model`` is filled in. ``lr`` is scaled by
@@ -49,5 +51,7 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
         loader_cfg.seed = cfg.train.seed
     loader = instantiate(loader_cfg)
     data = TrainingData(loader.iterate, loader.total_batch_size, loader.iterations_per_epoch)
-    _, metrics = run_training(cfg, data, resume=resume, load_weights=load_pretrained)
+    _, metrics = run_training(
+        cfg, data, resume=resume, load_weights=load_pretrained, build=build_pretraining_model
+    )
     return metrics

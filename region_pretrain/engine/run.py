@@ -26,6 +26,11 @@ from region_pretrain.engine.setup import resolve_device
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.writers import build_writers, read_last_metrics
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import (
+    PretrainingModel,
+    check_contract,
+    renew_momentum_copies,
+)
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 from region_pretrain.modeling.trunk import compile_trunks
 
@@ -110,6 +115,15 @@ def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     if device.type == "cpu" and dist.is_available() and dist.is_initialized():
         model = use_cpu_sync_batchnorm(model)
     return model
+
+
+def build_pretraining_model(cfg: DictConfig, device: torch.device) -> PretrainingModel:
+    """As :func:`build_model`, for a pre-training config.
+
+    Raises:
+        UserError: ``cfg.model`` builds something that cannot be pre-trained.
+    """
+    return check_contract(build_model(cfg, device))
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -197,6 +211,7 @@ def run_training(
     *,
     resume: bool,
     load_weights: Callable[[nn.Module, str], Any],
+    build: Callable[[DictConfig, torch.device], nn.Module] = build_model,
     make_hooks: Callable[[Trainer], list[HookBase]] = lambda trainer: [],
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train ``cfg.model`` from its start, or from its newest checkpoint, to its end.
@@ -205,8 +220,9 @@ def run_training(
         cfg: ``train`` is complete; :func:`region_pretrain.engine.setup.start_run` has been called.
         data: the batches.
         resume: go on from the newest checkpoint in ``train.output_dir``.
-        load_weights: (model, ``train.init_checkpoint``) -> fills a model that starts anew. A model
-            with a method ``on_weights_loaded()`` is told, so that it can renew its target copy.
+        load_weights: (model, ``train.init_checkpoint``) -> fills a model that starts anew. Then
+            the momentum copies of a ``PretrainingModel`` are renewed.
+        build: (config, device) -> the model.
         make_hooks: further hooks, between the learning rate and ``train.hooks``.
 
     Returns:
@@ -221,7 +237,7 @@ def run_training(
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)
     lr = scale_lr(cfg, data, max_iter)
 
-    model = build_model(cfg, device)
+    model = build(cfg, device)
     optimizer = build_optimizer(cfg, model, lr)
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
     trainer = Trainer(
@@ -262,8 +278,8 @@ def run_training(
     start_iter = checkpointer.resume() if resume else 0
     if start_iter == 0 and train.init_checkpoint:
         load_weights(model, train.init_checkpoint)
-        if hasattr(model, "on_weights_loaded"):
-            model.on_weights_loaded()
+        if isinstance(model, PretrainingModel):
+            renew_momentum_copies(model)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
         return model, read_last_metrics(os.path.join(train.output_dir, "metrics.json"))

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +97,10 @@ def split_batch(batch: Any, parts: int) -> list[Any]:
 class Trainer(TrainerBase):
     """One optimiser step an iteration, over as many micro-batches as wanted.
 
-    The model gets a batch and returns a dict: entries whose names start with ``loss`` are summed
-    and minimised, others are reported. It may also have these methods, called once an iteration
-    whatever the number of micro-batches (on the model itself, not on its DDP wrapper):
-
-    - ``before_step(iteration, max_iter)`` before the forward pass: an EMA update, a curriculum;
-    - ``after_step(iteration, max_iter)`` after the optimiser's step.
+    The model is a Detectron2 detector, or a
+    :class:`~region_pretrain.modeling.meta_arch.PretrainingModel`, whose ``before_step`` and
+    ``after_step`` are called once per iteration. It gets a batch and returns a dict: entries whose
+    names start with ``loss`` are summed and minimised, the others are logged.
 
     Nothing here waits for the device except at the log period and in :meth:`check_finite` (and a
     float16 ``GradScaler``, which has to know whether to skip the step).
@@ -145,6 +144,7 @@ class Trainer(TrainerBase):
         self.log_period = log_period
         self.last_checkpoint = last_checkpoint
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
+        self._pretrained = self.module if isinstance(self.module, PretrainingModel) else None
         self.scaler = None
         if amp_dtype == torch.float16 and self.device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
@@ -179,12 +179,14 @@ class Trainer(TrainerBase):
             batch = batch.to(self.device, non_blocking=True)
         self._data_seconds += time.perf_counter() - started
 
-        self._call_model("before_step")
+        if self._pretrained is not None:
+            self._pretrained.before_step(self.iter, self.max_iter)
         scalars = StepScalars(self.storage)
         losses = self._forward_backward(batch, scalars)
         self.after_backward()
         self._optimizer_step(scalars)
-        self._call_model("after_step")
+        if self._pretrained is not None:
+            self._pretrained.after_step(self.iter, self.max_iter)
 
         names = list(losses)
         self._unchecked.append((self.iter, names, torch.stack([losses[n].float() for n in names])))
@@ -206,10 +208,6 @@ class Trainer(TrainerBase):
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "
                 "dataloader.train must give one batch for every iteration"
             ) from None
-
-    def _call_model(self, method: str) -> None:
-        if hasattr(self.module, method):
-            getattr(self.module, method)(self.iter, self.max_iter)
 
     def _forward_backward(self, batch: Any, scalars: StepScalars) -> dict[str, Tensor]:
         """Fill the gradients.

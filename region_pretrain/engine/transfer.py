@@ -17,6 +17,7 @@ from torch import nn
 
 from region_pretrain.engine.safe_pickle import check_pickle
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
 
@@ -146,11 +147,10 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
 def _detector_part(model: nn.Module) -> nn.Module:
     """The model without what only pre-training has: its target copy has the detector's names, too,
     and the matching heuristics would not know which to fill."""
-    names = getattr(model, "detector_modules", None)
-    if names is None:
+    if not isinstance(model, PretrainingModel):
         return model
     part = nn.Module()
-    for name in names:
+    for name in model.detector_modules:
         part.add_module(name, getattr(model, name))
     return part
 

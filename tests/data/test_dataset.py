@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from region_pretrain.data.catalog import get_records
-from region_pretrain.data.dataset import PretrainDataset, ViewSample
+from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.geometry import ViewGeometry, boxes_in_view, decode_reduction
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 from region_pretrain.regions.generate import make_regions
 
@@ -77,7 +78,7 @@ def test_images_without_regions_are_counted(region_folder, soco_views, caplog):
     assert "1 images without regions" in caplog.text
 
 
-class _Crop:
+class _Crop(ViewSampler):
     """One view of 32 pixels: the same crop of every image."""
 
     def __init__(self, *crop: int) -> None:

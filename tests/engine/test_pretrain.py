@@ -136,15 +136,18 @@ def test_initial_weights_reach_the_model_and_it_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tiny_run.TinyMethod,
         "on_weights_loaded",
-        lambda model: told.append(model.backbone[0].weight.clone()),
-        raising=False,
+        lambda model: told.append(
+            [net[0].weight.clone() for net in (model.backbone, model.target["net"])]
+        ),
     )
     weights = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
     state = {f"backbone.{k}": v for k, v in weights.state_dict().items()}
     torch.save({"model": state}, tmp_path / "start.pth")
     cfg = make_config(tmp_path / "run", max_iter=1, init_checkpoint=str(tmp_path / "start.pth"))
     do_pretrain(cfg)
-    assert len(told) == 1 and torch.equal(told[0], weights[0].weight)
+    assert len(told) == 1
+    for network, loaded in zip(("online", "target"), told[0], strict=True):
+        assert torch.equal(loaded, weights[0].weight), network
 
 
 def test_adam_settings_survive_weights_only(tmp_path):

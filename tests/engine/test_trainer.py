@@ -9,10 +9,13 @@ from torch import nn
 
 from region_pretrain.engine.trainer import StepScalars, Trainer, split_batch
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
 
 
-class Regression(nn.Module):
+class Regression(PretrainingModel):
     """Losses that are means over the batch, so that micro-batches can be checked by hand."""
+
+    detector_modules = ("linear",)
 
     def __init__(self):
         super().__init__()
@@ -177,7 +180,7 @@ def test_steps_between_log_periods_read_no_value_back_from_the_device():
             assert batch.x.device.type == "meta"
             p = self.predictor(self.backbone(batch.x))
             get_event_storage().put_scalar("online/embedding_std", p.std())
-            return {"loss": (p - self.target(batch.x).detach()).square().mean()}
+            return {"loss": (p - self.target["net"](batch.x).detach()).square().mean()}
 
     model = Method().to("meta")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)

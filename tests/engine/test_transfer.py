@@ -17,6 +17,7 @@ from torch import nn
 
 from region_pretrain.engine.transfer import load_pretrained, module_of
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
 
 
 def detector_config(blocks: int = 1, width: int = 16, classes: int = 3, norm: str = "BN"):
@@ -204,7 +205,7 @@ def test_model_zoo_pickle_is_matched_by_its_short_names(tmp_path):
     assert all(torch.equal(loaded[k], v) for k, v in expected.items())
 
 
-class Pretraining(nn.Module):
+class Pretraining(PretrainingModel):
     """A detector's modules, and a copy of them that has the same names behind a prefix."""
 
     detector_modules = ("backbone",)
@@ -214,6 +215,9 @@ class Pretraining(nn.Module):
         self.backbone = build(seed=0).backbone
         self.target = nn.ModuleDict({"backbone": build(seed=0).backbone})
         self.projector = nn.Linear(2, 2)
+
+    def forward(self, batch):
+        return {}
 
 
 @pytest.mark.parametrize("short", [True, False])

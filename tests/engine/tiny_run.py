@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import io
 import os
 import random
@@ -28,6 +27,8 @@ from torch import nn
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import Stopped, UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.solver import (
     LARS,
     cosine_momentum,
@@ -74,7 +75,7 @@ class Loader:
             yield Batch(torch.from_numpy(x[rank * share : (rank + 1) * share]))
 
 
-class TinyMethod(nn.Module):
+class TinyMethod(PretrainingModel):
     """BYOL in small: an online net, its EMA, a queue buffer, and (if wanted) random noise."""
 
     detector_modules = ("backbone",)
@@ -83,17 +84,14 @@ class TinyMethod(nn.Module):
         super().__init__()
         norms = {"": nn.Identity, "BN": nn.BatchNorm1d, "SyncBN": nn.SyncBatchNorm}
         self.backbone = nn.Sequential(nn.Linear(6, width), norms[norm](width), nn.Tanh())
-        self.target = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.target = MomentumCopy({"net": self.backbone})
         self.predictor = nn.Linear(width, width)
         self.register_buffer("queue", torch.zeros(4, width))
         self.noise = noise
         self.momentum = cosine_momentum(0.9)
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        m = self.momentum(iteration / max_iter)
-        with torch.no_grad():
-            for p, q in zip(self.target.parameters(), self.backbone.parameters(), strict=True):
-                p.lerp_(q, 1 - m)
+        self.target.ema_update(self.momentum(iteration / max_iter))
 
     def after_step(self, iteration: int, max_iter: int) -> None:
         self.queue[iteration % 4] = self.backbone[0].bias.detach()
@@ -102,7 +100,7 @@ class TinyMethod(nn.Module):
         x = batch.x + self.noise * (torch.randn_like(batch.x) + random.random() + np.random.rand())
         p = self.predictor(self.backbone(x))
         with torch.no_grad():
-            z = self.target(batch.x) + self.queue.mean(0)
+            z = self.target["net"](batch.x) + self.queue.mean(0)
         get_event_storage().put_scalar("online/embedding_std", p.std())
         return {"loss_main": (p - z).square().mean(), "loss_l2": 1e-3 * p.square().mean()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from region_pretrain.launch.local_slurm import local_slurm, missing_commands
+from region_pretrain.jobs.local_slurm import local_slurm, missing_commands
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "tests/engine")

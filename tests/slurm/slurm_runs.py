@@ -15,9 +15,9 @@ from tiny_run import CLOCK
 
 import region_pretrain
 from region_pretrain.engine.command_line import argument_parser
-from region_pretrain.launch.attempts import read_attempts
-from region_pretrain.launch.rendezvous import restart_count
-from region_pretrain.launch.submission import add_slurm_arguments, submit_training
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.rendezvous import restart_count
+from region_pretrain.jobs.submission import add_slurm_arguments, submit_training
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,10 +22,10 @@ from slurm_runs import (
 )
 
 from region_pretrain.errors import UserError
-from region_pretrain.launch.attempts import read_attempts
-from region_pretrain.launch.cluster import Cluster, check_cluster
-from region_pretrain.launch.job import ToolJob
-from region_pretrain.launch.job import submit as submit_jobs
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.cluster import Cluster, check_cluster
+from region_pretrain.jobs.job import ToolJob
+from region_pretrain.jobs.job import submit as submit_jobs
 
 pytestmark = pytest.mark.slurm
 
@@ -144,7 +144,7 @@ def test_fine_tuning_with_loader_workers_is_requeued_by_hand(slurm, tmp_path):
 
 def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/launch/fake_tool.py", tmp_path / "code/tools/tool.py")
+    shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
 
     def make(name, how):
         (tmp_path / name).mkdir()
@@ -172,7 +172,7 @@ def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
 
 def test_a_step_that_slurm_gives_up_and_a_job_that_is_cancelled(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
-    shutil.copy(ROOT / "tests/launch/fake_tool.py", tmp_path / "code/tools/tool.py")
+    shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
     cluster = Cluster(partition="low", nodes=2, tasks_per_node=1)
     ids = {}
     for name in ("step", "job"):

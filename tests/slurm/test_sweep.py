@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from slurm_runs import ROOT, wait_until
 
-from region_pretrain.launch.attempts import read_attempts
-from region_pretrain.launch.sweeps import state
-from region_pretrain.launch.sweeps.graph import FINETUNE, PRETRAIN
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.sweeps import state
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN
 
 pytestmark = pytest.mark.slurm
 

@@ -1,4 +1,4 @@
-from region_pretrain.launch.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
+from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
 
 _BREAK = "train.hooks=[{_target_:slurm_runs.BreakAt,iteration:1,rank:0}]"
 

@@ -146,7 +146,7 @@ def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "images/a.png")
     made = []
     monkeypatch.setattr(
-        "region_pretrain.launch.submission._submit", lambda jobs, *_: made.extend(jobs)
+        "region_pretrain.jobs.submission._submit", lambda jobs, *_: made.extend(jobs)
     )
     out = str(tmp_path / "x.arrow")
     array = ["--shards", "3", "--slurm", "partition=cpu,cpus-per-task=4"]

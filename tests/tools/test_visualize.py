@@ -15,7 +15,7 @@ from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY, PhotometryLayout
 from region_pretrain.engine.overrides import load_config
 from region_pretrain.engine.setup import complete_train
-from region_pretrain.evaluation.view_pictures import first_views, sheet, view_pictures
+from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"

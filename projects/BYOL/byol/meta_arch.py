@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.trunk import Trunk
 
 
 @META_ARCH_REGISTRY.register()
-class BYOL(nn.Module):
+class BYOL(PretrainingModel):
     """Whole images without negatives, the baseline of SoCo.
 
     The online network's prediction for one crop must agree with what the target, its moving
@@ -56,14 +57,10 @@ class BYOL(nn.Module):
         """The modules that have a momentum copy."""
         return {"backbone": self.backbone, "projector": self.projector}
 
-    def on_weights_loaded(self) -> None:
-        """Start the target from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.target.ema_update(self.online, momentum=0.0)
-
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Move the target; the engine calls it before each optimiser step's forward."""
         momentum = self.momentum(iteration / max_iter)
-        self.target.ema_update(self.online, momentum)
+        self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:

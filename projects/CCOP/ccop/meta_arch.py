@@ -21,6 +21,7 @@ from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.modeling.losses import embedding_std, info_nce
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.norms import use_local_batchnorm
 from region_pretrain.modeling.preprocess import Preprocess
@@ -61,7 +62,7 @@ class _Choice:
 
 
 @META_ARCH_REGISTRY.register()
-class CCOP(nn.Module):
+class CCOP(PretrainingModel):
     """MoCo v2 on images, and on their regions against other images' and each other.
 
     A query region must resemble the hardest of several boxes drawn around the same region in the
@@ -179,13 +180,9 @@ class CCOP(nn.Module):
             "region_head": self.region_head,
         }
 
-    def on_weights_loaded(self) -> None:
-        """Start the key network from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.key.ema_update(self.query, momentum=0.0)
-
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Move key network and curriculum; the engine calls it before each step's forward."""
-        self.key.ema_update(self.query, self.momentum(iteration / max_iter))
+        self.key.ema_update(self.momentum(iteration / max_iter))
         difficulty = self.curriculum.step(iteration, max_iter)
         get_event_storage().put_scalars(
             smoothing_hint=False,

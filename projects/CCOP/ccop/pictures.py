@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from region_pretrain.data.batch import View
-from region_pretrain.evaluation.plots import draw_boxes
-from region_pretrain.evaluation.view_pictures import view_pixels
 from region_pretrain.projects.ccop.candidates import Candidates
+from region_pretrain.reporting.pictures import view_pixels
+from region_pretrain.reporting.plots import draw_boxes
 
 REGION, VALID, INVALID, CHOSEN = (255, 255, 255), (85, 150, 255), (150, 150, 150), (255, 215, 0)
 

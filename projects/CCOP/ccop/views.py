@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import (
     ViewGeometry,
     boxes_in_view,
@@ -14,6 +13,7 @@ from region_pretrain.data.geometry import (
     random_resized_crop,
 )
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
 _ATTEMPTS = 10  # crops are drawn again when no region survives in them
@@ -38,7 +38,7 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-class CCOPViews:
+class CCOPViews(ViewSampler):
     """Draws a query view and a key view of one image, with the regions that live in both.
 
     Each view is a random resized crop of the whole image, drawn again up to ten times until a
@@ -89,7 +89,7 @@ class CCOPViews:
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        """See :class:`~region_pretrain.data.views.ViewSampler`."""
         drawn = [self._draw_crop(width, height, boxes, area, rng) for area in self.crop_areas]
         if rng.random() < 0.5:
             drawn.reverse()

@@ -80,14 +80,10 @@ class MCL(TileModel):
         """The modules that have a momentum copy."""
         return {**self.trunk, "projector": self.projector}
 
-    def on_weights_loaded(self) -> None:
-        """Start the target from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.target.ema_update(self.online, momentum=0.0)
-
     def after_step(self, iteration: int, max_iter: int) -> None:
         """Move the target; the engine calls it after each optimiser step."""
         momentum = self.momentum(iteration / max_iter)
-        self.target.ema_update(self.online, momentum)
+        self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import pyramid_maps, pyramid_names
 from region_pretrain.projects.mcl.montage import SHRINKS, Montage, cut_windows
@@ -50,7 +51,7 @@ def _spans(counts: Sequence[int]) -> list[slice]:
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-class TileModel(nn.Module):
+class TileModel(PretrainingModel):
     """A detector's backbone and box head on montages; base class of the meta-architectures.
 
     A level's tiles fill windows of the detector's own pooling size (7 x 7) on the map whose stride

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from region_pretrain.data.batch import ViewBatch
-from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import random_resized_crop
 from region_pretrain.data.photometry import Photometry
-from region_pretrain.evaluation.plots import draw_regions
-from region_pretrain.evaluation.view_pictures import view_pixels
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.projects.mcl.montage import Montage
+from region_pretrain.reporting.pictures import view_pixels
+from region_pretrain.reporting.plots import draw_regions
 
 
-class MCLViews:
+class MCLViews(ViewSampler):
     """Draws ``2 * len(ratios)`` full-size crops of an image: the query pyramid's, then the key's.
 
     Every level has a crop of its own, coarse levels first. The model shrinks and tiles them on its
@@ -40,7 +40,7 @@ class MCLViews:
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        """See :class:`~region_pretrain.data.views.ViewSampler`."""
         size = (self.montage.size, self.montage.size)
         whole = np.array([[0, 0, *size]], np.float32)
         return [

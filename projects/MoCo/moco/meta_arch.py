@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.losses import embedding_std, info_nce
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.norms import use_local_batchnorm
 from region_pretrain.modeling.preprocess import Preprocess
@@ -23,7 +24,7 @@ from region_pretrain.modeling.trunk import Trunk
 
 
 @META_ARCH_REGISTRY.register()
-class MoCo(nn.Module):
+class MoCo(PretrainingModel):
     """Momentum contrast of whole images, the baseline of the region-level methods.
 
     The query of one crop must be told from a queue of other images' keys by its nearness to the key
@@ -79,14 +80,10 @@ class MoCo(nn.Module):
         """The modules that have a momentum copy."""
         return {"backbone": self.backbone, "head": self.head}
 
-    def on_weights_loaded(self) -> None:
-        """Start the key network from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.key.ema_update(self.query, momentum=0.0)
-
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Move the key network; the engine calls it before each optimiser step's forward."""
         self.iteration = iteration
-        self.key.ema_update(self.query, self.momentum(iteration / max_iter))
+        self.key.ema_update(self.momentum(iteration / max_iter))
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
         """``loss_image``, the InfoNCE of the first view against the second; and ``embedding_std``.

@@ -20,6 +20,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, info_nce
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.norms import use_local_batchnorm
 from region_pretrain.modeling.points import bilinear_weights
@@ -54,7 +55,7 @@ class _Maps:
 
 
 @META_ARCH_REGISTRY.register()
-class PointRegionContrast(nn.Module):
+class PointRegionContrast(PretrainingModel):
     """MoCo v2 on images, contrast of points in regions, and distillation of points' affinities.
 
     What is trained is the detector's trunk, up to the map that points are looked up in, or its FPN
@@ -83,6 +84,8 @@ class PointRegionContrast(nn.Module):
     Raises:
         UserError: a value that makes no sense.
     """
+
+    detector_modules: tuple[str, ...] = ("backbone",)
 
     def __init__(
         self,
@@ -126,7 +129,6 @@ class PointRegionContrast(nn.Module):
         self.feature = feature
         self.backbone = use_local_batchnorm(backbone) if shuffle else backbone
         self.roi_heads = nn.Module()
-        self.detector_modules: tuple[str, ...] = ("backbone",)
         if res5 is not None:
             self.roi_heads.add_module("res5", use_local_batchnorm(res5) if shuffle else res5)
             self.detector_modules = ("backbone", "roi_heads")
@@ -155,10 +157,6 @@ class PointRegionContrast(nn.Module):
         if self.affinity_head is not None:
             modules["affinity_head"] = self.affinity_head
         return modules
-
-    def on_weights_loaded(self) -> None:
-        """Start the key network from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.key.ema_update(self.query, momentum=0.0)
 
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Take note of where the training is; the engine calls it before each step's forward.
@@ -257,7 +255,7 @@ class PointRegionContrast(nn.Module):
     def _move_key_network(self) -> None:
         """Once a step, however many micro-batches it has."""
         if self._pending_momentum is not None:
-            self.key.ema_update(self.query, self._pending_momentum)
+            self.key.ema_update(self._pending_momentum)
             self._pending_momentum = None
 
     def _distil(

@@ -10,8 +10,8 @@ from matplotlib import colormaps
 from torch import Tensor
 
 from region_pretrain.data.batch import View, ViewBatch
-from region_pretrain.evaluation.plots import draw_boxes
-from region_pretrain.evaluation.view_pictures import view_pixels
+from region_pretrain.reporting.pictures import view_pixels
+from region_pretrain.reporting.plots import draw_boxes
 
 _SHOWN = 12  # places of each pair of views
 _COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(int).tolist()

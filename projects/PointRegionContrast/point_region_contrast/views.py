@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from region_pretrain.data.batch import ViewBatch
-from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import ViewGeometry, map_points, random_resized_crop
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.two_crops import checked_crop_area
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 from region_pretrain.projects.point_region_contrast.correspondence import (
     crop_overlap,
@@ -26,7 +26,7 @@ POSITIVES = ("region", "location")
 PLACE_IDS = 1 << 20
 
 
-class PointRegionViews:
+class PointRegionViews(ViewSampler):
     """Draws a query view, a key view and, for the affinities, a partner of the query view.
 
     The partner is a second crop that overlaps the query's: both are drawn again until their
@@ -96,7 +96,7 @@ class PointRegionViews:
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`.
+        """See :class:`~region_pretrain.data.views.ViewSampler`.
 
         Where the region maps need pixels, points of regions come with :meth:`complete` only.
         """
@@ -122,7 +122,7 @@ class PointRegionViews:
         size: tuple[int, int],
         rng: np.random.Generator,
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        """See :class:`~region_pretrain.data.views.ViewSampler`."""
         if not self.maps.needs_pixels:
             return views
         region_map = self.maps(*size, np.zeros((0, 4), np.float32), image)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
+from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import pyramid_features
@@ -24,7 +25,7 @@ from region_pretrain.projects.soco.views import pair_groups
 
 
 @META_ARCH_REGISTRY.register()
-class SoCo(nn.Module):
+class SoCo(PretrainingModel):
     """BYOL on regions, through everything a two-stage detector has before its predictors.
 
     The same region, seen in differently cropped and scaled views, must have the embedding that
@@ -99,14 +100,10 @@ class SoCo(nn.Module):
         head = getattr(self.roi_heads, self.head_name)
         return {"backbone": self.backbone, "head": head, "projector": self.projector}
 
-    def on_weights_loaded(self) -> None:
-        """Start the target from ``train.init_checkpoint`` as well; the engine calls it."""
-        self.target.ema_update(self.online, momentum=0.0)
-
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Move the target; the engine calls it before each optimiser step's forward."""
         momentum = self.momentum(iteration / max_iter)
-        self.target.ema_update(self.online, momentum)
+        self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:

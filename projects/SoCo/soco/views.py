@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from region_pretrain.data.dataset import ViewSample
 from region_pretrain.data.geometry import (
     ViewGeometry,
     boxes_in_view,
@@ -15,6 +14,7 @@ from region_pretrain.data.geometry import (
     whole_image,
 )
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
 _ATTEMPTS = 5  # crops are drawn again when they show too few regions
@@ -64,7 +64,7 @@ def jitter_boxes(boxes: np.ndarray, draws: np.ndarray) -> np.ndarray:
     return jittered
 
 
-class SoCoViews:
+class SoCoViews(ViewSampler):
     """Draws the views of one image and K regions for each pair (first view, other view).
 
     The first view is the whole image, stretched. Its box slots are ``G * K``: one group of K for
@@ -112,7 +112,7 @@ class SoCoViews:
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
-        """See :class:`~region_pretrain.data.dataset.ViewSampler`."""
+        """See :class:`~region_pretrain.data.views.ViewSampler`."""
         if not len(boxes):
             boxes = np.array([[0, 0, width, height]], np.float32)
         first = whole_image(width, height, self.sizes[0], rng)

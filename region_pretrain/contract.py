@@ -1,0 +1,51 @@
+"""Base classes whose subclasses cannot misspell what the library calls."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+
+
+class Contract:
+    """A base class that checks each subclass when it is defined.
+
+    Every public method of a direct subclass of ``Contract`` is a hook: the library calls it by that
+    name. A further subclass may override hooks and add methods of its own, but a method whose name
+    is almost that of a hook, or a hook that does not take the hook's arguments, is refused: without
+    this check it would never be called, or only fail hours into a run.
+
+    Raises:
+        TypeError: when the subclass is defined, naming the method and the hook.
+    """
+
+    _hooks: dict[str, inspect.Signature] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {
+            name: value
+            for name, value in vars(cls).items()
+            if inspect.isfunction(value) and (not name.startswith("_") or name == "__call__")
+        }
+        if Contract in cls.__bases__:
+            cls._hooks = {name: inspect.signature(method) for name, method in own.items()}
+            return
+        for name, method in own.items():
+            if name in cls._hooks:
+                _check_arguments(cls, name, method, cls._hooks[name])
+            elif near := difflib.get_close_matches(name, cls._hooks, n=1, cutoff=0.85):
+                raise TypeError(
+                    f"{cls.__qualname__}.{name} is never called: if it is meant to be {near[0]}, "
+                    "spell it so; otherwise give it a name that is less like it"
+                )
+
+
+def _check_arguments(cls: type, name: str, method: object, hook: inspect.Signature) -> None:
+    arguments = [None] * len(hook.parameters)  # ``self`` included
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{cls.__qualname__}.{name}{inspect.signature(method)} must take the arguments of "
+            f"{name}{hook}: {error}"
+        ) from None

@@ -1,0 +1,175 @@
+"""``--slurm`` of the command lines: a tool submits itself."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig
+
+from region_pretrain.engine.overrides import load_config
+from region_pretrain.engine.setup import config_text, refuse_held
+from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
+from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm
+from region_pretrain.jobs.job import ToolJob, sbatch_texts, submit
+from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
+
+
+def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--slurm`` and ``--dry-run``."""
+    group = parser.add_argument_group("SLURM")
+    group.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE,...",
+        help="submit to SLURM instead of running here, e.g. "
+        "partition=gpu,nodes=2,gpus-per-node=8,time=24:00:00; or a file of settings, with "
+        "changes: clusters/mine.py,nodes=2",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="with --slurm: print the sbatch file, no more"
+    )
+
+
+def wants_slurm(args: argparse.Namespace) -> bool:
+    """Whether the command shall be submitted.
+
+    Raises:
+        UserError: ``--dry-run`` of a command that would run here.
+    """
+    if args.dry_run and args.slurm is None:
+        raise UserError("--dry-run shows what --slurm would submit: give both")
+    return args.slurm is not None
+
+
+def submit_training(args: argparse.Namespace, tool: str) -> None:
+    """Submit a pre-training, fine-tuning or evaluation.
+
+    The config with its overrides is written down now: later edits do not reach the queued job.
+
+    Args:
+        args: the command line of ``tools/pretrain_net.py`` or ``tools/train_net.py``.
+        tool: ``tools/NAME.py``.
+
+    Raises:
+        UserError: something does not fit; nothing has been submitted.
+    """
+    if args.num_gpus != 1 or args.num_machines != 1 or args.dist_url != "auto":
+        raise UserError(
+            "--num-gpus, --num-machines and --dist-url are for processes started by hand: with "
+            "--slurm say nodes=N,gpus-per-node=M"
+        )
+    cluster = _cluster(args)
+    cfg = load_config(args.config_file, args.opts)
+    _check_batch(cfg, cluster)
+    text = config_text(cfg)
+    output_dir = cfg.train.output_dir
+    if not args.resume and not args.eval_only:
+        refuse_held(output_dir)
+    folder = os.path.join(output_dir, "slurm")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    config = os.path.abspath(os.path.join(folder, f"config-{digest}.yaml"))
+    job = ToolJob(
+        tool=tool,
+        arguments=[*(["--eval-only"] if args.eval_only else []), "--config-file", config],
+        output_dir=output_dir,
+        root=str(CHECKOUT),
+        resume="" if args.eval_only else "--resume",
+    )
+    _submit([job], cluster, folder, output_dir, args.dry_run, {config: text})
+
+
+def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str], out: str) -> None:
+    """Submit a job array in which each job works on one shard.
+
+    Args:
+        args: with ``slurm``, ``dry_run`` and ``shards``.
+        tool: ``tools/NAME.py``, with a flag ``--shard I/N``.
+        arguments: the same for all shards.
+        out: what comes of it; the array's files are in ``<out>.slurm``.
+
+    Raises:
+        UserError: something does not fit; nothing has been submitted.
+    """
+    if args.shards < 1:
+        raise UserError(f"--shards {args.shards}: at least 1")
+    cluster = _cluster(args)
+    if cluster.nodes * cluster.tasks > 1:
+        raise UserError(
+            "--slurm: each shard is a job of one process; say --shards N for more of them, and "
+            "cpus-per-task for the cores of each"
+        )
+    folder = f"{out}.slurm"
+    jobs = [
+        ToolJob(
+            tool=tool,
+            arguments=[*arguments, "--shard", f"{i}/{args.shards}"],
+            output_dir=os.path.join(folder, f"shard{i}"),
+            root=str(CHECKOUT),
+            resume="",
+        )
+        for i in range(args.shards)
+    ]
+    _submit(jobs, cluster, folder, out, args.dry_run, {})
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    cluster = parse_slurm(args.slurm)
+    if cluster.kind != "slurm":
+        raise UserError(f"--slurm {args.slurm}: the file is of kind={cluster.kind}")
+    return cluster
+
+
+def _submit(
+    jobs: list[ToolJob],
+    cluster: Cluster,
+    folder: str,
+    product: str,
+    dry_run: bool,
+    files: Mapping[str, str],
+) -> None:
+    name = os.path.basename(os.path.abspath(product))
+    if dry_run:
+        print("\n".join(sbatch_texts(jobs, cluster, folder, name)), end="")
+        return
+    check_cluster(cluster)
+    os.makedirs(folder, exist_ok=True)
+    _refuse_queued(folder, product)
+    for path, text in files.items():
+        write_text_atomic(path, text)
+    root = take_snapshot(folder)
+    for job in jobs:
+        job.root = root
+    submitted = submit(jobs, cluster, folder, name)
+    ids = [job.job_id for job in submitted]
+    shown = ids[0] if len(ids) == 1 else f"{ids[0]} ... {ids[-1]}"
+    print(f"submitted {shown}; log: {submitted[0].paths.stdout}\ncode: {root}")
+
+
+def _check_batch(cfg: DictConfig, cluster: Cluster) -> None:
+    total = cfg.get("dataloader", {}).get("train", {}).get("total_batch_size")
+    ranks = cluster.nodes * cluster.tasks
+    if isinstance(total, int) and total % ranks:
+        raise UserError(
+            f"dataloader.train.total_batch_size={total} must be a multiple of the {ranks} "
+            f"processes of nodes={cluster.nodes} with {cluster.tasks} tasks each"
+        )
+
+
+def _refuse_queued(folder: str, what: str) -> None:
+    """Two jobs must not write to one folder."""
+    names = os.listdir(folder)
+    ids = {match[1] for name in names if (match := re.match(r"(\d+)(_\d+)?_submitted\.pkl$", name))}
+    if not ids:
+        return
+    command = ["squeue", "--noheader", "--format=%F", f"--user={getpass.getuser()}"]
+    queued = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    if both := sorted(ids.intersection(queued)):
+        raise UserError(
+            f"job {both[0]} for {what} is still in the queue: wait for it, or scancel {both[0]}"
+        )

@@ -1,0 +1,105 @@
+"""The contract between the engine and a pre-training method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from region_pretrain.contract import Contract
+from region_pretrain.data.batch import ViewBatch
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.momentum import MomentumCopy
+
+
+class PretrainingModel(nn.Module, Contract, ABC):
+    """Base class of every pre-training meta-architecture.
+
+    A method provides :meth:`forward` and :attr:`detector_modules`, and overrides the hooks it
+    needs. The engine calls hooks on the model itself, not on its DDP wrapper, and once per
+    iteration, however many micro-batches an optimiser step accumulates.
+
+    Momentum copies need no bookkeeping: the engine finds every
+    :class:`~region_pretrain.modeling.momentum.MomentumCopy` in the model and renews it after
+    ``train.init_checkpoint`` has been loaded into the online network.
+
+    Attributes:
+        detector_modules: names of the top-level submodules that belong to the detector, e.g.
+            ``("backbone", "roi_heads")``. Their entries in the state dict, under these names, are
+            the checkpoint's ``"model"``; all other entries are saved under ``"pretraining"``.
+    """
+
+    @property
+    @abstractmethod
+    def detector_modules(self) -> tuple[str, ...]:
+        """A class attribute in most subclasses."""
+
+    @abstractmethod
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Returns:
+            Scalars by name. Entries whose names start with ``loss`` are summed and minimised;
+            the others are logged.
+        """
+
+    def before_step(self, iteration: int, max_iter: int) -> None:
+        """Called before the forward pass: momentum updates, a curriculum.
+
+        Args:
+            iteration: from 0.
+            max_iter: length of the run.
+        """
+
+    def after_step(self, iteration: int, max_iter: int) -> None:
+        """Called after the optimiser's step; arguments as for :meth:`before_step`."""
+
+    def on_weights_loaded(self) -> None:
+        """Called after ``train.init_checkpoint`` was loaded and momentum copies were renewed."""
+
+    def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]] | None:
+        """What the method makes of a batch, for ``tools/visualize.py --method``; in eval mode.
+
+        Returns:
+            For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures, or None for a
+            method that has nothing to show beyond its views.
+        """
+        return None
+
+
+def check_contract(model: Any) -> PretrainingModel:
+    """Check that a model can be pre-trained, before anything is computed.
+
+    Args:
+        model: as built from ``cfg.model``.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: it is not a :class:`PretrainingModel`, or ``detector_modules`` names a submodule
+            that it does not have.
+    """
+    if not isinstance(model, PretrainingModel):
+        raise UserError(
+            f"model builds a {type(model).__name__}, which is not a PretrainingModel: a "
+            "pre-training method subclasses region_pretrain.modeling.meta_arch.PretrainingModel"
+        )
+    children = dict(model.named_children())
+    missing = [name for name in model.detector_modules if name not in children]
+    if missing or not model.detector_modules:
+        raise UserError(
+            f"{type(model).__name__}.detector_modules={tuple(model.detector_modules)} must name "
+            f"submodules of the model, which has {', '.join(children)}"
+        )
+    return model
+
+
+def renew_momentum_copies(model: PretrainingModel) -> None:
+    """Make every momentum copy in a model equal to its online network, then tell the model."""
+    for module in model.modules():
+        if isinstance(module, MomentumCopy):
+            module.ema_update(momentum=0.0)
+    model.on_weights_loaded()

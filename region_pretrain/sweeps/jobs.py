@@ -1,0 +1,157 @@
+"""A sweep's runs as submitit jobs, and what has become of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Sequence
+
+from region_pretrain.errors import UserError
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.jobs.job import ToolJob, submit
+from region_pretrain.jobs.snapshot import CHECKOUT
+from region_pretrain.sweeps import state
+from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
+from region_pretrain.sweeps.state import Record, SweepFile
+
+_CONFIG = "--config-file"
+
+
+def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
+    """A run's command lines as jobs: with SLURM one a shard, on one machine one for all."""
+    tasks = run.tasks
+    if len(tasks) > 1 and sweep.cluster.kind != "slurm":
+        at = tasks[0].index("--shard")
+        tasks = ((*tasks[0][:at], *tasks[0][at + 2 :]),)
+    jobs = []
+    for i, task in enumerate(tasks):
+        arguments = list(task)
+        if _CONFIG in arguments:  # of the code that runs
+            at = arguments.index(_CONFIG) + 1
+            copy = os.path.join(sweep.root, arguments[at])
+            # A config of the user's own may lie outside of what was copied.
+            arguments[at] = copy if os.path.isfile(copy) else str(CHECKOUT / arguments[at])
+        folder = run.folder if len(tasks) == 1 else os.path.join(run.folder, f"shard{i}")
+        resume = "" if run.kind in (REGIONS, CHOICE) else "--resume"
+        jobs.append(ToolJob(run.tool, arguments, folder, sweep.root, resume, sweep.cwd))
+    return jobs
+
+
+def cluster_for(run: Run, cluster: Cluster) -> Cluster:
+    """What a run gets: region making and choices are one process and need no GPU."""
+    if run.kind not in (REGIONS, CHOICE):
+        return cluster
+    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, "gres": None}
+    return dataclasses.replace(cluster, **one)
+
+
+def submit_runs(
+    runs: Sequence[Run], sweep: SweepFile, folder: str, name: str, after: Sequence[str] = ()
+) -> dict[str, list]:
+    """Submit runs of one kind together, and note it in their folders.
+
+    Args:
+        runs: to submit.
+        sweep: they are its runs.
+        folder: the sweep's.
+        name: of the jobs.
+        after: SLURM: ids of jobs that must succeed first.
+
+    Returns:
+        Run id -> its submitit jobs.
+    """
+    jobs = {run.id: tool_jobs(run, sweep) for run in runs}
+    flat = [job for of_run in jobs.values() for job in of_run]
+    cluster = cluster_for(runs[0], sweep.cluster)
+    submitted = iter(submit(flat, cluster, os.path.join(folder, "jobs"), name, after))
+    found = {}
+    for run in runs:
+        mine = found[run.id] = [next(submitted) for _ in jobs[run.id]]
+        before = state.read_record(run) or Record()
+        logs = [str(job.paths.stdout) for job in mine]
+        ids = [str(job.job_id) for job in mine]
+        state.write_record(run, Record(before.submitted + 1, ids, logs))
+    return found
+
+
+def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
+    """The jobs of a sweep that are queued or running now, and those of others.
+
+    Args:
+        cluster: where to ask.
+        folder: the sweep's.
+
+    Returns:
+        Job id -> ``queued`` or ``running``.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    if cluster.kind == "slurm":
+        return _squeue()
+    return dict.fromkeys(_local_jobs(os.path.join(folder, "jobs")), state.RUNNING)
+
+
+def _squeue() -> dict[str, str]:
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"squeue does not answer: {error}") from error
+    if done.returncode:
+        raise UserError(f"squeue failed: {done.stderr.strip()}")
+    waits = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+    pairs = (line.split() for line in done.stdout.splitlines() if line.strip())
+    return {job: state.QUEUED if word in waits else state.RUNNING for job, word in pairs}
+
+
+def _local_jobs(folder: str) -> list[str]:
+    """Process ids of submitit's controllers that work for a folder."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                command = file.read().decode("utf-8", "replace").replace("\0", " ")
+        except OSError:  # it has just ended
+            continue
+        if "submitit.local._local" in command and folder in command:
+            found.append(pid)
+    return found
+
+
+def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:
+    """The state of every run.
+
+    Args:
+        plan: the runs.
+        live: of :func:`live_jobs`.
+
+    Returns:
+        Run id -> state.
+    """
+    found = {}
+    for run in plan.runs.values():
+        record = state.read_record(run)
+        job_states = [live[j] for j in record.job_ids if j in live] if record else []
+        if state.is_finished(run):
+            found[run.id] = state.FINISHED
+        elif state.RUNNING in job_states:
+            found[run.id] = state.RUNNING
+        elif job_states:
+            found[run.id] = state.QUEUED
+        elif record is None:
+            found[run.id] = state.WAITING
+        elif record.cancelled:
+            found[run.id] = state.CANCELLED
+        else:
+            found[run.id] = state.FAILED if record.job_ids else state.WAITING
+    for run in plan.runs.values():  # what SLURM has cancelled since a run that it needs has failed
+        stuck = any(found[p] in (state.FAILED, state.BLOCKED) for p in run.parents)
+        if stuck and found[run.id] == state.FAILED and not read_attempts(run.folder):
+            found[run.id] = state.BLOCKED
+    for blocked in state.blocked_by(plan, {i for i, s in found.items() if s == state.FAILED}):
+        if found[blocked] in (state.WAITING, state.FAILED):
+            found[blocked] = state.BLOCKED
+    return found

@@ -1,0 +1,173 @@
+"""Starting a sweep, or what is missing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+
+from submitit.core.utils import environment_variables
+
+from region_pretrain.jobs.cluster import Cluster, check_cluster
+from region_pretrain.jobs.job import sbatch_texts
+from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
+from region_pretrain.sweeps import jobs, local, state
+from region_pretrain.sweeps.definition import Sweep
+from region_pretrain.sweeps.graph import Plan, Run
+from region_pretrain.sweeps.plan import make_plan
+from region_pretrain.sweeps.state import Record, SweepFile
+
+Group = tuple[list[Run], list[Run]]
+
+
+def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
+    """Plan a sweep; nothing is written or started.
+
+    Raises:
+        UserError: a config that does not build, or a value that does not fit.
+    """
+    return SweepFile(
+        name=sweep.name,
+        title=sweep.title or sweep.name,
+        command=command,
+        cluster=cluster,
+        root=str(CHECKOUT),
+        cwd=os.getcwd(),
+        labels={start: sweep.label(start) for start in [*sweep.baselines, *sweep.pretrain]},
+        images_seen=sweep.images_seen,
+        plan=make_plan(sweep),
+    )
+
+
+def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> None:
+    """Submit what is missing, failed or cancelled; what runs and what is finished is left alone.
+
+    Args:
+        sweep: of :func:`describe`.
+        folder: its output folder.
+        say: takes the lines that a person shall see.
+
+    Raises:
+        UserError: the folder is another sweep's, or SLURM lacks what the settings name.
+    """
+    folder = os.path.abspath(folder)
+    check_cluster(sweep.cluster)
+    state.claim(folder, sweep.name)
+    live = jobs.live_jobs(sweep.cluster, folder)
+    now = jobs.states(sweep.plan, live)
+    again = [r for r in sweep.plan.runs.values() if now[r.id] in (state.FAILED, state.CANCELLED)]
+    for run in again:
+        state.write_record(run, Record(state.read_record(run).submitted))
+        now[run.id] = state.WAITING
+    # Of the code, too: later edits do not reach runs that wait.
+    sweep = dataclasses.replace(sweep, root=take_snapshot(folder))
+    state.write_sweep(folder, sweep)
+    say(f"{folder}: {len(now)} runs: {state.counted(now)}")
+    if sweep.cluster.kind == "slurm":
+        _submit_slurm(sweep, folder, live)
+    elif sweep.cluster.kind == "debug":
+        _run_here(sweep, folder, say)
+    elif any(word != state.FINISHED for word in now.values()):
+        local.start_coordinator(folder)
+
+
+def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
+    """The runs to submit to SLURM, in groups that can be one job array.
+
+    Args:
+        plan: the runs.
+        now: their states.
+
+    Returns:
+        (runs, the runs whose jobs they wait for): runs of one kind that wait for the same.
+    """
+    kept = (state.FINISHED, state.RUNNING, state.QUEUED)
+    groups: dict[tuple, Group] = {}
+    depth: dict[str, int] = {}
+    for run in plan.runs.values():
+        if now[run.id] in kept:
+            continue
+        after = [plan.runs[p] for p in run.parents if now[p] != state.FINISHED]
+        depth[run.id] = 1 + max((depth.get(p.id, 0) for p in after), default=0)
+        key = (depth[run.id], run.kind, tuple(p.id for p in after))
+        groups.setdefault(key, ([], after))[0].append(run)
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def _submit_slurm(sweep: SweepFile, folder: str, live: dict[str, str]) -> None:
+    now = jobs.states(sweep.plan, live)
+    for runs, after in missing(sweep.plan, now):
+        ids = [job for run in after for job in state.read_record(run).job_ids]
+        jobs.submit_runs(runs, sweep, folder, _group_name(sweep, runs), ids)
+
+
+def _group_name(sweep: SweepFile, runs: Sequence[Run]) -> str:
+    return f"{sweep.name}:{runs[0].name if len(runs) == 1 else runs[0].kind}"
+
+
+def _run_here(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
+    for run in sweep.plan.runs.values():
+        if state.is_finished(run):
+            continue
+        if not all(state.is_finished(sweep.plan.runs[p]) for p in run.parents):
+            say(f"[{run.name}] cannot start: what it needs has failed")
+            continue
+        say(f"[{run.name}]")
+        for job in jobs.submit_runs([run], sweep, folder, run.name)[run.id]:
+            # result() would open a debugger here, and exception() sets no environment.
+            with environment_variables(SUBMITIT_DEBUG_JOB_ID=job.job_id):
+                error = job.exception()
+            if error is not None:
+                say(f"[{run.name}] failed: {error}")
+
+
+def dry_run(sweep: SweepFile, folder: str) -> str:
+    """What would be run, or with SLURM submitted; only what is not finished yet."""
+    folder = os.path.abspath(folder)
+    live = {}
+    if os.path.exists(os.path.join(folder, "sweep.json")) and sweep.cluster.kind != "slurm":
+        live = jobs.live_jobs(sweep.cluster, folder)
+    parts = []
+    for runs, after in missing(sweep.plan, jobs.states(sweep.plan, live)):
+        commands = [(run, job) for run in runs for job in jobs.tool_jobs(run, sweep)]
+        parts += [
+            f"# {run.name}"
+            + (f" (after {', '.join(a.name for a in after)})" if after else "")
+            + f"\n{subprocess.list2cmdline(job.command())}"
+            for run, job in commands
+        ]
+        if sweep.cluster.kind == "slurm":
+            cluster = jobs.cluster_for(runs[0], sweep.cluster)
+            name, ids = _group_name(sweep, runs), [f"<{run.name}>" for run in after]
+            flat = [job for _, job in commands]
+            parts += sbatch_texts(flat, cluster, os.path.join(folder, "jobs"), name, ids)
+    return "\n\n".join(parts)
+
+
+def cancel(folder: str) -> list[str]:
+    """Cancel a sweep's jobs; ``start`` takes them up again.
+
+    Returns:
+        Names of the runs that were queued or running.
+
+    Raises:
+        UserError: the folder holds no sweep.
+    """
+    folder = os.path.abspath(folder)
+    sweep = state.read_sweep(folder)
+    if sweep.cluster.kind != "slurm":
+        return local.cancel_local(folder)
+    live = jobs.live_jobs(sweep.cluster, folder)
+    stopped, ids = [], []
+    for run in sweep.plan.runs.values():
+        record = state.read_record(run)
+        mine = [job for job in record.job_ids if job in live] if record else []
+        if mine:
+            ids += mine
+            stopped.append(run.name)
+            record.cancelled = True
+            state.write_record(run, record)
+    if ids:
+        subprocess.run(["scancel", *ids], check=True, timeout=120)
+    return stopped

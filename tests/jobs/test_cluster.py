@@ -1,0 +1,109 @@
+import os
+
+import pytest
+
+from region_pretrain.config import CONFIG_ROOT
+from region_pretrain.errors import UserError
+from region_pretrain.jobs.cluster import Cluster, check_cluster, load_cluster, parse_slurm
+
+EXAMPLE = str(CONFIG_ROOT / "clusters/example.py")
+
+
+def test_settings_as_users_write_them():
+    cluster = parse_slurm(
+        "partition=gpu,nodes=2,gpus-per-node=8,time=1-12:30,mem=64G,exclude=n[1,3],n7,"
+        "constraint=a100|h100,cpus_per_task=12,+mail-type=END,gres=disk:1"
+    )
+    assert cluster == Cluster(
+        partition="gpu",
+        nodes=2,
+        gpus_per_node=8,
+        time=36 * 60 + 30,
+        mem_gb=64.0,
+        exclude="n[1,3],n7",
+        constraint="a100|h100",
+        cpus_per_task=12,
+        extra={"mail-type": "END"},
+        gres="disk:1",
+    )
+    assert cluster.tasks == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("90:30", 91), ("2:00:00", 120), ("1-0", 1440), ("1-2:03", 1563)],
+)
+def test_slurms_forms_of_a_time(text, minutes):
+    assert parse_slurm(f"time={text}").time == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion=gpu", "--slurm: no setting 'partion'; did you mean partition"),
+        ("quux=1", "known are partition, account"),
+        ("nodes", "'nodes' is not of the form key=value"),
+        ("nodes=two", "nodes=two: must be a whole number"),
+        ("time=soon", "time=soon: must be minutes, HH:MM:SS"),
+        ("mem=much", "mem_gb=much: must be a number of GB"),
+        ("nodes=0", "nodes=0: must be at least 1"),
+        ("nodes=2", "nodes=2 without tasks: say how many processes"),
+        ("gres=gpu:a100:4", "gres=gpu:a100:4 without tasks"),
+        ("gpus-per-node=4,tasks-per-node=2", "each GPU gets one task"),
+        ("gpus-per-node=4,gres=gpu:4", "both ask for GPUs"),
+        ("time=2", "time=2 minutes, but jobs are told signal_seconds=120 before the end"),
+        ("clusters/nowhere.py,nodes=2", "no cluster file clusters/nowhere.py"),
+    ],
+)
+def test_what_is_wrong_is_told(text, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        parse_slurm(text)
+
+
+def test_a_sites_file_and_changes_to_it(tmp_path):
+    cluster = load_cluster(EXAMPLE)
+    assert (cluster.partition, cluster.gpus_per_node, cluster.time) == ("gpu", 8, 1440)
+    assert cluster.extra == {"comment": "region_pretrain"}
+    changed = parse_slurm(f"{EXAMPLE},nodes=4,qos=high,+nice=10")
+    assert (changed.nodes, changed.qos, changed.partition) == (4, "high", "gpu")
+    assert changed.extra == {"comment": "region_pretrain", "nice": "10"}
+    mine = tmp_path / "mine.py"
+    mine.write_text("cluster = dict(partition='x', time='1:00:00', setup=['module load cuda'])")
+    assert load_cluster(str(mine)).time == 60
+    mine.write_text("cluster = dict(partitions='x')")
+    with pytest.raises(UserError, match="mine.py: no setting 'partitions'; did you mean partition"):
+        load_cluster(str(mine))
+    mine.write_text("clutser = {}")
+    with pytest.raises(UserError, match="has no dict named cluster"):
+        load_cluster(str(mine))
+
+
+def test_this_machine_has_one_node():
+    with pytest.raises(UserError, match="kind=local has one machine"):
+        Cluster(kind="local", nodes=2, tasks_per_node=1)
+    with pytest.raises(UserError, match="kind=pbs: must be one of local, slurm, debug"):
+        Cluster(kind="pbs")
+    check_cluster(Cluster(kind="local"))  # asks no SLURM
+
+
+def fake_command(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_slurm_is_asked_before_anything_is_submitted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="no sbatch on this machine.*--dry-run"):
+        check_cluster(Cluster(partition="gpu"))
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    for name in ("sbatch", "srun", "scontrol"):
+        fake_command(tmp_path, name, "exit 1")
+    fake_command(tmp_path, "sinfo", "echo gpu; echo gpu; echo cpu")
+    check_cluster(Cluster(partition="cpu,gpu"))
+    check_cluster(Cluster())
+    with pytest.raises(UserError, match="no partition 'gpus' here: there is gpu"):
+        check_cluster(Cluster(partition="gpus"))
+    fake_command(tmp_path, "sinfo", "echo cannot contact controller >&2; exit 1")
+    with pytest.raises(UserError, match="sinfo failed: cannot contact controller"):
+        check_cluster(Cluster(partition="gpu"))

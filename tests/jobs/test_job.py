@@ -1,0 +1,306 @@
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from region_pretrain.errors import UserError
+from region_pretrain.jobs import after, rendezvous
+from region_pretrain.jobs.after import find_killed
+from region_pretrain.jobs.attempts import (
+    MAX_FRUITLESS,
+    end_attempt,
+    read_attempts,
+    start_attempt,
+)
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.jobs.job import ToolJob, sbatch_texts, submit
+from region_pretrain.jobs.snapshot import take_snapshot
+
+
+@pytest.fixture
+def make_job(tmp_path):
+    """A job of ``fake_tool.py``: (what it shall do) -> job."""
+    (tmp_path / "code/tools").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("fake_tool.py"), tmp_path / "code/tools/tool.py")
+    (tmp_path / "run").mkdir()
+
+    def make(how, **fields):
+        run = str(tmp_path / "run")
+        return ToolJob("tools/tool.py", [how, run], run, str(tmp_path / "code"), **fields)
+
+    return make
+
+
+LOCAL = Cluster(kind="local")
+
+
+def run(job, folder, cluster=LOCAL):
+    (submitted,) = submit([job], cluster, str(folder / "jobs"), "test")
+    return submitted
+
+
+def seen(folder, rank=0):
+    return [json.loads(line) for line in (folder / f"run/seen{rank}").read_text().splitlines()]
+
+
+def outcomes(folder):
+    return [attempt.get("outcome") for attempt in read_attempts(str(folder / "run"))]
+
+
+def test_a_tool_runs_in_its_own_interpreter_and_place(make_job, tmp_path):
+    assert run(make_job("well"), tmp_path).result() == str(tmp_path / "run")
+    (attempt,) = seen(tmp_path)
+    assert attempt["arguments"] == ["--resume", "well", str(tmp_path / "run")]
+    assert attempt["cwd"] == os.getcwd() and attempt["RANK"] is None
+    assert outcomes(tmp_path) == ["finished"]
+
+
+def test_the_debug_executor_runs_it_in_this_shell(make_job, tmp_path):
+    job = run(make_job("well"), tmp_path, Cluster(kind="debug"))
+    assert outcomes(tmp_path) == []
+    assert job.result() == str(tmp_path / "run") and outcomes(tmp_path) == ["finished"]
+
+
+def test_the_tasks_of_a_job_can_meet(make_job, tmp_path):
+    job = run(make_job("well", resume=""), tmp_path, Cluster(kind="local", tasks_per_node=2))
+    job.results()
+    ranks = [seen(tmp_path, rank)[0] for rank in range(2)]
+    assert [(r["RANK"], r["LOCAL_RANK"], r["WORLD_SIZE"]) for r in ranks] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
+    assert ranks[0]["MASTER_ADDR"] == ranks[1]["MASTER_ADDR"] == "127.0.0.1"
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+    assert ranks[0]["arguments"][0] == "well"
+
+
+def test_cores_are_divided_among_local_jobs(make_job, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    run(make_job("well"), tmp_path, Cluster(kind="local", jobs=4)).result()
+    assert seen(tmp_path)[0]["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize("how", ["told", "told-early"])
+def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(make_job, tmp_path, how):
+    run(make_job(how), tmp_path).result()
+    first, second = seen(tmp_path)
+    assert second["arguments"] == first["arguments"]
+    assert outcomes(tmp_path) == ["stopped", "finished"]
+
+
+def test_a_short_time_limit_does_not_make_preemptions_time_outs(make_job, tmp_path):
+    # submitit takes each signal within the last ten minutes for a time-out, and allows three.
+    cluster = Cluster(kind="local", time=10)
+    assert run(make_job("told4"), tmp_path, cluster).result() == str(tmp_path / "run")
+    assert outcomes(tmp_path) == ["stopped"] * 4 + ["finished"]
+
+
+def test_a_killed_process_is_started_again(make_job, tmp_path):
+    run(make_job("killed"), tmp_path).result()
+    assert outcomes(tmp_path) == ["killed", "finished"]
+
+
+def test_a_failure_is_named(make_job, tmp_path):
+    job = run(make_job("wrong"), tmp_path)
+    with pytest.raises(submitit.core.utils.FailedJobError) as failed:
+        job.result()
+    for text in (f"tools/tool.py for {tmp_path / 'run'} failed", "exit code 2", "no such thing"):
+        assert text in str(failed.value)
+    (attempt,) = read_attempts(str(tmp_path / "run"))
+    assert attempt["outcome"] == "failed" and "no such thing" in attempt["error"]
+
+
+def test_a_tool_does_not_outlive_its_task(make_job, tmp_path):
+    job = run(make_job("slow"), tmp_path)
+    path = tmp_path / "run/seen0"
+    while not path.exists() or not path.read_text().endswith("\n"):
+        time.sleep(0.05)
+    os.kill(seen(tmp_path)[0]["parent"], signal.SIGKILL)
+    job.wait()
+    folder = f"{tmp_path}/run".encode()
+    deadline = time.monotonic() + 20
+    while any(folder in read_command(pid) for pid in os.listdir("/proc") if pid.isdigit()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def read_command(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def test_a_job_is_its_own_checkpoint(make_job):
+    job = make_job("well")
+    again = job.checkpoint()
+    assert again.function == job and pickle.loads(pickle.dumps(again)).function == job
+
+
+def test_the_command_in_a_container(make_job, tmp_path):
+    job = make_job("well", container="apptainer exec --nv 'my image.sif'")
+    tool = str(tmp_path / "code/tools/tool.py")
+    assert job.command()[:7] == ["apptainer", "exec", "--nv", "my image.sif", "python", "-u", tool]
+
+
+def test_what_sbatch_would_get(make_job, tmp_path):
+    cluster = Cluster(
+        partition="gpu",
+        account="me",
+        nodes=2,
+        gpus_per_node=8,
+        cpus_per_task=6,
+        time=90,
+        mem_gb=1.5,
+        setup=["module load cuda"],
+        array_parallelism=3,
+        extra={"mail-type": "END"},
+    )
+    job = make_job("well")
+    (text,) = sbatch_texts([job], cluster, str(tmp_path / "jobs"), "name", after=["12", "13_1"])
+    flags = [line.removeprefix("#SBATCH --") for line in text.splitlines() if "#SBATCH" in line]
+    for flag in (
+        "partition=gpu",
+        "account=me",
+        "nodes=2",
+        "gpus-per-node=8",
+        "ntasks-per-node=8",
+        "cpus-per-task=6",
+        "time=90",
+        "mem=1536M",
+        "signal=USR2@120",
+        "job-name=name",
+        "requeue",
+        "open-mode=append",
+        "mail-type=END",
+        "dependency=afterok:12:13_1",
+        "kill-on-invalid-dep=yes",
+    ):
+        assert flag in flags, (flag, text)
+    assert not any(flag.startswith("array") for flag in flags)
+    lines = text.splitlines()
+    assert lines.index("module load cuda") < [i for i, x in enumerate(lines) if "srun" in x][0]
+    assert f"export PYTHONPATH={tmp_path}/code${{PYTHONPATH:+:$PYTHONPATH}}" in lines
+    (text,) = sbatch_texts([job] * 5, Cluster(array_parallelism=3), str(tmp_path / "jobs"), "name")
+    assert "#SBATCH --array=0-4%3\n" in text
+    assert "--time" not in text  # the partition's own limit, not submitit's five minutes
+    with pytest.raises(ValueError, match="one code"):
+        other = ToolJob("tools/tool.py", [], "run", "elsewhere")
+        sbatch_texts([job, other], Cluster(), str(tmp_path / "jobs"), "name")
+
+
+def test_attempts_that_get_nowhere_come_to_an_end(make_job, tmp_path):
+    folder = str(tmp_path / "run")
+    for i in range(MAX_FRUITLESS):
+        assert start_attempt(folder, "7", i, "n1") == i
+        end_attempt(folder, "killed")
+        end_attempt(folder, "finished")  # the first word counts
+    assert start_attempt(folder, "7", 99, "n1") == MAX_FRUITLESS
+    (tmp_path / "run/last_checkpoint").write_text("model_0000009.pth")
+    assert start_attempt(folder, "7", 100, "n1") == 0  # the one before was lost, but left something
+    end_attempt(folder, "stopped")
+    assert start_attempt(folder, "7", 101, "n1") == 1
+    assert start_attempt(folder, "8", 0, "n1") == 0  # submitted anew
+    assert outcomes(tmp_path) == ["killed"] * MAX_FRUITLESS + ["lost", "stopped", "lost", None]
+
+
+def test_a_job_that_gets_nowhere_says_so(make_job, tmp_path, monkeypatch):
+    class Environment:
+        global_rank, num_tasks, job_id, cluster = 0, 1, "7", "slurm"
+        paths = submitit.core.utils.JobPaths(tmp_path / "jobs", "7", 0)
+
+    for i in range(MAX_FRUITLESS):
+        start_attempt(str(tmp_path / "run"), "7", i, "n1")
+    monkeypatch.setattr(submitit, "JobEnvironment", Environment)
+    with pytest.raises(UserError, match="10 attempts in a row ended without a new checkpoint"):
+        make_job("well")()
+    assert outcomes(tmp_path) == ["lost"] * MAX_FRUITLESS + ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("states", "requeued"),
+    [
+        (["told", "killed"], True),  # SLURM ends the other tasks of the step
+        (["told", "running"], True),  # the task itself was killed: no last word
+        (["told", "failed"], False),
+        (["told", "told"], False),
+        (["stopped", "told"], False),
+        ([], False),
+    ],
+)
+def test_who_was_killed_is_told_from_who_was_stopped(states, requeued):
+    assert (find_killed([{"state": state} for state in states]) is not None) == requeued
+
+
+@pytest.mark.parametrize(
+    ("states", "state", "requeued"),
+    [
+        (["told", "told"], "RUNNING", True),  # SLURM gave the step up, not the job
+        (["told", "told"], "COMPLETING", False),  # cancelled
+        (["told", "told"], "", False),  # squeue knows it no more
+        (["stopped", "told"], "RUNNING", False),  # requeued by rank 0, which said so
+        (["told", "failed"], "RUNNING", False),
+        (["told", "killed"], "COMPLETING", True),
+        ([], "RUNNING", False),
+    ],
+)
+def test_what_a_batch_script_requeues(states, state, requeued, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    (tmp_path / "bin").mkdir()
+    squeue = f"[ $3 = --jobs=7_2 ] && echo {state}"
+    for name, line in {"squeue": squeue, "scontrol": f"echo $* >{tmp_path}/ran"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    start_attempt(str(tmp_path / "run"), "7_2", 1, "n1")
+    (tmp_path / "tasks").mkdir()
+    for rank, word in enumerate(states):
+        note = {"state": word, "code": 0, "output_dir": str(tmp_path / "run")}
+        (tmp_path / f"tasks/7_2_1_{rank}.json").write_text(json.dumps(note))
+    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "143"])
+    after.main()
+    ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
+    assert ran == ("requeue 7_2\n" if requeued else "")
+    assert [a.get("outcome") for a in read_attempts(str(tmp_path / "run"))] == [
+        "killed" if requeued else None
+    ]
+    assert ("it is requeued" in capsys.readouterr().out) == requeued
+
+
+def test_each_attempt_meets_at_a_port_of_its_own(monkeypatch):
+    ports = set()
+    for job in ("7", "8", "9"):
+        for restart in range(20):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+            ports.add(rendezvous.port(job))
+            assert rendezvous.port(job) in ports and 10000 <= rendezvous.port(job) < 32000
+    assert len(ports) >= 58  # 60 of 22000, so two may be one
+
+
+def test_a_snapshot_does_not_follow_later_edits(tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    for name in ("region_pretrain", "projects", "configs", "tools/__pycache__"):
+        (checkout / name).mkdir(parents=True)
+    (checkout / "tools/tool.py").write_text("print(1)")
+    (checkout / "tools/__pycache__/x.pyc").write_text("")
+    (checkout / "secret").write_text("")
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.CHECKOUT", checkout)
+    first = take_snapshot(str(tmp_path / "run"))
+    assert take_snapshot(str(tmp_path / "run")) == first
+    (checkout / "tools/tool.py").write_text("print(2)")
+    second = take_snapshot(str(tmp_path / "run"))
+    assert open(f"{first}/tools/tool.py").read() == "print(1)"
+    assert open(f"{second}/tools/tool.py").read() == "print(2)"
+    assert sorted(os.listdir(first)) == ["tools"] and os.listdir(f"{first}/tools") == ["tool.py"]

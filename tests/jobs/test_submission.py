@@ -1,0 +1,72 @@
+import argparse
+
+import pytest
+
+from region_pretrain.engine.command_line import argument_parser
+from region_pretrain.errors import UserError
+from region_pretrain.jobs.submission import add_slurm_arguments, submit_training, wants_slurm
+
+CONFIG = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argument_parser("", "")
+    add_slurm_arguments(parser)
+    return parser.parse_intermixed_args(["--config-file", CONFIG, *arguments])
+
+
+def submit(*arguments: str) -> None:
+    submit_training(parse(*arguments), "tools/train_net.py")
+
+
+def test_where_a_command_runs():
+    assert not wants_slurm(parse()) and wants_slurm(parse("--slurm", "partition=gpu"))
+    with pytest.raises(UserError, match="--dry-run shows what --slurm would submit"):
+        wants_slurm(parse("--dry-run"))
+
+
+def test_a_dry_run_shows_the_sbatch_file_and_leaves_nothing(tmp_path, capsys):
+    settings = "partition=gpu,nodes=2,gpus-per-node=2"
+    submit("--slurm", settings, "--dry-run", f"train.output_dir={tmp_path}/run")
+    text = capsys.readouterr().out
+    assert text.startswith("#!/bin/bash\n")
+    for line in ("partition=gpu", "nodes=2", "gpus-per-node=2", "ntasks-per-node=2"):
+        assert f"#SBATCH --{line}\n" in text
+    assert f"submitit.core._submit {tmp_path}/run/slurm\n" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slurm", "partion=gpu"], "did you mean partition"),
+        (["--slurm", "partition=gpu", "--num-gpus", "8"], "say nodes=N,gpus-per-node=M"),
+        (["--slurm", "gpus-per-node=7"], "must be a multiple of the 7 processes"),
+        (["--slurm", "partition=gpu", "train.max_itr=3"], "did you mean train.max_iter"),
+        (["--slurm", "partition=gpu", "train.output_dir={held}"], "already holds a run"),
+        (["--slurm", "{local}"], "the file is of kind=local"),
+    ],
+)
+def test_bad_input_is_told_first(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/config.yaml").write_text("")
+    (tmp_path / "held/metrics.json").write_text("")
+    (tmp_path / "local.py").write_text("cluster = dict(kind='local')")
+    places = {"held": tmp_path / "held", "local": tmp_path / "local.py"}
+    monkeypatch.setattr("region_pretrain.jobs.submission._submit", lambda *_: pytest.fail("ran"))
+    with pytest.raises(UserError, match=message):
+        submit(*(text.format(**places) for text in arguments))
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/17_submitted.pkl").write_text("")
+    (tmp_path / "bin").mkdir()
+    for name, said in {"sbatch": "", "srun": "", "scontrol": "", "squeue": "17"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {said}\n")
+    (tmp_path / "bin/sinfo").write_text("#!/bin/sh\necho gpu\n")
+    for path in (tmp_path / "bin").iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    with pytest.raises(UserError, match="job 17 for .*/run is still in the queue"):
+        submit("--slurm", "partition=gpu", f"train.output_dir={tmp_path}/run")

@@ -1,0 +1,144 @@
+"""Curves from metrics.json, and boxes on pictures."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from region_pretrain.errors import UserError
+from region_pretrain.reporting.plots import (
+    draw_boxes,
+    draw_detections,
+    draw_regions,
+    metric_curve,
+    plot_ap,
+    plot_curves,
+    plot_loss,
+    read_metrics,
+    to_png,
+)
+
+
+def decode(png: bytes) -> np.ndarray:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    lines = [
+        json.dumps({"iteration": 19, "total_loss": 3.0, "lr": 0.1}),
+        json.dumps({"iteration": 39, "total_loss": 2.0, "bbox/AP": 11.5}),
+        json.dumps({"iteration": 59, "total_loss": 9.0, "bbox/AP": 12.0}),  # then resumed at 40
+        json.dumps({"iteration": 59, "total_loss": 1.5}),
+        '{"iteration": 79, "total_l',
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    return str(tmp_path)
+
+
+def test_metrics_of_a_resumed_and_killed_run(run):
+    rows = read_metrics(run)
+    assert [row["iteration"] for row in rows] == [19, 39, 59]
+    assert rows[2] == {"iteration": 59, "total_loss": 1.5, "bbox/AP": 12.0}
+    assert metric_curve(run, "total_loss") == ([20, 40, 60], [3.0, 2.0, 1.5])
+    assert metric_curve(run + "/metrics.json", "bbox/AP") == ([40, 60], [11.5, 12.0])
+    assert metric_curve(run + "/", "nothing") == ([], [])
+
+
+def test_a_run_without_metrics_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="there is no .*/metrics.json"):
+        read_metrics(str(tmp_path))
+    (tmp_path / "metrics.json").write_text("{}\n")
+    with pytest.raises(UserError, match="has no metrics"):
+        read_metrics(str(tmp_path))
+
+
+def test_curves_are_drawn_where_their_values_are():
+    picture = decode(plot_curves({"line": ([0, 100], [0, 1])}, "x", "y")).astype(int)
+    assert picture.shape == (600, 960, 3)
+    blue = np.argwhere((abs(picture - [31, 119, 180]) < 12).all(-1))  # the first of tab10
+    blue = blue[blue[:, 0] > 60]  # not the legend
+    assert np.corrcoef(blue[:, 1], -blue[:, 0])[0, 1] > 0.99  # a rising line
+    assert np.ptp(blue[:, 1]) > 700 and np.ptp(blue[:, 0]) > 400
+    orange = abs(picture - [255, 127, 14]).sum(-1) < 12
+    assert not orange.any()
+    two = decode(plot_curves({"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, "x", "y")).astype(int)
+    assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
+
+
+def test_loss_and_ap_of_runs(run):
+    assert decode(plot_loss({"a": run})).shape == decode(plot_ap({"a": run, "b": run})).shape
+    assert plot_loss({"a": run}) != plot_loss({"another name": run})
+    assert plot_ap({"a": run}) != plot_ap({"a": run}, key="segm/AP")  # no data, another axis label
+    with pytest.raises(UserError):
+        plot_ap({"a": run + "/none"})
+
+
+GREEN = (60, 225, 80)
+
+
+def coloured(picture: np.ndarray, colour) -> np.ndarray:
+    return (picture == colour).all(-1)
+
+
+def test_boxes_are_drawn_at_their_place():
+    image = np.full((400, 500, 3), 128, np.uint8)
+    picture = draw_boxes(image, np.array([[100, 50, 300, 250]]), colours=[GREEN])
+    assert picture.shape == image.shape and (image == 128).all()  # the input is left alone
+    rows, columns = np.nonzero(coloured(picture, GREEN))
+    extent = rows.min(), columns.min(), rows.max(), columns.max()
+    assert extent == pytest.approx((50, 100, 249, 299), abs=1)  # half-open: ends before 250, 300
+    assert (picture[60:240, 110:290] == 128).all()  # not filled
+
+
+def test_small_pictures_are_enlarged_by_a_whole_number():
+    image = np.arange(100 * 100 * 3, dtype=np.uint32).reshape(100, 100, 3).astype(np.uint8)
+    picture = draw_boxes(image, np.zeros((0, 4)))
+    assert picture.shape == (400, 400, 3)
+    assert (picture[::4, ::4] == image).all()
+    rows, columns = np.nonzero(
+        coloured(draw_boxes(image * 0, np.array([[0, 0, 100, 100]]), colours=[GREEN]), GREEN)
+    )
+    # a box of the whole picture stays visible on all four sides
+    assert rows.min() <= 1 and columns.min() <= 1 and rows.max() >= 397 and columns.max() >= 397
+
+
+def test_detections_below_the_threshold_are_left_out():
+    image = np.zeros((400, 400, 3), np.uint8)
+    boxes = np.array([[20, 60, 120, 160], [200, 200, 300, 300]], dtype=np.float32)
+    args = image, boxes, [0, 1], ["cat", "dog"]
+    picture = draw_detections(*args, scores=[0.4, 0.9])
+    assert coloured(picture, GREEN).sum() > 500  # class 1
+    assert not coloured(picture, (255, 70, 70)).any()  # class 0
+    assert coloured(draw_detections(*args, scores=[0.6, 0.9]), (255, 70, 70)).sum() > 500
+    truth = draw_detections(*args)
+    assert coloured(truth, (255, 70, 70)).sum() > 500
+    # with a score the label is longer
+    scored = draw_detections(*args, scores=[1.0, 1.0])
+    label = slice(180, 199), slice(200, 300)
+    assert coloured(scored[label], GREEN).sum() > coloured(truth[label], GREEN).sum()
+
+
+def test_the_same_region_has_the_same_colour_in_both_views():
+    image = np.zeros((400, 400, 3), np.uint8)
+    left, right = [20, 60, 120, 160], [200, 60, 300, 160]
+    first = image, np.array([left, right, right]), [7, 3, -1]
+    second = image, np.array([right, left, left]), [7, 9, 9]
+    a, b = draw_regions([first, second])
+    red, grey = (255, 70, 70), (170, 170, 170)
+
+    def side(picture, colour):
+        counts = [int(coloured(half, colour).sum()) for half in np.split(picture, 2, axis=1)]
+        return [count > 500 for count in counts]
+
+    assert side(a, red) == [True, False] and side(b, red) == [False, True]  # id 7
+    assert side(a, grey) == [False, True] and side(b, grey) == [True, False]  # ids 3 and 9
+
+
+def test_png_keeps_the_picture_and_limits_its_width():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    assert (decode(to_png(image)) == image).all()
+    assert decode(to_png(image, max_width=20)).shape == (15, 20, 3)

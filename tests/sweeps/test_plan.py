@@ -1,0 +1,257 @@
+"""The graph of a sweep: what depends on what, what is one and the same, what does not build."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from region_pretrain.engine.command_line import argument_parser
+from region_pretrain.engine.overrides import load_config
+from region_pretrain.errors import UserError
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.sweeps import jobs, state, submission
+from region_pretrain.sweeps.choice import choose, read_choice
+from region_pretrain.sweeps.definition import parse_sweep
+from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL, Plan
+from region_pretrain.sweeps.plan import make_plan
+
+SOCO = "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
+MOCO = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+DETECTOR = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+HELD_OUT = ["+dataloader.test.dataset.names.seed=1000"]
+
+
+def sweep(folder, **changes):
+    values = {
+        "pretrain": {"soco": {"config": SOCO}},
+        "finetune": {"det": {"config": DETECTOR, "rates": [0.05, 0.1], "held_out": HELD_OUT}},
+        "images_seen": 320,
+        "output_dir": str(folder),
+    }
+    return parse_sweep({**values, **changes}, "test")
+
+
+def entries(plan, kind, **labels):
+    return [
+        plan.runs[e["run"]]
+        for e in plan.entries
+        if e["kind"] == kind and all(e[k] == v for k, v in labels.items())
+    ]
+
+
+def overrides(run, task=0):
+    return dict(a.lstrip("+").split("=", 1) for a in run.tasks[task] if "=" in a)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return make_plan(
+        sweep(
+            tmp_path_factory.mktemp("plan"),
+            baselines={"random": {}},
+            seeds=[0, 1],
+            regions={"shards": 3},
+        )
+    )
+
+
+def test_what_depends_on_what(plan):
+    (regions,) = entries(plan, REGIONS)
+    assert len(regions.tasks) == 3 and "1/3" in regions.tasks[1]
+    first, second = entries(plan, PRETRAIN)
+    assert first.parents == second.parents == (regions.id,)
+    assert overrides(first)["dataloader.train.dataset.regions"] == regions.product
+    assert overrides(first)["train.max_iter"] == "10"  # 320 images / 32 a batch
+    trials = entries(plan, TRIAL, start="soco")
+    assert [overrides(t)["optimizer.lr"] for t in trials] == ["0.05", "0.1"]
+    for trial in trials:
+        assert trial.parents == (first.id,)
+        assert overrides(trial)["dataloader.test.dataset.names.seed"] == "1000"
+        assert overrides(trial)["train.init_checkpoint"] == f"{first.folder}/model_final.pth"
+    (choice,) = entries(plan, CHOICE, start="soco")
+    assert choice.parents == tuple(t.id for t in trials)
+    for run, weights in zip(entries(plan, FINETUNE, start="soco"), (first, second), strict=True):
+        assert set(run.parents) == {choice.id, weights.id}
+        assert overrides(run)["train.init_checkpoint"] == f"{weights.folder}/model_final.pth"
+        assert "optimizer.lr" not in overrides(run)
+        assert "dataloader.test.dataset.names.seed" not in overrides(run)
+        assert run.tasks[0][-1] == f"@{choice.product}"
+    for run in entries(plan, FINETUNE, start="random"):
+        assert "train.init_checkpoint" not in overrides(run)
+    order = list(plan.runs)
+    assert all(order.index(p) < order.index(r.id) for r in plan.runs.values() for p in r.parents)
+    # regions, 2 pre-trainings, and for each of 2 starts 2 trials, a choice, 2 seeds
+    assert len(plan.runs) == 1 + 2 + 2 * 5
+    assert len({run.folder for run in plan.runs.values()}) == len(plan.runs)
+
+
+def test_written_and_read_back(plan):
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_identical_runs_are_one_whatever_they_are_called(tmp_path):
+    twice = {
+        "soco": {"config": SOCO},
+        "again": {"config": SOCO, "overrides": ["optimizer.momentum=0.9"]},  # the config's own
+        "other": {"config": SOCO, "overrides": ["optimizer.momentum=0.8"]},
+    }
+    found = make_plan(sweep(tmp_path, pretrain=twice))
+    assert len(found.entries) == 3 * (1 + 1 + 2 + 1 + 1)
+    assert len(found.runs) == 1 + 2 * (1 + 2 + 1 + 1)  # one region store for all
+    assert entries(found, FINETUNE, start="soco") == entries(found, FINETUNE, start="again")
+    assert entries(found, PRETRAIN, start="soco") != entries(found, PRETRAIN, start="other")
+    # The same in another folder, named and ordered otherwise: the same ids.
+    renamed = {"x": twice["other"], "y": twice["soco"]}
+    elsewhere = make_plan(sweep(tmp_path / "b", pretrain=renamed))
+    assert set(elsewhere.runs) == set(found.runs)
+
+
+def test_a_run_keeps_its_folder_when_it_is_renamed(tmp_path):
+    values = {"pretrain": {"a": {"config": MOCO}}, "finetune": {}}
+    (before,) = make_plan(sweep(tmp_path, **values)).runs.values()
+    (tmp_path / "runs" / before.folder.split("/")[-1]).mkdir(parents=True)
+    (after,) = make_plan(
+        sweep(tmp_path, pretrain={"b": {"config": MOCO}}, finetune={})
+    ).runs.values()
+    assert (after.name, after.folder) == ("b_seed0", before.folder)
+
+
+def test_fractions_and_single_rate(tmp_path):
+    det = {"config": DETECTOR, "rates": [0.05], "fractions": [1.0, 0.1]}
+    found = make_plan(
+        sweep(tmp_path, pretrain={}, baselines={"random": {}}, finetune={"det": det}, seeds=[4])
+    )
+    whole, tenth = found.runs.values()
+    assert overrides(whole)["optimizer.lr"] == "0.05"
+    cfg = load_config(DETECTOR, [a for a in tenth.tasks[0] if "=" in a])
+    dataset = cfg.dataloader.train.dataset
+    assert dataset._target_ == "region_pretrain.data.few_label.random_fraction"
+    assert (dataset.fraction, dataset.seed, cfg.optimizer.lr, cfg.train.seed) == (0.1, 4, 0.05, 4)
+
+
+def test_every_kth_checkpoint(tmp_path):
+    det = {"config": DETECTOR, "checkpoints": 4}
+    found = make_plan(sweep(tmp_path, pretrain={"moco": {"config": MOCO}}, finetune={"det": det}))
+    (pretrain,) = entries(found, PRETRAIN)
+    assert overrides(pretrain)["train.checkpointer.keep_every"] == "4"
+    names = [overrides(r)["train.init_checkpoint"] for r in entries(found, FINETUNE)]
+    # Of 10 iterations; files are named by the last finished one, from 0.
+    wanted = ["model_0000003.pth", "model_0000007.pth", "model_final.pth"]
+    assert names == [f"{pretrain.folder}/{name}" for name in wanted]
+    assert all(r.parents == (pretrain.id,) for r in entries(found, FINETUNE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images_seen": 100}, "images_seen=100 is no multiple.*32"),
+        ({"pretrain": {"x": {"config": DETECTOR}}}, "no pre-training config"),
+        ({"finetune": {"x": {"config": SOCO}}}, "no detection config"),
+        ({"pretrain": {"x": {"config": "projects/none.py"}}}, "no .*projects/none.py"),
+        ({"pretrain_overrides": ["optimizer.larning_rate=1"]}, "optimizer.larning_rate"),
+        (
+            {"finetune_overrides": ["model.backbone.bottom_up.stem.norm=Nrm"]},
+            "mask_rcnn_r18_fpn_shapes.py with .*stem.norm=Nrm does not build",
+        ),
+        ({"pretrain": {"x": {"config": SOCO, "regions": "absent.arrow"}}}, "absent.arrow"),
+        (
+            {"finetune": {n: {"config": DETECTOR, "checkpoints": int(n)} for n in "45"}},
+            "checkpoints of different steps",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_made(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said):
+        make_plan(sweep(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_slurm_arrays_and_dependencies(plan, tmp_path):
+    now = dict.fromkeys(plan.runs, state.WAITING)
+    groups = submission.missing(plan, now)
+    shown = [([r.name for r in runs], [a.name for a in after]) for runs, after in groups]
+    assert shown == [
+        (["regions_soco"], []),
+        (["random_rate0.05", "random_rate0.1"], []),
+        (["soco_seed0", "soco_seed1"], ["regions_soco"]),
+        (["random_choice"], ["random_rate0.05", "random_rate0.1"]),
+        (["random_seed0_det", "random_seed1_det"], ["random_choice"]),
+        (["soco_rate0.05", "soco_rate0.1"], ["soco_seed0"]),
+        (["soco_choice"], ["soco_rate0.05", "soco_rate0.1"]),
+        (["soco_seed0_det"], ["soco_choice", "soco_seed0"]),
+        (["soco_seed1_det"], ["soco_choice", "soco_seed1"]),
+    ]
+    # What is finished is waited for no more, what is queued is not submitted again.
+    names = {run.name: run.id for run in plan.runs.values()}
+    done = {"regions_soco", "soco_seed0", "random_rate0.05", "random_rate0.1"}
+    now |= {names[n]: state.FINISHED for n in done} | {names["soco_seed1"]: state.QUEUED}
+    shown = [
+        ([r.name for r in rs], [a.name for a in af]) for rs, af in submission.missing(plan, now)
+    ]
+    assert (["soco_rate0.05", "soco_rate0.1"], []) in shown
+    assert (["soco_seed1_det"], ["soco_choice", "soco_seed1"]) in shown
+    assert not any("soco_seed1" in runs for runs, _ in shown)
+
+
+def test_dry_run_shows_sbatch_files(plan, tmp_path):
+    cluster = Cluster(kind="slurm", partition="gpu", gpus_per_node=8, array_parallelism=2)
+    made = state.SweepFile("s", "s", "", cluster, "/code", "/", {}, None, copy.deepcopy(plan))
+    text = submission.dry_run(made, str(tmp_path / "out"))
+    assert "#SBATCH --array=0-1%2" in text and "#SBATCH --partition=gpu" in text
+    assert "afterok:<soco_choice>:<soco_seed0>" in text
+    assert text.count("#SBATCH --gpus-per-node=8") == 6  # not for regions and choices
+    assert not (tmp_path / "out").exists()
+    regions = next(iter(plan.runs.values()))
+    one = jobs.cluster_for(regions, cluster)
+    assert (one.gpus_per_node, one.tasks) == (None, 1)
+    shards = jobs.tool_jobs(regions, made)
+    assert len(shards) == 3 and len({job.output_dir for job in shards}) == 3
+    here = dataclasses.replace(made, cluster=Cluster(kind="local", jobs=2))
+    (whole,) = jobs.tool_jobs(regions, here)
+    assert "--shard" not in whole.arguments and "--shard" in shards[0].arguments
+    assert set(shards[0].arguments) - set(whole.arguments) == {"--shard", "0/3"}
+
+
+def test_states_by_what_squeue_says(plan, tmp_path, monkeypatch):
+    runs = list(plan.runs.values())
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '7_0 RUNNING'; echo '7_1 PENDING'; echo '9 COMPLETING'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    live = jobs.live_jobs(Cluster(kind="slurm"), "")
+    assert live == {"7_0": state.RUNNING, "7_1": state.QUEUED, "9": state.RUNNING}
+    moved = Plan({r.id: _moved(r, tmp_path) for r in runs}, plan.entries)
+    names = {r.name: r for r in moved.runs.values()}
+    ids = {"soco_seed0": "7_0", "soco_seed1": "7_1", "random_rate0.05": "5"}
+    for name, job in ids.items():
+        state.write_record(names[name], state.Record(1, [job]))
+    found = jobs.states(moved, live)
+    by_name = {r.name: found[r.id] for r in moved.runs.values()}
+    assert by_name["soco_seed0"] == state.RUNNING and by_name["soco_seed1"] == state.QUEUED
+    assert by_name["random_rate0.05"] == state.FAILED  # gone, and no results
+    assert by_name["random_choice"] == by_name["random_seed1_det"] == state.BLOCKED
+    assert by_name["random_rate0.1"] == by_name["soco_seed0_det"] == state.WAITING
+
+
+def _moved(run, folder):
+    base = str(folder / "runs" / run.name)
+    return run.__class__(
+        **{**run.__dict__, "folder": base, "product": f"{base}/{run.product.split('/')[-1]}"}
+    )
+
+
+def test_the_choice_is_an_argument_of_the_next_command(tmp_path):
+    paths = {}
+    for rate, ap in {"0.05": 3.5, "0.1": 7.25, "0.2": None}.items():
+        path = tmp_path / f"{rate}.json"
+        path.write_text(f'{{"bbox": {{"AP": {"null" if ap is None else ap}}}}}')
+        paths[rate] = str(path)
+    out = str(tmp_path / "new/chosen.txt")
+    assert choose(paths, "bbox/AP", out) == read_choice(out) == "0.1"
+    parser = argument_parser("x", "y.py")
+    args = parser.parse_intermixed_args(["--config-file", DETECTOR, "train.seed=3", f"@{out}"])
+    cfg = load_config(args.config_file, args.opts)
+    assert (cfg.optimizer.lr, cfg.train.seed) == (0.1, 3)
+    assert choose({"0.3": paths["0.2"]}, "bbox/AP", out) == "0.3"  # one that finds nothing
+    with pytest.raises(UserError, match="trial of optimizer.lr=1 has no"):
+        choose({"1": "absent.json"}, "bbox/AP", out)
