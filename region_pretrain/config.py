@@ -1,11 +1,20 @@
-"""Where the shipped configs are, and how to get one."""
+"""Configs: find, load, complete, override, save and compare them."""
 
 from __future__ import annotations
 
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig
+from detectron2.utils.file_io import PathManager
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from region_pretrain.errors import UserError
 
@@ -16,6 +25,9 @@ CONFIG_ROOT = next(
     (p for p in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (p / "detection").is_dir()),
     _PACKAGE.parent / "configs",
 )
+
+#: Keys that hold a number and are null by default.
+_NUMBERS = ("train.epochs", "train.max_iter", "train.base_batch_size", "train.seed")
 
 
 def get_config(name: str) -> DictConfig:
@@ -35,3 +47,195 @@ def get_config(name: str) -> DictConfig:
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"no config {name!r} in {CONFIG_ROOT}; its folder has {near}")
     return LazyConfig.load(str(path))
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Load a LazyConfig file, complete its ``train`` and apply command-line overrides.
+
+    Args:
+        path: a ``.py`` config, or the ``config.yaml`` of a run.
+        overrides: see :func:`apply_overrides`.
+
+    Returns:
+        The config; every key of ``configs/common/train.py`` is there and can be overridden.
+
+    Raises:
+        UserError: there is no such file, or an override does not fit.
+    """
+    return apply_overrides(complete_train(load_file(path)), overrides)
+
+
+def load_file(path: str) -> DictConfig:
+    """Load a lazy-config file as it is.
+
+    Raises:
+        UserError: there is no such file, or it is none that can be loaded.
+    """
+    if not path:
+        raise UserError("say which config: --config-file PATH")
+    if not PathManager.isfile(path):
+        raise UserError(f"no config file {path}")
+    try:
+        return LazyConfig.load(path)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def complete_train(cfg: DictConfig) -> DictConfig:
+    """Fill ``cfg.train`` up with the defaults of ``configs/common/train.py``.
+
+    Detectron2's own configs have fewer keys; its ``checkpointer.max_to_keep`` means ``keep_last``.
+
+    Args:
+        cfg: changed in place.
+
+    Returns:
+        ``cfg``.
+    """
+    given = cfg.get("train", {})
+    train = OmegaConf.merge(get_config("common/train.py").train, given)
+    kept = train.checkpointer.pop("max_to_keep", None)
+    if kept is not None and "keep_last" not in given.checkpointer:
+        train.checkpointer.keep_last = kept
+    cfg.train = train
+    return cfg
+
+
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """``LazyConfig.apply_overrides``, but a mistyped key is an error and not a new key.
+
+    Args:
+        cfg: changed in place.
+        overrides: ``dotted.key=value`` for a key that exists, ``+dotted.key=value`` for a new one;
+            values in Hydra's grammar.
+
+    Returns:
+        ``cfg``.
+
+    Raises:
+        UserError: an unknown key (with the nearest known ones), a value in place of a whole group,
+            or wrong syntax.
+    """
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            reason = str(error).splitlines()[0].split("Exception: ")[-1]
+            raise UserError(
+                f"override {text!r} is not of the form key=value (quote strings with special "
+                f"characters): {reason}"
+            ) from None
+        key, value = override.key_or_group, override.value()
+        if override.is_sweep_override():
+            raise UserError(f"override {text!r}: write a list as {key}=[a,b]")
+        if override.is_delete():
+            raise UserError(f"override {text!r}: keys cannot be removed; set them to null")
+        if not override.is_add():
+            _check_key(cfg, key, value)
+        try:
+            LazyConfig.apply_overrides(cfg, [text.removeprefix("+")])
+        except (KeyError, OmegaConfBaseException) as error:
+            raise UserError(f"override {text!r}: {str(error).splitlines()[0]}") from None
+    return cfg
+
+
+def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
+    node: Any = cfg
+    for part in key.split("."):
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, DictConfig) and part in list(node.keys()):
+            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+        else:
+            raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
+    number = isinstance(node, int | float) and not isinstance(node, bool) or key in _NUMBERS
+    if number and isinstance(value, str) and not value.startswith("${"):
+        raise UserError(f"{key}={value}: must be a number")
+    # A value that a config computes lazily, such as a data set's name, may be given outright.
+    computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
+    scalar = isinstance(value, int | float) or isinstance(value, str) and not computed
+    if isinstance(node, DictConfig) and scalar:
+        keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
+        raise UserError(f"{key} is a group, not a value; its keys: {keys}")
+
+
+def _hint(cfg: DictConfig, key: str) -> str:
+    known = list(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    last = key.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == last and k not in near][:3]
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of nested dicts and lists in dotted form, groups as well."""
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list):
+        items = enumerate(node)
+    else:
+        return
+    for key, child in items:
+        yield f"{prefix}{key}"
+        yield from dotted_keys(child, f"{prefix}{key}.")
+
+
+def config_text(cfg: DictConfig) -> str:
+    """A config as ``LazyConfig.save`` writes it.
+
+    Raises:
+        UserError: it holds an object that YAML cannot, such as a lambda.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "config.yaml")
+        LazyConfig.save(cfg, path)
+        if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
+            raise UserError(
+                "the config cannot be saved as YAML (see the log above): "
+                "use importable functions and classes in it, no lambdas"
+            )
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+
+
+def load_text(text: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "config.yaml")
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+        return load_saved(path)
+
+
+def load_saved(path: str) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(LazyConfig.load(path), resolve=False)
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Compare nested dicts and lists.
+
+    Returns:
+        Dotted key of each leaf that differs -> (old, new) as text; ``(absent)`` on one side only.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {k: (old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in [*old, *new]}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = dict(enumerate(zip(old, new, strict=True)))
+    else:
+        return {} if repr(old) == repr(new) else {prefix: (repr(old), repr(new))}
+    changed = {}
+    for key, (a, b) in pairs.items():
+        changed |= changed_keys(a, b, f"{prefix}.{key}" if prefix else str(key))
+    return changed
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+_ABSENT = _Absent()

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from region_pretrain.benchmark import measure  # noqa: E402
 from region_pretrain.benchmark.images import SIZE  # noqa: E402
-from region_pretrain.engine.overrides import load_config  # noqa: E402
+from region_pretrain.config import load_config  # noqa: E402
 from region_pretrain.errors import exit_on_user_error  # noqa: E402
 from region_pretrain.files import write_text_atomic  # noqa: E402
 

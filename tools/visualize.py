@@ -13,8 +13,7 @@ import os
 
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.engine.overrides import load_config
-from region_pretrain.engine.setup import complete_train
+from region_pretrain.config import complete_train, load_config
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.reporting.pictures import (
     first_views,

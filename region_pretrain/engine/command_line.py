@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.engine import default_argument_parser
 
-from region_pretrain.engine.overrides import load_config
+from region_pretrain.config import load_config
 from region_pretrain.engine.processes import launch
 
 

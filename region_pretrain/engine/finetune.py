@@ -18,10 +18,11 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.config import complete_train
 from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
 from region_pretrain.engine.detection_data import detection_training_data
 from region_pretrain.engine.run import TrainingData, build_model, run_training
-from region_pretrain.engine.setup import complete_train, resolve_device, start_logging, start_run
+from region_pretrain.engine.setup import resolve_device, start_logging, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError

@@ -7,12 +7,13 @@ import logging
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
+from region_pretrain.config import complete_train
 from region_pretrain.engine.run import (
     TrainingData,
     build_pretraining_model,
     run_training,
 )
-from region_pretrain.engine.setup import complete_train, start_run
+from region_pretrain.engine.setup import start_run
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from typing import Any
 
 import torch
-from detectron2.config import LazyConfig
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from region_pretrain.config import get_config
+from region_pretrain.config import changed_keys, config_text, load_saved, load_text
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 
@@ -35,26 +33,6 @@ HARMLESS = (
     "train.cudnn_benchmark",
 )
 _HARMLESS_LAST = ("num_workers",)
-
-
-def complete_train(cfg: DictConfig) -> DictConfig:
-    """Fill ``cfg.train`` up with the defaults of ``configs/common/train.py``.
-
-    Detectron2's own configs have fewer keys; its ``checkpointer.max_to_keep`` means ``keep_last``.
-
-    Args:
-        cfg: changed in place.
-
-    Returns:
-        ``cfg``.
-    """
-    given = cfg.get("train", {})
-    train = OmegaConf.merge(get_config("common/train.py").train, given)
-    kept = train.checkpointer.pop("max_to_keep", None)
-    if kept is not None and "keep_last" not in given.checkpointer:
-        train.checkpointer.keep_last = kept
-    cfg.train = train
-    return cfg
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -134,14 +112,14 @@ def _claim(cfg: DictConfig, resume: bool) -> int:
     if not resume:
         refuse_held(folder)
     elif holds_run(folder):
-        saved = _load_saved(path)
+        saved = load_saved(path)
     seed = cfg.train.seed
     if seed is None:
         seed = saved["train"]["seed"] if saved else int.from_bytes(os.urandom(3), "big")
     cfg.train.seed = seed
     text = config_text(cfg)
     if saved is not None:
-        _refuse_changes(path, saved, _load_text(text))
+        _refuse_changes(path, saved, load_text(text))
     try:
         PathManager.mkdirs(folder)
         write_text_atomic(path, text)
@@ -171,65 +149,6 @@ def refuse_held(folder: str) -> None:
             f"{folder} already holds a run: continue it with --resume, "
             "or take another train.output_dir"
         )
-
-
-def config_text(cfg: DictConfig) -> str:
-    """A config as ``LazyConfig.save`` writes it.
-
-    Raises:
-        UserError: it holds an object that YAML cannot, such as a lambda.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "config.yaml")
-        LazyConfig.save(cfg, path)
-        if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
-            raise UserError(
-                "the config cannot be saved as YAML (see the log above): "
-                "use importable functions and classes in it, no lambdas"
-            )
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-
-
-def _load_text(text: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "config.yaml")
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(text)
-        return _load_saved(path)
-
-
-def _load_saved(path: str) -> dict[str, Any]:
-    try:
-        return OmegaConf.to_container(LazyConfig.load(path), resolve=False)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """Compare nested dicts and lists.
-
-    Returns:
-        Dotted key of each leaf that differs -> (old, new) as text; ``(absent)`` on one side only.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = {k: (old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in [*old, *new]}
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = dict(enumerate(zip(old, new, strict=True)))
-    else:
-        return {} if repr(old) == repr(new) else {prefix: (repr(old), repr(new))}
-    changed = {}
-    for key, (a, b) in pairs.items():
-        changed |= changed_keys(a, b, f"{prefix}.{key}" if prefix else str(key))
-    return changed
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "(absent)"
-
-
-_ABSENT = _Absent()
 
 
 def _refuse_changes(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -14,6 +14,21 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 _FOLDERS = ("region_pretrain", "projects", "configs", "tools")
 
 
+def in_checkout(path: str) -> str:
+    """A file of the checkout, as a command line typed here would name it.
+
+    Args:
+        path: relative to the checkout's root.
+
+    Raises:
+        UserError: it is not there, as in an installed package.
+    """
+    if not (CHECKOUT / path).is_file():
+        raise UserError(f"no {CHECKOUT / path}: run this from a checkout of the repository")
+    relative = os.path.relpath(CHECKOUT / path)
+    return str(CHECKOUT / path) if relative.startswith("..") else relative
+
+
 def take_snapshot(folder: str) -> str:
     """Copy the code of this checkout to ``<folder>/code/<digest>``.
 

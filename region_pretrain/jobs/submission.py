@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from region_pretrain.engine.overrides import load_config
-from region_pretrain.engine.setup import config_text, refuse_held
+from region_pretrain.config import config_text, load_config
+from region_pretrain.engine.setup import refuse_held
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm

@@ -12,12 +12,11 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from region_pretrain.config import apply_overrides, complete_train, load_file
 from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
-from region_pretrain.engine.overrides import apply_overrides, load_file
-from region_pretrain.engine.setup import complete_train
 from region_pretrain.errors import UserError
+from region_pretrain.jobs.snapshot import in_checkout
 from region_pretrain.modeling.meta_arch import check_contract
-from region_pretrain.sweeps.steps import in_checkout
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from region_pretrain.engine.overrides import apply_overrides, load_file
+from region_pretrain.config import apply_overrides, load_file
 from region_pretrain.errors import UserError
 
 FINAL = "final"

@@ -19,18 +19,18 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from region_pretrain.engine.overrides import load_config
+from region_pretrain.config import complete_train, load_config
 from region_pretrain.engine.run import build_model
-from region_pretrain.engine.setup import complete_train
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
 from region_pretrain.files import write_text_atomic
+from region_pretrain.jobs.snapshot import in_checkout
 from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.summary import mean_std
 from region_pretrain.sweeps.demo_report import write_demo_report
 from region_pretrain.sweeps.demo_tables import tables
-from region_pretrain.sweeps.steps import Steps, in_checkout
+from region_pretrain.sweeps.steps import Steps
 
 #: Fine-tuning learning rates, the best of SWEEP_RATES for each start by box AP on a split that the
 #: results do not use: ``python tools/demo.py --sweep`` prints the table.

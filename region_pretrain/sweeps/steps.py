@@ -11,34 +11,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from region_pretrain.engine.setup import holds_run
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.jobs.snapshot import in_checkout
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parents[2]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: A training's line, a progress bar's, any other that says how long it will take.
 _PROGRESS = (r"iter \d+/\d+.*", r"[\w :]*\d+%\|.*", r".*\beta\b.*")
 _TAIL = 15  # lines of a failed step's log that are shown
-
-
-def in_checkout(path: str) -> str:
-    """A file of the checkout, as a command line typed here would name it.
-
-    Args:
-        path: relative to the checkout's root.
-
-    Raises:
-        UserError: it is not there, as in an installed package.
-    """
-    if not (_ROOT / path).is_file():
-        raise UserError(f"no {_ROOT / path}: run this from a checkout of the repository")
-    relative = os.path.relpath(_ROOT / path)
-    return str(_ROOT / path) if relative.startswith("..") else relative
 
 
 class Steps:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from region_pretrain.config import CONFIG_ROOT
-from region_pretrain.engine.overrides import load_config
+from region_pretrain.config import CONFIG_ROOT, load_config
 
 RECIPES = sorted((CONFIG_ROOT.parent / "projects").glob("*/configs/*.py"))
 

@@ -5,9 +5,9 @@ import torch
 from tiny_run import make_config
 from torch import nn
 
+from region_pretrain.config import complete_train
 from region_pretrain.engine import run
 from region_pretrain.engine.run import TrainingData, build_model, build_optimizer, scale_lr
-from region_pretrain.engine.setup import complete_train
 
 
 def config(**train):

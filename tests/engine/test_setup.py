@@ -9,15 +9,8 @@ from detectron2.model_zoo import get_config as get_detectron2_config
 from omegaconf import OmegaConf
 from tiny_run import make_config
 
-from region_pretrain.config import get_config
-from region_pretrain.engine.setup import (
-    changed_keys,
-    complete_train,
-    config_text,
-    holds_run,
-    resolve_device,
-    start_run,
-)
+from region_pretrain.config import changed_keys, complete_train, config_text, get_config
+from region_pretrain.engine.setup import holds_run, resolve_device, start_run
 from region_pretrain.errors import UserError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from region_pretrain.engine.overrides import load_config
+from region_pretrain.config import load_config
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import load_sweep
 from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
+from region_pretrain.config import load_config
 from region_pretrain.engine.command_line import argument_parser
-from region_pretrain.engine.overrides import load_config
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import jobs, state, submission

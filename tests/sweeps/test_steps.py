@@ -5,8 +5,8 @@ import json
 import pytest
 
 from region_pretrain.errors import UserError
-from region_pretrain.sweeps import steps as steps_module
-from region_pretrain.sweeps.steps import Steps, in_checkout
+from region_pretrain.jobs.snapshot import in_checkout
+from region_pretrain.sweeps.steps import Steps
 
 TOOL = """
 import sys, pathlib
@@ -29,7 +29,7 @@ if "nothing" not in args:
 def folder(tmp_path, monkeypatch):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "t.py").write_text(TOOL)
-    monkeypatch.setattr(steps_module, "_ROOT", tmp_path)
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,10 +11,9 @@ import torch
 from detectron2.config import instantiate
 from PIL import Image
 
+from region_pretrain.config import complete_train, load_config
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY, PhotometryLayout
-from region_pretrain.engine.overrides import load_config
-from region_pretrain.engine.setup import complete_train
 from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,7 @@ from torch import nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from region_pretrain.config import CONFIG_ROOT, get_config
-from region_pretrain.engine.overrides import apply_overrides
+from region_pretrain.config import CONFIG_ROOT, apply_overrides, get_config
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.modeling.heads import MLPHead

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 
-from region_pretrain.config import CONFIG_ROOT
+from region_pretrain.config import CONFIG_ROOT, apply_overrides
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY
-from region_pretrain.engine.overrides import apply_overrides
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.losses import info_nce
 from region_pretrain.projects.point_region_contrast import PointContrast

@@ -10,9 +10,8 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from project_runs import check_stopped_run_goes_on, losses
 
-from region_pretrain.config import CONFIG_ROOT
+from region_pretrain.config import CONFIG_ROOT, apply_overrides
 from region_pretrain.engine.checkpoint import split_state
-from region_pretrain.engine.overrides import apply_overrides
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError

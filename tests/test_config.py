@@ -3,7 +3,7 @@ from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
 from torch import nn
 
-from region_pretrain.engine.overrides import apply_overrides, dotted_keys, load_config
+from region_pretrain.config import apply_overrides, dotted_keys, load_config
 from region_pretrain.errors import UserError
 
 
