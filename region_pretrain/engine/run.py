@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,9 @@ from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.setup import resolve_device
 from region_pretrain.engine.trainer import Trainer
-from region_pretrain.engine.writers import build_writers, read_last_metrics
+from region_pretrain.engine.writers import build_writers
 from region_pretrain.errors import UserError
+from region_pretrain.metrics import newest_metrics
 from region_pretrain.modeling.meta_arch import (
     PretrainingModel,
     check_contract,
@@ -282,7 +282,7 @@ def run_training(
             renew_momentum_copies(model)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
-        return model, read_last_metrics(os.path.join(train.output_dir, "metrics.json"))
+        return model, newest_metrics(train.output_dir)
 
     if comm.is_main_process():
         writers = build_writers(train.output_dir, start_iter, max_iter)

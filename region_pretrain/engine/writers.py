@@ -83,16 +83,6 @@ def drop_lines_from(path: str, iteration: int) -> None:
         write_text_atomic(path, "".join(kept))
 
 
-def read_last_metrics(path: str) -> dict[str, float]:
-    """The newest value of every scalar in a metrics.json."""
-    values: dict[str, float] = {}
-    if PathManager.exists(path):
-        with PathManager.open(path) as f:
-            for line in f:
-                values |= json.loads(line)
-    return values
-
-
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
     """The writers of a run that starts, or goes on, at ``start_iter``; for the main process.
 

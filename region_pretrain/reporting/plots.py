@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.utils.file_io import PathManager
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from region_pretrain.errors import UserError
+from region_pretrain.metrics import read_metrics
 
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -34,39 +31,6 @@ _BOX_COLOURS = (
 )
 _GREY = (170, 170, 170)
 _LABEL_WIDTH = 360  # of a picture in pixels, from which on its labels can be read
-
-
-def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.json``, by ascending iteration.
-
-    A resumed run writes some iterations twice; the later line is kept, and fills what it lacks
-    from the earlier. A line that a killed run left unfinished is left out.
-
-    Args:
-        path: the file, or the folder that it is in.
-
-    Returns:
-        One dict an iteration, each with ``iteration``.
-
-    Raises:
-        UserError: there is no such file, or no metric in it.
-    """
-    if not path.endswith(".json"):
-        path = path.rstrip("/") + "/metrics.json"
-    if not PathManager.isfile(path):
-        raise UserError(f"there is no {path}: give a run's output folder or its metrics.json")
-    rows: dict[int, dict[str, Any]] = {}
-    with PathManager.open(path, "r") as f:
-        for line in f:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "iteration" in row:
-                rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
-    if not rows:
-        raise UserError(f"{path} has no metrics")
-    return [rows[iteration] for iteration in sorted(rows)]
 
 
 def metric_curve(path: str, key: str) -> Curve:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.metrics import read_results
 
 logger = logging.getLogger(__name__)
-
-
-def read_results(path: str) -> dict[str, dict[str, float | None]]:
-    """A fine-tuning's ``results.json``: task -> metric -> percent, null where undefined."""
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def best_rate(values: Mapping[str, float | None]) -> str:

@@ -26,6 +26,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
 from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.snapshot import in_checkout
+from region_pretrain.metrics import read_results
 from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.summary import mean_std
 from region_pretrain.sweeps.demo_report import write_demo_report
@@ -264,12 +265,6 @@ def _fine_tune(
     product = os.path.join(folder, "results.json")
     steps.run(name, "tools/train_net.py", arguments, product, folder)
     return name
-
-
-def read_results(folder: str) -> dict[str, dict[str, float | None]]:
-    """A fine-tuning's ``results.json``: task -> metric -> percent."""
-    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-        return json.load(file)
 
 
 def _knn(job: Job, seed: int) -> dict[str, dict[str, float]]:

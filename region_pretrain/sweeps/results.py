@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from region_pretrain.errors import UserError
-from region_pretrain.reporting.plots import Curve, read_metrics
+from region_pretrain.metrics import read_metrics, read_results
+from region_pretrain.reporting.plots import Curve
 from region_pretrain.reporting.summary import mean_std
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.choice import read_choice, read_results
+from region_pretrain.sweeps.choice import read_choice
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, TRIAL, Run
 from region_pretrain.sweeps.state import SweepFile
 

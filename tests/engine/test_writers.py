@@ -8,8 +8,8 @@ from region_pretrain.engine.writers import (
     ConsoleWriter,
     build_writers,
     drop_lines_from,
-    read_last_metrics,
 )
+from region_pretrain.metrics import newest_metrics
 
 
 def test_lines_after_the_resumed_checkpoint_are_taken_back(tmp_path):
@@ -34,7 +34,7 @@ def test_a_line_without_its_newline_does_not_swallow_the_next(tmp_path):
         writer.write()
     writer.close()
     assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1.0, 2.0]
-    assert read_last_metrics(str(path)) == {"iteration": 1, "a": 2.0}
+    assert newest_metrics(str(path)) == {"iteration": 1, "a": 2.0}
 
 
 def test_console_line(caplog):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from region_pretrain.errors import UserError
+from region_pretrain.metrics import read_metrics
 from region_pretrain.reporting.plots import (
     draw_boxes,
     draw_detections,
@@ -15,7 +16,6 @@ from region_pretrain.reporting.plots import (
     plot_ap,
     plot_curves,
     plot_loss,
-    read_metrics,
     to_png,
 )
 

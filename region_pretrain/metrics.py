@@ -1,0 +1,79 @@
+"""The numbers that a run leaves in its folder: ``metrics.json`` and ``results.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+
+from region_pretrain.errors import UserError
+
+#: task -> metric -> percent; None where undefined, e.g. the AP of a class without boxes.
+Results = dict[str, dict[str, float | None]]
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.json``, by ascending iteration.
+
+    Lines of the same iteration (training and evaluation log separately) are merged. A last line
+    that a killed run left unfinished is skipped.
+
+    Args:
+        path: the file, or the run's output folder.
+
+    Returns:
+        One dict per iteration, each with ``iteration``.
+
+    Raises:
+        UserError: there is no such file, or no metric in it.
+    """
+    if not path.endswith(".json"):
+        path = os.path.join(path, "metrics.json")
+    if not PathManager.isfile(path):
+        raise UserError(f"there is no {path}: give a run's output folder or its metrics.json")
+    rows: dict[int, dict[str, Any]] = {}
+    with PathManager.open(path, "r") as f:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and "iteration" in row:
+                rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
+    if not rows:
+        raise UserError(f"{path} has no metrics")
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def newest_metrics(path: str) -> dict[str, float]:
+    """The newest value of every metric of a run; empty where it has logged none.
+
+    Args:
+        path: as for :func:`read_metrics`.
+    """
+    try:
+        rows = read_metrics(path)
+    except UserError:
+        return {}
+    return {key: value for row in rows for key, value in row.items()}
+
+
+def read_results(path: str) -> Results:
+    """The final metrics of a fine-tuning.
+
+    Args:
+        path: a ``results.json``, or the run's output folder.
+
+    Returns:
+        Task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent. A task in which the
+        detector found nothing at all is missing.
+
+    Raises:
+        FileNotFoundError: the run is not finished.
+    """
+    if not path.endswith(".json"):
+        path = os.path.join(path, "results.json")
+    with PathManager.open(path, "r") as f:
+        return json.load(f)

@@ -1,0 +1,72 @@
+"""The library's rooms: each imports only those before it, and none knows a method by name."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import region_pretrain
+
+PACKAGE = Path(region_pretrain.__file__).parent
+
+#: Rooms and single files, in order. Everything may import ``region_pretrain`` itself.
+ORDER = (
+    "contract errors files progress metrics config images regions data modeling solver engine "
+    "evaluation reporting jobs sweeps benchmark projects"
+).split()
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The library's modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("region_pretrain"):
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            found.update(a.name for a in node.names if a.name.startswith("region_pretrain"))
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_room_has_its_place():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_only_those_before_it(path):
+    mine = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if mine == "__init__":
+        return
+    for module in imported(path):
+        theirs = room(module)
+        if theirs in ORDER:
+            assert ORDER.index(theirs) <= ORDER.index(mine), f"{mine} imports {module}"
+
+
+def test_there_is_no_circle_between_modules():
+    modules = {
+        ".".join(("region_pretrain", *p.relative_to(PACKAGE).with_suffix("").parts)): imported(p)
+        for p in FILES
+    }
+    graph = {name: {m for m in found if m in modules} for name, found in modules.items()}
+    while leaves := [name for name, needs in graph.items() if not needs]:
+        for leaf in leaves:
+            del graph[leaf]
+        for needs in graph.values():
+            needs.difference_update(leaves)
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
+def test_the_library_knows_no_method_by_name():
+    names = re.compile(r"\b(soco|ccop|mcl|plrc|moco|byol)\b.*(==|\bin\b)|import.*projects\.\w")
+    for path in FILES:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            assert not names.search(line.split("#")[0].lower()), f"{path}: {line.strip()}"
