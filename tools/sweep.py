@@ -1,12 +1,10 @@
 #!/usr/bin/env python
-"""Pre-trainings and the fine-tunings that depend on them, on this machine or on SLURM.
+"""Run pre-trainings and the fine-tunings that depend on them, on this machine or on SLURM.
 
-    tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2    # the shell is not held
-    tools/sweep.py status output/sweeps/shapes_quick
-    tools/sweep.py report output/sweeps/shapes_quick
-    tools/sweep.py cancel output/sweeps/shapes_quick
+    tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2
 
-Started again, it runs what is missing or has failed, and nothing twice.
+The command returns immediately, unless --wait is given. Started again, a sweep runs what is
+missing or has failed, and nothing twice.
 """
 
 import argparse
@@ -17,26 +15,50 @@ import signal
 import sys
 import warnings
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
+warnings.filterwarnings("ignore", category=FutureWarning)  # raised by libraries on import
 
 from region_pretrain.errors import UserError, exit_on_user_error  # noqa: E402
+
+_COMMANDS = """\
+commands for a sweep that was started (SWEEP is its output folder, or its config file):
+  tools/sweep.py status SWEEP   print the state of every run, and why runs failed
+  tools/sweep.py report SWEEP   write report.html, report.md and results.csv
+  tools/sweep.py cancel SWEEP   stop all jobs; they resume when the sweep is started again
+"""
 
 
 def _start(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s --config FILE [options] [sweep.key=value ...]\n"
+        "       %(prog)s {status,report,cancel} SWEEP",
+        description=__doc__,
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="configs/sweeps/NAME.py")
-    parser.add_argument("--cluster", choices=["local", "slurm", "debug"], help="default local")
-    parser.add_argument("--jobs", type=int, help="local: jobs at once, which share the cores (1)")
+    parser.add_argument(
+        "--cluster",
+        choices=["local", "slurm", "debug"],
+        help="where jobs run; debug: one after the other, in this process (default: local)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="local: number of jobs that run at once and share the CPU cores (default: 1)",
+    )
     parser.add_argument(
         "--slurm",
         metavar="KEY=VALUE,...",
         help="partition=...,gpus-per-node=8,... or clusters/mine.py; implies --cluster slurm",
     )
-    parser.add_argument("--wait", action="store_true", help="hold the shell, with a live table")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    parser.add_argument("opts", nargs="*", help="sweep.key=value")
+    parser.add_argument(
+        "--wait", action="store_true", help="show progress until the end, then the results"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "opts", nargs="*", metavar="sweep.key=value", help="overrides of the config"
+    )
     args = parser.parse_intermixed_args(argv)
 
     from region_pretrain.jobs.cluster import Cluster, parse_slurm
@@ -45,9 +67,11 @@ def _start(argv: list[str]) -> None:
 
     kind = args.cluster or ("slurm" if args.slurm else "local")
     if args.slurm and kind != "slurm":
-        raise UserError(f"--slurm and --cluster {kind}: say one of the two")
+        raise UserError(f"--slurm and --cluster {kind} contradict each other: give one of them")
     if args.jobs is not None and kind != "local":
-        raise UserError(f"--jobs is for --cluster local; with {kind} say array-parallelism=N")
+        raise UserError(
+            f"--jobs works with --cluster local only; for {kind}, use --slurm array-parallelism=N"
+        )
     cluster = parse_slurm(args.slurm) if args.slurm else Cluster(kind=kind)
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)
@@ -57,37 +81,40 @@ def _start(argv: list[str]) -> None:
         print(submission.dry_run(planned, sweep.output_dir))
         return
     submission.start(planned, sweep.output_dir)
-    if args.wait:
-        folder = os.path.abspath(sweep.output_dir)
-        status.wait(folder)
-        _report([folder])
-        sys.exit(0 if status.all_finished(folder) else 1)
-    else:
-        print(f"see: tools/sweep.py status {sweep.output_dir}")
+    if not args.wait:
+        print(f"follow it with: python tools/sweep.py status {sweep.output_dir}")
+        return
+    from region_pretrain.sweeps.report import results_text, write_sweep_report
+
+    folder = os.path.abspath(sweep.output_dir)
+    status.wait(folder)
+    print(f"\n{results_text(folder)}\n")
+    print(*write_sweep_report(folder), sep="\n")
+    sys.exit(0 if status.all_finished(folder) else 1)
 
 
-def _folder(argv: list[str], command: str, says: str) -> tuple[str, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog=f"sweep.py {command}", description=says)
-    parser.add_argument("sweep", help="the sweep's output folder, or its file")
-    parser.add_argument("opts", nargs="*", help="with a file: sweep.key=value")
+def _folder(argv: list[str], command: str, description: str) -> str:
+    parser = argparse.ArgumentParser(prog=f"sweep.py {command}", description=description)
+    parser.add_argument("sweep", help="the sweep's output folder, or its config file")
+    parser.add_argument("opts", nargs="*", help="with a config file: sweep.key=value")
     args = parser.parse_args(argv)
     if not args.sweep.endswith(".py"):
-        return os.path.abspath(args.sweep), args
+        return os.path.abspath(args.sweep)
     from region_pretrain.sweeps.definition import load_sweep
 
-    return os.path.abspath(load_sweep(args.sweep, args.opts).output_dir), args
+    return os.path.abspath(load_sweep(args.sweep, args.opts).output_dir)
 
 
 def _status(argv: list[str]) -> None:
-    folder, _ = _folder(argv, "status", "How far each run is.")
+    folder = _folder(argv, "status", "Print the state of every run, and why runs failed.")
     from region_pretrain.sweeps.status import status_text
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quiet where a pager or head ends first
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when a pager or head exits first
     print(status_text(folder)[0])
 
 
 def _cancel(argv: list[str]) -> None:
-    folder, _ = _folder(argv, "cancel", "Stop all jobs; started again, the sweep goes on.")
+    folder = _folder(argv, "cancel", "Stop all jobs; they resume when the sweep is started again.")
     from region_pretrain.sweeps.submission import cancel
 
     stopped = cancel(folder)
@@ -95,18 +122,20 @@ def _cancel(argv: list[str]) -> None:
 
 
 def _report(argv: list[str]) -> None:
-    folder, _ = _folder(argv, "report", "Write report.html, report.md and results.csv.")
+    folder = _folder(argv, "report", "Write report.html, report.md and results.csv.")
     from region_pretrain.sweeps.report import write_sweep_report
 
-    for path in write_sweep_report(folder):
-        print(path)
+    print(*write_sweep_report(folder), sep="\n")
 
 
 def _choose(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="sweep.py choose", description="A sweep's own step.")
-    parser.add_argument("--metric", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("results", nargs="+", metavar="RATE=results.json")
+    parser = argparse.ArgumentParser(
+        prog="sweep.py choose",
+        description="Choose the best learning rate; a sweep runs this between trials and results.",
+    )
+    parser.add_argument("--metric", required=True, help="task/metric, e.g. bbox/AP")
+    parser.add_argument("--out", required=True, help="file to write the override to")
+    parser.add_argument("results", nargs="+", metavar="LEARNING_RATE=results.json")
     args = parser.parse_args(argv)
     from region_pretrain.sweeps.choice import choose
 
@@ -116,9 +145,9 @@ def _choose(argv: list[str]) -> None:
 @exit_on_user_error
 def main() -> None:
     commands = {"status": _status, "cancel": _cancel, "report": _report, "choose": _choose}
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in commands:
-        commands[name](sys.argv[2:])
+    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None:
+        command(sys.argv[2:])
     else:
         _start(sys.argv[1:])
 

@@ -1,9 +1,9 @@
-"""Point-level region contrast without one of its parts, under the quick benchmark's protocol.
+"""Ablation of point-level region contrast, with the quick benchmark's protocol.
 
     python tools/sweep.py --config configs/sweeps/point_region_ablation.py --jobs 2
 
-Rows: all of it; without negatives of the same image; with the mean of a region's points in their
-place; without the distillation of affinities. One fine-tuning rate for all.
+Rows: the full method; without negatives from the same image; contrasting the mean of each region's
+points instead of the points; without affinity distillation. All use one fine-tuning learning rate.
 """
 
 from .common.shapes_benchmark import benchmark
@@ -14,26 +14,26 @@ _CONFIG = "projects/PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.
 sweep = benchmark(
     **{
         **QUICK,
-        "title": "Point-level region contrast, part by part",
+        "title": "Ablation of point-level region contrast",
         "methods": dict(
-            all=dict(label="all of it", config=_CONFIG),
+            all=dict(label="full method", config=_CONFIG),
             in_image=dict(
-                label="no negatives of the same image",
+                label="no negatives from the same image",
                 config=_CONFIG,
                 overrides=["model.contrast.in_image=False"],
             ),
             pooled=dict(
-                label="pooled regions, no points",
+                label="pooled regions instead of points",
                 config=_CONFIG,
                 overrides=["model.contrast.pool=4"],
             ),
             distillation=dict(
-                label="no distillation",
+                label="no affinity distillation",
                 config=_CONFIG,
                 overrides=["model.affinity_weight=0", "dataloader.train.dataset.views.pairs=0"],
             ),
         ),
-        "rates": [0.1],  # the benchmark chose it
+        "learning_rates": [0.1],  # chosen by the benchmark
     }
 )
 sweep["baselines"] = {}

@@ -1,13 +1,13 @@
-"""The Shapes benchmark on one GPU: ResNet-50 and FPN, scenes of 256 pixels.
+"""The Shapes benchmark on one GPU: ResNet-50-FPN, 256-pixel scenes.
 
     python tools/sweep.py --config configs/sweeps/shapes_full.py --jobs 3
 
-Each method's own ImageNet or COCO recipe, as far as a run of 150 steps lets it: momentum copies
-have to follow within dozens of steps, and a queue must not hold an image many times. Both are
-changed as in the methods' configs for the small detector.
+Each method uses its ImageNet or COCO recipe, adapted to 150 steps as in its config for the small
+detector: momentum networks must adapt within dozens of steps, and a queue must not contain the same
+image many times.
 
     pre-training    2 seeds * 7 methods * 150 steps of 128 images
-    fine-tuning     8 starts * (2 rates + 2 seeds) * 300 steps of 16 images
+    fine-tuning     8 initialisations * (2 learning rates + 2 seeds) * 300 steps of 16 images
 """
 
 from .common.shapes_benchmark import benchmark
@@ -77,11 +77,11 @@ sweep = benchmark(
     unlabeled=2000,
     labelled=500,
     val=300,
-    images_seen=19_200,  # 150 steps * 128 = 9.6 ep
-    iterations=300,  # 9.6 ep * 500 images / 16 a batch
+    images_seen=19_200,  # 150 steps * 128 images/step = 9.6 ep
+    iterations=300,  # 9.6 ep * 500 images/ep / 16 images/iter
     evaluations=3,
-    rates=[0.02, 0.05],
-    fractions=[1.0],
+    learning_rates=[0.02, 0.05],
+    label_fractions=[1.0],
     seeds=[0, 1],
     pretrain_overrides=[
         "dataloader.train.total_batch_size=128",

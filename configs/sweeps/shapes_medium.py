@@ -1,9 +1,9 @@
-"""The Shapes benchmark on a CPU with three times the quick size's pre-training and twice its
+"""The Shapes benchmark on a CPU, with three times the quick size's pre-training and twice its
 fine-tuning: 75 minutes on two cores.
 
     python tools/sweep.py --config configs/sweeps/shapes_medium.py --jobs 2
 
-Without the supervised start, which by arithmetic would add a quarter of an hour.
+It leaves out supervised MCL, which would add an estimated 15 minutes.
 """
 
 from .common.shapes_benchmark import benchmark
@@ -16,7 +16,7 @@ sweep = benchmark(
         **QUICK,
         "title": "Shapes benchmark, medium size",
         "methods": _METHODS,
-        "images_seen": 13_888,  # 434 steps * 32, as in tools/demo.py
+        "images_seen": 13_888,  # 434 steps * 32 images/step
         "iterations": 300,
         "evaluations": 3,
     }

@@ -1,21 +1,22 @@
-"""The Shapes benchmark on a CPU, for regression: under 40 minutes on two cores.
+"""The Shapes benchmark on a CPU, as a regression test: less than 40 minutes on two cores.
 
     python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2
 
-Seconds of one thread, two of them at work on an AMD EPYC (SoCo, CCOP, MCL, supervised MCL, MoCo,
-BYOL):
+Seconds on one thread while two threads of an AMD EPYC are busy (SoCo, CCOP, MCL, supervised MCL,
+MoCo, BYOL):
 
-    a step of 32 images    0.79 + 0.41 + 1.32 + 0.97 + 0.16 + 0.26 = 3.9
-    pre-training           2 seeds * (128 steps * 3.9 + 6 * 8 s to start)      = 1,100
-    regions                2 stores * 46                                       =    92
-    a fine-tuning          150 steps * 0.40 + 8 to start + 9 an evaluation     =    77, 86 with two
-    fine-tunings           7 starts * (2 rates * 77 + 2 seeds * 86 + 4)        = 2,310
-                                                                          sum: 3,500 / 2 = 29 min
+    step of 32 images    0.79 + 0.41 + 1.32 + 0.97 + 0.16 + 0.26            = 3.9
+    pre-trainings        2 seeds * (128 steps * 3.9 + 6 * 8 s of start-up)  = 1,100
+    regions              2 stores * 46                                      =    92
+    one fine-tuning      150 steps * 0.40 + 8 s of start-up + 9 s/evaluation
+                         = 77 with one evaluation, 86 with two
+    fine-tunings         7 initialisations * (2 learning rates * 77 + 2 seeds * 86 + 4) = 2,310
+                                                                sum: 3,500 / 2 threads = 29 min
 """
 
 from .common.shapes_benchmark import benchmark
 
-#: Of the benchmark; point_region_ablation.py takes other methods.
+#: Arguments of the benchmark, shared with shapes_medium.py and point_region_ablation.py.
 QUICK = dict(
     title="Shapes benchmark, quick size",
     methods=dict(
@@ -40,17 +41,17 @@ QUICK = dict(
     unlabeled=1000,
     labelled=100,
     val=200,
-    images_seen=4096,  # 128 steps * 32
-    iterations=150,  # 12 ep * 100 images / 8 a batch
+    images_seen=4096,  # 128 steps * 32 images/step
+    iterations=150,  # 12 ep * 100 images/ep / 8 images/iter
     evaluations=2,
-    rates=[0.05, 0.1],
-    fractions=[1.0],
+    learning_rates=[0.05, 0.1],
+    label_fractions=[1.0],
     seeds=[0, 1],
     pretrain_overrides=["train.device=cpu", "dataloader.train.num_workers=0"],
     finetune_overrides=[
         "train.device=cpu",
         "dataloader.train.num_workers=0",
-        # A scene has three objects; detections of early checkpoints are as many as they may be.
+        # A scene has three objects; early checkpoints output as many detections as allowed.
         "+model.roi_heads.box_predictor.test_topk_per_image=30",
     ],
 )

@@ -1,4 +1,4 @@
-"""The learning rate of a start: the best one on scenes that the results do not use."""
+"""The choice of a fine-tuning learning rate, on a split that the results do not use."""
 
 from __future__ import annotations
 
@@ -13,25 +13,17 @@ from region_pretrain.metrics import read_results
 logger = logging.getLogger(__name__)
 
 
-def best_rate(values: Mapping[str, float | None]) -> str:
-    """The rate with the highest value, of two equal ones the first.
-
-    Args:
-        values: rate, as it is written -> metric; None: the detector found nothing, which is 0.
-    """
-    return max(values, key=lambda rate: values[rate] or 0.0)
-
-
 def choose(results: Mapping[str, str], metric: str, out: str) -> str:
-    """Choose a learning rate, and write it as an override that a command line takes as ``@FILE``.
+    """Choose the learning rate with the best metric; the first one wins a tie.
 
     Args:
-        results: rate -> ``results.json`` of its trial.
-        metric: ``task/metric``.
-        out: the file, of one line ``optimizer.lr=RATE``.
+        results: learning rate -> ``results.json`` of its trial.
+        metric: ``task/metric``. A trial without it detected nothing, which counts as 0.
+        out: file to write the override ``optimizer.lr=...`` to; a command line reads it as
+            ``@FILE``.
 
     Returns:
-        The rate.
+        The learning rate, as written in ``results``.
 
     Raises:
         UserError: a trial has no results.
@@ -40,9 +32,9 @@ def choose(results: Mapping[str, str], metric: str, out: str) -> str:
     values = {}
     for rate, path in results.items():
         if not os.path.isfile(path):
-            raise UserError(f"the trial of optimizer.lr={rate} has no {path}")
+            raise UserError(f"the trial of optimizer.lr={rate} has no {path}: run it first")
         values[rate] = read_results(path).get(task, {}).get(name)
-    best = best_rate(values)
+    best = max(values, key=lambda rate: values[rate] or 0.0)
     logger.info("%s by learning rate: %s; chosen: %s", metric, values, best)
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     write_text_atomic(out, f"optimizer.lr={best}\n")
@@ -50,6 +42,6 @@ def choose(results: Mapping[str, str], metric: str, out: str) -> str:
 
 
 def read_choice(path: str) -> str:
-    """The rate that :func:`choose` wrote."""
+    """The learning rate that :func:`choose` wrote."""
     with open(path, encoding="utf-8") as file:
         return file.read().strip().partition("=")[2]

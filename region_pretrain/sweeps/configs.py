@@ -1,4 +1,4 @@
-"""A sweep's configs: loaded as the tools load them, and built without memory, before any run."""
+"""Checks a sweep's configs before any run: they are loaded as the tools load them, and built."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _file(path: str) -> DictConfig:
     return complete_train(load_file(path))
 
 
-#: Overrides that have no say in whether a config builds.
+#: Overrides that do not affect whether a config builds.
 _VALUES = (
     "train.seed",
     "train.init_checkpoint",
@@ -40,7 +40,7 @@ def _build_once(path: str, overrides: tuple[str, ...]) -> None:
         _build(cfg)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a constructor says
+    except Exception as error:  # a constructor may raise anything
         changed = f" with {' '.join(overrides)}" if overrides else ""
         raise UserError(
             f"{path}{changed} does not build: {type(error).__name__}: {error}"
@@ -52,23 +52,23 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     """Load a config and build its model (on the meta device), optimiser and schedule.
 
     Args:
-        path: of the config, in the checkout.
+        path: the config's path in the checkout.
         overrides: ``key=value``.
-        detection: a config for fine-tuning, else for pre-training.
+        detection: whether it must be a detection config; otherwise a pre-training config.
 
     Returns:
-        The config, which is not to be changed: others get the same.
+        The config. It is cached: do not modify it.
 
     Raises:
-        UserError: naming the config and what is wrong with it.
+        UserError: the config is of the wrong kind or does not build.
     """
     path = in_checkout(path)
     cfg = apply_overrides(copy.deepcopy(_file(path)), overrides)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):
-        wrong = "has no dataloader.test and dataloader.evaluator: it is no detection config"
+        wrong = "is not a detection config: it has no dataloader.test and dataloader.evaluator"
     elif not detection and "evaluator" in cfg.dataloader:
-        wrong = "trains a detector on boxes: it is no pre-training config"
+        wrong = "is not a pre-training config: it trains a detector on boxes"
     if wrong:
         raise UserError(f"{path} {wrong}")
     _build_once(path, tuple(o for o in overrides if o.split("=")[0] not in _VALUES))
@@ -93,14 +93,14 @@ def _build(cfg: DictConfig) -> None:
 
 
 def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
-    """What a config computes, as text: the same for two that differ in the output folder only.
+    """A config as text, equal for configs that compute the same.
 
     Args:
-        cfg: not changed.
-        without: dotted keys that are to make no difference either.
+        cfg: the config; not modified.
+        without: dotted keys to ignore, besides ``train.output_dir``.
 
     Raises:
-        UserError: it holds a function without a name, which cannot be saved.
+        UserError: the config contains a lambda or a local function, which cannot be saved.
     """
     values = OmegaConf.to_container(cfg, resolve=False)
     for key in ("train.output_dir", *without):
@@ -116,5 +116,5 @@ def _named(value: Any) -> str:
         return repr(value)
     name = f"{value.__module__}.{value.__qualname__}"
     if "<" in name:
-        raise UserError(f"a config holds {name}: use importable functions and classes, no lambdas")
+        raise UserError(f"a config contains {name}: use importable functions and classes")
     return name

@@ -1,15 +1,16 @@
-"""What a sweep is: the dict ``sweep`` of a lazy-config file, checked key by key."""
+"""The definition of a sweep: the dict ``sweep`` of a LazyConfig file, checked key by key."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from region_pretrain.config import apply_overrides, load_file
 from region_pretrain.errors import UserError
@@ -18,251 +19,231 @@ FINAL = "final"
 _NAME = re.compile(r"[\w.+-]+")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pretrain:
-    """A pre-training, one run a seed.
+    """A pre-training, run once per seed.
 
     Attributes:
         config: its config file.
-        overrides: of the config, ``key=value``.
-        label: what tables call it; empty: its name.
-        regions: a region store that exists; null: the sweep makes what the config asks for.
+        overrides: ``key=value`` overrides of the config.
+        label: its name in tables; empty: its key in the sweep.
+        regions: path of an existing region store; null: the sweep generates the regions that the
+            config needs.
     """
 
-    config: str
-    overrides: tuple[str, ...] = ()
+    config: str = MISSING
+    overrides: list[str] = field(default_factory=list)
     label: str = ""
     regions: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Baseline:
-    """A start without a pre-training of the sweep's.
+    """An initialisation that the sweep does not pre-train.
 
     Attributes:
-        init_checkpoint: weights; empty: random ones.
-        label: what tables call it; empty: its name.
+        init_checkpoint: path or URL of the weights; empty: random weights.
+        label: its name in tables; empty: its key in the sweep.
     """
 
     init_checkpoint: str = ""
     label: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Finetune:
-    """A fine-tuning of every start.
+    """A fine-tuning, run from every initialisation.
 
     Attributes:
         config: a detection config.
-        overrides: of the config.
-        fractions: parts of the labelled images, each in (0, 1]; below 1 the seed draws them.
-        checkpoints: ``"final"``, or k: the pre-training's checkpoints after every k iterations.
-        rates: learning rates that each start is tried at; the best by ``metric`` is taken. With a
-            single one nothing is tried; with none the config's is taken.
-        held_out: overrides that make the config evaluate on a split that the results do not use.
-        rate_seed: seed of the runs that choose the rate.
-        metric: what the choice goes by, ``task/metric`` of ``results.json``.
+        overrides: ``key=value`` overrides of the config.
+        label_fractions: fractions of the labelled images, each in (0, 1]; below 1, the seed selects
+            the subset.
+        checkpoints: ``"final"``, or k to fine-tune the pre-training's checkpoint of every k-th
+            iteration.
+        learning_rates: learning rates to try from each initialisation; the results use the one with
+            the best ``metric``. A single one is used without trials; empty: the config's.
+        held_out: overrides that evaluate the trials on a split that the results do not use.
+        learning_rate_seed: seed of the trials.
+        metric: ``task/metric`` of ``results.json`` that selects the learning rate.
     """
 
-    config: str
-    overrides: tuple[str, ...] = ()
-    fractions: tuple[float, ...] = (1.0,)
+    config: str = MISSING
+    overrides: list[str] = field(default_factory=list)
+    label_fractions: list[float] = field(default_factory=lambda: [1.0])
     checkpoints: str | int = FINAL
-    rates: tuple[float, ...] = ()
-    held_out: tuple[str, ...] = ()
-    rate_seed: int = 1000
+    learning_rates: list[float] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    learning_rate_seed: int = 1000
     metric: str = "bbox/AP"
 
 
-@dataclass(frozen=True)
-class RegionMaking:
-    """How the sweep makes region stores.
+@dataclass
+class RegionGeneration:
+    """How the sweep generates region stores.
 
     Attributes:
-        shards: tasks that share one store's work.
-        arguments: further ones of ``tools/make_regions.py``.
+        shards: tasks that share the work of one store.
+        arguments: additional arguments of ``tools/make_regions.py``.
     """
 
     shards: int = 1
-    arguments: tuple[str, ...] = ("--workers", "1")
+    arguments: list[str] = field(default_factory=lambda: ["--workers", "1"])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sweep:
-    """A sweep.
+    """A sweep. A pre-training or a baseline is an *initialisation* of the fine-tunings.
 
     Attributes:
-        pretrain: by name.
-        baselines: by name.
-        finetune: by name.
-        output_dir: for everything.
-        name: of the sweep; empty: of its file.
+        pretrain: name -> pre-training; null removes one on the command line.
+        baselines: name -> baseline.
+        finetune: name -> fine-tuning.
+        output_dir: folder of all runs; empty: ``output/sweeps/<name>``.
+        name: the sweep's name; empty: the name of its file.
         title: heading of the report; empty: the name.
-        seeds: of pre-training and fine-tuning; a run of each start for each.
+        seeds: seeds of pre-training and fine-tuning; each run is repeated once per seed.
         images_seen: length of every pre-training in images; null: as its config says.
-        pretrain_overrides: of all pre-trainings, after their own.
-        finetune_overrides: of all fine-tunings, after their own.
-        regions: how region stores are made.
+        pretrain_overrides: overrides of all pre-trainings, applied after their own.
+        finetune_overrides: overrides of all fine-tunings, applied after their own.
+        regions: how region stores are generated.
     """
 
-    pretrain: Mapping[str, Pretrain] = field(default_factory=dict)
-    baselines: Mapping[str, Baseline] = field(default_factory=dict)
-    finetune: Mapping[str, Finetune] = field(default_factory=dict)
+    pretrain: dict[str, Pretrain | None] = field(default_factory=dict)
+    baselines: dict[str, Baseline | None] = field(default_factory=dict)
+    finetune: dict[str, Finetune | None] = field(default_factory=dict)
     output_dir: str = ""
     name: str = ""
     title: str = ""
-    seeds: tuple[int, ...] = (0,)
+    seeds: list[int] = field(default_factory=lambda: [0])
     images_seen: int | None = None
-    pretrain_overrides: tuple[str, ...] = ()
-    finetune_overrides: tuple[str, ...] = ()
-    regions: RegionMaking = RegionMaking()
+    pretrain_overrides: list[str] = field(default_factory=list)
+    finetune_overrides: list[str] = field(default_factory=list)
+    regions: RegionGeneration = field(default_factory=RegionGeneration)
 
-    def label(self, start: str) -> str:
-        """What tables call a pre-training or a baseline."""
-        entry = self.pretrain.get(start) or self.baselines[start]
-        return entry.label or start
+    @property
+    def labels(self) -> dict[str, str]:
+        """Initialisation -> its name in tables, baselines first."""
+        return {name: init.label or name for name, init in (self.baselines | self.pretrain).items()}
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Load a sweep's file.
+    """Load a sweep file.
 
     Args:
-        path: a lazy-config ``.py`` file with a dict called ``sweep``.
+        path: a LazyConfig ``.py`` file that defines a dict ``sweep``.
         overrides: ``sweep.key=value``, as for every config.
 
     Raises:
-        UserError: no such file, no ``sweep`` in it, or a key or value that does not fit.
+        UserError: the file is missing or defines no ``sweep``, or a key or value is invalid.
     """
     cfg = load_file(path)
     if not isinstance(cfg.get("sweep"), DictConfig):
-        raise UserError(f"{path} has no dict called sweep: it is no sweep's file")
-    # The keys that have a default can be set on the command line, whether the file has them or not.
-    defaults = {f.name: _plain(_default(f)) for f in fields(Sweep)}
-    given = OmegaConf.to_container(cfg.sweep, resolve=True)
-    _refuse_unknown(given, Sweep, "sweep")
-    whole = apply_overrides(OmegaConf.create({"sweep": defaults | given}), overrides)
-    sweep = parse_sweep(OmegaConf.to_container(whole, resolve=True)["sweep"], Path(path).stem)
-    return sweep
+        raise UserError(f"{path} is not a sweep file: it must define a dict called sweep")
+    # Untyped, so that overrides behave as in any config; all defaults can be overridden.
+    given = _typed(OmegaConf.to_container(cfg.sweep, resolve=True))
+    plain = OmegaConf.create({"sweep": OmegaConf.to_container(given)})
+    values = OmegaConf.to_container(apply_overrides(plain, overrides), resolve=True)["sweep"]
+    return parse_sweep(values, Path(path).stem)
 
 
 def parse_sweep(values: Mapping[str, Any], name: str) -> Sweep:
-    """Check a sweep's values.
+    """Check the values of a dict ``sweep``.
 
     Args:
-        values: of the dict ``sweep``.
-        name: of the sweep where the values have none.
+        values: its keys and values; those that are missing or null take their defaults.
+        name: default name of the sweep.
 
     Raises:
-        UserError: naming the key.
+        UserError: a key or value is invalid.
     """
-    groups = {"pretrain": Pretrain, "baselines": Baseline, "finetune": Finetune}
-    values = dict(values)
-    for group, kind in groups.items():
-        entries = values.get(group) or {}
-        if not isinstance(entries, Mapping):
-            raise UserError(f"sweep.{group} must be a dict of named entries")
-        values[group] = {
-            str(k): _build(kind, v, f"sweep.{group}.{k}")
-            for k, v in entries.items()
-            if v is not None  # taken away on the command line: sweep.pretrain.NAME=null
-        }
-    values["regions"] = _build(RegionMaking, values.get("regions") or {}, "sweep.regions")
-    values["name"] = values.get("name") or name
-    values["output_dir"] = values.get("output_dir") or f"output/sweeps/{values['name']}"
-    sweep = _build(Sweep, values, "sweep")
+    try:
+        sweep = OmegaConf.to_object(_typed(values))
+    except MissingMandatoryValue as error:
+        where, _, key = error.full_key.rpartition(".")
+        raise UserError(f"sweep.{where} has no {key}: set sweep.{error.full_key}") from None
+    sweep.name = sweep.name or name
+    sweep.output_dir = sweep.output_dir or f"output/sweeps/{sweep.name}"
+    for group in ("pretrain", "baselines", "finetune"):
+        entries = getattr(sweep, group)
+        setattr(sweep, group, {k: entry for k, entry in entries.items() if entry is not None})
     _check(sweep)
     return sweep
 
 
-def _default(f: Any) -> Any:
-    return f.default if f.default is not MISSING else f.default_factory()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, RegionMaking):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _refuse_unknown(values: Mapping[str, Any], kind: type, where: str) -> None:
-    known = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"no key {where}.{key} in a sweep; {hint}")
-
-
-def _build(kind: type, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise UserError(f"{where}={values!r}: must be a dict")
-    _refuse_unknown(values, kind, where)
-    built = {}
-    for f in fields(kind):
-        if f.name not in values:
-            if f.default is MISSING and f.default_factory is MISSING:
-                raise UserError(f"{where} has no {f.name}")
+def _typed(values: Mapping[str, Any]) -> DictConfig:
+    typed = OmegaConf.structured(Sweep)
+    for key, value in values.items():
+        if value is None and key in typed:
             continue
-        value = values[f.name]
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            value = tuple(value)
-        elif str(f.type).startswith("tuple"):
-            raise UserError(f"{where}.{f.name}={value!r}: must be a list")
-        if str(f.type) in ("int", "int | None") and not (
-            type(value) is int or value is None and "None" in str(f.type)
-        ):
-            raise UserError(f"{where}.{f.name}={value!r}: must be a whole number")
-        for wanted in ("int", "float"):
-            if str(f.type).startswith(f"tuple[{wanted}") and not all(map(_is_number, value)):
-                raise UserError(f"{where}.{f.name}={list(value)}: must be a list of numbers")
-        built[f.name] = value
-    return kind(**built)
+        try:
+            typed.merge_with({key: value})
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error, f"sweep.{error.full_key or key}")) from None
+    return typed
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _explain(error: OmegaConfBaseException, key: str) -> str:
+    text = str(error).splitlines()[0]
+    if re.match(r"Key '.*' not in", text):
+        known = [f.name for f in fields(error.object_type)]
+        near = difflib.get_close_matches(str(error.key), known, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known keys: {', '.join(known)}"
+        return f"no key {key} in a sweep; {hint}"
+    if "is not a ListConfig" in text:
+        text = "must be a list"
+    elif "is not a subclass of" in text or "Cannot merge DictConfig" in text:
+        text = "must be a dict"
+    return f"{key}: {text}"
 
 
 def _check(sweep: Sweep) -> None:
-    starts = [*sweep.pretrain, *sweep.baselines]
-    if not starts:
-        raise UserError("the sweep has neither sweep.pretrain nor sweep.baselines")
-    for name in [*starts, *sweep.finetune]:
+    inits = [*sweep.pretrain, *sweep.baselines]
+    if not inits:
+        raise UserError("the sweep has neither sweep.pretrain nor sweep.baselines: add one")
+    for name in [*inits, *sweep.finetune]:
         if not _NAME.fullmatch(name):
-            raise UserError(f"{name!r} names folders: use letters, digits and . _ + - only")
-    twice = set(sweep.pretrain) & set(sweep.baselines)
-    if twice:
-        raise UserError(f"sweep.pretrain and sweep.baselines both have {', '.join(sorted(twice))}")
-    labels = [sweep.label(start) for start in starts]
+            raise UserError(f"{name!r} names folders: use only letters, digits and . _ + -")
+    if both := sorted(set(sweep.pretrain) & set(sweep.baselines)):
+        raise UserError(f"sweep.pretrain and sweep.baselines both have {', '.join(both)}: rename")
+    labels = list(sweep.labels.values())
     if len(set(labels)) != len(labels):
-        raise UserError(f"two starts have the same label: {', '.join(labels)}")
-    for key, values in [("sweep.seeds", sweep.seeds)] + [
-        (f"sweep.finetune.{name}.{key}", getattr(entry, key))
-        for name, entry in sweep.finetune.items()
-        for key in ("fractions", "rates")
-    ]:
-        if len(set(values)) != len(values):
-            raise UserError(f"{key}={list(values)}: the same value twice")
+        raise UserError(f"two initialisations have the same label: {', '.join(labels)}")
     if not sweep.seeds:
-        raise UserError("sweep.seeds=[]: name one or more")
-    if not sweep.regions.shards >= 1:
-        raise UserError(f"sweep.regions.shards={sweep.regions.shards}: at least 1")
+        raise UserError("sweep.seeds=[]: list at least one seed")
+    _check_unique("sweep.seeds", sweep.seeds)
+    if sweep.regions.shards < 1:
+        raise UserError(f"sweep.regions.shards={sweep.regions.shards}: must be at least 1")
     for name, entry in sweep.finetune.items():
         _check_finetune(f"sweep.finetune.{name}", entry)
+    periods = sorted({e.checkpoints for e in sweep.finetune.values() if e.checkpoints != FINAL})
+    if len(periods) > 1:
+        raise UserError(
+            f"sweep.finetune.*.checkpoints={periods}: all fine-tunings need the same period"
+        )
+
+
+def _check_unique(key: str, values: Sequence[Any]) -> None:
+    if len(set(values)) != len(values):
+        raise UserError(f"{key}={list(values)}: lists the same value twice")
 
 
 def _check_finetune(where: str, entry: Finetune) -> None:
-    if not entry.fractions or not all(0 < f <= 1 for f in entry.fractions):
-        raise UserError(f"{where}.fractions={list(entry.fractions)}: parts in (0, 1]")
-    if not all(r > 0 for r in entry.rates):
-        raise UserError(f"{where}.rates={list(entry.rates)}: learning rates above 0")
-    if len(entry.rates) > 1 and not entry.held_out:
+    fractions, rates, period = entry.label_fractions, entry.learning_rates, entry.checkpoints
+    _check_unique(f"{where}.label_fractions", fractions)
+    _check_unique(f"{where}.learning_rates", rates)
+    if not fractions or not all(0 < f <= 1 for f in fractions):
+        raise UserError(f"{where}.label_fractions={fractions}: must be fractions in (0, 1]")
+    if not all(r > 0 for r in rates):
+        raise UserError(f"{where}.learning_rates={rates}: must be above 0")
+    if len(rates) > 1 and not entry.held_out:
         raise UserError(
-            f"{where} chooses among {len(entry.rates)} rates: {where}.held_out must say which "
-            "split to choose on, e.g. ['dataloader.test.dataset.names=...'], not the results' own"
+            f"{where} tries {len(rates)} learning rates: {where}.held_out must name the split to "
+            "choose on, e.g. ['dataloader.test.dataset.names=...'], not that of the results"
         )
-    every = entry.checkpoints
-    if every != FINAL and not (isinstance(every, int) and every > 0):
-        raise UserError(f"{where}.checkpoints={every!r}: 'final', or a number of iterations")
+    if period != FINAL and not (isinstance(period, int) and period > 0):
+        raise UserError(
+            f"{where}.checkpoints={period!r}: must be 'final' or a period in iterations"
+        )
     if not re.fullmatch(r"\w+/\w+", entry.metric):
-        raise UserError(f"{where}.metric={entry.metric!r}: task/metric, e.g. bbox/AP")
+        raise UserError(f"{where}.metric={entry.metric!r}: must be task/metric, e.g. bbox/AP")

@@ -11,18 +11,18 @@ REGIONS, PRETRAIN, TRIAL, CHOICE, FINETUNE = "regions", "pretrain", "trial", "ch
 
 @dataclass(frozen=True)
 class Run:
-    """A node of the graph: one command line, or the shards of one.
+    """A node of the graph: one command line, or several that share the work of a region store.
 
     Attributes:
-        id: hash of what it computes: tool, settings, and its parents' ids.
+        id: hash of everything that determines the result: tool, settings and the parents' ids.
         kind: ``regions``, ``pretrain``, ``trial`` (of a learning rate), ``choice`` (of the best
-            one) or ``finetune``.
-        name: for people, unique in a plan.
-        tool: path in the checkout.
-        tasks: arguments of each command line; several share the work of a region store.
-        folder: the run's own.
-        product: a file that appears when the run is finished, and not before.
-        parents: ids of the runs that must be finished first.
+            learning rate) or ``finetune``.
+        name: readable name, unique in a plan.
+        tool: path of the tool in the checkout.
+        tasks: arguments of each command line.
+        folder: the run's output folder.
+        product: a file that exists once the run is finished, and not before.
+        parents: ids of the runs that must finish first.
     """
 
     id: str
@@ -37,25 +37,34 @@ class Run:
 
 @dataclass
 class Plan:
-    """The graph, and what its runs are of the sweep.
+    """The graph of runs, and the role of each run in the sweep.
 
     Attributes:
-        runs: by id, parents first.
-        entries: one for each thing that the sweep asks for, ``run`` being the id of the run that
-            does it: ``kind``, ``start``, ``seed``, ``finetune``, ``fraction``, ``checkpoint``,
-            ``rate``. Two that ask for the same have the same run.
+        runs: run id -> run, parents first.
+        entries: one dict per thing that the sweep asks for. Two entries that ask for the same
+            computation name the same run. Keys:
+
+            - ``kind``: as :attr:`Run.kind`
+            - ``run``: id of the run
+            - ``init``: the initialisation: a key of ``sweep.pretrain`` or ``sweep.baselines``
+            - ``seed``: of training; not for ``regions`` and ``choice``
+            - ``finetune``: key of ``sweep.finetune``; this and the following only for ``trial``,
+              ``choice`` and ``finetune``
+            - ``label_fraction``: in (0, 1]
+            - ``checkpoint``: ``"final"``, or the pre-training iteration to fine-tune from
+            - ``learning_rate``, ``metric``: only for ``trial``
     """
 
     runs: dict[str, Run] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The plan as plain values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """What :meth:`to_json` gave."""
+        """The inverse of :meth:`to_json`."""
         runs = {}
         for name, run in values["runs"].items():
             tasks = tuple(tuple(task) for task in run["tasks"])

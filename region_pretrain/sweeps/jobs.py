@@ -1,4 +1,4 @@
-"""A sweep's runs as submitit jobs, and what has become of them."""
+"""A sweep's runs as submitit jobs, and their states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONFIG = "--config-file"
 
 
 def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
-    """A run's command lines as jobs: with SLURM one a shard, on one machine one for all."""
+    """A run's command lines as jobs: one per shard on SLURM, a single one elsewhere."""
     tasks = run.tasks
     if len(tasks) > 1 and sweep.cluster.kind != "slurm":
         at = tasks[0].index("--shard")
@@ -28,10 +28,10 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
     jobs = []
     for i, task in enumerate(tasks):
         arguments = list(task)
-        if _CONFIG in arguments:  # of the code that runs
+        if _CONFIG in arguments:
             at = arguments.index(_CONFIG) + 1
             copy = os.path.join(sweep.root, arguments[at])
-            # A config of the user's own may lie outside of what was copied.
+            # The snapshot may lack a config that the user keeps elsewhere.
             arguments[at] = copy if os.path.isfile(copy) else str(CHECKOUT / arguments[at])
         folder = run.folder if len(tasks) == 1 else os.path.join(run.folder, f"shard{i}")
         resume = "" if run.kind in (REGIONS, CHOICE) else "--resume"
@@ -40,7 +40,7 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
 
 
 def cluster_for(run: Run, cluster: Cluster) -> Cluster:
-    """What a run gets: region making and choices are one process and need no GPU."""
+    """A run's resources: region generation and choices are one process each, without a GPU."""
     if run.kind not in (REGIONS, CHOICE):
         return cluster
     one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, "gres": None}
@@ -50,14 +50,14 @@ def cluster_for(run: Run, cluster: Cluster) -> Cluster:
 def submit_runs(
     runs: Sequence[Run], sweep: SweepFile, folder: str, name: str, after: Sequence[str] = ()
 ) -> dict[str, list]:
-    """Submit runs of one kind together, and note it in their folders.
+    """Submit runs of one kind together, and record it in their folders.
 
     Args:
-        runs: to submit.
-        sweep: they are its runs.
-        folder: the sweep's.
-        name: of the jobs.
-        after: SLURM: ids of jobs that must succeed first.
+        runs: runs of the sweep.
+        sweep: the sweep.
+        folder: the sweep's folder.
+        name: name of the jobs.
+        after: SLURM only: ids of the jobs that must succeed first.
 
     Returns:
         Run id -> its submitit jobs.
@@ -77,11 +77,11 @@ def submit_runs(
 
 
 def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
-    """The jobs of a sweep that are queued or running now, and those of others.
+    """The jobs that are queued or running: on SLURM all of the user's, elsewhere the sweep's.
 
     Args:
-        cluster: where to ask.
-        folder: the sweep's.
+        cluster: where the sweep's jobs run.
+        folder: the sweep's folder.
 
     Returns:
         Job id -> ``queued`` or ``running``.
@@ -108,7 +108,7 @@ def _squeue() -> dict[str, str]:
 
 
 def _local_jobs(folder: str) -> list[str]:
-    """Process ids of submitit's controllers that work for a folder."""
+    """Process ids of the submitit controllers whose jobs are in a folder."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
         try:
@@ -126,7 +126,7 @@ def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:
 
     Args:
         plan: the runs.
-        live: of :func:`live_jobs`.
+        live: result of :func:`live_jobs`.
 
     Returns:
         Run id -> state.
@@ -147,7 +147,7 @@ def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:
             found[run.id] = state.CANCELLED
         else:
             found[run.id] = state.FAILED if record.job_ids else state.WAITING
-    for run in plan.runs.values():  # what SLURM has cancelled since a run that it needs has failed
+    for run in plan.runs.values():  # SLURM cancels the dependants of a failed job
         stuck = any(found[p] in (state.FAILED, state.BLOCKED) for p in run.parents)
         if stuck and found[run.id] == state.FAILED and not read_attempts(run.folder):
             found[run.id] = state.BLOCKED

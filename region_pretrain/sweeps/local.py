@@ -1,8 +1,6 @@
-"""The process that runs a sweep on this machine, so many jobs at once, after the shell has gone.
+"""The coordinator: a background process that runs a sweep's jobs on this machine.
 
-    python -m region_pretrain.sweeps.local FOLDER
-
-It keeps nothing to itself: killed and started again, it finds its jobs where they are.
+Its state is in files only: killed and restarted, it finds the running jobs and continues.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ _GRACE_SECONDS = 15.0
 
 
 def _open_lock(folder: str) -> IO[str] | None:
-    """The sweep's lock, which the kernel takes back when its holder dies; None: another has it."""
+    """The sweep's lock, which the kernel releases when its holder dies; None if it is taken."""
     file = open(os.path.join(folder, _LOCK), "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +39,7 @@ def _open_lock(folder: str) -> IO[str] | None:
 
 
 def coordinator_pid(folder: str) -> int | None:
-    """The process that works on a sweep now; None where there is none."""
+    """Process id of a sweep's coordinator; None if none is running."""
     path = os.path.join(folder, _LOCK)
     if not os.path.exists(path):
         return None
@@ -55,11 +53,11 @@ def coordinator_pid(folder: str) -> int | None:
 
 
 def start_coordinator(folder: str) -> None:
-    """Start the process in a session of its own, unless it is there: it sees new runs by itself."""
+    """Start the coordinator in its own session. A running one picks up new runs automatically."""
     lock = _open_lock(folder)
     if lock is None:
         return
-    # The process gets the lock with the open file: at no time does nobody seem to be there.
+    # The process inherits the locked file, so the lock is never free in between.
     with lock, open(os.path.join(folder, LOG), "ab") as log:
         lock.truncate(0)
         process = subprocess.Popen(
@@ -75,16 +73,16 @@ def start_coordinator(folder: str) -> None:
 
 
 def coordinate(folder: str, lock: IO[str]) -> None:
-    """Run what is not finished, parents first, until nothing is left that can run.
+    """Run everything that is not finished, parents first, until nothing more can run.
 
     Args:
-        folder: the sweep's.
-        lock: held; given back at the end.
+        folder: the sweep's folder.
+        lock: the sweep's lock, which this process holds; released at the end.
     """
     while True:
         _work(folder)
         fcntl.flock(lock, fcntl.LOCK_UN)
-        # It may have been started again between the last look and this line.
+        # The sweep may have been started again since the last check.
         sweep = state.read_sweep(folder)
         if not _startable(sweep, jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))):
             return
@@ -95,7 +93,7 @@ def coordinate(folder: str, lock: IO[str]) -> None:
 
 
 def _startable(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
-    """Runs that wait for nothing but a free place."""
+    """Ids of the runs whose parents are finished."""
     return [
         run.id
         for run in sweep.plan.runs.values()
@@ -105,7 +103,7 @@ def _startable(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 
 def _work(folder: str) -> None:
     seen: dict[str, str] = {}
-    mine: list = []  # whoever starts a process has to take its end
+    mine: list = []  # polled with done(), which reaps finished child processes
     while True:
         sweep = state.read_sweep(folder)
         runs = sweep.plan.runs
@@ -125,10 +123,10 @@ def _work(folder: str) -> None:
 
 
 def cancel_local(folder: str) -> list[str]:
-    """Stop a sweep's process and its jobs.
+    """Stop a sweep's coordinator and its jobs.
 
     Returns:
-        Names of the runs that were stopped; started again, they go on from their checkpoints.
+        Names of the stopped runs. They resume from their checkpoints when started again.
     """
     sweep = state.read_sweep(folder)
     if (pid := coordinator_pid(folder)) is not None:
@@ -155,7 +153,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def main() -> None:
-    # A shell's background jobs ignore SIGINT, and hand that on; it is what cancels a job.
+    # Background jobs of a shell ignore SIGINT, and so would their children; it cancels a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, number = sys.argv[1:]

@@ -8,15 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 from region_pretrain.files import write_text_atomic
-from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.plots import plot_curves
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.graph import PRETRAIN, Run
+from region_pretrain.sweeps.graph import PRETRAIN
 from region_pretrain.sweeps.results import METRICS, Row, collect, logged
 from region_pretrain.sweeps.state import SweepFile
 
@@ -44,6 +45,12 @@ def write_sweep_report(folder: str) -> list[str]:
     return paths
 
 
+def results_text(folder: str) -> str:
+    """The main table as plain text."""
+    header, rows = results_table(collect(state.read_sweep(folder)))
+    return tabulate(rows, header, disable_numparse=True)
+
+
 def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
     facts = ", ".join(f"{name} {version}" for name, version in versions().items())
     here = machine()
@@ -58,7 +65,7 @@ def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 
 def _wall_time(sweep: SweepFile) -> str:
     """From the first start of a run to the last end so far."""
-    attempts = [a for run in sweep.plan.runs.values() for a in _attempts(run)]
+    attempts = [a for run in sweep.plan.runs.values() for a in state.attempts(run)]
     ends = [a["ended"] for a in attempts if a.get("ended")]
     if not ends:
         return ""
@@ -66,22 +73,14 @@ def _wall_time(sweep: SweepFile) -> str:
     return f" {minutes:.1f} minutes from the first start to the last end."
 
 
-def _attempts(run: Run) -> list[dict[str, Any]]:
-    """The attempts of a run. One that has made its product and not yet noted its end ended then."""
-    attempts = read_attempts(run.folder)
-    if attempts and "outcome" not in attempts[-1] and state.is_finished(run):
-        attempts[-1]["ended"] = os.path.getmtime(run.product)
-    return attempts
-
-
 def _varying(rows: Sequence[Row]) -> dict[str, str]:
     """Columns that tell rows of one start apart: attribute -> heading."""
-    names = {"finetune": "fine-tuning", "fraction": "labels", "checkpoint": "checkpoint"}
+    names = {"finetune": "fine-tuning", "label_fraction": "labels", "checkpoint": "checkpoint"}
     return {k: v for k, v in names.items() if len({getattr(row, k) for row in rows}) > 1}
 
 
 def _row_name(row: Row, varying: Mapping[str, str]) -> list[str]:
-    words = {"finetune": row.finetune, "fraction": f"{100 * row.fraction:g} %"}
+    words = {"finetune": row.finetune, "label_fraction": f"{100 * row.label_fraction:g} %"}
     words["checkpoint"] = row.checkpoint if row.checkpoint == FINAL else f"{row.checkpoint:,}"
     return [row.label, *(words[key] for key in varying)]
 
@@ -165,8 +164,8 @@ def _failures(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 def _ap_curves(rows: Sequence[Row]) -> list[str]:
     """One diagram for each table and task, one curve a start."""
     lines = []
-    for table in dict.fromkeys((row.finetune, row.fraction) for row in rows):
-        mine = [row for row in rows if (row.finetune, row.fraction) == table]
+    for table in dict.fromkeys((row.finetune, row.label_fraction) for row in rows):
+        mine = [row for row in rows if (row.finetune, row.label_fraction) == table]
         blocks = []
         for key in ("bbox/AP", "segm/AP"):
             names = {" ".join(_row_name(r, {"checkpoint": ""})[: _words(mine)]): r for r in mine}
@@ -191,9 +190,9 @@ def _loss_curves(sweep: SweepFile) -> list[str]:
     """The losses mean different things: one diagram a method, one curve a seed."""
     blocks = []
     entries = [e for e in sweep.plan.entries if e["kind"] == PRETRAIN]
-    for start in dict.fromkeys(e["start"] for e in entries):
+    for start in dict.fromkeys(e["init"] for e in entries):
         curves = {}
-        for entry in (e for e in entries if e["start"] == start):
+        for entry in (e for e in entries if e["init"] == start):
             rows = [r for r in logged(sweep.plan.runs[entry["run"]]) if "total_loss" in r]
             if rows:
                 points = [r["iteration"] + 1 for r in rows], [r["total_loss"] for r in rows]
@@ -208,8 +207,6 @@ def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
     rows = []
     for run in sweep.plan.runs.values():
         at, path = state.progress(run), os.path.relpath(run.folder, folder)
-        attempts = _attempts(run)
-        spent = sum((a.get("ended") or a["started"]) - a["started"] for a in attempts) / 60
         there = os.path.isdir(run.folder)
         record = state.read_record(run)
         log = record.logs[0] if record and record.logs else None
@@ -217,9 +214,9 @@ def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
             [
                 report.Link(run.name, path) if there else run.name,
                 now[run.id],
-                f"{at.iteration}/{at.max_iter}" if at.iteration else "",
-                len(attempts) or None,
-                spent or None,
+                f"{at.done}/{at.total}" if at else "",
+                len(state.attempts(run)) or None,
+                state.minutes(run) or None,
                 report.Link("log", os.path.relpath(log, folder)) if log else "",
             ]
         )
@@ -245,7 +242,7 @@ def _pipes(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _csv(rows: Sequence[Row]) -> str:
     """The table with all digits, mean and standard deviation in columns of their own."""
     kinds = [f"{key} {what}" for key in METRICS for what in ("mean", "std")]
-    names = ["start", "label", "finetune", "fraction", "checkpoint", "seeds", "wanted", "rate"]
+    names = ["init", "label", "finetune", "label_fraction", "checkpoint", "seeds", "wanted", "rate"]
     costs = ["images_per_second", "memory_mib", "minutes"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")

@@ -24,7 +24,7 @@ METRICS = {
     for metric in ("AP", "AP50", "AP75")
 }
 #: What makes a row, besides the start.
-_ROW = ("finetune", "fraction", "checkpoint")
+_ROW = ("finetune", "label_fraction", "checkpoint")
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Row:
     """One start, fine-tuned in one way, over its seeds.
 
     Attributes:
-        start: its name in the sweep's file.
+        init: its name in the sweep's file.
         label: what tables call it.
-        finetune, fraction, checkpoint: of the fine-tuning.
+        finetune, label_fraction, checkpoint: of the fine-tuning.
         seeds: how many fine-tunings are finished.
         wanted: how many there will be.
         rate: chosen learning rate, as it is written; None: not yet, or the config's.
@@ -45,10 +45,10 @@ class Row:
             has none, or nothing is logged yet. Minutes are those of its steps.
     """
 
-    start: str
+    init: str
     label: str
     finetune: str
-    fraction: float
+    label_fraction: float
     checkpoint: str | int
     seeds: int = 0
     wanted: int = 0
@@ -67,13 +67,13 @@ def collect(sweep: SweepFile) -> list[Row]:
     rows: dict[tuple, Row] = {}
     for entry in entries:
         if entry["kind"] == FINETUNE:
-            key = (*(entry[name] for name in _ROW), entry["start"])
+            key = (*(entry[name] for name in _ROW), entry["init"])
             where = {name: entry[name] for name in _ROW}
-            row = Row(entry["start"], sweep.labels[entry["start"]], **where)
+            row = Row(entry["init"], sweep.labels[entry["init"]], **where)
             rows.setdefault(key, row).wanted += 1
     order = list(sweep.labels)
     for row in rows.values():
-        mine = [e for e in entries if all(e.get(k) == getattr(row, k) for k in ("start", *_ROW))]
+        mine = [e for e in entries if all(e.get(k) == getattr(row, k) for k in ("init", *_ROW))]
         for entry in mine:
             run = runs[entry["run"]]
             if not state.is_finished(run):
@@ -81,15 +81,15 @@ def collect(sweep: SweepFile) -> list[Row]:
             if entry["kind"] == CHOICE:
                 row.rate = read_choice(run.product)
             elif entry["kind"] == TRIAL:
-                row.rates[f"{entry['rate']:g}"] = _value(run, entry["metric"])
+                row.rates[f"{entry['learning_rate']:g}"] = _value(run, entry["metric"])
         _fill(row, [runs[e["run"]] for e in mine if e["kind"] == FINETUNE])
         pretrained = [
-            runs[e["run"]] for e in entries if (e["kind"], e.get("start")) == (PRETRAIN, row.start)
+            runs[e["run"]] for e in entries if (e["kind"], e.get("init")) == (PRETRAIN, row.init)
         ]
         _fill_cost(row, pretrained)
     return sorted(
         rows.values(),
-        key=lambda r: (r.finetune, -r.fraction, order.index(r.start), _last(r.checkpoint)),
+        key=lambda r: (r.finetune, -r.label_fraction, order.index(r.init), _last(r.checkpoint)),
     )
 
 

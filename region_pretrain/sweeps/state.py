@@ -1,4 +1,4 @@
-"""What a sweep keeps on the disk, and how far each of its runs is."""
+"""The files of a sweep, and the progress of its runs."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import re
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from math import isnan, nan
-from pathlib import Path
+from glob import escape, glob
 from typing import Any
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.sweeps.graph import Plan, Run
+from region_pretrain.progress import Progress, read_progress
+from region_pretrain.sweeps.graph import REGIONS, Plan, Run
 
-_VERSION = 1
+_VERSION = 2
 _SWEEP, _RUN = "sweep.json", "run.json"
 WAITING, QUEUED, RUNNING, FINISHED = "waiting", "queued", "running", "finished"
 FAILED, BLOCKED, CANCELLED = "failed", "blocked", "cancelled"
-#: The states that a run can only leave when the sweep is started again.
+#: States that a run leaves only when the sweep is started again.
 ENDED = (FINISHED, FAILED, BLOCKED, CANCELLED)
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_SUBMITIT = "submitit ERROR"  # its own traceback, which repeats what the tool said
-_ITERATION = re.compile(r"iter (\d+)/(\d+)\s+total_loss (\S+).*\beta (.+?)(?:\s{2,}|$)")
+_SUBMITIT = "submitit ERROR"  # its traceback follows, which repeats the tool's output
 _TAIL_BYTES = 20_000
 
 
 @dataclass
 class Record:
-    """What is known of a run that was submitted: ``run.json`` in its folder.
+    """The submissions of a run: ``run.json`` in its folder.
 
     Attributes:
-        submitted: how often.
-        job_ids: of the newest submission, one a task.
-        logs: of these jobs.
-        cancelled: it was taken back.
+        submitted: number of submissions.
+        job_ids: jobs of the latest submission, one per task.
+        logs: log files of these jobs.
+        cancelled: whether the latest submission was cancelled.
     """
 
     submitted: int = 0
@@ -49,17 +49,17 @@ class Record:
 
 @dataclass
 class SweepFile:
-    """``sweep.json``.
+    """``sweep.json`` in a sweep's folder.
 
     Attributes:
-        name: of the sweep.
-        title: of its report.
-        command: what it was last started with.
+        name: the sweep's name.
+        title: heading of its report.
+        command: command line of its latest start.
         cluster: where its jobs run.
         root: the code that they run.
-        cwd: where relative paths start.
-        labels: start -> what tables call it.
-        images_seen: of every pre-training; null: as the configs say.
+        cwd: the folder that relative paths refer to.
+        labels: initialisation -> its name in tables.
+        images_seen: length of every pre-training in images; null: as its config says.
         plan: the runs.
     """
 
@@ -84,11 +84,11 @@ def read_sweep(folder: str) -> SweepFile:
     """Read ``sweep.json``.
 
     Raises:
-        UserError: the folder holds no sweep, or one of another version.
+        UserError: the folder contains no sweep, or one of another version.
     """
     path = os.path.join(folder, _SWEEP)
     if not os.path.isfile(path):
-        raise UserError(f"{folder} holds no sweep: there is no {path}")
+        raise UserError(f"{folder} contains no sweep: there is no {path}")
     with open(path, encoding="utf-8") as file:
         values = json.load(file)
     try:
@@ -99,31 +99,31 @@ def read_sweep(folder: str) -> SweepFile:
         return SweepFile(**values)
     except (TypeError, KeyError):
         raise UserError(
-            f"{path} was written by another version: take another sweep.output_dir"
+            f"{path} was written by another version: set another sweep.output_dir"
         ) from None
 
 
 def claim(folder: str, name: str) -> None:
-    """Make a sweep's folder.
+    """Create a sweep's folder.
 
     Raises:
-        UserError: it is another sweep's, or holds something else.
+        UserError: it belongs to another sweep, contains something else, or cannot be created.
     """
-    mend = "take another sweep.output_dir"
+    fix = "set another sweep.output_dir"
     if os.path.isfile(os.path.join(folder, _SWEEP)):
         other = read_sweep(folder).name
         if other != name:
-            raise UserError(f"{folder} is the folder of the sweep {other}, not of {name}: {mend}")
+            raise UserError(f"{folder} belongs to the sweep {other}, not to {name}: {fix}")
     elif os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise UserError(f"{folder} exists and holds no sweep: {mend}")
+        raise UserError(f"{folder} is not empty and contains no sweep: {fix}")
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error}; {mend}") from error
+        raise UserError(f"{folder} cannot be created: {error}; {fix}") from error
 
 
 def read_record(run: Run) -> Record | None:
-    """A run's record; None where it was never submitted."""
+    """A run's record; None if it was never submitted."""
     path = os.path.join(run.folder, _RUN)
     if not os.path.isfile(path):
         return None
@@ -139,19 +139,19 @@ def write_record(run: Run, record: Record) -> None:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether what the run is there for is there."""
+    """Whether the run's product exists."""
     return os.path.exists(run.product)
 
 
 def blocked_by(plan: Plan, failed: set[str]) -> dict[str, str]:
-    """The runs that cannot start since one that they need has failed.
+    """The runs that cannot start because a run that they depend on has failed.
 
     Args:
-        plan: parents first.
-        failed: ids.
+        plan: the runs.
+        failed: ids of the failed ones.
 
     Returns:
-        Id -> id of the failed run that it waits for, directly or not.
+        Run id -> id of the failed run that it depends on, directly or indirectly.
     """
     blocked: dict[str, str] = {}
     for run in plan.runs.values():
@@ -163,13 +163,13 @@ def blocked_by(plan: Plan, failed: set[str]) -> dict[str, str]:
 
 
 def counted(states: Mapping[str, str]) -> str:
-    """How many runs are in each state, in words."""
+    """The number of runs in each state, such as ``2 finished, 1 running``."""
     counts = Counter(states.values())
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
 def tail(path: str, count: int = 15) -> list[str]:
-    """The last lines of a text file that are not empty; none where it is not there."""
+    """The last non-empty lines of a text file; none if it does not exist."""
     if not os.path.isfile(path):
         return []
     with open(path, "rb") as file:
@@ -180,7 +180,7 @@ def tail(path: str, count: int = 15) -> list[str]:
 
 
 def failure(record: Record | None, count: int = 15) -> list[str]:
-    """What a failed run said last: the tool's own word on bad input, or its log's last lines."""
+    """The cause of a failure: the tool's error message on bad input, otherwise its log's tail."""
     for path in record.logs if record else []:
         lines = tail(path, 200)
         ends = [i for i, line in enumerate(lines) if line.startswith(_SUBMITIT)]
@@ -192,43 +192,41 @@ def failure(record: Record | None, count: int = 15) -> list[str]:
     return []
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a training is.
+def progress(run: Run) -> Progress | None:
+    """The progress of a training in iterations, or of region generation in images.
 
-    Attributes:
-        iteration, max_iter: None where it has not logged yet.
-        eta: as it says itself.
-        last: newest AP, else newest loss, with its name.
+    Returns:
+        None if the run has not written any, as before its first step. The shards of a region store
+        are summed; its progress files are gone once it is finished.
     """
-
-    iteration: int | None = None
-    max_iter: int | None = None
-    eta: str = ""
-    last: str = ""
-
-
-def progress(run: Run) -> Progress:
-    """How far a training's own log says that it is."""
-    found = None
-    for line in reversed(tail(os.path.join(run.folder, "log.txt"), 200)):
-        found = _ITERATION.search(line)
-        if found:
-            break
-    if found is None:
-        return Progress()
-    ap = _last_ap(os.path.join(run.folder, "metrics.json"))
-    last = f"box AP {ap:.1f}" if ap is not None else f"loss {found[3]}"
-    return Progress(int(found[1]), int(found[2]), found[4].strip(), last)
+    if run.kind != REGIONS:
+        return read_progress(os.path.join(run.folder, "progress.json"))
+    paths = glob(os.path.join(escape(f"{run.product}.parts"), "progress-*.json"))
+    shards = [shard for path in paths if (shard := read_progress(path)) is not None]
+    if not shards:
+        return None
+    return Progress(
+        sum(shard.done for shard in shards),
+        sum(shard.total for shard in shards),
+        max((s.seconds_left for s in shards if s.seconds_left is not None), default=None),
+        max(shard.updated for shard in shards),
+    )
 
 
-def _last_ap(path: str) -> float | None:
-    """The newest AP; NaN, of a detector that finds nothing, is none."""
-    for line in reversed(Path(path).read_text("utf-8").splitlines() if Path(path).exists() else []):
-        try:
-            row: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isnan(row.get("bbox/AP", nan)):
-            return row["bbox/AP"]
-    return None
+def attempts(run: Run) -> list[dict[str, Any]]:
+    """All attempts of a run (see :func:`read_attempts`), those of its shards included.
+
+    An attempt that has written the product but not yet recorded its end ended with the product.
+    """
+    folders = [run.folder, *sorted(glob(os.path.join(escape(run.folder), "shard*")))]
+    found = [attempt for folder in folders for attempt in read_attempts(folder)]
+    if is_finished(run):
+        for attempt in found:
+            if "outcome" not in attempt:
+                attempt["ended"] = os.path.getmtime(run.product)
+    return found
+
+
+def minutes(run: Run) -> float:
+    """Total minutes of a run's ended attempts."""
+    return sum((a.get("ended") or a["started"]) - a["started"] for a in attempts(run)) / 60

@@ -1,86 +1,186 @@
-"""How far a sweep is, as a table."""
+"""The state of a sweep: as a table, or line by line while it runs."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from math import isnan, nan
 
 from tabulate import tabulate
 
-from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.metrics import newest_metrics
 from region_pretrain.sweeps import jobs, local, state
+from region_pretrain.sweeps.graph import REGIONS, Run
 from region_pretrain.sweeps.state import SweepFile
 
-HEADER = ["run", "state", "iteration", "ETA", "last", "attempts", "job"]
+HEADER = ["run", "state", "progress", "ETA", "last", "attempts", "job"]
+
+#: Seconds between two looks at the runs. A look at SLURM's queue loads its controller.
+_POLL_LOCAL, _POLL_SLURM = 1.0, 5.0
+
+_print = functools.partial(print, flush=True)  # into a pipe, too
 
 
 def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
-    """One row a run, under :data:`HEADER`.
+    """One row per run, with the columns of :data:`HEADER`.
 
     Args:
         sweep: the sweep.
-        now: the runs' states.
+        now: run id -> state.
     """
     rows = []
     for run in sweep.plan.runs.values():
-        word, record = now[run.id], state.read_record(run)
-        at = state.progress(run)
+        word, record, at = now[run.id], state.read_record(run), state.progress(run)
         rows.append(
             [
                 run.name,
                 word,
-                f"{at.iteration}/{at.max_iter}" if at.iteration else "",
-                at.eta if word == state.RUNNING else "",
-                at.last,
-                str(len(read_attempts(run.folder)) or (record.submitted if record else 0) or ""),
+                f"{at.done}/{at.total}" if at else "",
+                eta(run) if word == state.RUNNING else "",
+                newest_value(run),
+                str(len(state.attempts(run)) or (record.submitted if record else 0) or ""),
                 " ".join(record.job_ids) if record else "",
             ]
         )
     return rows
 
 
+def newest_value(run: Run) -> str:
+    """A training's newest box AP, otherwise its newest loss; empty if it has logged neither."""
+    if run.kind == REGIONS:
+        return ""
+    metrics = newest_metrics(run.folder)
+    ap, loss = (metrics.get(key, nan) for key in ("bbox/AP", "total_loss"))
+    if not isnan(ap):  # NaN: the detector found nothing
+        return f"box AP {ap:.1f}"
+    return "" if isnan(loss) else f"loss {loss:.4g}"
+
+
+def eta(run: Run) -> str:
+    """A run's remaining time as ``H:MM:SS``; empty if it has no estimate."""
+    at = state.progress(run)
+    return str(timedelta(seconds=round(at.seconds_left))) if at and at.seconds_left else ""
+
+
+def progress_line(run: Run) -> str:
+    """A run's progress, such as ``soco_seed0: iteration 120/434, loss -5.1, ETA 0:03:10``."""
+    at = state.progress(run)
+    if at is None:
+        return ""
+    unit = "image" if run.kind == REGIONS else "iteration"
+    left = f"ETA {text}" if (text := eta(run)) else ""
+    facts = [f"{unit} {at.done}/{at.total}", newest_value(run), left]
+    return f"{run.name}: {', '.join(filter(None, facts))}"
+
+
 def status_text(folder: str) -> tuple[str, bool]:
-    """The table, what failed, and whether anything can still happen by itself.
+    """The table, the failures with their causes, and whether the sweep is still running.
 
     Raises:
-        UserError: the folder holds no sweep.
+        UserError: the folder contains no sweep.
     """
     sweep = state.read_sweep(folder)
-    now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
-    runs = sweep.plan.runs
+    now, going = _look(sweep, folder)
     parts = [tabulate(status_rows(sweep, now), HEADER, disable_numparse=True)]
+    failed = (run for run in sweep.plan.runs.values() if now[run.id] == state.FAILED)
+    parts += [f"{run.name} {_failure(sweep, now, run)}" for run in failed]
+    return "\n\n".join([*parts, _summary(now, going)]), going
+
+
+def _look(sweep: SweepFile, folder: str) -> tuple[dict[str, str], bool]:
+    """Run id -> state, and whether the sweep is still running."""
+    # In this order: a process that ends after the last run must not look as if it was killed.
+    alone = sweep.cluster.kind == "local" and local.coordinator_pid(folder) is None
+    now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
+    return now, not alone and any(word not in state.ENDED for word in now.values())
+
+
+def _summary(now: dict[str, str], going: bool) -> str:
+    text = state.counted(now)
+    if not going and any(word not in state.ENDED for word in now.values()):
+        text += "\n\nthe sweep's process was killed: start the sweep again to resume it"
+    return text
+
+
+def _failure(sweep: SweepFile, now: dict[str, str], run: Run) -> str:
+    """What a failed run blocks, and the tail of its log."""
+    runs = sweep.plan.runs
     blocked = state.blocked_by(sweep.plan, {i for i, word in now.items() if word == state.FAILED})
-    for name, word in now.items():
-        if word == state.FAILED:
-            held = [runs[b].name for b, cause in blocked.items() if cause == name]
-            waits = f"; these wait for it: {', '.join(held)}" if held else ""
-            lines = state.failure(state.read_record(runs[name]))
-            parts.append("\n  ".join([f"{runs[name].name} failed{waits}", *lines]))
-    parts.append(state.counted(now))
-    going = any(word not in state.ENDED for word in now.values())
-    if going and sweep.cluster.kind == "local" and local.coordinator_pid(folder) is None:
-        going = False
-        parts.append("its process is gone: start the sweep again, and it goes on")
-    return "\n\n".join(parts), going
+    held = [runs[b].name for b, cause in blocked.items() if cause == run.id]
+    blocks = f"; these runs depend on it: {', '.join(held)}" if held else ""
+    return "\n  ".join([f"failed{blocks}", *state.failure(state.read_record(run))])
 
 
 def all_finished(folder: str) -> bool:
-    """Whether a sweep is done, and nothing failed."""
+    """Whether all runs of a sweep are finished."""
     return all(map(state.is_finished, state.read_sweep(folder).plan.runs.values()))
 
 
-def wait(folder: str, say: Callable[[str], None] = print, every: float = 5.0) -> None:
-    """Show the table until the sweep has ended; on a terminal in one place."""
-    lines, shown = 0, ""
+def wait(folder: str, say: Callable[[str], None] = _print, every: float = 5.0) -> None:
+    """Follow a sweep until it ends: a live table on a terminal that it fits in, otherwise lines.
+
+    Args:
+        folder: the sweep's folder.
+        say: receives the text.
+        every: seconds between two progress lines.
+    """
+    sweep = state.read_sweep(folder)
+    poll = _POLL_SLURM if sweep.cluster.kind == "slurm" else _POLL_LOCAL
+    fits = len(sweep.plan.runs) + 5 < shutil.get_terminal_size().lines
+    follow = _table(folder, say) if sys.stdout.isatty() and fits else _lines(folder, say, every)
+    while next(follow):
+        time.sleep(poll)
+
+
+def _table(folder: str, say: Callable[[str], None]) -> Iterator[bool]:
+    """Redraws the table at each step; yields whether the sweep is still running."""
+    lines, shown, going = 0, "", True
     while True:
         text, going = status_text(folder)
         if text != shown:
-            if sys.stdout.isatty() and lines:
-                say(f"\x1b[{lines}A\x1b[J{text}")
-            else:
-                say(text)
+            say(f"\x1b[{lines}A\x1b[J{text}" if lines else text)
             lines, shown = text.count("\n") + 1, text
+        yield going
+
+
+def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bool]:
+    """Prints what changed at each step; yields whether the sweep is still running."""
+    sweep = state.read_sweep(folder)
+    runs = sweep.plan.runs.values()
+    before = {r.id: state.FINISHED if state.is_finished(r) else state.WAITING for r in runs}
+    printed: dict[str, str] = {}  # run id -> its newest progress line, oldest first
+    due = time.monotonic() + every
+    while True:
+        now, going = _look(sweep, folder)
+        count = f"[{sum(word == state.FINISHED for word in now.values())}/{len(now)}]"
+        for run in runs:
+            if now[run.id] != before[run.id] and (event := _event(sweep, now, run)):
+                say(f"{count} {run.name}: {event}")
+        before = now
+        if time.monotonic() >= due:
+            order = list(printed)
+            running = [run for run in runs if now[run.id] == state.RUNNING]
+            # One line, of the run that has waited longest, however many are running.
+            for run in sorted(running, key=lambda r: order.index(r.id) if r.id in order else -1):
+                if (line := progress_line(run)) and line != printed.get(run.id):
+                    say(f"{count} {line}")
+                    printed.pop(run.id, None)
+                    printed[run.id] = line
+                    due = time.monotonic() + every
+                    break
         if not going:
-            return
-        time.sleep(every)
+            say(f"\n{_summary(now, going)}")
+        yield going
+
+
+def _event(sweep: SweepFile, now: dict[str, str], run: Run) -> str:
+    """What to say about a run whose state has changed."""
+    if now[run.id] == state.FAILED:
+        return _failure(sweep, now, run)
+    words = {state.RUNNING: "started", state.FINISHED: "finished", state.CANCELLED: "cancelled"}
+    word, minutes = words.get(now[run.id], ""), state.minutes(run)
+    return f"{word}, {minutes:.1f} min" if now[run.id] == state.FINISHED and minutes else word

@@ -1,4 +1,4 @@
-"""Starting a sweep, or what is missing of it."""
+"""Starts, resumes and cancels sweeps."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ Group = tuple[list[Run], list[Run]]
 
 
 def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
-    """Plan a sweep; nothing is written or started.
+    """Plan a sweep, without writing or starting anything.
+
+    Args:
+        sweep: its definition.
+        cluster: where its jobs run.
+        command: the command line to record.
 
     Raises:
-        UserError: a config that does not build, or a value that does not fit.
+        UserError: a config does not build, or a value does not fit.
     """
     return SweepFile(
         name=sweep.name,
@@ -34,38 +39,38 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         cluster=cluster,
         root=str(CHECKOUT),
         cwd=os.getcwd(),
-        labels={start: sweep.label(start) for start in [*sweep.baselines, *sweep.pretrain]},
+        labels=sweep.labels,
         images_seen=sweep.images_seen,
         plan=make_plan(sweep),
     )
 
 
 def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> None:
-    """Submit what is missing, failed or cancelled; what runs and what is finished is left alone.
+    """Submit the runs that are missing, failed or cancelled, and no others.
 
     Args:
-        sweep: of :func:`describe`.
-        folder: its output folder.
-        say: takes the lines that a person shall see.
+        sweep: result of :func:`describe`.
+        folder: the sweep's folder.
+        say: receives the lines to print.
 
     Raises:
-        UserError: the folder is another sweep's, or SLURM lacks what the settings name.
+        UserError: the folder belongs to another sweep, or the cluster settings do not fit SLURM.
     """
     folder = os.path.abspath(folder)
     check_cluster(sweep.cluster)
     state.claim(folder, sweep.name)
     live = jobs.live_jobs(sweep.cluster, folder)
     now = jobs.states(sweep.plan, live)
-    again = [r for r in sweep.plan.runs.values() if now[r.id] in (state.FAILED, state.CANCELLED)]
-    for run in again:
-        state.write_record(run, Record(state.read_record(run).submitted))
-        now[run.id] = state.WAITING
-    # Of the code, too: later edits do not reach runs that wait.
+    for run in sweep.plan.runs.values():
+        if now[run.id] in (state.FAILED, state.CANCELLED):
+            state.write_record(run, Record(state.read_record(run).submitted))
+    now = jobs.states(sweep.plan, live)
+    # Later edits of the code do not affect the runs that wait.
     sweep = dataclasses.replace(sweep, root=take_snapshot(folder))
     state.write_sweep(folder, sweep)
     say(f"{folder}: {len(now)} runs: {state.counted(now)}")
     if sweep.cluster.kind == "slurm":
-        _submit_slurm(sweep, folder, live)
+        _submit_slurm(sweep, folder, now)
     elif sweep.cluster.kind == "debug":
         _run_here(sweep, folder, say)
     elif any(word != state.FINISHED for word in now.values()):
@@ -73,14 +78,14 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
 
 
 def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
-    """The runs to submit to SLURM, in groups that can be one job array.
+    """The runs to submit to SLURM, grouped into job arrays.
 
     Args:
         plan: the runs.
         now: their states.
 
     Returns:
-        (runs, the runs whose jobs they wait for): runs of one kind that wait for the same.
+        Pairs (runs of one kind, the unfinished runs that all of them depend on).
     """
     kept = (state.FINISHED, state.RUNNING, state.QUEUED)
     groups: dict[tuple, Group] = {}
@@ -95,8 +100,7 @@ def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def _submit_slurm(sweep: SweepFile, folder: str, live: dict[str, str]) -> None:
-    now = jobs.states(sweep.plan, live)
+def _submit_slurm(sweep: SweepFile, folder: str, now: dict[str, str]) -> None:
     for runs, after in missing(sweep.plan, now):
         ids = [job for run in after for job in state.read_record(run).job_ids]
         jobs.submit_runs(runs, sweep, folder, _group_name(sweep, runs), ids)
@@ -111,11 +115,11 @@ def _run_here(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None
         if state.is_finished(run):
             continue
         if not all(state.is_finished(sweep.plan.runs[p]) for p in run.parents):
-            say(f"[{run.name}] cannot start: what it needs has failed")
+            say(f"[{run.name}] cannot start: a run that it depends on has failed")
             continue
         say(f"[{run.name}]")
         for job in jobs.submit_runs([run], sweep, folder, run.name)[run.id]:
-            # result() would open a debugger here, and exception() sets no environment.
+            # result() would open a debugger, and exception() does not set the environment.
             with environment_variables(SUBMITIT_DEBUG_JOB_ID=job.job_id):
                 error = job.exception()
             if error is not None:
@@ -123,7 +127,7 @@ def _run_here(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None
 
 
 def dry_run(sweep: SweepFile, folder: str) -> str:
-    """What would be run, or with SLURM submitted; only what is not finished yet."""
+    """The commands of all unfinished runs, and on SLURM their sbatch files."""
     folder = os.path.abspath(folder)
     live = {}
     if os.path.exists(os.path.join(folder, "sweep.json")) and sweep.cluster.kind != "slurm":
@@ -146,13 +150,13 @@ def dry_run(sweep: SweepFile, folder: str) -> str:
 
 
 def cancel(folder: str) -> list[str]:
-    """Cancel a sweep's jobs; ``start`` takes them up again.
+    """Cancel a sweep's jobs; :func:`start` resumes them.
 
     Returns:
         Names of the runs that were queued or running.
 
     Raises:
-        UserError: the folder holds no sweep.
+        UserError: the folder contains no sweep.
     """
     folder = os.path.abspath(folder)
     sweep = state.read_sweep(folder)

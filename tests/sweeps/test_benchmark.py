@@ -1,7 +1,8 @@
-"""The Shapes benchmark: its sizes, and the quick one from end to end at a minute's size."""
+"""The Shapes benchmark: its sizes, and the quick one end to end, cut down to a minute."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,29 @@ import pytest
 from region_pretrain.config import load_config
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import load_sweep
-from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, TRIAL
 from region_pretrain.sweeps.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 REPORT = ("report.html", "report.md", "results.csv")
+TINY = {
+    "pretrain_overrides": [
+        "train.device=cpu",
+        "dataloader.train.num_workers=0",
+        "dataloader.train.dataset.names.size=24",
+        "dataloader.train.total_batch_size=8",
+        "train.log_period=1",
+    ],
+    "finetune_overrides": [
+        "train.device=cpu",
+        "dataloader.train.num_workers=0",
+        "dataloader.train.dataset.names.size=16",
+        "dataloader.train.total_batch_size=4",
+        "dataloader.test.dataset.names.size=8",
+        "train.max_iter=4",
+        "train.log_period=1",
+    ],
+}
 METHODS = {"supervised", "moco", "byol", "soco", "ccop", "mcl", "point"}
 
 
@@ -49,7 +67,7 @@ def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path
         assert data.split == "unlabeled" and data.side == side
     assert seen == {sweep.images_seen} and len(names) == 1
     results, trials = [config(r) for r in of[FINETUNE]], [config(r) for r in of[TRIAL]]
-    assert len(trials) == len(results) * len(sweep.finetune["detector"].rates)
+    assert len(trials) == len(results) * len(sweep.finetune["detector"].learning_rates)
     for cfg in results + trials:
         cfg.optimizer.lr = cfg.train.seed = cfg.train.init_checkpoint = cfg.train.output_dir = 0
     first, trial = results[0], trials[0]
@@ -61,37 +79,31 @@ def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path
     assert first.lr_multiplier.steps[-1] < first.lr_multiplier.max_iter == first.train.max_iter
 
 
-def test_the_ablation_is_the_benchmark_with_one_part_less(tmp_path):
+def test_the_ablation_shares_its_full_method_with_the_benchmark(tmp_path):
     def runs(name):
         changes = [f"sweep.output_dir={tmp_path / name}"]
         plan = make_plan(load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), changes))
         pairs = ((e, plan.runs[e["run"]]) for e in plan.entries if e["kind"] == PRETRAIN)
-        return {(e["start"], e["seed"]): run for e, run in pairs}
+        return {(e["init"], e["seed"]): run for e, run in pairs}
 
     whole, parts = runs("shapes_quick"), runs("point_region_ablation")
-    assert {start for start, _ in parts} == {"all", "in_image", "pooled", "distillation"}
+    assert {init for init, _ in parts} == {"all", "in_image", "pooled", "distillation"}
     for seed in (0, 1):
         assert parts["all", seed].id == whole["point", seed].id
-        assert len({parts[start, seed].id for start, _ in parts}) == 4
+        assert len({parts[init, seed].id for init, _ in parts}) == 4
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two methods, one seed, a few steps; all that the benchmark does otherwise."""
+    """Two methods, one seed and a few steps of the quick benchmark."""
     folder = tmp_path_factory.mktemp("benchmark")
-    pretrain = [o for o in _QUICK_PRETRAIN if not o.startswith("train.max_iter")]
-    detection = [o for o in _QUICK_DETECTION if not o.startswith("train.eval_period")]
-    changes = {
-        "pretrain_overrides": ["train.device=cpu", *pretrain],
-        "finetune_overrides": ["train.device=cpu", *detection],
-    }
     arguments = [
         "sweep.seeds=[0]",
         "sweep.images_seen=32",
         f"sweep.output_dir={folder / 'out'}",
         *(f"sweep.pretrain.{m}=null" for m in METHODS - {"moco", "soco"}),
         "sweep.baselines.random=null",
-        *(f"sweep.{key}={json.dumps(values)}" for key, values in changes.items()),
+        *(f"sweep.{key}={json.dumps(values)}" for key, values in TINY.items()),
     ]
     environment = {
         **os.environ,
@@ -111,30 +123,35 @@ def finished(tmp_path_factory):
 
 
 def test_every_run_finished_and_the_choice_was_taken(finished):
-    folder, said, _ = finished
+    folder, output, _ = finished
     plan = state.read_sweep(str(folder)).plan
-    assert f"\n\n{len(plan.runs)} finished\n" in said and len(plan.runs) == 11
-    assert said.split()[-3:] == [str(folder / name) for name in REPORT]
+    assert f"\n\n{len(plan.runs)} finished\n" in output and len(plan.runs) == 11
+    for run in plan.runs.values():
+        assert re.search(rf"^\[\d+/11\] {run.name}: finished, \d+\.\d min$", output, re.M)
+    results, paths = output.split("\n\n")[-2:]
+    for init in ("MoCo v2", "SoCo"):
+        assert re.search(rf"^{init} .*\d\.\d", results, re.M)
+    assert paths.split() == [str(folder / name) for name in REPORT]
     chosen = {}
     for entry in plan.entries:
         run = plan.runs[entry["run"]]
         assert Path(run.product).is_file()
         if entry["kind"] == "choice":
-            chosen[entry["start"]] = float(Path(run.product).read_text().split("=")[1])
+            chosen[entry["init"]] = float(Path(run.product).read_text().split("=")[1])
     assert chosen.keys() == {"moco", "soco"}
     for entry in plan.entries:
         if entry["kind"] == FINETUNE:
             saved = load_config(str(Path(plan.runs[entry["run"]].folder) / "config.yaml"))
-            assert saved.optimizer.lr == chosen[entry["start"]] in (0.05, 0.1)
+            assert saved.optimizer.lr == chosen[entry["init"]] in (0.05, 0.1)
             log = (Path(plan.runs[entry["run"]].folder) / "log.txt").read_text()
-            assert "backbone.bottom_up" in log  # the table of what was loaded
+            assert "backbone.bottom_up" in log  # the table of loaded weights
     for entry in plan.entries:
         if entry["kind"] == PRETRAIN:
             lines = (Path(plan.runs[entry["run"]].folder) / "metrics.json").read_text().splitlines()
             assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2, 3]
 
 
-def test_report_and_status_of_it(finished):
+def test_report_and_status_commands(finished):
     folder, _, tool = finished
     done = tool("report", str(folder))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The graph of a sweep: what depends on what, what is one and the same, what does not build."""
+"""The graph of a sweep: dependencies, identical runs, and configs that do not build."""
 
 import copy
 import dataclasses
@@ -18,13 +18,16 @@ from region_pretrain.sweeps.plan import make_plan
 SOCO = "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 MOCO = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
 DETECTOR = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
-HELD_OUT = ["+dataloader.test.dataset.names.seed=1000"]
+RATES = {
+    "learning_rates": [0.05, 0.1],
+    "held_out": ["+dataloader.test.dataset.names.seed=1000"],
+}
 
 
 def sweep(folder, **changes):
     values = {
         "pretrain": {"soco": {"config": SOCO}},
-        "finetune": {"det": {"config": DETECTOR, "rates": [0.05, 0.1], "held_out": HELD_OUT}},
+        "finetune": {"det": {"config": DETECTOR, **RATES}},
         "images_seen": 320,
         "output_dir": str(folder),
     }
@@ -62,21 +65,21 @@ def test_what_depends_on_what(plan):
     assert first.parents == second.parents == (regions.id,)
     assert overrides(first)["dataloader.train.dataset.regions"] == regions.product
     assert overrides(first)["train.max_iter"] == "10"  # 320 images / 32 a batch
-    trials = entries(plan, TRIAL, start="soco")
+    trials = entries(plan, TRIAL, init="soco")
     assert [overrides(t)["optimizer.lr"] for t in trials] == ["0.05", "0.1"]
     for trial in trials:
         assert trial.parents == (first.id,)
         assert overrides(trial)["dataloader.test.dataset.names.seed"] == "1000"
         assert overrides(trial)["train.init_checkpoint"] == f"{first.folder}/model_final.pth"
-    (choice,) = entries(plan, CHOICE, start="soco")
+    (choice,) = entries(plan, CHOICE, init="soco")
     assert choice.parents == tuple(t.id for t in trials)
-    for run, weights in zip(entries(plan, FINETUNE, start="soco"), (first, second), strict=True):
+    for run, weights in zip(entries(plan, FINETUNE, init="soco"), (first, second), strict=True):
         assert set(run.parents) == {choice.id, weights.id}
         assert overrides(run)["train.init_checkpoint"] == f"{weights.folder}/model_final.pth"
         assert "optimizer.lr" not in overrides(run)
         assert "dataloader.test.dataset.names.seed" not in overrides(run)
         assert run.tasks[0][-1] == f"@{choice.product}"
-    for run in entries(plan, FINETUNE, start="random"):
+    for run in entries(plan, FINETUNE, init="random"):
         assert "train.init_checkpoint" not in overrides(run)
     order = list(plan.runs)
     assert all(order.index(p) < order.index(r.id) for r in plan.runs.values() for p in r.parents)
@@ -89,24 +92,24 @@ def test_written_and_read_back(plan):
     assert Plan.from_json(plan.to_json()) == plan
 
 
-def test_identical_runs_are_one_whatever_they_are_called(tmp_path):
+def test_identical_runs_are_merged_whatever_their_names(tmp_path):
     twice = {
         "soco": {"config": SOCO},
-        "again": {"config": SOCO, "overrides": ["optimizer.momentum=0.9"]},  # the config's own
+        "again": {"config": SOCO, "overrides": ["optimizer.momentum=0.9"]},  # the config's value
         "other": {"config": SOCO, "overrides": ["optimizer.momentum=0.8"]},
     }
     found = make_plan(sweep(tmp_path, pretrain=twice))
     assert len(found.entries) == 3 * (1 + 1 + 2 + 1 + 1)
     assert len(found.runs) == 1 + 2 * (1 + 2 + 1 + 1)  # one region store for all
-    assert entries(found, FINETUNE, start="soco") == entries(found, FINETUNE, start="again")
-    assert entries(found, PRETRAIN, start="soco") != entries(found, PRETRAIN, start="other")
-    # The same in another folder, named and ordered otherwise: the same ids.
+    assert entries(found, FINETUNE, init="soco") == entries(found, FINETUNE, init="again")
+    assert entries(found, PRETRAIN, init="soco") != entries(found, PRETRAIN, init="other")
+    # The ids depend neither on the folder nor on names and their order.
     renamed = {"x": twice["other"], "y": twice["soco"]}
     elsewhere = make_plan(sweep(tmp_path / "b", pretrain=renamed))
     assert set(elsewhere.runs) == set(found.runs)
 
 
-def test_a_run_keeps_its_folder_when_it_is_renamed(tmp_path):
+def test_a_renamed_run_keeps_its_folder(tmp_path):
     values = {"pretrain": {"a": {"config": MOCO}}, "finetune": {}}
     (before,) = make_plan(sweep(tmp_path, **values)).runs.values()
     (tmp_path / "runs" / before.folder.split("/")[-1]).mkdir(parents=True)
@@ -116,8 +119,8 @@ def test_a_run_keeps_its_folder_when_it_is_renamed(tmp_path):
     assert (after.name, after.folder) == ("b_seed0", before.folder)
 
 
-def test_fractions_and_single_rate(tmp_path):
-    det = {"config": DETECTOR, "rates": [0.05], "fractions": [1.0, 0.1]}
+def test_label_fractions_and_a_single_learning_rate(tmp_path):
+    det = {"config": DETECTOR, "learning_rates": [0.05], "label_fractions": [1.0, 0.1]}
     found = make_plan(
         sweep(tmp_path, pretrain={}, baselines={"random": {}}, finetune={"det": det}, seeds=[4])
     )
@@ -142,11 +145,11 @@ def test_every_kth_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"images_seen": 100}, "images_seen=100 is no multiple.*32"),
-        ({"pretrain": {"x": {"config": DETECTOR}}}, "no pre-training config"),
-        ({"finetune": {"x": {"config": SOCO}}}, "no detection config"),
+        ({"images_seen": 100}, "images_seen=100 is not a multiple.*32"),
+        ({"pretrain": {"x": {"config": DETECTOR}}}, "is not a pre-training config"),
+        ({"finetune": {"x": {"config": SOCO}}}, "is not a detection config"),
         ({"pretrain": {"x": {"config": "projects/none.py"}}}, "no .*projects/none.py"),
         ({"pretrain_overrides": ["optimizer.larning_rate=1"]}, "optimizer.larning_rate"),
         (
@@ -156,12 +159,12 @@ def test_every_kth_checkpoint(tmp_path):
         ({"pretrain": {"x": {"config": SOCO, "regions": "absent.arrow"}}}, "absent.arrow"),
         (
             {"finetune": {n: {"config": DETECTOR, "checkpoints": int(n)} for n in "45"}},
-            "checkpoints of different steps",
+            "need the same period",
         ),
     ],
 )
-def test_what_does_not_fit_is_said_before_anything_is_made(tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_errors_are_raised_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         make_plan(sweep(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
@@ -172,23 +175,23 @@ def test_slurm_arrays_and_dependencies(plan, tmp_path):
     shown = [([r.name for r in runs], [a.name for a in after]) for runs, after in groups]
     assert shown == [
         (["regions_soco"], []),
-        (["random_rate0.05", "random_rate0.1"], []),
+        (["random_lr0.05", "random_lr0.1"], []),
         (["soco_seed0", "soco_seed1"], ["regions_soco"]),
-        (["random_choice"], ["random_rate0.05", "random_rate0.1"]),
+        (["random_choice"], ["random_lr0.05", "random_lr0.1"]),
         (["random_seed0_det", "random_seed1_det"], ["random_choice"]),
-        (["soco_rate0.05", "soco_rate0.1"], ["soco_seed0"]),
-        (["soco_choice"], ["soco_rate0.05", "soco_rate0.1"]),
+        (["soco_lr0.05", "soco_lr0.1"], ["soco_seed0"]),
+        (["soco_choice"], ["soco_lr0.05", "soco_lr0.1"]),
         (["soco_seed0_det"], ["soco_choice", "soco_seed0"]),
         (["soco_seed1_det"], ["soco_choice", "soco_seed1"]),
     ]
-    # What is finished is waited for no more, what is queued is not submitted again.
+    # Nothing waits for finished runs, and queued ones are not submitted again.
     names = {run.name: run.id for run in plan.runs.values()}
-    done = {"regions_soco", "soco_seed0", "random_rate0.05", "random_rate0.1"}
+    done = {"regions_soco", "soco_seed0", "random_lr0.05", "random_lr0.1"}
     now |= {names[n]: state.FINISHED for n in done} | {names["soco_seed1"]: state.QUEUED}
     shown = [
         ([r.name for r in rs], [a.name for a in af]) for rs, af in submission.missing(plan, now)
     ]
-    assert (["soco_rate0.05", "soco_rate0.1"], []) in shown
+    assert (["soco_lr0.05", "soco_lr0.1"], []) in shown
     assert (["soco_seed1_det"], ["soco_choice", "soco_seed1"]) in shown
     assert not any("soco_seed1" in runs for runs, _ in shown)
 
@@ -212,7 +215,7 @@ def test_dry_run_shows_sbatch_files(plan, tmp_path):
     assert set(shards[0].arguments) - set(whole.arguments) == {"--shard", "0/3"}
 
 
-def test_states_by_what_squeue_says(plan, tmp_path, monkeypatch):
+def test_states_according_to_squeue(plan, tmp_path, monkeypatch):
     runs = list(plan.runs.values())
     squeue = tmp_path / "squeue"
     squeue.write_text("#!/bin/sh\necho '7_0 RUNNING'; echo '7_1 PENDING'; echo '9 COMPLETING'\n")
@@ -222,15 +225,15 @@ def test_states_by_what_squeue_says(plan, tmp_path, monkeypatch):
     assert live == {"7_0": state.RUNNING, "7_1": state.QUEUED, "9": state.RUNNING}
     moved = Plan({r.id: _moved(r, tmp_path) for r in runs}, plan.entries)
     names = {r.name: r for r in moved.runs.values()}
-    ids = {"soco_seed0": "7_0", "soco_seed1": "7_1", "random_rate0.05": "5"}
+    ids = {"soco_seed0": "7_0", "soco_seed1": "7_1", "random_lr0.05": "5"}
     for name, job in ids.items():
         state.write_record(names[name], state.Record(1, [job]))
     found = jobs.states(moved, live)
     by_name = {r.name: found[r.id] for r in moved.runs.values()}
     assert by_name["soco_seed0"] == state.RUNNING and by_name["soco_seed1"] == state.QUEUED
-    assert by_name["random_rate0.05"] == state.FAILED  # gone, and no results
+    assert by_name["random_lr0.05"] == state.FAILED  # gone, and no results
     assert by_name["random_choice"] == by_name["random_seed1_det"] == state.BLOCKED
-    assert by_name["random_rate0.1"] == by_name["soco_seed0_det"] == state.WAITING
+    assert by_name["random_lr0.1"] == by_name["soco_seed0_det"] == state.WAITING
 
 
 def _moved(run, folder):
@@ -240,7 +243,7 @@ def _moved(run, folder):
     )
 
 
-def test_the_choice_is_an_argument_of_the_next_command(tmp_path):
+def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
     paths = {}
     for rate, ap in {"0.05": 3.5, "0.1": 7.25, "0.2": None}.items():
         path = tmp_path / f"{rate}.json"
@@ -252,6 +255,6 @@ def test_the_choice_is_an_argument_of_the_next_command(tmp_path):
     args = parser.parse_intermixed_args(["--config-file", DETECTOR, "train.seed=3", f"@{out}"])
     cfg = load_config(args.config_file, args.opts)
     assert (cfg.optimizer.lr, cfg.train.seed) == (0.1, 3)
-    assert choose({"0.3": paths["0.2"]}, "bbox/AP", out) == "0.3"  # one that finds nothing
+    assert choose({"0.3": paths["0.2"]}, "bbox/AP", out) == "0.3"  # a detector that finds nothing
     with pytest.raises(UserError, match="trial of optimizer.lr=1 has no"):
         choose({"1": "absent.json"}, "bbox/AP", out)

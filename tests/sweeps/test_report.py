@@ -37,7 +37,7 @@ class Folder:
                 self.pretrain(start, seed)
         for start in LABELS:
             for fraction in (1.0, 0.1):
-                labels = {"start": start, "finetune": "det", "fraction": fraction}
+                labels = {"init": start, "finetune": "det", "label_fraction": fraction}
                 labels["checkpoint"] = "final"
                 self.choice(labels)
                 for seed in (0, 1):
@@ -65,7 +65,7 @@ class Folder:
         (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def pretrain(self, start, seed):
-        folder = self.run(f"{start}_{seed}", PRETRAIN, "model_final.pth", start=start, seed=seed)
+        folder = self.run(f"{start}_{seed}", PRETRAIN, "model_final.pth", init=start, seed=seed)
         speed, memory = self.rng.uniform(10, 90, 5), self.rng.uniform(500, 900, 5)
         steps = zip(range(1, 10, 2), speed, memory, strict=True)
         rows = [
@@ -83,9 +83,9 @@ class Folder:
         self.values.setdefault(("cost", start), []).append({"speed": speed, "memory": memory})
 
     def choice(self, labels):
-        name = f"{labels['start']}_{labels['fraction']}"
+        name = f"{labels['init']}_{labels['label_fraction']}"
         for rate, ap in ((0.05, 3.21), (0.1, 4.56)):
-            folder = self.run(f"{name}_{rate}", TRIAL, "results.json", **labels, rate=rate)
+            folder = self.run(f"{name}_{rate}", TRIAL, "results.json", **labels, learning_rate=rate)
             self.plan.entries[-1]["metric"] = "bbox/AP"
             folder.mkdir(parents=True)
             (folder / "results.json").write_text(json.dumps({"bbox": {"AP": ap}}))
@@ -94,7 +94,7 @@ class Folder:
         (folder / "chosen_rate.txt").write_text("optimizer.lr=0.1\n")
 
     def finetune(self, labels, seed):
-        name = f"det_{labels['start']}_{labels['fraction']}_{seed}"
+        name = f"det_{labels['init']}_{labels['label_fraction']}_{seed}"
         folder = self.run(name, FINETUNE, "results.json", **labels, seed=seed)
         if name == "det_mcl_0.1_1":
             return
@@ -105,7 +105,7 @@ class Folder:
         start_attempt(str(folder), "7", 0, "host")
         end_attempt(str(folder), "finished")
         (folder / "results.json").write_text(json.dumps(found))
-        self.values.setdefault((labels["start"], labels["fraction"]), []).append(found)
+        self.values.setdefault((labels["init"], labels["label_fraction"]), []).append(found)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +169,11 @@ def test_table_of_page_and_markdown(folder):
 def test_csv_has_all_digits(folder):
     with open(folder.paths[2], encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["start"], float(r["fraction"])) for r in rows] == [
+    assert [(r["init"], float(r["label_fraction"])) for r in rows] == [
         (start, fraction) for fraction in (1.0, 0.1) for start in LABELS
     ]
     values = [f["segm"]["AP75"] for f in folder.values["soco", 0.1]]
-    (row,) = (r for r in rows if (r["start"], r["fraction"]) == ("soco", "0.1"))
+    (row,) = (r for r in rows if (r["init"], r["label_fraction"]) == ("soco", "0.1"))
     assert float(row["segm/AP75 mean"]) == pytest.approx(np.mean(values), rel=1e-12)
     assert float(row["segm/AP75 std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-12)
     assert (row["seeds"], row["wanted"], row["rate"]) == ("2", "2", "0.1")
@@ -240,7 +240,7 @@ def test_a_finished_run_that_is_still_ending_counts(tmp_path):
     for name, started, ended in (("early", 1000.0, 1060.0), ("late", 1060.0, 1180.0)):
         run = Run(name, PRETRAIN, name, "t.py", ((),), str(sweep / name), str(sweep / name / "x"))
         plan.runs[name] = run
-        plan.entries.append({"kind": PRETRAIN, "start": name, "seed": 0, "run": name})
+        plan.entries.append({"kind": PRETRAIN, "init": name, "seed": 0, "run": name})
         (sweep / name).mkdir(parents=True)
         (sweep / name / "x").touch()
         os.utime(sweep / name / "x", (ended, ended))

@@ -1,17 +1,16 @@
-"""The Shapes benchmark: every method under one budget, one detector, one protocol.
+"""The Shapes benchmark: every method with the same budget, detector and protocol.
 
-Its sizes, ``shapes_quick.py``, ``shapes_medium.py`` and ``shapes_full.py``, give it methods and
-numbers.
+``shapes_quick.py``, ``shapes_medium.py`` and ``shapes_full.py`` define its sizes.
 """
 
-#: Scenes that choose learning rates are of another seed than those of the results.
+#: Seeds of the scenes of the results, and of the held-out scenes that choose learning rates.
 DATA_SEED, HELD_OUT_SEED = 0, 1000
 
 _TEST, _TRAIN = "dataloader.test.dataset.names", "dataloader.train.dataset.names"
 
 
 def scenes(key: str, split: str, size: int, side: int, level: str) -> str:
-    """The override that makes ``key`` a Shapes data set."""
+    """The override that sets ``key`` to a Shapes data set."""
     values = f"split:{split},size:{size},side:{side},level:{level},seed:{DATA_SEED}"
     return f"{key}={{_target_:region_pretrain.data.shapes.shapes,{values}}}"
 
@@ -29,31 +28,32 @@ def benchmark(
     images_seen: int,
     iterations: int,
     evaluations: int,
-    rates: list,
-    fractions: list,
+    learning_rates: list,
+    label_fractions: list,
     seeds: list,
     pretrain_overrides: list,
     finetune_overrides: list,
 ) -> dict:
-    """A sweep of all methods, and of random weights.
+    """A sweep over all methods and random weights.
 
     Args:
-        title: of the report.
-        methods: name -> entry of ``sweep.pretrain``; ``data`` is the key of its data set.
-        detector: the detection config.
-        side: of a scene in pixels.
-        level: how hard scenes are.
-        unlabeled: scenes to pre-train on.
-        labelled: scenes to fine-tune on, of which ``fractions`` are taken.
-        val: scenes of the results, and as many others to choose rates on.
-        images_seen: length of each pre-training, the same for all.
-        iterations: length of each fine-tuning; the rate drops at 3/4 and at 11/12.
-        evaluations: points of the curve of AP.
-        rates: fine-tuning learning rates, the same for all.
-        fractions: of the labelled scenes.
-        seeds: of pre-training, fine-tuning and the choice of labelled scenes.
-        pretrain_overrides: of every method, after its own.
-        finetune_overrides: of every fine-tuning.
+        title: heading of the report.
+        methods: name -> entry of ``sweep.pretrain``, with an optional ``data``: the config key of
+            its data set.
+        detector: path of the detection config.
+        side: side length of a scene in pixels.
+        level: difficulty of the scenes.
+        unlabeled: number of scenes to pre-train on.
+        labelled: number of scenes to fine-tune on, before ``label_fractions``.
+        val: number of scenes of the results, and of the held-out scenes.
+        images_seen: length of each pre-training in images.
+        iterations: length of each fine-tuning; the learning rate drops after 3/4 and 11/12 of it.
+        evaluations: number of evaluations during a fine-tuning.
+        learning_rates: fine-tuning learning rates to choose from.
+        label_fractions: fractions of the labelled scenes to fine-tune on.
+        seeds: seeds of pre-training, fine-tuning and the selection of labelled scenes.
+        pretrain_overrides: overrides of every method, applied after its own.
+        finetune_overrides: overrides of every fine-tuning.
     """
     pretrain = {}
     for name, entry in methods.items():
@@ -79,8 +79,8 @@ def benchmark(
                     f"lr_multiplier.steps=[{iterations * 3 // 4},{iterations * 11 // 12}]",
                     f"+lr_multiplier.warmup_iters={iterations // 6}",
                 ],
-                fractions=fractions,
-                rates=rates,
+                label_fractions=label_fractions,
+                learning_rates=learning_rates,
                 held_out=[f"{_TEST}.seed={HELD_OUT_SEED}", "train.eval_period=0"],
             )
         ),

@@ -1,0 +1,135 @@
+"""The status of a sweep, read from the files of its runs, and what --wait prints."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from region_pretrain.progress import Progress, write_progress
+from region_pretrain.sweeps import state, status
+from region_pretrain.sweeps.graph import REGIONS, Run
+
+
+def folder_of(run):
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def log(run, **metrics):
+    with open(folder_of(run) / "metrics.json", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def test_progress_of_a_training(sweeps):
+    sweeps.add("soco_seed0")
+    (run,) = sweeps.plan.runs.values()
+    assert state.progress(run) is None and status.progress_line(run) == ""
+    assert status.status_rows(sweeps.file(), {run.id: state.WAITING})[0][:5] == [
+        "soco_seed0", "waiting", "", "", ""
+    ]  # fmt: skip
+    log(run, iteration=99, total_loss=3.25)
+    log(run, iteration=119, total_loss=-5.125)
+    write_progress(f"{run.folder}/progress.json", Progress(120, 434, 190.4))
+    line = "soco_seed0: iteration 120/434, loss -5.125, ETA 0:03:10"
+    assert status.progress_line(run) == line
+    row = status.status_rows(sweeps.file(), {run.id: state.RUNNING})[0]
+    assert row[:5] == ["soco_seed0", "running", "120/434", "0:03:10", "loss -5.125"]
+    assert status.status_rows(sweeps.file(), {run.id: state.FAILED})[0][3] == ""
+
+
+@pytest.mark.parametrize(
+    ("aps", "shown"),
+    [([1.0, 12.34], "box AP 12.3"), ([float("nan")], "loss 0.5"), ([], "loss 0.5")],
+)
+def test_newest_ap_otherwise_newest_loss(sweeps, aps, shown):
+    sweeps.add("det")
+    (run,) = sweeps.plan.runs.values()
+    for i, ap in enumerate(aps):
+        log(run, iteration=i, **{"bbox/AP": ap})
+    log(run, iteration=9, total_loss=0.5)
+    assert status.newest_value(run) == shown
+
+
+def test_progress_of_region_generation_is_the_sum_of_its_shards(tmp_path):
+    product = tmp_path / "x [1]/regions.arrow"
+    run = Run("r", REGIONS, "regions_soco", "t.py", ((),), str(product.parent), str(product))
+    parts = Path(f"{product}.parts")
+    parts.mkdir(parents=True)
+    assert state.progress(run) is None
+    write_progress(str(parts / "progress-0.json"), Progress(30, 100, 7.0, 1.0))
+    write_progress(str(parts / "progress-1.json"), Progress(20, 101, 8.0, 3.0))
+    write_progress(str(parts / "progress-10.json"), Progress(0, 100, None, 2.0))
+    assert state.progress(run) == Progress(50, 301, 8.0, 3.0)
+    assert status.progress_line(run) == "regions_soco: image 50/301, ETA 0:00:08"
+
+
+def test_minutes_and_attempts_of_shards_are_summed(sweeps):
+    sweeps.add("a")
+    (run,) = sweeps.plan.runs.values()
+    for shard, attempts in enumerate(([(0, 60), (100, 130)], [(10, 100)], [(10, None)])):
+        folder = folder_of(run) / f"shard{shard}"
+        folder.mkdir()
+        rows = [{"started": a, "ended": b, "outcome": "x"} for a, b in attempts]
+        (folder / "attempts.json").write_text(json.dumps(rows))
+    assert len(state.attempts(run)) == 4 and state.minutes(run) == 3.0
+
+
+@pytest.fixture
+def waited(sweeps, tmp_path, monkeypatch):
+    """Two trainings, and a run that fails before its dependant, followed with wait()."""
+    monkeypatch.setattr(status, "_POLL_LOCAL", 0.1)
+    sweeps.add("one", word="train")
+    sweeps.add("two", word="train")
+    sweeps.add("bad", word=f"fail_once:{tmp_path / 'tried'}")
+    sweeps.add("after_bad", "bad")
+
+    def wait():
+        said = []
+        sweeps.start(3)
+        status.wait(str(sweeps.folder), said.append, every=0.2)
+        return said
+
+    return wait
+
+
+def test_wait_prints_starts_progress_ends_and_failures(waited):
+    said = waited()
+    for name in ("one", "two"):
+        mine = [line for line in said if f"] {name}: " in line]
+        assert re.fullmatch(rf"\[[0-4]/4\] {name}: started", mine[0])
+        progress = [line.split(": ", 1)[1] for line in mine[1:-1]]
+        assert progress == sorted(set(progress)) and len(progress) >= 2
+        assert set(progress) <= {
+            "iteration 10/30, loss -5.1, ETA 0:03:20",
+            "iteration 20/30, loss -5.2, ETA 0:01:40",
+            "iteration 30/30, loss -5.3",
+        }
+        assert re.fullmatch(rf"\[[12]/4\] {name}: finished, 0\.[01] min", mine[-1])
+    (failed,) = [line for line in said if "failed;" in line]
+    assert failed == (
+        "[0/4] bad: failed; these runs depend on it: after_bad\n  error: no data set is called x"
+    )
+    assert said.index(failed) < said.index(next(line for line in said if "finished" in line))
+    assert said[-1] == "\n2 finished, 1 failed, 1 blocked"
+    assert len(said) == sum("iteration" in line for line in said) + 2 * 2 + 2 + 1
+    again = waited()  # what is finished already is only counted
+    assert not any("] one: " in line or "] two: " in line for line in again)
+    assert re.fullmatch(r"\[4/4\] after_bad: finished, 0\.0 min", again[-2])
+    assert again[-1] == "\n4 finished"
+
+
+def test_wait_redraws_a_table_where_it_fits_the_terminal(waited, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("LINES", "50")
+    first, *others = waited()
+    assert first.startswith("run ") and "one " in first
+    above = first
+    for text in others:
+        assert text.startswith(f"\x1b[{above.count(chr(10)) + 1}A\x1b[Jrun ")
+        above = text
+    assert "2 finished, 1 failed, 1 blocked" in others[-1] and "30/30" in others[-1]
+    monkeypatch.setenv("LINES", "8")
+    assert waited()[-1] == "\n4 finished"
