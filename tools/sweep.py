@@ -87,7 +87,11 @@ def _start(argv: list[str]) -> None:
     from region_pretrain.sweeps.report import results_text, write_sweep_report
 
     folder = os.path.abspath(sweep.output_dir)
-    status.wait(folder)
+    try:
+        status.wait(folder)
+    except KeyboardInterrupt:
+        print(f"\nthe sweep continues; to stop it: python tools/sweep.py cancel {sweep.output_dir}")
+        sys.exit(130)
     print(f"\n{results_text(folder)}\n")
     print(*write_sweep_report(folder), sep="\n")
     sys.exit(0 if status.all_finished(folder) else 1)

@@ -140,7 +140,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
     cfg = load_file(path)
     if not isinstance(cfg.get("sweep"), DictConfig):
         raise UserError(f"{path} is not a sweep file: it must define a dict called sweep")
-    # Untyped, so that overrides behave as in any config; all defaults can be overridden.
+    # The overrides apply to the plain values and all defaults, as in any config.
     given = _typed(OmegaConf.to_container(cfg.sweep, resolve=True))
     plain = OmegaConf.create({"sweep": OmegaConf.to_container(given)})
     values = OmegaConf.to_container(apply_overrides(plain, overrides), resolve=True)["sweep"]

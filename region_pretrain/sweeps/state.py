@@ -196,8 +196,8 @@ def progress(run: Run) -> Progress | None:
     """The progress of a training in iterations, or of region generation in images.
 
     Returns:
-        None if the run has not written any, as before its first step. The shards of a region store
-        are summed; its progress files are gone once it is finished.
+        None if the run has written none yet. For a region store, the sum over its shards, and None
+        once it is finished.
     """
     if run.kind != REGIONS:
         return read_progress(os.path.join(run.folder, "progress.json"))
@@ -214,9 +214,9 @@ def progress(run: Run) -> Progress | None:
 
 
 def attempts(run: Run) -> list[dict[str, Any]]:
-    """All attempts of a run (see :func:`read_attempts`), those of its shards included.
+    """All attempts of a run (see :func:`read_attempts`), including those of its shards.
 
-    An attempt that has written the product but not yet recorded its end ended with the product.
+    A finished run's attempt that has not recorded its end yet gets the time of the product.
     """
     folders = [run.folder, *sorted(glob(os.path.join(escape(run.folder), "shard*")))]
     found = [attempt for folder in folders for attempt in read_attempts(folder)]

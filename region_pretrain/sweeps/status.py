@@ -19,10 +19,10 @@ from region_pretrain.sweeps.state import SweepFile
 
 HEADER = ["run", "state", "progress", "ETA", "last", "attempts", "job"]
 
-#: Seconds between two looks at the runs. A look at SLURM's queue loads its controller.
+#: Seconds between two checks of the runs; each check of SLURM's queue loads its controller.
 _POLL_LOCAL, _POLL_SLURM = 1.0, 5.0
 
-_print = functools.partial(print, flush=True)  # into a pipe, too
+_print = functools.partial(print, flush=True)  # a pipe would buffer the lines
 
 
 def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
@@ -93,7 +93,7 @@ def status_text(folder: str) -> tuple[str, bool]:
 
 def _look(sweep: SweepFile, folder: str) -> tuple[dict[str, str], bool]:
     """Run id -> state, and whether the sweep is still running."""
-    # In this order: a process that ends after the last run must not look as if it was killed.
+    # In this order: a coordinator that has just ended normally must not look killed.
     alone = sweep.cluster.kind == "local" and local.coordinator_pid(folder) is None
     now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
     return now, not alone and any(word not in state.ENDED for word in now.values())
@@ -121,7 +121,7 @@ def all_finished(folder: str) -> bool:
 
 
 def wait(folder: str, say: Callable[[str], None] = _print, every: float = 5.0) -> None:
-    """Follow a sweep until it ends: a live table on a terminal that it fits in, otherwise lines.
+    """Follow a sweep until it ends: as a live table if it fits the terminal, otherwise in lines.
 
     Args:
         folder: the sweep's folder.
@@ -137,8 +137,8 @@ def wait(folder: str, say: Callable[[str], None] = _print, every: float = 5.0) -
 
 
 def _table(folder: str, say: Callable[[str], None]) -> Iterator[bool]:
-    """Redraws the table at each step; yields whether the sweep is still running."""
-    lines, shown, going = 0, "", True
+    """Redraw the table at each step; yield whether the sweep is still running."""
+    lines, shown = 0, ""
     while True:
         text, going = status_text(folder)
         if text != shown:
@@ -148,7 +148,7 @@ def _table(folder: str, say: Callable[[str], None]) -> Iterator[bool]:
 
 
 def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bool]:
-    """Prints what changed at each step; yields whether the sweep is still running."""
+    """Print what changed at each step; yield whether the sweep is still running."""
     sweep = state.read_sweep(folder)
     runs = sweep.plan.runs.values()
     before = {r.id: state.FINISHED if state.is_finished(r) else state.WAITING for r in runs}
@@ -164,7 +164,7 @@ def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bo
         if time.monotonic() >= due:
             order = list(printed)
             running = [run for run in runs if now[run.id] == state.RUNNING]
-            # One line, of the run that has waited longest, however many are running.
+            # A single line, however many runs there are: that of the run shown least recently.
             for run in sorted(running, key=lambda r: order.index(r.id) if r.id in order else -1):
                 if (line := progress_line(run)) and line != printed.get(run.id):
                     say(f"{count} {line}")
@@ -178,7 +178,7 @@ def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bo
 
 
 def _event(sweep: SweepFile, now: dict[str, str], run: Run) -> str:
-    """What to say about a run whose state has changed."""
+    """The text for a run whose state has changed; empty if it is not worth a line."""
     if now[run.id] == state.FAILED:
         return _failure(sweep, now, run)
     words = {state.RUNNING: "started", state.FINISHED: "finished", state.CANCELLED: "cancelled"}

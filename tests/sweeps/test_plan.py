@@ -64,7 +64,7 @@ def test_what_depends_on_what(plan):
     first, second = entries(plan, PRETRAIN)
     assert first.parents == second.parents == (regions.id,)
     assert overrides(first)["dataloader.train.dataset.regions"] == regions.product
-    assert overrides(first)["train.max_iter"] == "10"  # 320 images / 32 a batch
+    assert overrides(first)["train.max_iter"] == "10"  # 320 images / 32 images/iter
     trials = entries(plan, TRIAL, init="soco")
     assert [overrides(t)["optimizer.lr"] for t in trials] == ["0.05", "0.1"]
     for trial in trials:
@@ -83,7 +83,7 @@ def test_what_depends_on_what(plan):
         assert "train.init_checkpoint" not in overrides(run)
     order = list(plan.runs)
     assert all(order.index(p) < order.index(r.id) for r in plan.runs.values() for p in r.parents)
-    # regions, 2 pre-trainings, and for each of 2 starts 2 trials, a choice, 2 seeds
+    # regions, 2 pre-trainings; for each of 2 initialisations: 2 trials, a choice, 2 seeds
     assert len(plan.runs) == 1 + 2 + 2 * 5
     assert len({run.folder for run in plan.runs.values()}) == len(plan.runs)
 
