@@ -175,7 +175,7 @@ def test_another_number_of_processes_is_refused_unless_allowed(tmp_path, caplog)
 
 def test_another_model_is_refused(tmp_path):
     make(tmp_path).save("model_0000001", iteration=1)
-    with pytest.raises(UserError, match="is of another model.*backbone.0.weight"):
+    with pytest.raises(UserError, match="belongs to another model.*backbone.0.weight"):
         make(tmp_path, width=7).resume()
 
 
