@@ -69,7 +69,7 @@ def test_new_keys_need_a_plus():
         ("--resume", r"'--resume' is not of the form"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_hint(override, message):
+def test_invalid_overrides_are_refused_with_a_hint(override, message):
     cfg = make_config()
     with pytest.raises(UserError, match=message):
         apply_overrides(cfg, [override])
@@ -81,11 +81,11 @@ def test_a_group_may_be_replaced_by_a_group_or_null():
     assert cfg.train.amp.enabled is True and cfg.dataloader.test is None
 
 
-def test_files(tmp_path):
+def test_a_file_is_loaded_completed_and_overridden(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("train = dict(max_iter=1)\n")
     cfg = load_config(str(path), ["train.max_iter=2", "train.amp.enabled=true"])
-    assert (cfg.train.max_iter, cfg.train.amp.enabled) == (2, True)  # also what it left to defaults
+    assert (cfg.train.max_iter, cfg.train.amp.enabled) == (2, True)  # the file lacks amp
     with pytest.raises(UserError, match="no config file .*absent.py"):
         load_config(str(tmp_path / "absent.py"))
     with pytest.raises(UserError, match="--config-file"):
@@ -102,7 +102,7 @@ def test_dotted_keys_lists_groups_and_leaves():
     ]
 
 
-def test_defaults_fill_up_what_a_config_leaves_out():
+def test_missing_keys_take_their_defaults():
     cfg = complete_train(OmegaConf.create({"train": {"max_iter": 5, "amp": {"enabled": True}}}))
     assert cfg.train.max_iter == 5
     assert cfg.train.amp == {"enabled": True, "dtype": "bfloat16"}
@@ -149,7 +149,7 @@ def test_changed_keys_compares_leaves():
     }
 
 
-def test_a_class_and_its_saved_name_are_no_change(tmp_path):
+def test_a_class_and_its_saved_name_are_equal(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(make_config()))
     assert changed_keys(load_file(str(path)), make_config()) == {}

@@ -27,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.heard: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._flag: torch.Tensor | None = None
         self._work: dist.Work | None = None
@@ -44,25 +44,25 @@ class StopRequest:
         numbers = [signal.SIGUSR2]
         if "SUBMITIT_EXECUTOR" in os.environ:
             numbers.append(signal.SIGTERM)
-        usual = {number: signal.signal(number, self._hear) for number in numbers}
+        usual = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: object) -> None:
-        self.heard = signal.Signals(number)
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number)
 
     def agreed(self) -> bool:
         """Whether all ranks must stop now. Every rank calls this once after each step."""
         if self._group is None:
-            return self.heard is not None
+            return self.received is not None
         agreed = False
         if self._work is not None:
             self._work.wait()
             agreed = bool(self._flag.item())
-        self._flag = torch.tensor([int(self.heard is not None)])
+        self._flag = torch.tensor([int(self.received is not None)])
         self._work = dist.all_reduce(
             self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
         )

@@ -147,7 +147,7 @@ class Trainer(TrainerBase):
         self.log_period = log_period
         self.last_checkpoint = last_checkpoint
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
-        self._pretrained = self.module if isinstance(self.module, PretrainingModel) else None
+        self._method = self.module if isinstance(self.module, PretrainingModel) else None
         self.scaler = None
         if amp_dtype == torch.float16 and self.device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
@@ -182,14 +182,14 @@ class Trainer(TrainerBase):
             batch = batch.to(self.device, non_blocking=True)
         self._data_seconds += time.perf_counter() - started
 
-        if self._pretrained is not None:
-            self._pretrained.before_step(self.iter, self.max_iter)
+        if self._method is not None:
+            self._method.before_step(self.iter, self.max_iter)
         scalars = StepScalars(self.storage)
         losses = self._forward_backward(batch, scalars)
         self.after_backward()
         self._optimizer_step(scalars)
-        if self._pretrained is not None:
-            self._pretrained.after_step(self.iter, self.max_iter)
+        if self._method is not None:
+            self._method.after_step(self.iter, self.max_iter)
 
         names = list(losses)
         self._unchecked.append((self.iter, names, torch.stack([losses[n].float() for n in names])))

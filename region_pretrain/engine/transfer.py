@@ -107,7 +107,7 @@ def module_of(name: str) -> str:
     return parts[0]
 
 
-def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -> TransferReport:
+def load_pretrained(model: nn.Module, path: str) -> TransferReport:
     """Load a checkpoint into a detector, and check that it fits.
 
     :class:`detectron2.checkpoint.DetectionCheckpointer` does the loading: model-zoo ``.pkl`` files,
@@ -118,7 +118,6 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
         model: the detector, not wrapped in DDP; filled in place. Of a pre-training model only the
             ``detector_modules`` are filled.
         path: checkpoint file or URL.
-        allow_empty: accept a checkpoint that shares no tensor with the model.
 
     Returns:
         What was loaded; its summary has been logged.
@@ -141,7 +140,7 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
         raise UserError(f"cannot read the checkpoint {path}: {_why(error)}") from error
     report = checkpointer.report
     report.path = path
-    _check(report, checkpointer.keys, allow_empty)
+    _check(report, checkpointer.keys)
     logger.info(report.summary())
     return report
 
@@ -153,7 +152,7 @@ def _detector_part(model: nn.Module) -> nn.Module:
         return model
     part = nn.Module()
     for name in model.detector_modules:
-        part.add_module(name, getattr(model, name))
+        part.add_module(name, model.get_submodule(name))
     return part
 
 
@@ -254,7 +253,7 @@ def _count(
     return report
 
 
-def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
+def _check(report: TransferReport, keys: list[str]) -> None:
     wrong = [m for m in report.mismatched if not any(layer in m[0] for layer in CLASS_LAYERS)]
     if wrong:
         shown = "; ".join(
@@ -267,7 +266,7 @@ def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
         )
     for name, theirs, ours in report.mismatched:
         logger.warning("%s is not loaded: %s in the checkpoint, %s here", name, theirs, ours)
-    if not report.matched and not allow_empty:
+    if not report.matched:
         here = report.missing[:_EXAMPLES]
         raise UserError(
             f"no tensor of {report.path} fits the detector. The file has names such as "

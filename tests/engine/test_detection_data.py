@@ -23,7 +23,7 @@ def flat(batches):
     return [[(d["image_id"], d["x"].tolist()) for d in batch] for batch in batches]
 
 
-def test_batches_hold_what_detectron2_loads():
+def test_batches_contain_what_detectron2_loads():
     loader = build_detection_train_loader(
         records(), mapper=lambda d: d, sampler=TrainingSampler(10, seed=3), total_batch_size=4
     )
@@ -112,7 +112,7 @@ def test_a_sampler_of_the_config_is_used():
     sampler = L(RepeatFactorTrainingSampler)(repeat_factors=torch.ones(10) * 2, seed=1)
     data = detection_training_data(lazy(sampler=sampler, aspect_ratio_grouping=False), seed=3)
     ids = [d["image_id"] for batch in data.iterate(0, 5) for d in batch]
-    assert sorted(ids) == sorted(list(range(10)) * 2)  # an epoch holds each image twice
+    assert sorted(ids) == sorted(list(range(10)) * 2)  # an epoch contains each image twice
 
 
 def test_other_loaders_are_taken_as_they_are(caplog):

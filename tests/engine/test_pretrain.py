@@ -100,7 +100,7 @@ def test_unscaled_learning_rate_and_max_iter(tmp_path):
     assert lrs[2:4] == pytest.approx([warm, cosine], rel=1e-6)
 
 
-def test_output_holds_what_it_should(tmp_path):
+def test_the_output_folder_contains_what_is_documented(tmp_path):
     do_pretrain(make_config(tmp_path))
     names = sorted(os.listdir(tmp_path))
     assert [n for n in names if not n.startswith("events.")] == [

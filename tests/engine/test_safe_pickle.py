@@ -1,4 +1,4 @@
-"""What a pickled checkpoint may hold."""
+"""What a pickled checkpoint may contain."""
 
 import pickle
 import sys
