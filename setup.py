@@ -71,6 +71,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["region_pretrain", "region_pretrain.*"]) + list(PROJECTS),
     package_dir=PROJECTS,
+    package_data={"region_pretrain": ["py.typed"]},
     python_requires=">=3.10",
     # Detectron2 itself is on no index under its own name: tools/install_detectron2.py brings it.
     # What it imports is listed here with our own needs, so that one `pip install` serves both.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,13 +22,13 @@ from region_pretrain.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 
-#: The ``configs/`` folder: of the checkout, or the copy that an installed wheel carries.
+#: The ``configs/`` folder of the checkout, or its copy in an installed wheel.
 CONFIG_ROOT = next(
     (p for p in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (p / "detection").is_dir()),
     _PACKAGE.parent / "configs",
 )
 
-#: Keys that hold a number and are null by default.
+#: Keys of numbers that are null by default, so that their type cannot be read from the value.
 _NUMBERS = ("train.epochs", "train.max_iter", "train.base_batch_size", "train.seed")
 
 
@@ -37,42 +39,43 @@ def get_config(name: str) -> DictConfig:
         name: path relative to ``configs/``, e.g. ``"detection/mask_rcnn_r50_fpn_4conv1fc.py"``.
 
     Returns:
-        A fresh config that the caller may change.
+        A new config that the caller may change.
 
     Raises:
-        UserError: there is no such config; the message lists those that are in its folder.
+        UserError: there is no such config; the message lists the configs of that folder.
     """
     path = CONFIG_ROOT / name
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"no config {name!r} in {CONFIG_ROOT}; its folder has {near}")
+        raise UserError(f"no config {name!r} in {CONFIG_ROOT}; its folder contains {near}")
     return LazyConfig.load(str(path))
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Load a LazyConfig file, complete its ``train`` and apply command-line overrides.
+    """Load a LazyConfig file, complete it and apply command-line overrides.
 
     Args:
         path: a ``.py`` config, or the ``config.yaml`` of a run.
         overrides: see :func:`apply_overrides`.
 
     Returns:
-        The config; every key of ``configs/common/train.py`` is there and can be overridden.
+        The config. ``train`` has every key of ``configs/common/train.py``, so that each can be
+        overridden.
 
     Raises:
-        UserError: there is no such file, or an override does not fit.
+        UserError: there is no such file, it cannot be loaded, or an override is invalid.
     """
     return apply_overrides(complete_train(load_file(path)), overrides)
 
 
 def load_file(path: str) -> DictConfig:
-    """Load a lazy-config file as it is.
+    """Load a LazyConfig file without completing it.
 
     Raises:
-        UserError: there is no such file, or it is none that can be loaded.
+        UserError: there is no such file, or it cannot be loaded.
     """
     if not path:
-        raise UserError("say which config: --config-file PATH")
+        raise UserError("no config given: use --config-file PATH")
     if not PathManager.isfile(path):
         raise UserError(f"no config file {path}")
     try:
@@ -84,9 +87,11 @@ def load_file(path: str) -> DictConfig:
 
 
 def complete_train(cfg: DictConfig) -> DictConfig:
-    """Fill ``cfg.train`` up with the defaults of ``configs/common/train.py``.
+    """Add the defaults of ``configs/common/train.py`` to ``cfg.train``.
 
-    Detectron2's own configs have fewer keys; its ``checkpointer.max_to_keep`` means ``keep_last``.
+    :func:`load_config` has done this for every config that comes from a file, and a complete config
+    is returned unchanged. Detectron2's own configs have fewer keys; their
+    ``checkpointer.max_to_keep`` becomes ``keep_last``.
 
     Args:
         cfg: changed in place.
@@ -94,8 +99,10 @@ def complete_train(cfg: DictConfig) -> DictConfig:
     Returns:
         ``cfg``.
     """
-    given = cfg.get("train", {})
-    train = OmegaConf.merge(get_config("common/train.py").train, given)
+    given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
+    if _keys(defaults) <= _keys(given):
+        return cfg
+    train = OmegaConf.merge(defaults, given)
     kept = train.checkpointer.pop("max_to_keep", None)
     if kept is not None and "keep_last" not in given.checkpointer:
         train.checkpointer.keep_last = kept
@@ -103,20 +110,29 @@ def complete_train(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
+@functools.cache
+def _train_defaults() -> DictConfig:
+    return get_config("common/train.py").train
+
+
+def _keys(cfg: DictConfig) -> set[str]:
+    return set(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
+
+
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """``LazyConfig.apply_overrides``, but a mistyped key is an error and not a new key.
+    """``LazyConfig.apply_overrides``, except that a mistyped key is an error, not a new key.
 
     Args:
         cfg: changed in place.
-        overrides: ``dotted.key=value`` for a key that exists, ``+dotted.key=value`` for a new one;
-            values in Hydra's grammar.
+        overrides: ``dotted.key=value`` for an existing key, ``+dotted.key=value`` for a new one;
+            values follow Hydra's grammar.
 
     Returns:
         ``cfg``.
 
     Raises:
-        UserError: an unknown key (with the nearest known ones), a value in place of a whole group,
-            or wrong syntax.
+        UserError: an unknown key (the message names the nearest known ones), a single value for a
+            group of keys, or invalid syntax.
     """
     for text in overrides:
         try:
@@ -124,8 +140,8 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         except HydraException as error:
             reason = str(error).splitlines()[0].split("Exception: ")[-1]
             raise UserError(
-                f"override {text!r} is not of the form key=value (quote strings with special "
-                f"characters): {reason}"
+                f"override {text!r} is not of the form key=value (quote strings that contain "
+                f"special characters): {reason}"
             ) from None
         key, value = override.key_or_group, override.value()
         if override.is_sweep_override():
@@ -153,7 +169,7 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
     number = isinstance(node, int | float) and not isinstance(node, bool) or key in _NUMBERS
     if number and isinstance(value, str) and not value.startswith("${"):
         raise UserError(f"{key}={value}: must be a number")
-    # A value that a config computes lazily, such as a data set's name, may be given outright.
+    # A value that the config computes lazily, such as a data set's name, may be replaced by text.
     computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
     scalar = isinstance(value, int | float) or isinstance(value, str) and not computed
     if isinstance(node, DictConfig) and scalar:
@@ -170,7 +186,7 @@ def _hint(cfg: DictConfig, key: str) -> str:
 
 
 def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of nested dicts and lists in dotted form, groups as well."""
+    """Every key of nested dicts and lists in dotted form, including the keys of groups."""
     if isinstance(node, dict):
         items = node.items()
     elif isinstance(node, list):
@@ -182,11 +198,11 @@ def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
         yield from dotted_keys(child, f"{prefix}{key}.")
 
 
-def config_text(cfg: DictConfig) -> str:
+def to_yaml(cfg: DictConfig) -> str:
     """A config as ``LazyConfig.save`` writes it.
 
     Raises:
-        UserError: it holds an object that YAML cannot, such as a lambda.
+        UserError: the config contains an object that YAML cannot represent, such as a lambda.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "config.yaml")
@@ -194,33 +210,23 @@ def config_text(cfg: DictConfig) -> str:
         if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
             raise UserError(
                 "the config cannot be saved as YAML (see the log above): "
-                "use importable functions and classes in it, no lambdas"
+                "use importable functions and classes instead of lambdas"
             )
         with open(path, encoding="utf-8") as f:
             return f.read()
 
 
-def load_text(text: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "config.yaml")
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(text)
-        return load_saved(path)
-
-
-def load_saved(path: str) -> dict[str, Any]:
-    try:
-        return OmegaConf.to_container(LazyConfig.load(path), resolve=False)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """Compare nested dicts and lists.
+def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, tuple[str, str]]:
+    """Compare two configs in their saved form, in which a class is its importable name.
 
     Returns:
-        Dotted key of each leaf that differs -> (old, new) as text; ``(absent)`` on one side only.
+        Dotted key of each leaf that differs -> (old, new) as text. A leaf that one of them lacks is
+        ``(absent)`` there.
     """
+    return _differences(yaml.unsafe_load(to_yaml(old)), yaml.unsafe_load(to_yaml(new)))
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, str]]:
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = {k: (old.get(k, _ABSENT), new.get(k, _ABSENT)) for k in [*old, *new]}
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
@@ -229,7 +235,7 @@ def changed_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, s
         return {} if repr(old) == repr(new) else {prefix: (repr(old), repr(new))}
     changed = {}
     for key, (a, b) in pairs.items():
-        changed |= changed_keys(a, b, f"{prefix}.{key}" if prefix else str(key))
+        changed |= _differences(a, b, f"{prefix}.{key}" if prefix else str(key))
     return changed
 
 

@@ -1,4 +1,4 @@
-"""Base classes whose subclasses cannot misspell what the library calls."""
+"""Base classes that refuse subclasses with misspelt methods."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import inspect
 class Contract:
     """A base class that checks each subclass when it is defined.
 
-    Every public method of a direct subclass of ``Contract`` is a hook: the library calls it by that
-    name. A further subclass may override hooks and add methods of its own, but a method whose name
-    is almost that of a hook, or a hook that does not take the hook's arguments, is refused: without
-    this check it would never be called, or only fail hours into a run.
+    Every public method of a direct subclass of ``Contract`` is a hook, which the library calls by
+    name. Subclasses of that class may override hooks and add methods. A method whose name is almost
+    that of a hook, or an override that does not take the hook's arguments, is refused: without this
+    check it would never be called, or would fail hours into a run.
 
     Raises:
-        TypeError: when the subclass is defined, naming the method and the hook.
+        TypeError: when the subclass is defined; the message names the method and the hook.
     """
 
     _hooks: dict[str, inspect.Signature] = {}
@@ -36,7 +36,7 @@ class Contract:
             elif near := difflib.get_close_matches(name, cls._hooks, n=1, cutoff=0.85):
                 raise TypeError(
                     f"{cls.__qualname__}.{name} is never called: if it is meant to be {near[0]}, "
-                    "spell it so; otherwise give it a name that is less like it"
+                    "rename it; otherwise choose a name that is less similar"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and how a command line ends on it."""
+"""The exceptions that end a run, and the exit codes that command-line tools return for them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, key or value at fault and how to mend it."""
+    """Bad input. The message names the file, key or value at fault and how to fix it."""
 
 
-#: Exit code of a run that was told to stop and has saved where it is (``EX_TEMPFAIL``).
+#: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).
 STOPPED = 75
 
 
 class Stopped(SystemExit):
-    """A run was told to stop and has saved where it is; ends the process with :data:`STOPPED`."""
+    """A run stopped on request after saving its state; the process exits with :data:`STOPPED`."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
@@ -27,7 +27,7 @@ class NonFiniteLoss(UserError, FloatingPointError):
 
 
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Decorate a command line's ``main``: a :class:`UserError` ends it with one line and code 2."""
+    """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):

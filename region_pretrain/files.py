@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever happens while they are written."""
+"""Files that are either complete or absent, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ _PART = ".part"
 
 
 def is_local(path: str) -> bool:
-    """Whether a path is on a file system of this machine (and not behind a PathManager prefix)."""
+    """Whether a path is on a mounted file system, as opposed to a PathManager URL."""
     return "://" not in path
 
 
 def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file under a temporary name, flush it to the disk, then rename it.
+    """Write a file under a temporary name, flush it to disk, then rename it.
 
-    Where PathManager's handler is not a local file system the file is written in place.
+    A PathManager URL is written in place.
 
     Args:
-        path: the file; an older one is replaced.
+        path: the file; an existing one is replaced.
         write: called with the open binary file.
 
     Raises:
-        OSError: the file could not be written; the temporary file is gone, an older file is intact.
+        OSError: the file could not be written. The temporary file has been removed, and an existing
+            file is unchanged.
     """
     if not is_local(path):
         from detectron2.utils.file_io import PathManager  # imports PyTorch, which takes seconds
@@ -60,14 +61,14 @@ def write_text_atomic(path: str, text: str) -> None:
 
 
 def remove_parts(folder: str) -> None:
-    """Remove what killed writers left in a folder of a run that no other process writes to."""
+    """Remove what killed writers left in a folder that no other process is writing to."""
     if is_local(folder):
         for part in glob.glob(os.path.join(glob.escape(folder), f"*{_PART}-*")):
             os.remove(part)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that no space is left."""
+    """Whether an error, or one that it was raised from, means that the disk or quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -76,5 +77,5 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def free_bytes(folder: str) -> int | None:
-    """Free space of a local folder's file system in bytes; None where that is not known."""
+    """Free bytes on the file system of a local folder; None if unknown."""
     return shutil.disk_usage(folder).free if is_local(folder) and os.path.isdir(folder) else None

@@ -1,4 +1,4 @@
-"""The numbers that a run leaves in its folder: ``metrics.json`` and ``results.json``."""
+"""The metrics and results in a run's output folder: ``metrics.json`` and ``results.json``."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Results = dict[str, dict[str, float | None]]
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.json``, by ascending iteration.
+    """Read a run's ``metrics.json``.
 
-    Lines of the same iteration (training and evaluation log separately) are merged. A last line
-    that a killed run left unfinished is skipped.
+    Lines of the same iteration (training and evaluation log separately) are merged. An incomplete
+    last line, left by a killed run, is skipped.
 
     Args:
         path: the file, or the run's output folder.
 
     Returns:
-        One dict per iteration, each with ``iteration``.
+        One dict per logged iteration, with key ``iteration``, in ascending order.
 
     Raises:
-        UserError: there is no such file, or no metric in it.
+        UserError: there is no such file, or it has no metrics.
     """
     if not path.endswith(".json"):
         path = os.path.join(path, "metrics.json")
     if not PathManager.isfile(path):
-        raise UserError(f"there is no {path}: give a run's output folder or its metrics.json")
+        raise UserError(f"there is no {path}: expected a run's output folder or its metrics.json")
     rows: dict[int, dict[str, Any]] = {}
     with PathManager.open(path, "r") as f:
         for line in f:
@@ -48,7 +48,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
 
 
 def newest_metrics(path: str) -> dict[str, float]:
-    """The newest value of every metric of a run; empty where it has logged none.
+    """The newest value of every metric of a run; empty if the run has logged none.
 
     Args:
         path: as for :func:`read_metrics`.
@@ -61,14 +61,14 @@ def newest_metrics(path: str) -> dict[str, float]:
 
 
 def read_results(path: str) -> Results:
-    """The final metrics of a fine-tuning.
+    """Read the final metrics of a fine-tuning run.
 
     Args:
         path: a ``results.json``, or the run's output folder.
 
     Returns:
-        Task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent. A task in which the
-        detector found nothing at all is missing.
+        Task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent. A task without a
+        single detection is missing.
 
     Raises:
         FileNotFoundError: the run is not finished.

@@ -1,4 +1,4 @@
-"""How far a run is: one small file that it keeps up to date, and that anybody may read.
+"""How far a run is: a small file that the run keeps up to date for anybody to read.
 
 Nothing here imports PyTorch.
 """
@@ -6,11 +6,13 @@ Nothing here imports PyTorch.
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 
 from region_pretrain.files import write_text_atomic
+
+#: Name of the file in a run's output folder.
+PROGRESS_FILE = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        done: iterations, or images, that are finished.
-        total: of the whole run.
-        seconds_left: the run's own estimate; None while there is none.
-        updated: Unix time of this note.
+        done: finished iterations or images.
+        total: iterations or images of the complete run.
+        seconds_left: the run's own estimate; None until it has one.
+        updated: Unix time at which this was written.
     """
 
     done: int
@@ -31,13 +33,14 @@ class Progress:
 
 
 def write_progress(path: str, progress: Progress) -> None:
-    """Replace the file; a reader sees the old one or the whole new one."""
+    """Replace the file atomically: a reader sees either the old or the new content."""
     write_text_atomic(path, json.dumps(asdict(progress)) + "\n")
 
 
 def read_progress(path: str) -> Progress | None:
-    """What the run last wrote; None where there is no such file yet."""
-    if not os.path.isfile(path):
+    """Read what the run wrote last; None if there is no such file yet."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return Progress(**json.load(file))
+    except FileNotFoundError:
         return None
-    with open(path, encoding="utf-8") as file:
-        return Progress(**json.load(file))

@@ -1,9 +1,20 @@
 import pytest
 from detectron2.config import LazyCall as L
+from detectron2.model_zoo import get_config as get_detectron2_config
 from omegaconf import OmegaConf
 from torch import nn
 
-from region_pretrain.config import apply_overrides, dotted_keys, load_config
+from region_pretrain.config import (
+    CONFIG_ROOT,
+    apply_overrides,
+    changed_keys,
+    complete_train,
+    dotted_keys,
+    get_config,
+    load_config,
+    load_file,
+    to_yaml,
+)
 from region_pretrain.errors import UserError
 
 
@@ -58,7 +69,7 @@ def test_new_keys_need_a_plus():
         ("--resume", r"'--resume' is not of the form"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_a_hint(override, message):
+def test_invalid_overrides_are_refused_with_a_hint(override, message):
     cfg = make_config()
     with pytest.raises(UserError, match=message):
         apply_overrides(cfg, [override])
@@ -70,11 +81,11 @@ def test_a_group_may_be_replaced_by_a_group_or_null():
     assert cfg.train.amp.enabled is True and cfg.dataloader.test is None
 
 
-def test_files(tmp_path):
+def test_a_file_is_loaded_completed_and_overridden(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("train = dict(max_iter=1)\n")
     cfg = load_config(str(path), ["train.max_iter=2", "train.amp.enabled=true"])
-    assert (cfg.train.max_iter, cfg.train.amp.enabled) == (2, True)  # also what it left to defaults
+    assert (cfg.train.max_iter, cfg.train.amp.enabled) == (2, True)  # the file lacks amp
     with pytest.raises(UserError, match="no config file .*absent.py"):
         load_config(str(tmp_path / "absent.py"))
     with pytest.raises(UserError, match="--config-file"):
@@ -89,3 +100,63 @@ def test_dotted_keys_lists_groups_and_leaves():
         "a.b.1",
         "a.b.1.c",
     ]
+
+
+def test_missing_keys_take_their_defaults():
+    cfg = complete_train(OmegaConf.create({"train": {"max_iter": 5, "amp": {"enabled": True}}}))
+    assert cfg.train.max_iter == 5
+    assert cfg.train.amp == {"enabled": True, "dtype": "bfloat16"}
+    defaults = get_config("common/train.py").train
+    assert cfg.train.keys() == defaults.keys()
+    assert cfg.train.checkpointer == defaults.checkpointer
+    train = cfg.train
+    assert complete_train(cfg).train is train  # nothing left to do
+
+
+def test_detectron2s_own_train_config_is_understood():
+    cfg = OmegaConf.create({"train": get_detectron2_config("common/train.py").train})
+    complete_train(cfg)
+    assert cfg.train.checkpointer == {
+        **get_config("common/train.py").train.checkpointer,
+        "period": 5000,
+        "keep_last": 100,
+    }
+    assert cfg.train.max_iter == 90000
+
+
+def test_every_key_of_the_shipped_train_config_has_a_comment():
+    lines = (CONFIG_ROOT / "common/train.py").read_text().splitlines()
+    for key in get_config("common/train.py").train:
+        (n,) = [n for n, line in enumerate(lines) if line.startswith(f"    {key}=")]
+        assert lines[n - 1].strip().startswith("#"), key
+
+
+def test_a_config_that_cannot_be_saved_is_refused():
+    cfg = make_config()
+    cfg.model.bias = lambda: 0
+    with pytest.raises(UserError, match="instead of lambdas"):
+        to_yaml(cfg)
+
+
+def test_changed_keys_compares_leaves():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": [{"e": 1}], "gone": 0}
+    new = {"a": {"b": 2, "c": [1, 2, 3]}, "d": [{"e": 1}], "new": None}
+    assert changed_keys(OmegaConf.create(old), OmegaConf.create(new)) == {
+        "a.b": ("1", "2"),
+        "a.c": ("[1, 2]", "[1, 2, 3]"),
+        "gone": ("0", "(absent)"),
+        "new": ("(absent)", "None"),
+    }
+
+
+def test_a_class_and_its_saved_name_are_equal(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(make_config()))
+    assert changed_keys(load_file(str(path)), make_config()) == {}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: {max_iter: 3")
+    with pytest.raises(UserError, match="config.yaml cannot be loaded: ParserError"):
+        load_file(str(path))

@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_older_file_and_no_part(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_the_name_appears_only_when_the_content_is_whole(tmp_path):
+def test_the_name_appears_only_when_the_content_is_complete(tmp_path):
     path = tmp_path / "a.bin"
     seen = []
     write_atomic(str(path), lambda f: (f.write(b"x"), seen.append(path.exists())))
@@ -47,7 +47,7 @@ def test_parts_of_killed_writers_are_removed_and_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["m.part", "m.pth", "partner1"]
 
 
-def test_disk_full_is_found_behind_other_errors():
+def test_a_full_disk_is_recognised_through_other_errors():
     try:
         try:
             raise OSError(errno.EDQUOT, "Quota exceeded")

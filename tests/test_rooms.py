@@ -1,4 +1,4 @@
-"""The library's rooms: each imports only those before it, and none knows a method by name."""
+"""The library's rooms: each imports only earlier ones, and none names a method."""
 
 import ast
 import re
@@ -10,17 +10,17 @@ import region_pretrain
 
 PACKAGE = Path(region_pretrain.__file__).parent
 
-#: Rooms and single files, in order. Everything may import ``region_pretrain`` itself.
+#: Rooms and single files, in order. All of them may import ``region_pretrain`` itself.
 ORDER = (
-    "contract errors files progress metrics config images regions data modeling solver engine "
-    "evaluation reporting jobs sweeps benchmark projects"
+    "contract errors warnings files progress metrics config images regions data modeling solver "
+    "engine evaluation reporting jobs sweeps benchmark projects"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """The library's modules that a file imports, anywhere in it."""
+    """The library's modules that a file imports, at any place in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("region_pretrain"):
@@ -51,7 +51,7 @@ def test_a_room_imports_only_those_before_it(path):
             assert ORDER.index(theirs) <= ORDER.index(mine), f"{mine} imports {module}"
 
 
-def test_there_is_no_circle_between_modules():
+def test_modules_do_not_import_each_other_in_a_circle():
     modules = {
         ".".join(("region_pretrain", *p.relative_to(PACKAGE).with_suffix("").parts)): imported(p)
         for p in FILES
@@ -62,10 +62,10 @@ def test_there_is_no_circle_between_modules():
             del graph[leaf]
         for needs in graph.values():
             needs.difference_update(leaves)
-    assert not graph, f"a circle among {sorted(graph)}"
+    assert not graph, f"circular imports among {sorted(graph)}"
 
 
-def test_the_library_knows_no_method_by_name():
+def test_the_library_names_no_method():
     names = re.compile(r"\b(soco|ccop|mcl|plrc|moco|byol)\b.*(==|\bin\b)|import.*projects\.\w")
     for path in FILES:
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -15,10 +15,11 @@ import contextlib
 import json
 import platform
 import tempfile
-import warnings
 from dataclasses import asdict
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 import torch  # noqa: E402
 

@@ -6,9 +6,10 @@ tools/benchmark_regions.py --dataset coco_2017_val --count 100 soco-v1 soco-v1+w
 """
 
 import argparse
-import warnings
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 from tabulate import tabulate  # noqa: E402
 

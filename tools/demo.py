@@ -8,9 +8,10 @@ pre-trained weights; then a table, results.json and report.html.
 """
 
 import argparse
-import warnings
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, while they are imported
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 from region_pretrain.errors import exit_on_user_error  # noqa: E402
 from region_pretrain.sweeps.demo import (  # noqa: E402

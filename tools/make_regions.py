@@ -15,6 +15,10 @@ import argparse
 import logging
 import re
 
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
+
 from detectron2.config import instantiate
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets

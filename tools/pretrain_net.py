@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Pre-train a detector on images without labels."""
+"""Pre-train a detector on unlabelled images."""
+
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 from region_pretrain.engine.command_line import argument_parser, launch_with_config
 from region_pretrain.engine.pretrain import do_pretrain
@@ -13,7 +17,7 @@ def main() -> None:
     add_slurm_arguments(parser)
     args = parser.parse_intermixed_args()
     if args.eval_only:
-        raise UserError("--eval-only is for tools/train_net.py; pre-training has no results")
+        raise UserError("--eval-only is for tools/train_net.py: pre-training has no evaluation")
     if wants_slurm(args):
         submit_training(args, "tools/pretrain_net.py")
     else:

@@ -13,9 +13,10 @@ import os
 import shlex
 import signal
 import sys
-import warnings
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # raised by libraries on import
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 from region_pretrain.errors import UserError, exit_on_user_error  # noqa: E402
 

@@ -1,5 +1,9 @@
 #!/usr/bin/env python
-"""Fine-tune a detector, from pre-trained weights or any others, and evaluate it."""
+"""Fine-tune a detector, from pre-trained or random weights, and evaluate it."""
+
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
 
 from region_pretrain.engine.command_line import argument_parser, launch_with_config
 from region_pretrain.engine.finetune import do_evaluate, do_train

@@ -11,9 +11,13 @@ boxes; the project's README says what.
 import argparse
 import os
 
+from region_pretrain.warnings import ignore_library_warnings
+
+ignore_library_warnings()
+
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.config import complete_train, load_config
+from region_pretrain.config import load_config
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.reporting.pictures import (
     first_views,
@@ -39,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
-    cfg = complete_train(load_config(args.config_file, args.opts))
+    cfg = load_config(args.config_file, args.opts)
     if args.weights and not args.method:
         raise UserError("--weights goes with --method")
     batch = first_views(cfg, args.num)

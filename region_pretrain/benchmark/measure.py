@@ -10,8 +10,12 @@ from tabulate import tabulate
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.loader import LoaderRates, benchmark_loader
 from region_pretrain.benchmark.step import StepRates, benchmark_step
-from region_pretrain.engine.run import amp_dtype, build_model, build_optimizer
-from region_pretrain.engine.setup import resolve_device
+from region_pretrain.engine.build import (
+    amp_dtype,
+    build_model,
+    build_optimizer,
+    resolve_device,
+)
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.trunk import compile_trunks

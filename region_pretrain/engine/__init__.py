@@ -1,1 +1,1 @@
-"""The training loop, hooks, and exact resume."""
+"""Training: runs, the training loop, hooks, and bit-exact resume."""

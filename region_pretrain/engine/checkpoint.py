@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the detector apart from the rest, whole or absent, resumed exactly."""
+"""Checkpoints of a run: written atomically, resumed exactly, the detector stored separately."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError
 from region_pretrain.files import (
@@ -34,19 +35,19 @@ _NAME = re.compile(r"model_(\d{7,}|final)\.pth")
 
 
 def checkpoint_name(iteration: int) -> str:
-    """Name (without ``.pth``) of the checkpoint after a 0-based iteration, as Detectron2's."""
+    """Detectron2's name (without ``.pth``) of the checkpoint after a 0-based iteration."""
     return f"model_{iteration:07d}"
 
 
 def split_state(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a model's state dict.
+    """Split a model's state dict into the detector's entries and all others.
 
     Args:
-        model: a detector, all of which is the detector's own; or a ``PretrainingModel``, whose
-            ``detector_modules`` names the submodules that are.
+        model: a detector, or a ``PretrainingModel``, whose ``detector_modules`` names the
+            submodules that belong to the detector.
 
     Returns:
-        (the detector's entries, all others), under the model's own names.
+        (detector's entries, other entries), under the model's names.
     """
     state = model.state_dict()
     if not isinstance(model, PretrainingModel):
@@ -63,19 +64,20 @@ class RunCheckpointer(DetectionCheckpointer):
 
     - ``model``: the detector under the stock detector's names, so that a plain
       ``DetectionCheckpointer(detector).load(file)`` fills it;
-    - ``pretraining``: all other entries of the model's state dict (target copy, heads, queue);
-    - one entry for each checkpointable (``optimizer``, ``scheduler``, ``scaler``);
-    - ``hooks``: the states of hooks that have one;
-    - ``iteration``: the last iteration done (0-based); a resumed run starts at the next one;
-    - ``rng``: random states, one entry a rank;
-    - ``run``: facts of the run that the schedule rests on.
+    - ``pretraining``: all other entries of the model's state dict (target network, heads, queue);
+    - one entry per checkpointable (``optimizer``, ``scheduler``, ``scaler``);
+    - ``hooks``: states of the hooks that have one;
+    - ``iteration``: last finished iteration (0-based); a resumed run starts at the next one;
+    - ``rng``: random states, one entry per rank;
+    - ``run``: properties of the run that the schedule depends on.
 
     Args:
-        model: in DDP or not.
+        model: with or without DDP.
         save_dir: the run's output folder.
-        run: plain facts, compared on resume: ``max_iter``, ``total_batch_size``, ``world_size``.
-        allow_world_size_change: go on where only the number of processes differs. The images and
-            their global order stay; what a process drew at random does not.
+        run: values that must not change on resume: ``max_iter``, ``total_batch_size``,
+            ``world_size``.
+        allow_world_size_change: resume even if the number of processes differs. The images and
+            their global order stay the same; the random numbers that a process draws do not.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
@@ -92,17 +94,17 @@ class RunCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **given)
         self.run = dict(run)
         self.allow_world_size_change = allow_world_size_change
-        self.trainer: TrainerBase | None = None  # set by the trainer's owner: hooks' states
+        self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
         self._random_state: dict[str, Any] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` and point ``last_checkpoint`` to it.
 
-        Every process has to call it: each adds its random state. The main one writes.
+        All processes must call this: each contributes its random state. The main one writes.
 
         Args:
             name: file name without ``.pth``.
-            kwargs: more entries; ``iteration`` at least.
+            kwargs: further entries, at least ``iteration``.
 
         Raises:
             UserError: the disk is full; earlier checkpoints are intact.
@@ -126,7 +128,7 @@ class RunCheckpointer(DetectionCheckpointer):
             last = self.last_good()
             raise UserError(
                 f"no space left for {path}; last good checkpoint: {last or 'none'}. "
-                "Free some space and continue with --resume"
+                "Free some disk space and continue with --resume"
             ) from error
         logger.info("saved %s", path)
 
@@ -134,12 +136,12 @@ class RunCheckpointer(DetectionCheckpointer):
         write_text_atomic(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def last_good(self) -> str:
-        """Path of the checkpoint that ``last_checkpoint`` names; "" where there is none."""
+        """Path of the checkpoint that ``last_checkpoint`` names; "" if it does not exist."""
         path = self.get_checkpoint_file()
         return path if path and PathManager.exists(path) else ""
 
     def numbered(self) -> list[tuple[int, str]]:
-        """(iteration, path) of each ``model_NNNNNNN.pth``, ascending."""
+        """(iteration, path) of each ``model_NNNNNNN.pth``, in ascending order."""
         found = [_NAME.fullmatch(name) for name in PathManager.ls(self.save_dir)]
         return sorted(
             (int(m[1]), os.path.join(self.save_dir, m[0])) for m in found if m and m[1] != "final"
@@ -149,8 +151,9 @@ class RunCheckpointer(DetectionCheckpointer):
         """Delete numbered checkpoints.
 
         Args:
-            keep_last: so many of the newest stay; 0 for all.
-            keep_every: those after every so many iterations stay as well; 0 for none.
+            keep_last: number of newest files to keep; 0 keeps all.
+            keep_every: also keep the files written after each multiple of this many iterations;
+                0 keeps none.
         """
         if not keep_last or not self.save_to_disk:
             return
@@ -159,29 +162,28 @@ class RunCheckpointer(DetectionCheckpointer):
                 PathManager.rm(path)
 
     def resume(self) -> int:
-        """Load the newest readable checkpoint of ``save_dir`` with everything in it.
+        """Load everything in the newest readable checkpoint of ``save_dir``.
 
-        The random state is set by :meth:`restore_random_state`, right before the first step.
+        :meth:`restore_random_state` sets the random state, right before the first step.
 
         Returns:
-            The iteration to go on with; 0 where there is no checkpoint yet.
+            The iteration to continue with; 0 if there is no checkpoint yet.
 
         Raises:
-            UserError: none of the checkpoints is readable, or it is another model's or schedule's.
+            UserError: no checkpoint is readable, or it belongs to another model or schedule.
         """
-        path = comm.all_gather(self._newest_readable() if comm.is_main_process() else None)[0]
-        if isinstance(path, UserError):
-            raise path
+        path = on_main_process(self._newest_readable)
         if not path:
-            logger.warning("no checkpoint in %s yet: starting at iteration 0", self.save_dir)
+            logger.warning("no checkpoint in %s yet: starting from iteration 0", self.save_dir)
             return 0
         data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         self._check_run(path, data["run"])
-        self._load_whole_model(path, {**data["model"], **data["pretraining"]})
+        self._load_model_state(path, {**data["model"], **data["pretraining"]})
         for key, obj in self.checkpointables.items():
             if key not in data:
                 raise UserError(
-                    f"{path} has no {key}: it was written with other settings (train.amp)"
+                    f"{path} has no {key}: it was written with another train.amp; restore that "
+                    "setting"
                 )
             obj.load_state_dict(data[key])
         if self.trainer:
@@ -193,13 +195,13 @@ class RunCheckpointer(DetectionCheckpointer):
         return data["iteration"] + 1
 
     def restore_random_state(self) -> None:
-        """Set the random state that :meth:`resume` read, once; without one nothing happens."""
+        """Set the random state that :meth:`resume` read, if any. Only the first call has effect."""
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
 
-    def _newest_readable(self) -> str | UserError | None:
-        """The file of ``last_checkpoint`` if it is intact, else the newest that is."""
+    def _newest_readable(self) -> str | None:
+        """The file that ``last_checkpoint`` names if it is intact, else the newest intact one."""
         if is_local(self.save_dir) and not os.path.isdir(self.save_dir):
             return None
         remove_parts(self.save_dir)
@@ -208,16 +210,16 @@ class RunCheckpointer(DetectionCheckpointer):
         paths = [tagged, final] + [path for _, path in reversed(self.numbered())]
         paths = [path for path in dict.fromkeys(paths) if path and PathManager.exists(path)]
         if tagged and tagged not in paths:
-            logger.warning("%s is gone; looking for an earlier checkpoint", tagged)
+            logger.warning("%s is missing; looking for an earlier checkpoint", tagged)
         for path in paths:
             if is_intact(path):
                 return path
-            logger.warning("%s is damaged; going back to the checkpoint before it", path)
+            logger.warning("%s is damaged; trying the checkpoint before it", path)
         if not paths:
             return None
-        return UserError(
+        raise UserError(
             f"none of the {len(paths)} checkpoints in {self.save_dir} is readable; "
-            "remove them to start again"
+            "remove them to start over"
         )
 
     def _check_run(self, path: str, run: dict[str, int]) -> None:
@@ -226,9 +228,9 @@ class RunCheckpointer(DetectionCheckpointer):
                 continue
             if key == "world_size" and self.allow_world_size_change:
                 logger.warning(
-                    "%s was written by %d processes, now there are %d: the same images go on in "
-                    "the same global order, but numbers round differently, and a model that draws "
-                    "at random draws others",
+                    "%s was written by %d processes, now there are %d: the images and their "
+                    "global order stay the same, but rounding and the model's own random numbers "
+                    "differ",
                     path,
                     run[key],
                     self.run[key],
@@ -237,26 +239,28 @@ class RunCheckpointer(DetectionCheckpointer):
             if key == "world_size":
                 raise UserError(
                     f"{path} was written by {run[key]} processes, now there are {self.run[key]}, "
-                    f"which would not follow the run exactly: start {run[key]} processes, or set "
-                    "train.allow_world_size_change=True to go on with the same images in the same "
-                    "global order"
+                    f"so the run would not continue exactly: start {run[key]} processes, or set "
+                    "train.allow_world_size_change=True to continue with the same images in the "
+                    "same global order"
                 )
             raise UserError(
                 f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: "
-                "the schedule or the data set changed; take another train.output_dir"
+                "the schedule or the data set has changed; choose another train.output_dir"
             )
 
-    def _load_whole_model(self, path: str, state: dict[str, Any]) -> None:
+    def _load_model_state(self, path: str, state: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(state, strict=True)
         except RuntimeError as error:
             faults = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise UserError(f"{path} is of another model: {'; '.join(faults[:3])}{more}") from error
+            raise UserError(
+                f"{path} belongs to another model: {'; '.join(faults[:3])}{more}"
+            ) from error
 
 
 def is_intact(path: str) -> bool:
-    """Whether a checkpoint is a whole archive whose every checksum fits."""
+    """Whether a checkpoint is a complete archive with correct checksums."""
     try:
         with zipfile.ZipFile(PathManager.get_local_path(path)) as archive:
             return archive.testzip() is None
@@ -267,16 +271,17 @@ def is_intact(path: str) -> bool:
 def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse to start a run whose checkpoints do not fit on the disk.
 
-    Two must fit, as the older one goes only when the newer one is whole. A checkpoint's size is the
-    model's tensors plus one buffer a trained parameter (two for Adam-like optimisers).
+    Two must fit, as the older one is deleted only after the newer one is complete. The size of a
+    checkpoint is that of the model's tensors plus one buffer per trained parameter (two for
+    Adam-like optimisers).
 
     Args:
-        folder: where checkpoints go.
-        model: its whole state is saved.
+        folder: where checkpoints are written.
+        model: its complete state is saved.
         optimizer: its buffers are saved.
 
     Raises:
-        UserError: there is less space.
+        UserError: there is not enough space.
     """
     free = free_bytes(folder)
     if free is None:

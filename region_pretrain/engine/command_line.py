@@ -1,4 +1,4 @@
-"""What the command lines of pre-training and fine-tuning share."""
+"""What the command-line tools for pre-training and fine-tuning share."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from region_pretrain.engine.processes import launch
 
 
 def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
-    """Detectron2's arguments, explained for LazyConfigs.
+    """Detectron2's argument parser, with help texts for LazyConfigs.
 
     Args:
-        description: what the command does.
-        example_config: a config for the examples.
+        description: what the tool does.
+        example_config: config that the examples in ``--help`` use.
     """
     prog = "%(prog)s"
     parser = default_argument_parser(epilog=f"""
 Examples:
 
-Run it, with other settings than the config's:
+Run a config with some of its settings overridden:
     {prog} --config-file {example_config} train.output_dir=output/run1 train.max_iter=1000
 
-Continue it after a stop:
+Resume the run after an interruption:
     {prog} --config-file {example_config} --resume train.output_dir=output/run1 train.max_iter=1000
 
 On 8 GPUs, or with 2 processes on a CPU:
@@ -35,19 +35,19 @@ On 8 GPUs, or with 2 processes on a CPU:
     {prog} --config-file {example_config} --num-gpus 2 train.device=cpu
 """)
     parser.description = description
-    parser.fromfile_prefix_chars = "@"  # @FILE: further arguments, one a line
+    parser.fromfile_prefix_chars = "@"  # @FILE: further arguments, one per line
     parser.set_defaults(dist_url="auto")
     changed_help = {
         "resume": "continue the run in train.output_dir from its newest checkpoint",
-        "num_gpus": "GPUs per machine; with train.device=cpu: processes",
-        "dist_url": "where the processes meet, tcp://HOST:PORT; auto (default) on one machine",
+        "num_gpus": "GPUs per machine; with train.device=cpu, the number of processes",
+        "dist_url": "rendezvous address tcp://HOST:PORT; default auto, for a single machine",
         "eval_only": "only evaluate train.init_checkpoint",
-        "opts": "key=value for a key of the config, +key=value for a new one, @FILE with more",
+        "opts": "key=value overrides a key of the config, +key=value adds one, @FILE reads more",
     }
     for action in parser._actions:
         action.help = changed_help.get(action.dest, action.help)
         if action.dest == "opts":
-            action.nargs = "*"  # flags may also follow: parse with parse_intermixed_args
+            action.nargs = "*"  # flags may follow overrides: parse with parse_intermixed_args
     return parser
 
 
@@ -57,7 +57,7 @@ def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more
     Args:
         args: parsed by :func:`argument_parser`.
         main: importable by name.
-        more: further arguments.
+        more: further arguments of ``main``.
     """
     cfg = load_config(args.config_file, args.opts)
     on_cpu = cfg.train.device == "cpu" or not torch.cuda.is_available()

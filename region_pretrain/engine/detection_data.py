@@ -1,7 +1,7 @@
-"""Detectron2's detection batches, each a function of nothing but the seed and the iteration.
+"""Detectron2's detection batches, each a function of only the seed and the iteration.
 
-``build_detection_train_loader`` starts its sampler anew on every resume, and its mappers draw from
-generators that depend on the number of workers. Here a resumed run goes on with the next batch.
+``build_detection_train_loader`` restarts its sampler on every resume, and its mappers draw from
+generators that depend on the number of workers. Here a resumed run continues with the next batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -22,8 +23,8 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from region_pretrain.data.workers import init_worker
+from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.random_state import random_state_of
-from region_pretrain.engine.run import TrainingData
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -40,15 +41,11 @@ _KNOWN = {
 _TRIES = 100
 
 
-def _as_is(batch: list[Any]) -> list[Any]:
-    return batch
-
-
 class _MappedRecords(Dataset):
-    """(position in the stream, record) -> what the mapper makes of it, with its own seed."""
+    """(position in the stream, record index) -> the mapped record, seeded by the position."""
 
     def __init__(self, records: list[dict], mapper: Callable[[dict], Any], seed: int) -> None:
-        self._records = DatasetFromList(records)  # serialised once, shared by the workers
+        self._records = DatasetFromList(records)  # serialised once, shared by all workers
         self._mapper = mapper
         self._seed = seed
 
@@ -56,11 +53,11 @@ class _MappedRecords(Dataset):
         position, index = item
         seed = np.random.SeedSequence((self._seed, position)).generate_state(1)[0]
         with random_state_of(int(seed)):
-            for shift in range(_TRIES):  # a mapper may refuse a record with None
+            for shift in range(_TRIES):  # a mapper may reject a record by returning None
                 mapped = self._mapper(self._records[(index + shift) % len(self._records)])
                 if mapped is not None:
                     return mapped
-        raise UserError(f"dataloader.train.mapper refused {_TRIES} records in a row")
+        raise UserError(f"dataloader.train.mapper rejected {_TRIES} records in a row")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -71,15 +68,16 @@ class DetectionTrainData:
 
     Args:
         records: Detectron2's dataset dicts.
-        mapper: makes a model's input of a record.
-        total_batch_size: images an iteration over all processes.
-        num_workers: loading processes; they do not change the batches.
-        seed: of the order and of the mapper.
-        sampler: one of Detectron2's training samplers, with a seed of its own; shuffles by default.
+        mapper: converts a record to the model's input.
+        total_batch_size: images per iteration, summed over all processes.
+        num_workers: loader processes; their number does not change the batches.
+        seed: determines the order and the mapper's random numbers.
+        sampler: one of Detectron2's training samplers, seeded by its constructor; default:
+            ``TrainingSampler``, which shuffles.
         aspect_ratio_grouping: put wide and tall images into different batches.
 
     Raises:
-        UserError: there are no records, or the batch cannot be shared among the processes.
+        UserError: there are no records, or the processes cannot share the batch equally.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class DetectionTrainData:
         aspect_ratio_grouping: bool = True,
     ) -> None:
         if not records:
-            raise UserError("dataloader.train.dataset holds no image")
+            raise UserError("dataloader.train.dataset is empty")
         if total_batch_size < 1 or total_batch_size % comm.get_world_size():
             raise UserError(
                 f"dataloader.train.total_batch_size={total_batch_size} must be a positive multiple "
@@ -114,14 +112,14 @@ class DetectionTrainData:
             self._dataset,
             batch_sampler=itertools.islice(self._batches(), start_iter, stop_iter),
             num_workers=self._num_workers,
-            collate_fn=_as_is,
+            collate_fn=trivial_batch_collator,
             worker_init_fn=init_worker,
-            generator=torch.Generator(),  # else starting it draws from the model's random numbers
+            generator=torch.Generator(),  # the default would draw from the model's generator
         )
         return iter(loader)
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (position, record), without loading anything."""
+        """Batches of (position, record index), before anything is loaded."""
         rank, world = comm.get_rank(), comm.get_world_size()
         size = self.total_batch_size // world
         groups: tuple[list, list] = ([], [])
@@ -133,38 +131,40 @@ class DetectionTrainData:
                 group.clear()
 
 
+class _RestartingData:
+    """Any iterable of batches; a resumed run starts it from the beginning."""
+
+    iterations_per_epoch = None
+
+    def __init__(self, loader: Iterable[Any], total_batch_size: int) -> None:
+        self._loader = loader
+        self.total_batch_size = total_batch_size
+
+    def iterate(self, start_iter: int, stop_iter: int) -> Iterator[Any]:
+        return itertools.islice(iter(self._loader), stop_iter - start_iter)
+
+
 def detection_training_data(cfg: DictConfig, seed: int) -> TrainingData:
-    """Training batches for a detection config's ``dataloader.train``.
+    """Training batches for the ``dataloader.train`` of a detection config.
 
     Args:
-        cfg: a lazy ``build_detection_train_loader``, or any other lazy iterable of batches with a
-            field ``total_batch_size``, whose order is then its own.
-        seed: of the order.
-
-    Returns:
-        The batches.
+        cfg: a lazy ``build_detection_train_loader``, a lazy
+            :class:`~region_pretrain.engine.build.TrainingData`, or any other lazy iterable of
+            batches with a field ``total_batch_size``.
+        seed: determines the order, except that of an iterable.
 
     Raises:
-        UserError: the loader does not say its batch size, or has no images.
+        UserError: ``total_batch_size`` is missing, or there are no images.
     """
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
-    if target is not build_detection_train_loader or not fields <= _KNOWN:
-        loader = instantiate(cfg)
-        if hasattr(loader, "iterate"):
-            per_epoch = getattr(loader, "iterations_per_epoch", None)
-            return TrainingData(loader.iterate, loader.total_batch_size, per_epoch)
-        if "total_batch_size" not in fields:
-            raise UserError("dataloader.train needs a field total_batch_size")
-        logger.warning("dataloader.train is not Detectron2's: a resumed run starts its order anew")
-        return TrainingData(_endless(loader), cfg.total_batch_size)
-    options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
-    data = DetectionTrainData(instantiate(cfg.dataset), seed=seed, **options)
-    return TrainingData(data.iterate, data.total_batch_size, data.iterations_per_epoch)
-
-
-def _endless(loader: Iterable[Any]) -> Callable[[int, int], Iterator[Any]]:
-    def iterate(start_iter: int, stop_iter: int) -> Iterator[Any]:
-        return itertools.islice(iter(loader), stop_iter - start_iter)
-
-    return iterate
+    if target is build_detection_train_loader and fields <= _KNOWN:
+        options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
+        return DetectionTrainData(instantiate(cfg.dataset), seed=seed, **options)
+    loader = build_part(cfg, "dataloader.train")
+    if isinstance(loader, TrainingData):
+        return loader
+    if "total_batch_size" not in fields:
+        raise UserError("dataloader.train needs a field total_batch_size")
+    logger.warning("dataloader.train is not Detectron2's: a resumed run restarts its order")
+    return _RestartingData(loader, cfg.total_batch_size)

@@ -1,4 +1,4 @@
-"""Fine-tuning and evaluating a detector from a Detectron2 LazyConfig."""
+"""Fine-tunes and evaluates a detector from a Detectron2 LazyConfig."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from torch import nn
 
 from region_pretrain.config import complete_train
 from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
+from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import detection_training_data
-from region_pretrain.engine.run import TrainingData, build_model, run_training
-from region_pretrain.engine.setup import resolve_device, start_logging, start_run
+from region_pretrain.engine.output_dir import start_logging
+from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.metrics import Results
 
 logger = logging.getLogger(__name__)
-
-Results = dict[str, dict[str, float]]
 
 
 def do_test(cfg: DictConfig, model: nn.Module) -> Results:
@@ -41,7 +41,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
 
             - ``dataloader.test``: lazy test loader.
             - ``dataloader.evaluator``: lazy ``DatasetEvaluator``; without it nothing is evaluated.
-        model: the detector, not in DDP; its mode is the same afterwards.
+        model: the detector, not wrapped in DDP; its train/eval mode does not change.
 
     Returns:
         task -> metric -> value, on the main process; empty on the others.
@@ -58,14 +58,14 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
 
 
 def _check_data(cfg: DictConfig) -> None:
-    """Stop before anything is computed if the config's data cannot be had.
+    """Check the config's data sets before anything is computed.
 
     Raises:
-        UserError: a config for pre-training, an unknown data set, missing files.
+        UserError: the config is for pre-training, or names an unknown or unlabelled data set.
     """
     if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
         raise UserError(
-            "the config has no dataloader.test: it is no detection config "
+            "the config has no dataloader.test, so it is not a detection config "
             "(pre-training configs are for tools/pretrain_net.py)"
         )
     for split in ("train", "test"):
@@ -78,39 +78,39 @@ def _check_data(cfg: DictConfig) -> None:
             if name.startswith(FOLDER_PREFIX):
                 raise UserError(
                     f"dataloader.{split}.dataset.names={name}: a folder has no boxes; "
-                    "fine-tuning wants a registered data set with annotations"
+                    "fine-tuning needs a registered data set with annotations"
                 )
             check_registered(name)
 
 
 @contextmanager
-def _missing_files_told() -> Iterator[None]:
+def _missing_files_are_user_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"the data set cannot be read: {error}; built-in sets lie in the folder that the "
-            "environment variable DETECTRON2_DATASETS names"
+            f"the data set cannot be read: {error}; built-in data sets are expected in the folder "
+            "that the environment variable DETECTRON2_DATASETS names"
         ) from error
 
 
 def do_evaluate(cfg: DictConfig) -> Results:
-    """Evaluate ``train.init_checkpoint`` without training; ``results_eval.json`` gets the table.
+    """Evaluate ``train.init_checkpoint`` without training; write ``results_eval.json``.
 
     Args:
-        cfg: as for :func:`do_train`; ``optimizer`` and ``lr_multiplier`` are not read.
+        cfg: see :func:`do_train`; ``optimizer`` and ``lr_multiplier`` are not used.
 
     Returns:
-        As :func:`do_test`.
+        See :func:`do_test`.
 
     Raises:
-        UserError: no checkpoint is named, or it is none of a trained detector.
+        UserError: there is no checkpoint, or it is not that of a trained detector.
     """
     complete_train(cfg)
     start_logging(None)
     _check_data(cfg)
     if not cfg.train.init_checkpoint:
-        raise UserError("say which weights to evaluate: train.init_checkpoint=PATH")
+        raise UserError("no weights to evaluate: set train.init_checkpoint=PATH")
     if cfg.train.seed is None:
         cfg.train.seed = 0
     model = build_model(cfg, resolve_device(cfg.train.device)).eval()
@@ -118,10 +118,10 @@ def do_evaluate(cfg: DictConfig) -> Results:
     unfilled = [name for name, count in report.modules.items() if not count.loaded_tensors]
     if unfilled:
         raise UserError(
-            f"{cfg.train.init_checkpoint} holds nothing for {', '.join(unfilled)}: it is no "
+            f"{cfg.train.init_checkpoint} has no weights for {', '.join(unfilled)}: it is not a "
             "trained detector; fine-tune from it first, without --eval-only"
         )
-    with _missing_files_told():
+    with _missing_files_are_user_errors():
         results = do_test(cfg, model)
     if comm.is_main_process():
         PathManager.mkdirs(cfg.train.output_dir)
@@ -141,8 +141,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             - ``dataloader.test`` and ``dataloader.evaluator``: see :func:`do_test`.
             - ``optimizer``: lazy; ``params.model`` is filled in.
             - ``lr_multiplier``: lazy fvcore ``ParamScheduler``.
-            - ``train``: the keys of ``configs/common/train.py``; what is left out takes its default
-              from there.
+            - ``train``: the keys of ``configs/common/train.py``; missing keys take their defaults
+              from that file.
         resume: continue the run in ``train.output_dir``, with the same config.
 
     Returns:
@@ -150,16 +150,16 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         process.
 
     Raises:
-        UserError: the config, the data or the output folder does not fit.
+        UserError: the config, the data or the output folder is invalid.
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
     _check_data(cfg)
     start_run(cfg, resume)
-    with _missing_files_told():
+    with _missing_files_are_user_errors():
         data = detection_training_data(cfg.dataloader.train, cfg.train.seed)
         if "test" in cfg.dataloader:
-            instantiate(cfg.dataloader.test)  # what is missing shows now, not after the training
+            instantiate(cfg.dataloader.test)  # finds missing files now, not after training
     evaluated: list[Results] = []
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
@@ -167,15 +167,13 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             evaluated.append(do_test(cfg, trainer.module))
             return evaluated[-1]
 
-        made: list[HookBase] = []
-        if cfg.train.precise_bn.enabled:
-            made.append(_precise_bn(cfg, trainer, data))
-        return [*made, _EvalHook(cfg.train.eval_period, evaluate)]
+        evaluation = _EvalHook(cfg.train.eval_period, evaluate)
+        if not cfg.train.precise_bn.enabled:
+            return [evaluation]
+        return [_precise_bn(cfg, trainer, data), evaluation]
 
-    model, _ = run_training(
-        cfg, data, resume=resume, load_weights=load_pretrained, make_hooks=make_hooks
-    )
-    # A run that was killed after its last checkpoint has nothing left to do but this.
+    model, _ = run_training(cfg, data, resume=resume, make_hooks=make_hooks)
+    # A run that was killed after its last checkpoint still has to be evaluated.
     results = evaluated[-1] if evaluated else do_test(cfg, model)
     if comm.is_main_process():
         _write_results(os.path.join(cfg.train.output_dir, "results.json"), results)
@@ -183,7 +181,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
 
 
 class _NextBatches:
-    """The batches that come after the trainer's current iteration, each time it is iterated."""
+    """Iterates over the batches that follow the trainer's current iteration."""
 
     def __init__(self, trainer: Trainer, data: TrainingData, count: int) -> None:
         self._trainer = trainer
@@ -196,7 +194,7 @@ class _NextBatches:
 
 
 class _EvalHook(hooks.EvalHook):
-    """Does not evaluate, and wait for the others, when the last step failed."""
+    """Skips the final evaluation, for which all processes would wait, if the last step failed."""
 
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:
@@ -204,7 +202,7 @@ class _EvalHook(hooks.EvalHook):
 
 
 class _PreciseBN(hooks.PreciseBN):
-    """Takes its batches from the trainer's place in the data: a resumed run sees the same."""
+    """Restarts its iterator on each update, so that a resumed run sees the same batches."""
 
     def update_stats(self) -> None:
         self._data_iter = None
@@ -223,7 +221,7 @@ def _write_results(path: str, results: Results) -> None:
         table = {
             task: {name: None if isnan(value) else float(value) for name, value in values.items()}
             for task, values in results.items()
-        }  # NaN (a class without boxes) is no JSON
+        }  # JSON has no NaN (the AP of a class without boxes)
         text = json.dumps(table, indent=2)
         write_text_atomic(path, text + "\n")
         logger.info("results: %s", path)

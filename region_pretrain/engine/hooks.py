@@ -1,4 +1,4 @@
-"""Hooks of this library; learning rate, evaluation and precise batch norm are Detectron2's own."""
+"""Hooks that Detectron2 does not have."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(HookBase):
-    """Saves during a run and ``model_final.pth`` at its end. Register it last.
+    """Saves numbered checkpoints during a run, and ``model_final.pth`` at its end.
 
-    Being last it saves what evaluation and precise batch norm left behind, and its ``before_train``
-    sets a resumed run's random state after everything else has started.
+    Register it last: a checkpoint then includes the effects of evaluation and precise batch norm,
+    and a resumed run's random state is set after all other hooks have started.
 
     Args:
-        checkpointer: writes and knows the files.
-        period: save after every so many iterations; 0: not by iterations.
-        minutes: save when so many minutes have passed since the last save, at a log step; 0: never.
-        keep_last: how many numbered files to keep; 0: all.
-        keep_every: keep those of every so many iterations as well; 0: none.
-        stop: asked after each step on all ranks: True saves and ends the run with ``Stopped``.
+        checkpointer: writes and deletes the files.
+        period: save every this many iterations; 0 disables this.
+        minutes: save at the first log step this many minutes after the last save; 0 disables this.
+        keep_last: number of newest numbered files to keep; 0 keeps all.
+        keep_every: save every this many iterations and keep these files; 0 disables this.
+        stop: called after each step on all ranks; True saves and ends the run with ``Stopped``.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class CheckpointHook(HookBase):
         self.checkpointer.remove_old(self.keep_last, self.keep_every)
         self._saved_at = time.monotonic()
         if stopping and not last:
-            logger.warning("told to stop: saved after iteration %d, leaving", iteration)
+            logger.warning("stopping on request: saved after iteration %d", iteration)
             raise Stopped
 
     def _is_due(self, done: int) -> bool:
@@ -70,20 +70,21 @@ class CheckpointHook(HookBase):
             return True
         if not self.minutes or not self.trainer.is_log_step():
             return False
-        # The main process's clock decides for all.
+        # The main process's clock decides for all ranks.
         return comm.all_gather(time.monotonic() - self._saved_at >= 60 * self.minutes)[0]
 
 
 class CollapseWarning(HookBase):
-    """Warns when embeddings become all the same, which a loss alone does not show.
+    """Warns when all embeddings become the same, which the loss alone does not show.
 
     Models report ``<name>embedding_std``: the standard deviation over a batch of the L2-normalised
-    embeddings, averaged over dimensions, times sqrt(dimension): 1 = spread over the sphere,
-    0 = collapsed.
+    embeddings, averaged over dimensions, times sqrt(dimension). 1 means spread over the sphere,
+    0 collapsed.
 
     Args:
-        threshold: values below it count as collapsing.
-        patience: warn after so many log periods in a row, and again after as many more.
+        threshold: lower values count as collapsing.
+        patience: number of consecutive log periods below the threshold after which to warn, each
+            time.
     """
 
     def __init__(self, threshold: float = 0.1, patience: int = 3) -> None:
@@ -103,7 +104,7 @@ class CollapseWarning(HookBase):
                     "%s is %.3f (1 = spread, 0 = all embeddings the same) and has been below %g "
                     "for %d log periods: the representation is collapsing. Lower optimizer.lr or "
                     "lengthen its warm-up, raise the target network's momentum or the batch size, "
-                    "and see that no gradient reaches the target",
+                    "and check that no gradient reaches the target network",
                     name,
                     value,
                     self.threshold,

@@ -1,4 +1,4 @@
-"""How much memory a process has taken."""
+"""Peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Largest memory of this process so far, in MiB.
+    """Peak memory of this process so far, in MiB.
 
-    On a GPU that of PyTorch's allocator, on a CPU the resident memory of the whole process.
+    On a GPU this is the memory of PyTorch's allocator; on a CPU, the process's resident memory.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

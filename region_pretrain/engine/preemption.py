@@ -1,4 +1,4 @@
-"""Stopping at a step boundary because a scheduler says so."""
+"""Stops a run between two steps when the scheduler sends a signal."""
 
 from __future__ import annotations
 
@@ -17,59 +17,59 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """A signal on any rank, heard by all of them at the same step.
+    """A stop signal that any rank may receive and that all ranks act on after the same step.
 
-    Every rank starts one all-reduce of its flag at each boundary and reads it at the next one. It
-    runs among CPUs (a gloo group of its own) while the step is computed: no device is waited for,
-    and no other rank beyond what the step's gradients wait for anyway.
+    After each step every rank starts an all-reduce of its flag and reads the result of the previous
+    one. It runs on the CPU (in a separate gloo group) during the next step, so it neither
+    synchronises the device nor makes a rank wait longer than the gradients' all-reduce does.
 
-    Built by all ranks together.
+    All ranks construct it together.
     """
 
     def __init__(self) -> None:
-        self.heard: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._flag: torch.Tensor | None = None
         self._work: dist.Work | None = None
 
     @contextmanager
     def listen(self) -> Iterator[None]:
-        """Within the context USR2, and TERM where submitit started the job, are requests to stop.
+        """Treat USR2, and TERM in a job that submitit started, as requests to stop.
 
-        Processes that are forked in it, such as a loader's workers, ignore USR2.
+        Processes forked within the context, such as a loader's workers, ignore USR2.
         """
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread alone
+            yield  # Python delivers signals to the main thread only
             return
         numbers = [signal.SIGUSR2]
         if "SUBMITIT_EXECUTOR" in os.environ:
             numbers.append(signal.SIGTERM)
-        usual = {number: signal.signal(number, self._hear) for number in numbers}
+        usual = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:
             for number, handler in usual.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: object) -> None:
-        self.heard = signal.Signals(number)
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number)
 
     def agreed(self) -> bool:
-        """Whether all ranks shall stop at this boundary; each of them asks at each one."""
+        """Whether all ranks must stop now. Every rank calls this once after each step."""
         if self._group is None:
-            return self.heard is not None
+            return self.received is not None
         agreed = False
         if self._work is not None:
             self._work.wait()
             agreed = bool(self._flag.item())
-        self._flag = torch.tensor([int(self.heard is not None)])
+        self._flag = torch.tensor([int(self.received is not None)])
         self._work = dist.all_reduce(
             self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
         return agreed
 
     def close(self) -> None:
-        """Wait for what is under way; all ranks call it, after the same step."""
+        """Wait for the pending all-reduce. All ranks call this after the same step."""
         if self._work is not None:
             self._work.wait()
             self._work = None

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
-from detectron2.config import instantiate
 from omegaconf import DictConfig
 
 from region_pretrain.config import complete_train
-from region_pretrain.engine.run import (
-    TrainingData,
-    build_pretraining_model,
-    run_training,
-)
-from region_pretrain.engine.setup import start_run
-from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.engine.build import TrainingData, build_part, build_pretraining_model
+from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
@@ -27,32 +17,30 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
         cfg: an object with the following fields:
 
             - ``model``: lazy :class:`~region_pretrain.modeling.meta_arch.PretrainingModel`.
-            - ``dataloader.train``: lazy loader with ``total_batch_size``, ``iterations_per_epoch``
-              and ``iterate(start_iter, stop_iter)``. Its ``seed``, where null, is ``train.seed``.
+            - ``dataloader.train``: lazy :class:`~region_pretrain.engine.build.TrainingData`.
             - ``optimizer``: lazy; ``params.model`` is filled in. ``lr`` is scaled by
-              ``total_batch_size / train.base_batch_size``, where that is not null.
+              ``total_batch_size / train.base_batch_size`` unless that is null.
             - ``lr_multiplier``: lazy fvcore ``ParamScheduler``.
-            - ``train``: every key of ``configs/common/train.py`` but ``eval_period`` and
-              ``precise_bn``; what is left out takes its default from there.
+            - ``train``: the keys of ``configs/common/train.py`` except ``eval_period`` and
+              ``precise_bn``; missing keys take their defaults from that file.
         resume: continue the run in ``train.output_dir``, with the same config.
 
     Returns:
         The newest value of each metric.
 
     Raises:
-        UserError: the config, the data or the output folder does not fit.
+        UserError: the config, the data or the output folder is invalid.
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
     if "evaluator" in cfg.dataloader:
         raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
     start_run(cfg, resume)
-    loader_cfg = cfg.dataloader.train
-    if "seed" in list(loader_cfg.keys()) and loader_cfg.seed is None:
-        loader_cfg.seed = cfg.train.seed
-    loader = instantiate(loader_cfg)
-    data = TrainingData(loader.iterate, loader.total_batch_size, loader.iterations_per_epoch)
-    _, metrics = run_training(
-        cfg, data, resume=resume, load_weights=load_pretrained, build=build_pretraining_model
-    )
+    data = build_part(cfg.dataloader.train, "dataloader.train")
+    if not isinstance(data, TrainingData):
+        raise UserError(
+            f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
+            "iterations_per_epoch or iterate(start_iter, stop_iter)"
+        )
+    _, metrics = run_training(cfg, data, resume=resume, build=build_pretraining_model)
     return metrics

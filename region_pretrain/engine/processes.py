@@ -1,4 +1,4 @@
-"""Starting one process a GPU, or several on a CPU."""
+"""Starts one process per GPU, or several on a CPU, and lets the main one decide for all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from detectron2.engine import launch as detectron2_launch
@@ -18,6 +18,28 @@ from torch.multiprocessing import ProcessExitedException
 from region_pretrain.errors import STOPPED, Stopped, UserError
 
 _EXIT_CODE = 2
+T = TypeVar("T")
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """Call a function on the main process only. All processes call this together.
+
+    Returns:
+        The function's result, in every process.
+
+    Raises:
+        UserError: the function raised it; in every process.
+    """
+    outcome = None
+    if comm.is_main_process():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = comm.all_gather(outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def launch(
@@ -32,26 +54,26 @@ def launch(
 ) -> None:
     """Run ``main(*args)`` in every process of a job through Detectron2's ``launch``.
 
-    With ``device="cpu"`` the processes talk through gloo, on a machine with GPUs as well, and share
-    the cores. Where ``torchrun`` or SLURM has already started a process a GPU (``RANK``,
-    ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` are set), that process joins the others
-    instead of starting more; a process group of the caller's own is used as it is.
+    With ``device="cpu"`` the processes communicate through gloo, even on a machine with GPUs, and
+    share the cores. If ``torchrun`` or SLURM has already started one process per GPU (``RANK``,
+    ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` are set), this process joins the others
+    instead of starting more; a process group that the caller has initialised is used unchanged.
 
     Args:
         main: importable by name.
-        num_processes: processes (GPUs) on this machine.
-        num_machines: machines of the job.
-        machine_rank: number of this one.
-        dist_url: where the processes meet; ``auto`` finds a free port of a single machine.
+        num_processes: processes (GPUs) per machine.
+        num_machines: number of machines.
+        machine_rank: rank of this machine, from 0.
+        dist_url: rendezvous address; ``auto`` picks a free port, on a single machine only.
         device: ``cuda`` or ``cpu``.
-        args: for ``main``.
+        args: arguments of ``main``.
 
     Raises:
-        UserError: the machine has fewer GPUs, or the processes have no place to meet.
+        UserError: the machine has too few GPUs, or several machines have no rendezvous address.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
-            main(*args)  # whose group this is will leave it
+            main(*args)  # whoever initialised the group also destroys it
             return
         _join_from_environment(device)
         ended = _run_to_end(main, args)
@@ -59,20 +81,22 @@ def launch(
             raise ended
         return
     if num_processes < 1 or num_machines < 1:
-        raise UserError(f"--num-gpus {num_processes} --num-machines {num_machines}: at least 1")
+        raise UserError(
+            f"--num-gpus {num_processes} --num-machines {num_machines}: must be at least 1"
+        )
     if num_processes * num_machines == 1:
         main(*args)
         return
     if num_machines > 1 and dist_url == "auto":
-        raise UserError("several machines need a place to meet: --dist-url tcp://HOST:PORT")
+        raise UserError("several machines need an address: --dist-url tcp://HOST:PORT")
     if device != "cpu" and num_processes > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}; "
-            "with train.device=cpu so many processes run on the CPU"
+            "train.device=cpu runs that many processes on the CPU"
         )
     before = dict(os.environ)
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else the children would take NCCL
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Detectron2 would choose NCCL
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     try:
@@ -85,7 +109,7 @@ def launch(
             args=(main, args),
         )
     except ProcessExitedException as error:
-        if error.exit_code in (_EXIT_CODE, STOPPED):  # the child has printed what there is to say
+        if error.exit_code in (_EXIT_CODE, STOPPED):  # the child has printed the reason
             sys.exit(error.exit_code)
         raise
     finally:
@@ -97,7 +121,8 @@ def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     is_main = comm.is_main_process()
     ended = _run_to_end(main, args)
     if isinstance(ended, UserError):
-        # All processes tend to find the same fault; the parent ends the others when one exits.
+        # Usually all processes find the same error. The main one exits first, and the parent then
+        # ends the others before they print it again.
         time.sleep(0 if is_main else 2)
         print(f"error: {ended}", file=sys.stderr, flush=True)
         sys.exit(_EXIT_CODE)
@@ -106,24 +131,24 @@ def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
 
 def _run_to_end(main: Callable[..., Any], args: tuple[Any, ...]) -> UserError | Stopped | None:
-    """Run ``main(*args)`` and leave the process group. Returns what ended it, if not its end."""
+    """Run ``main(*args)`` and leave the process group. Returns the exception that ended it."""
     ended = None
     try:
         main(*args)
     except (UserError, Stopped) as error:
-        ended = error.with_traceback(None)  # its frames hold groups
-    # After a fault the other processes may be waiting in NCCL for this one, which no call ends.
+        ended = error.with_traceback(None)  # its frames keep process groups alive
+    # After an error the other processes may wait in NCCL for this one; destroying the group hangs.
     if not isinstance(ended, UserError) or dist.get_backend() == "gloo":
         _leave_process_group()
     return ended
 
 
 def _leave_process_group() -> None:
-    """End the threads of gloo in this process.
+    """End this process's gloo threads.
 
-    They hold the tensors of what they did last, and to drop one while the interpreter is shutting
-    down aborts the process: a run that had finished would look like one that had crashed. A thread
-    ends with the last reference to its group.
+    Each thread keeps the tensors of its last operation alive, and freeing one of them while the
+    interpreter shuts down aborts the process: a finished run would look like a crash. A thread
+    ends when the last reference to its group is dropped.
     """
     dist.destroy_process_group()
     comm._LOCAL_PROCESS_GROUP = None
@@ -136,11 +161,11 @@ def _join_from_environment(device: str) -> None:
     missing = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
     if missing:
         raise UserError(
-            f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}: set them too"
+            f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} are not: set them as well"
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     if device != "cpu":
-        # A scheduler may show each process all GPUs of its machine, or its own alone.
+        # A scheduler may show each process all GPUs of its machine, or only its own.
         torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
     dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

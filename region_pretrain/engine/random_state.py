@@ -1,4 +1,4 @@
-"""The state of every random generator that a training step may draw from."""
+"""State of every random number generator that a training step may use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def get_random_state() -> dict[str, Any]:
     """States of ``random``, NumPy, PyTorch and the current CUDA device.
 
     Returns:
-        Plain containers and tensors only, so that ``torch.load(weights_only=True)`` reads them.
+        Only plain containers and tensors, so that ``torch.load(weights_only=True)`` can read them.
     """
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "python": random.getstate(),
         "numpy": (
             str(name),
-            torch.from_numpy(keys.astype(np.int64)),  # torch has little use for uint32
+            torch.from_numpy(keys.astype(np.int64)),  # torch barely supports uint32
             int(position),
             int(has_gauss),
             float(gauss),
@@ -35,7 +35,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what :func:`get_random_state` returned."""
+    """Restore what :func:`get_random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -47,10 +47,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_of(seed: int) -> Iterator[None]:
-    """Within the context ``random``, NumPy and PyTorch (CPU) start from a seed of their own.
+    """Seed ``random``, NumPy and PyTorch (CPU) within the context; restore their states after it.
 
     Args:
-        seed: any non-negative integer; its low 32 bits count.
+        seed: any non-negative integer; NumPy uses its low 32 bits.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Making sure that a pickled checkpoint holds arrays and nothing that runs."""
+"""Checks that a pickled checkpoint contains arrays and no code."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def _load_storage(data: bytes) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = f"names {named[1]}" if named else "is damaged"
-        raise pickle.UnpicklingError(f"a tensor in it {what}") from error
+        raise pickle.UnpicklingError(f"one of its tensors {what}") from error
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Resolves only the names that arrays, tensors and plain containers are made of."""
+    """Resolves only the names needed for arrays, tensors and plain containers."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -54,13 +54,14 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def check_pickle(path: str) -> None:
-    """Read a ``.pkl`` checkpoint in a way that cannot run code, to learn whether it may be loaded.
+    """Check, without running its code, that a ``.pkl`` checkpoint is safe to load.
 
     Args:
-        path: file that is about to be given to ``pickle.load``.
+        path: file that is about to be passed to ``pickle.load``.
 
     Raises:
-        UserError: it is damaged, no pickle, or holds anything but arrays and plain containers.
+        UserError: it is damaged, not a pickle, or contains anything but arrays and plain
+            containers.
     """
     try:
         with PathManager.open(path, "rb") as f:
@@ -69,6 +70,6 @@ def check_pickle(path: str) -> None:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
-            f"{path} is damaged or no checkpoint: {error or 'it ends too early'} (a checkpoint in "
-            ".pkl holds NumPy arrays or tensors in plain dictionaries and nothing that runs)"
+            f"{path} is damaged or not a checkpoint: {error or 'it ends too early'} (a .pkl "
+            "checkpoint contains only NumPy arrays or tensors in plain dictionaries, no code)"
         ) from error

@@ -16,25 +16,28 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
 
-#: Losses are looked at after at most so many iterations, however long the log period is.
+#: What a model receives: a pre-training batch, or Detectron2's list with one dict per image.
+Batch = ViewBatch | list[dict[str, Any]]
+#: Losses are checked for NaN at least this often (in iterations), even if the log period is longer.
 _MAX_UNCHECKED = 1000
 
 
 class StepScalars(EventStorage):
-    """What a model reports during one step, left on its device.
+    """Scalars that a model reports during one step, kept on their device.
 
-    Models report with ``get_event_storage().put_scalar(name, value)``. The storage of a training
-    turns each value into a Python float at once, which waits for the device; this one keeps it,
-    and the trainer moves what is there at the log period into the real storage in one go.
+    Models report with ``get_event_storage().put_scalar(name, value)``. The run's own storage
+    converts each value to a Python float immediately, which waits for the device. This one keeps
+    the tensors, and at the log period the trainer moves all of them to the run's storage at once.
 
     Args:
-        storage: the training's storage; images and histograms go there directly.
+        storage: the run's storage, which receives images and histograms directly.
     """
 
     def __init__(self, storage: EventStorage) -> None:
@@ -60,69 +63,69 @@ class StepScalars(EventStorage):
 
 
 def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
-    """Not where an error's message says it all; Detectron2's loop logs every exception."""
+    """False for a ``UserError``. Detectron2's loop logs the traceback of every exception."""
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
 logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
 
 
-def split_batch(batch: Any, parts: int) -> list[Any]:
-    """Split a loaded batch for gradient accumulation.
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """Split a batch for gradient accumulation.
 
     Args:
-        batch: has ``chunk(n)`` (a ``ViewBatch``), or is Detectron2's list of one entry an image.
-        parts: number of parts, of sizes that differ by at most one.
+        batch: this process's batch.
+        parts: number of micro-batches, whose sizes differ by at most one.
 
     Returns:
-        The parts in order.
+        The micro-batches in order.
 
     Raises:
-        UserError: the batch holds fewer images than parts.
+        UserError: the batch has fewer images than parts.
     """
     if parts == 1:
         return [batch]
     size = len(batch)
     if size < parts:
         raise UserError(
-            f"train.accumulate_steps={parts}, but a process loads only {size} images a step: "
+            f"train.accumulate_steps={parts}, but a process loads only {size} images per step: "
             "lower it or raise dataloader.train.total_batch_size"
         )
-    if hasattr(batch, "chunk"):
+    if not isinstance(batch, list):
         return batch.chunk(parts)
     cuts = [size * i // parts for i in range(parts + 1)]
     return [batch[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 class Trainer(TrainerBase):
-    """One optimiser step an iteration, over as many micro-batches as wanted.
+    """One optimiser step per iteration, with gradients accumulated over micro-batches.
 
     The model is a Detectron2 detector, or a
     :class:`~region_pretrain.modeling.meta_arch.PretrainingModel`, whose ``before_step`` and
-    ``after_step`` are called once per iteration. It gets a batch and returns a dict: entries whose
-    names start with ``loss`` are summed and minimised, the others are logged.
+    ``after_step`` are called once per iteration. It maps a batch to a dict: entries whose names
+    start with ``loss`` are summed and minimised, the others are logged.
 
-    Nothing here waits for the device except at the log period and in :meth:`check_finite` (and a
-    float16 ``GradScaler``, which has to know whether to skip the step).
+    The trainer waits for the device only at the log period and in :meth:`check_finite` (and in a
+    float16 ``GradScaler``, which must know whether to skip the step).
 
     Args:
-        model: on its device, in DDP where there are several processes.
+        model: on its device, wrapped in DDP if there are several processes.
         optimizer: over the model's parameters.
-        data: called once with (first iteration, max_iter), gives that many batches in order.
-        device: where batches with a ``to`` method are sent.
+        data: called once with (first iteration, max_iter); yields one batch per iteration.
+        device: where pre-training batches are sent; a detector moves its inputs itself.
         amp_dtype: ``torch.bfloat16`` or ``torch.float16`` for mixed precision, None for float32.
         accumulate_steps: number of micro-batches that each batch is split into.
-        max_norm: clip the gradients' total norm.
+        max_norm: clip the total norm of the gradients.
         max_value: clip each entry of the gradients instead.
-        log_period: metrics are gathered after every so many iterations and after the last.
-        last_checkpoint: names the file to go back to, for the message about a NaN.
+        log_period: gather metrics every this many iterations and after the last one.
+        last_checkpoint: returns the path of the last good checkpoint, for the message about a NaN.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: Callable[[int, int], Iterable[Any]],
+        data: Callable[[int, int], Iterable[Batch]],
         *,
         device: str | torch.device = "cpu",
         amp_dtype: torch.dtype | None = None,
@@ -144,7 +147,7 @@ class Trainer(TrainerBase):
         self.log_period = log_period
         self.last_checkpoint = last_checkpoint
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
-        self._pretrained = self.module if isinstance(self.module, PretrainingModel) else None
+        self._method = self.module if isinstance(self.module, PretrainingModel) else None
         self.scaler = None
         if amp_dtype == torch.float16 and self.device.type == "cuda":
             self.scaler = torch.amp.GradScaler("cuda")
@@ -157,8 +160,8 @@ class Trainer(TrainerBase):
         return (self.iter + 1) % self.log_period == 0 or self.iter == self.max_iter - 1
 
     def before_train(self) -> None:
-        # Loaders may draw from the global generators when they start. The first batch is taken
-        # before the hooks, one of which sets the generators to the state of a resumed run.
+        # Starting a loader may draw from the global generators. The first batch is therefore loaded
+        # before the hooks run, one of which restores the generators of a resumed run.
         self._batches = iter(self.data(self.start_iter, self.max_iter))
         self._next_batch = self._load()
         self._reset_clocks()
@@ -170,71 +173,72 @@ class Trainer(TrainerBase):
 
     def run_step(self) -> None:
         if not self.model.training:
-            raise RuntimeError("the model was left in eval mode; a hook has to call model.train()")
+            raise RuntimeError("the model was left in eval mode; a hook must call model.train()")
         started = time.perf_counter()
         batch, self._next_batch = self._next_batch, None
         if batch is None:
             batch = self._load()
-        if hasattr(batch, "to"):
+        if not isinstance(batch, list):
             batch = batch.to(self.device, non_blocking=True)
         self._data_seconds += time.perf_counter() - started
 
-        if self._pretrained is not None:
-            self._pretrained.before_step(self.iter, self.max_iter)
+        if self._method is not None:
+            self._method.before_step(self.iter, self.max_iter)
         scalars = StepScalars(self.storage)
         losses = self._forward_backward(batch, scalars)
         self.after_backward()
         self._optimizer_step(scalars)
-        if self._pretrained is not None:
-            self._pretrained.after_step(self.iter, self.max_iter)
+        if self._method is not None:
+            self._method.after_step(self.iter, self.max_iter)
 
         names = list(losses)
         self._unchecked.append((self.iter, names, torch.stack([losses[n].float() for n in names])))
         self._images += len(batch)
         self._steps += 1
         if self.is_log_step() or len(self._unchecked) >= _MAX_UNCHECKED:
-            self.check_finite()  # waits for the device, so the clock below is right
+            self.check_finite()  # waits for the device, so the time below includes its work
         self._step_seconds += time.perf_counter() - started
         if self.is_log_step():
             self._write_metrics(losses, scalars)
 
-    def _load(self) -> Any:
+    def _load(self) -> Batch:
         try:
             return next(self._batches)
-        except UserError as error:  # to which a loader's worker adds its traceback
+        except UserError as error:  # a loader's worker prepends its traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "
-                "dataloader.train must give one batch for every iteration"
+                "dataloader.train must yield one batch per iteration"
             ) from None
 
-    def _forward_backward(self, batch: Any, scalars: StepScalars) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Batch, scalars: StepScalars) -> dict[str, Tensor]:
         """Fill the gradients.
 
         Returns:
-            ``total_loss`` and each loss, averaged over the micro-batches: 0-D, on the device.
+            ``total_loss`` and each loss, averaged over the micro-batches: 0-D tensors on the
+            device.
         """
         self.optimizer.zero_grad(set_to_none=True)
         parts = split_batch(batch, self.accumulate_steps)
         distributed = isinstance(self.model, DistributedDataParallel)
         mean: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            share = len(part) / len(batch) if len(parts) > 1 else 1.0
-            gather = i == len(parts) - 1 or not distributed
-            with nullcontext() if gather else self.model.no_sync():
+            fraction = len(part) / len(batch) if len(parts) > 1 else 1.0
+            reduce = i == len(parts) - 1 or not distributed
+            with nullcontext() if reduce else self.model.no_sync():
                 with self._autocast(), scalars:
                     output = self.model(part)
                     losses = {k: v for k, v in output.items() if k.startswith("loss")}
                     if not losses:
                         raise RuntimeError(f"the model returned no loss, only {list(output)}")
                     total = sum(losses.values())
-                objective = total * share if len(parts) > 1 else total
+                objective = total * fraction if len(parts) > 1 else total
                 (self.scaler.scale(objective) if self.scaler else objective).backward()
             for name in output.keys() - losses.keys():
                 scalars.put_scalar(name, output[name])
             for name, value in {"total_loss": total, **losses}.items():
-                mean[name] = mean.get(name, 0) + value.detach() * share
+                mean[name] = mean.get(name, 0) + value.detach() * fraction
         return mean
 
     def _autocast(self):
@@ -259,10 +263,10 @@ class Trainer(TrainerBase):
             self.optimizer.step()
 
     def check_finite(self) -> None:
-        """Look at the losses of all iterations since the last look. All processes call it together.
+        """Check the losses of all iterations since the last check. All processes call it together.
 
         Raises:
-            NonFiniteLoss: one was NaN or infinite, on any process.
+            NonFiniteLoss: a loss was NaN or infinite, on any process.
         """
         first_bad = None
         if self._unchecked:
@@ -270,7 +274,7 @@ class Trainer(TrainerBase):
             if not finite.all():
                 iteration, names, values = self._unchecked[finite.tolist().index(False)]
                 bad = {n: v for n, v in zip(names, values.tolist(), strict=True) if not isfinite(v)}
-                if len(bad) > 1:  # name the culprits, not their sum
+                if len(bad) > 1:  # name the terms at fault, not their sum
                     bad.pop("total_loss", None)
                 first_bad = (iteration, bad)
         self._unchecked.clear()
@@ -317,7 +321,7 @@ class Trainer(TrainerBase):
             self.storage.put_scalar(
                 name, sum(values) / len(values), smoothing_hint=scalars.hints.get(name, True)
             )
-        # The slowest process is the one that all wait for.
+        # All processes wait for the slowest one.
         self.storage.put_scalar("data_time", max(r["data_time"] for r in reports))
         self.storage.put_scalar("time", max(r["time"] for r in reports))
         self.storage.put_scalar("img_per_sec", sum(r["images"] for r in reports))

@@ -1,4 +1,4 @@
-"""Loading pre-trained weights into a detector, and saying what was and what was not loaded."""
+"""Loads pre-trained weights into a detector and reports what was and was not loaded."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
 
-#: Layers whose shape follows from the number of classes: they may differ, and then start anew.
+#: Layers whose shape depends on the number of classes: if it differs, they are not loaded.
 CLASS_LAYERS = (".box_predictor.", ".mask_head.predictor.", ".cls_score.")
-#: A module of which less than this part of its tensors is filled got the wrong checkpoint.
+#: A checkpoint that fills less than this fraction of a module's tensors is the wrong one.
 MIN_FILLED = 0.5
 _EXAMPLES = 3
 
 
 @dataclass
 class ModuleCount:
-    """How much of a module was loaded: ``*_tensors`` of its state dict, ``*_values`` numbers."""
+    """How much of a module was loaded: tensors of its state dict, and numbers in them."""
 
     loaded_tensors: int = 0
     tensors: int = 0
@@ -40,17 +40,18 @@ class ModuleCount:
 
 @dataclass
 class TransferReport:
-    """What a checkpoint gave to a model. Names are those of the model's state dict.
+    """What was loaded from a checkpoint. Names are those of the model's state dict.
 
-    ``num_batches_tracked`` counters that one side does not have are not mentioned anywhere.
+    ``num_batches_tracked`` counters that only one side has are left out.
 
     Attributes:
-        path: the checkpoint.
+        path: path of the checkpoint.
         matched: loaded tensors.
-        missing: tensors of the model that the checkpoint does not have; they keep their values.
-        unexpected: tensors of the checkpoint that the model does not have.
-        mismatched: (name, shape in the checkpoint, shape in the model); not loaded.
-        modules: counts by module, in the model's order.
+        missing: tensors of the model that the checkpoint lacks; they keep their values.
+        unexpected: tensors of the checkpoint that the model lacks.
+        mismatched: (name, shape in the checkpoint, shape in the model) of tensors that were not
+            loaded because their shapes differ.
+        modules: counts per module, in the model's order.
     """
 
     path: str
@@ -61,7 +62,7 @@ class TransferReport:
     modules: dict[str, ModuleCount] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """A table with one line a module, and one line for what the model had no place for."""
+        """A table with one line per module, and a line for unused tensors of the checkpoint."""
         rows = []
         for name, count in self.modules.items():
             state = "loaded" if count.loaded_tensors == count.tensors else "partly loaded"
@@ -89,10 +90,11 @@ class TransferReport:
 
 
 def module_of(name: str) -> str:
-    """The part of a detector that a tensor belongs to, e.g. ``"roi_heads.box_head"``.
+    """The module of a detector that a tensor belongs to, e.g. ``"roi_heads.box_head"``.
 
-    Parts are the top-level modules, but RoI heads and a backbone with a pyramid are told apart by
-    what pre-training fills separately: ``backbone.bottom_up``, ``backbone.fpn``.
+    This is the top-level module. RoI heads, and a backbone with a feature pyramid, are divided
+    further into what pre-training can fill separately, e.g. ``backbone.bottom_up``,
+    ``backbone.fpn``.
     """
     parts = name.split(".")
     if parts[0] == "roi_heads":
@@ -105,26 +107,25 @@ def module_of(name: str) -> str:
     return parts[0]
 
 
-def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -> TransferReport:
-    """Load a checkpoint into a detector before fine-tuning, and check that it did something.
+def load_pretrained(model: nn.Module, path: str) -> TransferReport:
+    """Load a checkpoint into a detector, and check that it fits.
 
-    The loading is :class:`detectron2.checkpoint.DetectionCheckpointer`'s: model-zoo ``.pkl`` files,
-    ``?matching_heuristics=True`` and every path that ``PathManager`` knows work as usual. A
-    checkpoint of this library holds the detector's own tensors under ``"model"``.
+    :class:`detectron2.checkpoint.DetectionCheckpointer` does the loading: model-zoo ``.pkl`` files,
+    ``?matching_heuristics=True`` and all paths that ``PathManager`` supports work as usual. A
+    checkpoint of this library has the detector's tensors under ``"model"``.
 
     Args:
-        model: the detector, not yet wrapped for distributed training. Filled in place. Of a
-            pre-training model only its ``detector_modules`` are filled.
+        model: the detector, not wrapped in DDP; filled in place. Of a pre-training model only the
+            ``detector_modules`` are filled.
         path: checkpoint file or URL.
-        allow_empty: accept a checkpoint of which nothing fits the model.
 
     Returns:
         What was loaded; its summary has been logged.
 
     Raises:
-        UserError: the file is missing, damaged, no checkpoint or holds code; nothing of it fits;
-            shapes differ elsewhere than in the layers of the classes; or it fills less than
-            half of a module's tensors.
+        UserError: the file is missing, damaged, not a checkpoint, or contains code; no tensor of
+            it fits; shapes differ in other layers than those that depend on the number of classes;
+            or it fills less than half of a module's tensors.
     """
     checkpointer = _ReportingCheckpointer(_detector_part(model))
     if not path:
@@ -139,29 +140,29 @@ def load_pretrained(model: nn.Module, path: str, *, allow_empty: bool = False) -
         raise UserError(f"cannot read the checkpoint {path}: {_why(error)}") from error
     report = checkpointer.report
     report.path = path
-    _check(report, checkpointer.keys, allow_empty)
+    _check(report, checkpointer.keys)
     logger.info(report.summary())
     return report
 
 
 def _detector_part(model: nn.Module) -> nn.Module:
-    """The model without what only pre-training has: its target copy has the detector's names, too,
-    and the matching heuristics would not know which to fill."""
+    """The model without what only pre-training needs: the target network also has the detector's
+    names, which would be ambiguous for the matching heuristics."""
     if not isinstance(model, PretrainingModel):
         return model
     part = nn.Module()
     for name in model.detector_modules:
-        part.add_module(name, getattr(model, name))
+        part.add_module(name, model.get_submodule(name))
     return part
 
 
 class _ReportingCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that runs no code of a file and keeps account of the tensors."""
+    """DetectionCheckpointer that never runs code from a file and records what it loaded."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model, save_to_disk=False)
         self.report = TransferReport(path="")
-        self.keys: list[str] = []  # of the checkpoint, as they are in the file
+        self.keys: list[str] = []  # the checkpoint's names, as in the file
         self._weights: dict[str, torch.Tensor] = {}
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -170,15 +171,15 @@ class _ReportingCheckpointer(DetectionCheckpointer):
         loaded = super()._load_file(filename)
         weights = loaded["model"]
         if not isinstance(weights, dict) or not weights:
-            raise UserError(f"{filename} is no checkpoint: its 'model' holds no named tensors")
+            raise UserError(f"{filename} is not a checkpoint: 'model' contains no named tensors")
         odd = [str(k) for k, v in weights.items() if not hasattr(v, "shape")]
         if odd:
             hint = ", ".join(sorted(odd)[:6])
             nested = [k for k in odd if isinstance(weights[k], dict)]
-            mend = f"the weights seem to be in {nested[0]!r}: " if nested else ""
+            where = f"the weights seem to be in {nested[0]!r}: " if nested else ""
             raise UserError(
                 f"{filename} has no weights under 'model', but entries such as {hint}; "
-                f"{mend}save them as {{'model': state_dict}} with the detector's names"
+                f"{where}save them as {{'model': state_dict}} with the detector's names"
             )
         self.keys = [str(k) for k in weights]
         return loaded
@@ -186,12 +187,14 @@ class _ReportingCheckpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> dict[str, Any]:
         loaded = torch.load(f, map_location="cpu", weights_only=True)
         if not isinstance(loaded, dict):
-            raise UserError(f"{f} is no checkpoint: it holds a {type(loaded).__name__}, not a dict")
+            raise UserError(
+                f"{f} is not a checkpoint: it contains a {type(loaded).__name__}, not a dict"
+            )
         return loaded
 
     def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
         super()._convert_ndarray_to_tensor(state_dict)
-        self._weights = state_dict  # the last call sees the names after the matching heuristics
+        self._weights = state_dict  # the last call has the names after the matching heuristics
 
     def _load_model(self, checkpoint: dict[str, Any]):
         incompatible = super()._load_model(checkpoint)
@@ -200,7 +203,7 @@ class _ReportingCheckpointer(DetectionCheckpointer):
         mismatched = list(incompatible.incorrect_shapes)
         absent = {*incompatible.missing_keys} - {name for name, _, _ in mismatched}
         absent = {k for k in absent if not _is_counter(k)}
-        # The matching heuristics leave a tensor of another shape under its short name.
+        # The matching heuristics do not rename a tensor whose shape differs.
         heuristics = checkpoint.get("matching_heuristics", False)
         for name in list(unexpected) if heuristics else []:
             for key in sorted(absent):
@@ -210,14 +213,14 @@ class _ReportingCheckpointer(DetectionCheckpointer):
                     absent.remove(key)
                     unexpected.remove(name)
                     break
-        # Batch norm makes up a counter for old files; that one was not loaded.
+        # Batch norm creates the counter that old files lack; it was not loaded.
         counters = {k for k in ours if _is_counter(k) and k not in self._weights}
         not_loaded = counters.union(incompatible.missing_keys)
         self.report = _count(ours, absent, unexpected, mismatched, not_loaded)
         return incompatible
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        """Said once, by the report."""
+        """Nothing: the report logs them."""
 
 
 def _is_counter(name: str) -> bool:
@@ -250,23 +253,23 @@ def _count(
     return report
 
 
-def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
+def _check(report: TransferReport, keys: list[str]) -> None:
     wrong = [m for m in report.mismatched if not any(layer in m[0] for layer in CLASS_LAYERS)]
     if wrong:
         shown = "; ".join(
             f"{k}: {theirs} in the file, {ours} here" for k, theirs, ours in wrong[:3]
         )
         raise UserError(
-            f"{report.path} is of another architecture than the detector: "
-            f"{len(wrong)} tensors differ in shape, e.g. {shown}. Pre-train from this detector's "
-            "own config, or fine-tune the config that the checkpoint was made for"
+            f"{report.path} has another architecture than the detector: "
+            f"{len(wrong)} tensors differ in shape, e.g. {shown}. Pre-train with this detector's "
+            "config, or fine-tune the detector that the checkpoint was written for"
         )
     for name, theirs, ours in report.mismatched:
-        logger.warning("%s starts anew: %s in the checkpoint, %s here", name, theirs, ours)
-    if not report.matched and not allow_empty:
+        logger.warning("%s is not loaded: %s in the checkpoint, %s here", name, theirs, ours)
+    if not report.matched:
         here = report.missing[:_EXAMPLES]
         raise UserError(
-            f"nothing of {report.path} fits the detector. The file has names such as "
+            f"no tensor of {report.path} fits the detector. The file has names such as "
             f"{', '.join(keys[:_EXAMPLES])}; the detector has {', '.join(here)}. "
             + _likely_cause(keys)
         )
@@ -277,12 +280,12 @@ def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
         if count.loaded_tensors < MIN_FILLED * count.tensors:
             raise UserError(
                 f"{report.path} fills only {count.loaded_tensors} of the {count.tensors} tensors "
-                f"of {module}; missing are e.g. {', '.join(missing[:_EXAMPLES])}. Is it of "
-                "another depth or another head than the detector's config?"
+                f"of {module}; it lacks, e.g., {', '.join(missing[:_EXAMPLES])}. Does it come from "
+                "a model of another depth or with another head?"
             )
         if missing:
             logger.warning(
-                "%s is only partly filled (%d of %d tensors). %s",
+                "%s is only partly loaded (%d of %d tensors). %s",
                 *(module, count.loaded_tensors, count.tensors),
                 get_missing_parameters_message(missing),
             )
@@ -290,12 +293,12 @@ def _check(report: TransferReport, keys: list[str], allow_empty: bool) -> None:
 
 def _likely_cause(keys: list[str]) -> str:
     if any(k.startswith(("layer1.", "conv1.", "backbone.layer1.")) for k in keys):
-        return "Those are torchvision's names: convert the file to Detectron2's names first"
+        return "These are torchvision's names: convert the file to Detectron2's names first"
     if any(".layer1." in k or "encoder_q." in k for k in keys):
-        return "Those are a self-supervised release's names: convert the file first"
+        return "These are the names of a self-supervised release: convert the file first"
     if all("." in k for k in keys) and any(k.startswith(("stem.", "res2.")) for k in keys):
-        return "Those are a bare backbone's names: append ?matching_heuristics=True to the path"
-    return "Was it made for another detector, or saved under a prefix?"
+        return "These are a bare backbone's names: append ?matching_heuristics=True to the path"
+    return "Was it written for another detector, or saved with a prefix?"
 
 
 def _why(error: Exception) -> str:
@@ -303,6 +306,6 @@ def _why(error: Exception) -> str:
     if "Weights only load failed" in text:
         code = re.search(r"Unsupported global: GLOBAL (\S+)", text)
         if code:
-            return f"it holds Python objects ({code[1]}), which are not loaded for safety"
+            return f"it contains Python objects ({code[1]}), which are not loaded for safety"
         return "it is damaged, or not a checkpoint"
     return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,11 +1,13 @@
-"""What a run writes while it goes: a console line, metrics.json, TensorBoard events."""
+"""What a run writes while it trains: console line, metrics.json, TensorBoard, progress.json."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import logging
+import math
 import os
+import time
 
 import torch
 from detectron2.utils.events import (
@@ -18,15 +20,22 @@ from detectron2.utils.events import (
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.files import write_text_atomic
+from region_pretrain.progress import PROGRESS_FILE, Progress, write_progress
 
 logger = logging.getLogger(__name__)
 
 
+def current_progress(storage: EventStorage, max_iter: int) -> Progress:
+    """How far a run is at its newest log step; the time left follows from the last 20 log steps."""
+    done = storage.latest()["total_loss"][1] + 1
+    return Progress(done, max_iter, storage.history("time").avg(20) * (max_iter - done))
+
+
 class ConsoleWriter(EventWriter):
-    """One line: progress, losses, learning rate, speed, share of time spent waiting for data, ETA.
+    """One line: progress, losses, learning rate, speed, time spent waiting for data, time left.
 
     Args:
-        max_iter: the run's last iteration + 1.
+        max_iter: number of iterations of the run.
     """
 
     def __init__(self, max_iter: int) -> None:
@@ -42,31 +51,63 @@ class ConsoleWriter(EventWriter):
         logger.info(self.line(storage))
 
     def line(self, storage: EventStorage) -> str:
-        """The line for the metrics that a storage holds now."""
+        """The line for the newest metrics of a storage."""
         value = {name: v for name, (v, _) in storage.latest().items()}
-        done = storage.latest()["total_loss"][1] + 1
+        progress = current_progress(storage, self._max_iter)
         losses = [f"{n} {v:.4g}" for n, v in value.items() if n.startswith("loss")]
         parts = [
-            f"iter {done}/{self._max_iter}",
+            f"iter {progress.done}/{progress.total}",
             f"total_loss {value['total_loss']:.4g}",
             *([f"({', '.join(losses)})"] if len(losses) > 1 else []),
             f"lr {value['lr']:.4g}" if "lr" in value else "",
             f"{value['img_per_sec']:.1f} img/s",
             f"data {100 * value['data_time'] / max(value['time'], 1e-9):.0f}%",
         ]
-        seconds = storage.history("time").avg(20) * (self._max_iter - done)
-        parts.append(f"eta {datetime.timedelta(seconds=int(seconds))}")
+        parts.append(f"eta {datetime.timedelta(seconds=int(progress.seconds_left))}")
         if torch.cuda.is_available():
             parts.append(f"max mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
         return "  ".join(part for part in parts if part)
 
 
-def drop_lines_from(path: str, iteration: int) -> None:
-    """Take back what a run wrote to metrics.json after the checkpoint that it now resumes.
+class ProgressWriter(EventWriter):
+    """Keeps ``progress.json`` up to date, at most once per second (each write flushes the disk).
 
     Args:
-        path: one JSON object a line; need not exist.
-        iteration: lines of this iteration and later ones go, and a line cut short by a kill.
+        path: the file; written at once, as an older one may be from before a resume.
+        start_iter: first iteration of this process.
+        max_iter: number of iterations of the run.
+    """
+
+    def __init__(self, path: str, start_iter: int, max_iter: int) -> None:
+        self._path = path
+        self._max_iter = max_iter
+        self._written = start_iter
+        self._written_at = -math.inf
+        write_progress(path, Progress(start_iter, max_iter))
+
+    def write(self) -> None:
+        self._write(min_seconds=1.0)
+
+    def close(self) -> None:
+        self._write(min_seconds=0.0)
+
+    def _write(self, min_seconds: float) -> None:
+        storage = get_event_storage()
+        if "total_loss" not in storage.latest():
+            return
+        progress, now = current_progress(storage, self._max_iter), time.monotonic()
+        last = progress.done == self._max_iter
+        if progress.done > self._written and (last or now - self._written_at >= min_seconds):
+            write_progress(self._path, progress)
+            self._written, self._written_at = progress.done, now
+
+
+def drop_lines_from(path: str, iteration: int) -> None:
+    """Remove from metrics.json what a run wrote after the checkpoint that it now resumes.
+
+    Args:
+        path: JSON lines; need not exist.
+        iteration: lines of this and later iterations are removed, and so is an incomplete line.
     """
     if not PathManager.exists(path):
         return
@@ -84,10 +125,9 @@ def drop_lines_from(path: str, iteration: int) -> None:
 
 
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
-    """The writers of a run that starts, or goes on, at ``start_iter``; for the main process.
+    """The writers of a run that starts or resumes at ``start_iter``; for the main process.
 
-    Values are written as they were measured, without smoothing over earlier ones, so that a
-    resumed run writes the same.
+    Values are not smoothed over earlier ones, so that a resumed run writes the same values.
     """
     metrics = os.path.join(output_dir, "metrics.json")
     drop_lines_from(metrics, start_iter)
@@ -95,4 +135,5 @@ def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[Event
         ConsoleWriter(max_iter),
         JSONWriter(metrics, window_size=1),
         TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
+        ProgressWriter(os.path.join(output_dir, PROGRESS_FILE), start_iter, max_iter),
     ]

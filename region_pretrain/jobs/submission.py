@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from region_pretrain.config import config_text, load_config
-from region_pretrain.engine.setup import refuse_held
+from region_pretrain.config import load_config, to_yaml
+from region_pretrain.engine.output_dir import refuse_existing_run
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm
@@ -67,10 +67,10 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
     cluster = _cluster(args)
     cfg = load_config(args.config_file, args.opts)
     _check_batch(cfg, cluster)
-    text = config_text(cfg)
+    text = to_yaml(cfg)
     output_dir = cfg.train.output_dir
     if not args.resume and not args.eval_only:
-        refuse_held(output_dir)
+        refuse_existing_run(output_dir)
     folder = os.path.join(output_dir, "slurm")
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     config = os.path.abspath(os.path.join(folder, f"config-{digest}.yaml"))

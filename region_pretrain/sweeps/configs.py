@@ -12,7 +12,7 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from region_pretrain.config import apply_overrides, complete_train, load_file
+from region_pretrain.config import apply_overrides, load_config
 from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.snapshot import in_checkout
@@ -21,7 +21,7 @@ from region_pretrain.modeling.meta_arch import check_contract
 
 @functools.cache
 def _file(path: str) -> DictConfig:
-    return complete_train(load_file(path))
+    return load_config(path)
 
 
 #: Overrides that do not affect whether a config builds.

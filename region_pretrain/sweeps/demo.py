@@ -19,8 +19,8 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from tabulate import tabulate
 
-from region_pretrain.config import complete_train, load_config
-from region_pretrain.engine.run import build_model
+from region_pretrain.config import load_config
+from region_pretrain.engine.build import build_model
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
@@ -115,7 +115,7 @@ class Job:
 
     def load(self, config: str, overrides: Sequence[str]) -> DictConfig:
         """A config as the tools load it."""
-        return complete_train(load_config(in_checkout(config), overrides))
+        return load_config(in_checkout(config), overrides)
 
 
 def run_demo(

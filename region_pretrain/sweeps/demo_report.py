@@ -12,7 +12,7 @@ from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.structures import BoxMode
 
 from region_pretrain.data.catalog import get_records
-from region_pretrain.engine.run import build_model
+from region_pretrain.engine.build import build_model
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.evaluation.knn_probe import evaluating
 from region_pretrain.reporting import html as report

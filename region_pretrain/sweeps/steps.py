@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from region_pretrain.engine.setup import holds_run
+from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.snapshot import in_checkout

@@ -51,7 +51,7 @@ class Detector(nn.Module):
         self.proposal_generator = nn.Linear(5, 1)
 
 
-def test_file_holds_the_detector_apart_and_loads_weights_only(tmp_path):
+def test_the_detector_is_stored_separately_and_loads_with_weights_only(tmp_path):
     checkpointer = make(tmp_path)
     step(checkpointer)
     checkpointer.save("model_0000004", iteration=4)
@@ -175,7 +175,7 @@ def test_another_number_of_processes_is_refused_unless_allowed(tmp_path, caplog)
 
 def test_another_model_is_refused(tmp_path):
     make(tmp_path).save("model_0000001", iteration=1)
-    with pytest.raises(UserError, match="is of another model.*backbone.0.weight"):
+    with pytest.raises(UserError, match="belongs to another model.*backbone.0.weight"):
         make(tmp_path, width=7).resume()
 
 
@@ -195,7 +195,7 @@ def test_old_files_go_but_every_kth_stays(tmp_path):
 
 
 class FullDisk:
-    """A file on a disk with room for so many bytes."""
+    """A file on a disk with room for a number of bytes."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -249,7 +249,7 @@ def test_too_little_space_is_found_before_the_start(tmp_path, monkeypatch):
         check_free_space(str(tmp_path), model, sgd)
 
 
-def test_killed_writers_leave_no_rubbish_behind_a_resume(tmp_path):
+def test_a_resume_removes_what_killed_writers_left(tmp_path):
     make(tmp_path).save("model_0000001", iteration=1)
     (tmp_path / "model_0000003.pth.part-host-77").write_bytes(b"half")
     assert make(tmp_path).resume() == 2

@@ -33,9 +33,9 @@ def test_pretraining_with_overrides_then_refusal_then_resume(config, tmp_path):
     again = run("pretrain_net.py", "--config-file", config, "--resume", "train.max_iter=4")
     assert again.returncode == 2
     assert [line for line in again.stderr.splitlines() if line.startswith("error: ")] == [
-        f"error: cannot resume with another config than {tmp_path}/run/config.yaml: "
+        f"error: cannot resume with a config that differs from {tmp_path}/run/config.yaml: "
         "model.noise: 0.5 -> 0.1; train.max_iter: 3 -> 4. "
-        "Undo the change or take another train.output_dir"
+        "Undo the change or choose another train.output_dir"
     ]
     assert "Traceback" not in again.stderr
 
@@ -108,7 +108,16 @@ def test_a_mistake_costs_one_line(tool, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_a_loss_that_is_no_number_costs_one_line(tmp_path):
+def test_an_unfinished_method_costs_one_line(config):
+    done = run("pretrain_net.py", "--config-file", config, "model._target_=tiny_run.Unfinished")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: model: Can't instantiate abstract class Unfinished")
+    assert "forward" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_costs_one_line(tmp_path):
     cfg = make_config(tmp_path / "run")
     cfg.optimizer.lr = 1e38
     cfg.train.log_period = 1

@@ -23,7 +23,7 @@ def flat(batches):
     return [[(d["image_id"], d["x"].tolist()) for d in batch] for batch in batches]
 
 
-def test_batches_hold_what_detectron2_loads():
+def test_batches_contain_what_detectron2_loads():
     loader = build_detection_train_loader(
         records(), mapper=lambda d: d, sampler=TrainingSampler(10, seed=3), total_batch_size=4
     )
@@ -35,7 +35,7 @@ def test_batches_hold_what_detectron2_loads():
 
 
 @pytest.mark.parametrize("start", [1, 5, 11])
-def test_going_on_gives_the_same_batches_as_never_stopping(start):
+def test_a_resumed_run_sees_the_same_batches(start):
     assert flat(make().iterate(start, 12)) == flat(make().iterate(0, 12))[start:]
 
 
@@ -78,14 +78,14 @@ def make_plain():
     return make(aspect_ratio_grouping=False)
 
 
-def test_a_mapper_may_refuse_a_record():
+def test_a_mapper_may_reject_a_record():
     def odd_only(record):
         return record if record["image_id"] % 2 else None
 
     data = DetectionTrainData(records(), odd_only, 4, seed=0)
     assert all(d["image_id"] % 2 for batch in data.iterate(0, 6) for d in batch)
     data = DetectionTrainData(records(), lambda record: None, 4)
-    with pytest.raises(UserError, match="refused 100 records in a row"):
+    with pytest.raises(UserError, match="rejected 100 records in a row"):
         list(data.iterate(0, 1))
 
 
@@ -112,7 +112,7 @@ def test_a_sampler_of_the_config_is_used():
     sampler = L(RepeatFactorTrainingSampler)(repeat_factors=torch.ones(10) * 2, seed=1)
     data = detection_training_data(lazy(sampler=sampler, aspect_ratio_grouping=False), seed=3)
     ids = [d["image_id"] for batch in data.iterate(0, 5) for d in batch]
-    assert sorted(ids) == sorted(list(range(10)) * 2)  # an epoch holds each image twice
+    assert sorted(ids) == sorted(list(range(10)) * 2)  # an epoch contains each image twice
 
 
 def test_other_loaders_are_taken_as_they_are(caplog):
@@ -122,11 +122,11 @@ def test_other_loaders_are_taken_as_they_are(caplog):
     cfg = OmegaConf.create({"_target_": "builtins.dict", "total_batch_size": 2})
     data = detection_training_data(cfg, seed=0)
     assert list(data.iterate(7, 8)) == ["total_batch_size"]
-    assert "starts its order anew" in caplog.text
+    assert "restarts its order" in caplog.text
     with pytest.raises(UserError, match="total_batch_size"):
         detection_training_data(OmegaConf.create({"_target_": "builtins.dict"}), seed=0)
 
 
 def test_an_empty_data_set_is_refused():
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="dataset is empty"):
         DetectionTrainData([], NoisyMapper(), 4)

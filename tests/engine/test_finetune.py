@@ -46,7 +46,7 @@ def test_results_are_the_evaluators_and_on_disk(tmp_path):
     assert evaluated[-1][1] == results["bbox"]["AP"]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):
     # past an evaluation and a precise batch norm on either side of the checkpoint
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = do_train(make_detection_config(whole))

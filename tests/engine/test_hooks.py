@@ -9,7 +9,7 @@ from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
 
 
 class Files:
-    """Stands for a checkpointer: notes what it is told."""
+    """Stands in for a checkpointer and records its calls."""
 
     def __init__(self):
         self.saved, self.removed, self.restored = [], [], 0
@@ -37,7 +37,7 @@ def run(hook, iterations, before_step=lambda t: None):
     return checked
 
 
-def test_saves_by_iterations_and_at_the_end_after_a_look_for_nan():
+def test_saves_by_iterations_and_at_the_end_after_a_check_for_nan():
     files = Files()
     checked = run(CheckpointHook(files, period=4, keep_last=2, keep_every=6), 10)
     assert files.saved == [

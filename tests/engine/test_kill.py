@@ -1,4 +1,4 @@
-"""SoCo runs that are killed, as a job is: SIGKILL from outside, at no agreed place."""
+"""SoCo runs killed as a scheduler kills a job: SIGKILL from outside, at any instant."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ ITERATIONS = 14
 
 
 class Run:
-    """A pre-training through its command line, in its own session, so that all of it can die."""
+    """A pre-training through its command line, in a session that can be killed."""
 
     def __init__(self, folder: Path, region_folder, processes: int) -> None:
         self.folder = folder
@@ -55,7 +55,7 @@ class Run:
         return self.folder.with_suffix(".out").read_text(errors="replace")
 
     def lines(self) -> list[dict]:
-        """metrics.json without the clock, and without a line that is being written."""
+        """metrics.json without timings, and without a line that is still being written."""
         path = self.folder / "metrics.json"
         lines = path.read_text().splitlines() if path.exists() else []
         found = []
@@ -66,7 +66,7 @@ class Run:
                 assert line is lines[-1]
         return found
 
-    # Instants to kill at; each says whether it has come.
+    # Instants to kill at; each returns whether it has come.
 
     def in_first_iteration(self) -> bool:
         return "Starting training from iteration 0" in self.output()

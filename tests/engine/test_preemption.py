@@ -36,18 +36,18 @@ def same_weights(a, b):
 @pytest.mark.parametrize(
     ("run", "config"), [(do_pretrain, make_config), (do_train, make_detection_config)]
 )
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_exactly(tmp_path, monkeypatch, run, config):
+def test_a_signalled_run_saves_and_continues_exactly(tmp_path, monkeypatch, run, config):
     hooks = [L(TellAt)()]
     run(config(tmp_path / "whole", hooks=hooks))
     monkeypatch.setenv("TELL_AT", "8")
     with pytest.raises(Stopped) as stopped:
-        run(config(tmp_path / "told", hooks=hooks))
+        run(config(tmp_path / "stopped", hooks=hooks))
     assert stopped.value.code == STOPPED == 75
-    assert checkpoints(tmp_path / "told")[-1] == "model_0000008.pth"
+    assert checkpoints(tmp_path / "stopped")[-1] == "model_0000008.pth"
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
-    run(config(tmp_path / "told", hooks=hooks), resume=True)
-    assert metrics(tmp_path / "told") == metrics(tmp_path / "whole")
-    assert same_weights(tmp_path / "told", tmp_path / "whole")
+    run(config(tmp_path / "stopped", hooks=hooks), resume=True)
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, monkeypatch):
@@ -56,21 +56,21 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, monkeypatch):
     assert "model_final.pth" in checkpoints(tmp_path)
 
 
-def test_one_of_two_processes_is_told_and_both_leave_after_the_same_step(tmp_path, monkeypatch):
+def test_both_processes_stop_after_the_same_step_when_one_is_signalled(tmp_path, monkeypatch):
     train = {"hooks": [L(TellAt)()]}
     launch(train_in_process, 2, device="cpu", args=(str(tmp_path / "whole"), False, train))
     monkeypatch.setenv("TELL_AT", "8")
-    folder = tmp_path / "told"
+    folder = tmp_path / "stopped"
     with pytest.raises(SystemExit) as stopped:
         launch(train_in_process, 2, device="cpu", args=(str(folder), False, train))
     assert stopped.value.code == STOPPED
-    assert checkpoints(folder)[-1] == "model_0000009.pth"  # heard of at the next boundary
+    assert checkpoints(folder)[-1] == "model_0000009.pth"  # one step later
     launch(train_in_process, 2, device="cpu", args=(str(folder), True, train))
     assert metrics(folder) == metrics(tmp_path / "whole")
     assert same_weights(folder, tmp_path / "whole")
 
 
-def test_term_is_a_request_in_a_job_only(monkeypatch):
+def test_term_is_a_stop_request_only_in_a_job(monkeypatch):
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
     stop = StopRequest()
     with stop.listen():
@@ -83,7 +83,7 @@ def test_term_is_a_request_in_a_job_only(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_thread_that_gets_no_signals_trains_all_the_same():
+def test_a_run_in_a_thread_which_receives_no_signals_trains_as_usual():
     entered = []
 
     def listen():
@@ -118,7 +118,7 @@ def test_workers_forked_while_a_run_listens_ignore_usr2():
     stop = StopRequest()
     with stop.listen():
         got = list(DataLoader(TellsItself(signal.SIGUSR2), batch_size=None, num_workers=1))
-    assert [int(i) for i in got] == list(range(8)) and stop.heard is None
+    assert [int(i) for i in got] == list(range(8)) and stop.received is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "pre-training", "fine-tuning"])

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
+from region_pretrain.progress import read_progress
 
 CHILD = (
     "import json, sys, tiny_run; "
@@ -50,11 +52,13 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("hook, at, resumed_at", [(KillAt, 14, 12), (KillInSave, 11, 6)])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, hook, at, resumed_at):
+def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch, hook, at, resumed_at):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     do_pretrain(make_config(whole))
     run_killed(killed, hook, at, monkeypatch)
     assert not (killed / "model_final.pth").exists()
+    progress = read_progress(str(killed / "progress.json"))
+    assert 1 <= progress.done <= at and progress.total == 20 and progress.seconds_left > 0
     assert len(metrics(killed)) == (14 if hook is KillAt else 12)
     cfg = make_config(killed, hooks=[L(hook)()])
     do_pretrain(cfg, resume=True)
@@ -65,6 +69,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, hook, at, resum
     files = [torch.load(f / "model_final.pth", weights_only=True) for f in (whole, killed)]
     assert equal(*files)
     assert not list(killed.glob("*.part*"))
+    progress = read_progress(str(killed / "progress.json"))
+    assert (progress.done, progress.total, progress.seconds_left) == (20, 20, 0.0)
 
 
 def test_another_seed_is_another_run(tmp_path):
@@ -94,7 +100,7 @@ def test_unscaled_learning_rate_and_max_iter(tmp_path):
     assert lrs[2:4] == pytest.approx([warm, cosine], rel=1e-6)
 
 
-def test_output_holds_what_it_should(tmp_path):
+def test_the_output_folder_contains_what_is_documented(tmp_path):
     do_pretrain(make_config(tmp_path))
     names = sorted(os.listdir(tmp_path))
     assert [n for n in names if not n.startswith("events.")] == [
@@ -105,7 +111,11 @@ def test_output_holds_what_it_should(tmp_path):
         "model_0000011.pth",
         "model_0000017.pth",
         "model_final.pth",
+        "progress.json",
     ]
+    progress = read_progress(str(tmp_path / "progress.json"))
+    assert (progress.done, progress.total, progress.seconds_left) == (20, 20, 0.0)
+    assert 0 <= time.time() - progress.updated < 60
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
 
 
@@ -129,7 +139,7 @@ def test_nan_stops_the_run_before_it_is_saved(tmp_path):
     assert all(t.isfinite().all() for t in state["pretraining"].values())
 
 
-def test_initial_weights_reach_the_model_and_it_is_told(tmp_path, monkeypatch):
+def test_initial_weights_reach_the_model_and_its_hook_is_called(tmp_path, monkeypatch):
     import tiny_run
 
     told = []
@@ -169,7 +179,7 @@ def test_adam_settings_survive_weights_only(tmp_path):
         ({"max_iter": 0}, "nothing to train"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_at_once(tmp_path, train, message):
+def test_invalid_settings_are_refused_at_once(tmp_path, train, message):
     with pytest.raises(UserError, match=message):
         do_pretrain(make_config(tmp_path, **train))
     assert not list(tmp_path.glob("*.pth"))
@@ -179,4 +189,11 @@ def test_a_data_set_smaller_than_a_batch_is_named(tmp_path):
     cfg = make_config(tmp_path)
     cfg.dataloader.train.num_images = 7
     with pytest.raises(UserError, match="smaller than dataloader.train.total_batch_size"):
+        do_pretrain(cfg)
+
+
+def test_a_loader_that_is_not_training_data_is_named(tmp_path):
+    cfg = make_config(tmp_path)
+    cfg.dataloader.train = {"_target_": "builtins.dict"}
+    with pytest.raises(UserError, match="dataloader.train builds a dict, which lacks"):
         do_pretrain(cfg)

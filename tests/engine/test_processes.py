@@ -12,6 +12,7 @@ from tiny_run import (
     fail_on_second,
     make_config,
     refuse,
+    refuse_on_main_process,
     train_in_process,
     use_all_groups_and_end,
     write_ranks,
@@ -72,7 +73,7 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, resumed))
     for part in ("model", "pretraining"):
         assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
-    # each process has noise of its own, and goes on with it
+    # each process has its own noise, and continues with it
     for mine, theirs in zip(a["rng"], b["rng"], strict=True):
         assert torch.equal(mine["torch"], theirs["torch"])
     assert not torch.equal(a["rng"][0]["torch"], a["rng"][1]["torch"])
@@ -82,19 +83,25 @@ def run_child(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_a_mistake_of_the_user_ends_all_processes_with_one_line():
+def test_a_user_error_ends_all_processes_with_one_line():
     done = run_child(
         "from tiny_run import refuse\n"
         "from region_pretrain.engine.processes import launch\n"
         "if __name__ == '__main__':\n"
-        "    launch(refuse, 2, device='cpu', args=('mend train.x',))\n"
+        "    launch(refuse, 2, device='cpu', args=('fix train.x',))\n"
     )
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "error" in line.lower()] == [
-        "error: mend train.x"
+        "error: fix train.x"
     ]
     assert "Traceback" not in done.stderr
     assert refuse.__module__ == "tiny_run"
+
+
+def test_the_main_process_decides_for_all(tmp_path):
+    launch(refuse_on_main_process, 2, device="cpu", args=(str(tmp_path),))
+    for rank in "01":
+        assert (tmp_path / rank).read_text() == "from 0, refused by 0"
 
 
 def test_an_error_in_one_process_ends_all_and_leaves_the_environment():
@@ -137,7 +144,7 @@ def test_processes_that_a_scheduler_started_join(tmp_path):
     assert write_ranks.__module__ == "tiny_run"
 
 
-# A thread of gloo's that drops its last tensor while the interpreter shuts down aborts the process.
+# A gloo thread that frees its last tensor while the interpreter shuts down aborts the process.
 @pytest.mark.parametrize(("how", "code"), [("finished", 0), ("stopped", STOPPED), ("refused", 2)])
 def test_no_thread_of_gloo_is_left_when_a_process_exits(how, code, tmp_path):
     try:
@@ -146,7 +153,7 @@ def test_no_thread_of_gloo_is_left_when_a_process_exits(how, code, tmp_path):
     except SystemExit as error:
         ended = error.code
     assert ended == code
-    # The first to end on a fault may take the other with it.
+    # The first process that ends with an error may end the other one.
     assert {path.read_text() for path in tmp_path.iterdir()} == {"True 0"}
     assert how == "refused" or len(list(tmp_path.iterdir())) == 2
 
@@ -174,7 +181,7 @@ def write_group_size(folder):
         f.write(str(dist.get_world_size()))
 
 
-def test_what_a_machine_lacks_is_said(monkeypatch):
+def test_missing_gpus_or_address_are_errors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="--num-gpus 2, but this machine has 1"):
         launch(refuse, 2, device="cuda")

@@ -1,4 +1,4 @@
-"""What a pickled checkpoint may hold."""
+"""What a pickled checkpoint may contain."""
 
 import pickle
 import sys
@@ -52,7 +52,7 @@ def test_code_is_refused_wherever_it_hides(tmp_path, where):
 
         content = {"model": {"a": Storage()}}
     path = write(tmp_path, content)
-    with pytest.raises(UserError, match=r"weights.pkl is damaged or no checkpoint.*exec"):
+    with pytest.raises(UserError, match=r"weights.pkl is damaged or not a checkpoint.*exec"):
         check_pickle(path)
     assert not hasattr(sys, "ran_from_pickle")
 

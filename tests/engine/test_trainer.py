@@ -130,17 +130,17 @@ def test_autocast_computes_in_bfloat16_and_steps_in_float32():
     assert seen[0]["total_loss"] != exact[0]["total_loss"]
 
 
-def test_model_is_told_of_every_step_once_whatever_the_micro_batches():
+def test_step_hooks_of_the_model_run_once_per_step_with_micro_batches():
     calls = []
 
-    class Told(Regression):
+    class Recording(Regression):
         def before_step(self, iteration, max_iter):
             calls.append(("before", iteration, max_iter, len(self.calls)))
 
         def after_step(self, iteration, max_iter):
             calls.append(("after", iteration, max_iter, len(self.calls)))
 
-    train(Told(), iterations=2, accumulate_steps=2)
+    train(Recording(), iterations=2, accumulate_steps=2)
     assert calls == [
         ("before", 0, 2, 0),
         ("after", 0, 2, 2),

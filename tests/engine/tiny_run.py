@@ -1,4 +1,4 @@
-"""A run small enough for tests: everything that a real one has, in milliseconds a step."""
+"""A run small enough for tests: everything that a real one has, in milliseconds per step."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from torch import nn
 
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import on_main_process
 from region_pretrain.errors import Stopped, UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
@@ -58,7 +59,7 @@ class Batch:
 
 
 class Loader:
-    """Batch t is a function of (seed, t); a process gets its share of it."""
+    """Batch t is a function of (seed, t), divided among the processes."""
 
     def __init__(self, total_batch_size: int = 8, num_images: int = 40, seed: int | None = 0):
         self.total_batch_size = total_batch_size
@@ -66,7 +67,7 @@ class Loader:
         self.seed = seed
 
     def iterate(self, start_iter: int, stop_iter: int) -> Iterator[Batch]:
-        torch.rand(1)  # as loaders that draw from the global generator when they start
+        torch.rand(1)  # like loaders that draw from the global generator when they start
         for t in range(start_iter, stop_iter):
             rng = np.random.default_rng((self.seed, t))
             x = rng.normal(size=(self.total_batch_size, 6)).astype(np.float32)
@@ -76,7 +77,7 @@ class Loader:
 
 
 class TinyMethod(PretrainingModel):
-    """BYOL in small: an online net, its EMA, a queue buffer, and (if wanted) random noise."""
+    """A small BYOL: an online network, its EMA, a queue buffer, and optional random noise."""
 
     detector_modules = ("backbone",)
 
@@ -105,6 +106,12 @@ class TinyMethod(PretrainingModel):
         return {"loss_main": (p - z).square().mean(), "loss_l2": 1e-3 * p.square().mean()}
 
 
+class Unfinished(PretrainingModel):
+    """A method whose author has not written everything that a method needs."""
+
+    detector_modules = ("backbone",)
+
+
 class KillAt(HookBase):
     """Ends the process without warning, in the middle of a run."""
 
@@ -122,7 +129,7 @@ class StopAt(HookBase):
 
 
 class TellAt(HookBase):
-    """Tells the last process to stop, as a scheduler does; the others have to hear of it."""
+    """Signals the last process to stop, as a scheduler does; the others must stop as well."""
 
     def after_step(self) -> None:
         last = comm.get_rank() == comm.get_world_size() - 1
@@ -163,6 +170,7 @@ def make_config(output_dir, **train) -> OmegaConf:
     """A pre-training config; keyword arguments replace keys of ``train``."""
     train = {
         "output_dir": str(output_dir),
+        "seed": 0,
         "epochs": 4,  # 4 * 40 images / 8 = 20 iterations
         "base_batch_size": 16,
         "device": "cpu",
@@ -173,7 +181,7 @@ def make_config(output_dir, **train) -> OmegaConf:
     return OmegaConf.create(
         {
             "model": L(TinyMethod)(noise=0.1),
-            "dataloader": {"train": L(Loader)(total_batch_size=8, seed=None)},
+            "dataloader": {"train": L(Loader)(total_batch_size=8, seed="${train.seed}")},
             "optimizer": L(LARS)(params=L(pretrain_param_groups)(weight_decay=1e-3), lr=2.0),
             "lr_multiplier": L(warmup_cosine)(epochs="${train.epochs}", warmup_epochs=1),
             "train": train,
@@ -183,7 +191,7 @@ def make_config(output_dir, **train) -> OmegaConf:
 
 
 class TinyDetector(nn.Module):
-    """Takes lists of dicts, has batch norm and draws random numbers, as RoI heads do."""
+    """Takes lists of dicts, has batch norm, and draws random numbers as RoI heads do."""
 
     def __init__(self):
         super().__init__()
@@ -274,7 +282,7 @@ def train_in_process(
 
 
 def refuse(message: str) -> None:
-    """A user's mistake that every process finds."""
+    """A user error that every process finds."""
     raise UserError(message)
 
 
@@ -286,20 +294,20 @@ def fail_on_second() -> None:
 
 
 def gloo_threads() -> int:
-    """Threads of this process in which gloo works; each holds tensors, which are Python's."""
+    """Number of gloo threads in this process; each keeps Python tensors alive."""
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     return sum(name == "pt_gloo_runloop" for name in names)
 
 
 def use_all_groups_and_end(folder: str, how: str) -> None:
-    """Has every kind of group that a run has, and ends as runs end.
+    """Create every kind of group that a run has, and end in one of the ways that runs end.
 
-    At the exit of the process, ``folder/RANK`` says how many gloo threads there were in here, and
+    When the process exits, ``folder/RANK`` is written: whether there were gloo threads in here, and
     how many are left.
     """
     path, stop = os.path.join(folder, str(comm.get_rank())), StopRequest()
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
-    model.itself = model  # garbage in a circle, as hooks and trainers are
+    model.itself = model  # cyclic garbage, like hooks and trainers
     model(torch.ones(1, 2)).sum().backward()
     for _ in range(2):
         assert not stop.agreed()
@@ -314,11 +322,23 @@ def use_all_groups_and_end(folder: str, how: str) -> None:
     if how == "stopped":
         raise Stopped
     if how == "refused":
-        raise UserError("mend train.x")
+        raise UserError("fix train.x")
+
+
+def refuse_on_main_process(folder: str) -> None:
+    """Each process writes what it learns of the main process's result, and then of its error."""
+    path = os.path.join(folder, str(comm.get_rank()))
+    result = on_main_process(lambda: f"from {comm.get_rank()}")
+    try:
+        on_main_process(lambda: refuse(f"refused by {comm.get_rank()}"))
+    except UserError as error:
+        result += f", {error}"
+    with open(path, "w") as f:
+        f.write(result)
 
 
 def write_ranks(folder: str) -> None:
-    """Leaves a file that says who this process is."""
+    """Write a file that identifies this process."""
     total = sum(comm.all_gather(comm.get_rank() + 1))
     text = f"{comm.get_rank()}/{comm.get_world_size()} local {comm.get_local_rank()} sum {total}"
     with open(os.path.join(folder, str(comm.get_rank())), "w") as f:

@@ -43,7 +43,7 @@ def test_a_dry_run_shows_the_sbatch_file_and_leaves_nothing(tmp_path, capsys):
         (["--slurm", "partition=gpu", "--num-gpus", "8"], "say nodes=N,gpus-per-node=M"),
         (["--slurm", "gpus-per-node=7"], "must be a multiple of the 7 processes"),
         (["--slurm", "partition=gpu", "train.max_itr=3"], "did you mean train.max_iter"),
-        (["--slurm", "partition=gpu", "train.output_dir={held}"], "already holds a run"),
+        (["--slurm", "partition=gpu", "train.output_dir={held}"], "already contains a run"),
         (["--slurm", "{local}"], "the file is of kind=local"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import instantiate
 from PIL import Image
 
-from region_pretrain.config import complete_train, load_config
+from region_pretrain.config import load_config
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY, PhotometryLayout
 from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
@@ -34,7 +34,7 @@ def datasets(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def cfg():
-    return complete_train(load_config(str(CONFIG), OVERRIDES))
+    return load_config(str(CONFIG), OVERRIDES)
 
 
 def make_batch(solarize=False):

@@ -26,7 +26,6 @@ dataloader.train = L(PretrainLoader)(
     total_batch_size=2048,
     # A process.
     num_workers=4,
-    # null: train.seed.
-    seed=None,
+    seed="${train.seed}",
     pin_memory=True,
 )

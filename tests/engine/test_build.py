@@ -2,12 +2,24 @@ import logging
 
 import pytest
 import torch
-from tiny_run import make_config
+from tiny_run import Loader, NoisyMapper, make_config, records
 from torch import nn
 
 from region_pretrain.config import complete_train
-from region_pretrain.engine import run
-from region_pretrain.engine.run import TrainingData, build_model, build_optimizer, scale_lr
+from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.engine import build
+from region_pretrain.engine.build import (
+    TrainingData,
+    build_model,
+    build_optimizer,
+    check_batch_size,
+    clipping,
+    resolve_device,
+    scale_lr,
+    wrap_model,
+)
+from region_pretrain.engine.detection_data import DetectionTrainData
+from region_pretrain.errors import UserError
 
 
 def config(**train):
@@ -19,7 +31,7 @@ def test_learning_rate_is_linear_in_the_batch(batch, lr, caplog):
     cfg = config(base_batch_size=256, epochs=100)
     cfg.optimizer.lr = 1.0
     with caplog.at_level(logging.INFO):
-        data = TrainingData(None, batch, iterations_per_epoch=625)
+        data = Loader(batch, num_images=625 * batch)
         assert scale_lr(cfg, data, max_iter=62500) == lr
     assert f"lr 1 * {batch} / 256 = {lr:g}, 100 epochs * 625 = 62500 iterations" in caplog.text
 
@@ -27,7 +39,7 @@ def test_learning_rate_is_linear_in_the_batch(batch, lr, caplog):
 def test_every_process_builds_the_same_model_then_draws_its_own_numbers(monkeypatch):
     weights, noise = [], []
     for rank in range(2):
-        monkeypatch.setattr(run.comm, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(build.comm, "get_rank", lambda rank=rank: rank)
         weights.append(build_model(config(seed=5), torch.device("cpu")).backbone[0].weight)
         noise.append(torch.rand(1))
     assert torch.equal(*weights)
@@ -53,7 +65,7 @@ def test_compiled_models_keep_their_names(monkeypatch):
     cfg = config(compile=True)
     model = build_model(cfg, torch.device("cpu"))
     names = list(model.state_dict())
-    assert run._wrap(cfg, model, torch.device("cpu")) is model
+    assert wrap_model(cfg, model, torch.device("cpu")) is model
     assert len(compiled) == 1 and list(model.state_dict()) == names
 
 
@@ -77,7 +89,7 @@ def test_optimizer_gets_the_scaled_lr_and_leaves_the_config_alone():
     ],
 )
 def test_precision(amp, device, expected):
-    assert run.amp_dtype(amp, torch.device(device)) is expected
+    assert build.amp_dtype(amp, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize(
@@ -89,16 +101,53 @@ def test_precision(amp, device, expected):
     ],
 )
 def test_clipping(clip, expected):
-    assert run._clipping(clip) == expected
+    assert clipping(clip) == expected
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
-    monkeypatch.setattr(run.comm, "get_world_size", lambda: 3)
-    with pytest.raises(run.UserError, match="total_batch_size=8 must be a multiple of the 3"):
-        run._check_batch(config(), TrainingData(None, 8))
+    monkeypatch.setattr(build.comm, "get_world_size", lambda: 3)
+    with pytest.raises(UserError, match="total_batch_size=8 must be a multiple of the 3"):
+        check_batch_size(config(), Loader(8))
 
 
 def test_sync_batch_norm_stays_where_one_process_runs():
     cfg = config()
     cfg.model.norm = "SyncBN"
     assert isinstance(build_model(cfg, torch.device("cpu")).backbone[1], nn.SyncBatchNorm)
+
+
+def test_an_unfinished_method_is_an_error_that_names_what_it_lacks():
+    cfg = config()
+    cfg.model = {"_target_": "tiny_run.Unfinished"}
+    with pytest.raises(UserError, match="^model: Can't instantiate abstract class Unfin.*forward"):
+        build_model(cfg, torch.device("cpu"))
+
+
+def test_other_errors_of_a_constructor_are_not_the_users():
+    cfg = config()
+    cfg.model.noize = 1
+    with pytest.raises(TypeError, match="noize"):
+        build_model(cfg, torch.device("cpu"))
+
+
+def test_the_librarys_loaders_are_training_data(pretrain_dataset):
+    for data in (
+        PretrainLoader(pretrain_dataset, 4, num_workers=0),
+        DetectionTrainData(records(), NoisyMapper(), 4),
+    ):
+        assert isinstance(data, TrainingData)
+    assert not isinstance([], TrainingData)
+
+
+def test_device(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device(None) == resolve_device("cpu") == torch.device("cpu")
+    assert not caplog.records
+    assert resolve_device("cuda") == torch.device("cpu")
+    assert "this machine has no GPU" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert resolve_device(None) == resolve_device("cuda") == torch.device("cuda", 3)
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(UserError, match="train.device=gpu"):
+        resolve_device("gpu")

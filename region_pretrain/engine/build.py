@@ -1,0 +1,220 @@
+"""Builds the parts of a run from its config."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import create_ddp_model
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import distributed as dist
+from torch import nn
+
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.trunk import compile_trunks
+
+logger = logging.getLogger(__name__)
+
+_AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """What the engine expects of a training loader.
+
+    Attributes:
+        total_batch_size: images per iteration, summed over all processes.
+        iterations_per_epoch: full batches per epoch; None if the data has no epochs.
+    """
+
+    total_batch_size: int
+    iterations_per_epoch: int | None
+
+    def iterate(self, start_iter: int, stop_iter: int) -> Iterable[Any]:
+        """This process's batches of iterations ``start_iter`` to ``stop_iter - 1``, in order."""
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """``train.device`` as a device; null means a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: neither ``cuda`` nor ``cpu``.
+    """
+    if name not in (None, "cuda", "cpu"):
+        raise UserError(f"train.device={name}: must be cuda, cpu or null")
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        logger.warning("train.device=cuda, but this machine has no GPU: using the CPU")
+    return torch.device("cpu")
+
+
+def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int:
+    """``train.max_iter``, or ``train.epochs`` in iterations.
+
+    Raises:
+        UserError: neither is set, or the result is less than one iteration.
+    """
+    if train.max_iter is not None:
+        max_iter = int(train.max_iter)
+    elif train.epochs is None:
+        raise UserError("set the length of training: train.epochs or train.max_iter")
+    elif not iterations_per_epoch:
+        raise UserError(
+            f"train.epochs={train.epochs}, but an epoch has no full batch: the data set is empty, "
+            "smaller than dataloader.train.total_batch_size, or endless (then set train.max_iter)"
+        )
+    else:
+        max_iter = int(train.epochs * iterations_per_epoch)
+    if max_iter < 1:
+        raise UserError(f"train.max_iter={max_iter}: there is nothing to train")
+    if train.log_period < 1 or train.accumulate_steps < 1:
+        raise UserError(
+            f"train.log_period={train.log_period} and train.accumulate_steps="
+            f"{train.accumulate_steps} must be at least 1"
+        )
+    return max_iter
+
+
+def scale_lr(cfg: DictConfig, data: TrainingData, max_iter: int) -> float:
+    """Scale ``optimizer.lr`` linearly with the batch size; log it and the length of the run.
+
+    Returns:
+        ``optimizer.lr * total_batch_size / train.base_batch_size``; unscaled if that key is null.
+    """
+    lr, base = cfg.optimizer.lr, cfg.train.base_batch_size
+    text = f"lr {lr:g}"
+    if base is not None:
+        text = f"lr {lr:g} * {data.total_batch_size} / {base} = "
+        lr = lr * data.total_batch_size / base
+        text += f"{lr:g}"
+    if cfg.train.max_iter is None:
+        text += (
+            f", {cfg.train.epochs:g} epochs * {data.iterations_per_epoch} = {max_iter} iterations"
+        )
+    else:
+        text += f", {max_iter} iterations"
+        if data.iterations_per_epoch:
+            text += f" = {max_iter / data.iterations_per_epoch:.4g} epochs"
+    logger.info("%s of %d images", text, data.total_batch_size)
+    return lr
+
+
+def check_batch_size(cfg: DictConfig, data: TrainingData) -> None:
+    """Check that the processes can share a batch equally and split their part as configured.
+
+    Raises:
+        UserError: they cannot.
+    """
+    world, total = comm.get_world_size(), data.total_batch_size
+    if total % world or total // world < cfg.train.accumulate_steps:
+        raise UserError(
+            f"dataloader.train.total_batch_size={total} must be a multiple of the {world} "
+            f"processes, with at least train.accumulate_steps={cfg.train.accumulate_steps} "
+            "images for each"
+        )
+
+
+def build_part(lazy: DictConfig, key: str) -> Any:
+    """Instantiate a part of a config whose classes may be the user's.
+
+    Args:
+        lazy: the lazy object.
+        key: its place in the config, e.g. ``dataloader.train``, for the error message.
+
+    Raises:
+        UserError: a class lacks methods that its base class requires.
+    """
+    try:
+        return instantiate(lazy)
+    except TypeError as error:
+        if not str(error).startswith("Can't instantiate abstract class"):
+            raise
+        raise UserError(f"{key}: {error}: implement what is missing") from error
+
+
+def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
+    """Instantiate ``cfg.model`` on a device, with the same weights in every process."""
+    seed_all_rng(cfg.train.seed)
+    model = build_part(cfg.model, "model").to(device)
+    seed_all_rng(cfg.train.seed + comm.get_rank())
+    if cfg.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if device.type == "cpu" and dist.is_available() and dist.is_initialized():
+        model = use_cpu_sync_batchnorm(model)
+    return model
+
+
+def build_pretraining_model(cfg: DictConfig, device: torch.device) -> PretrainingModel:
+    """:func:`build_model` for a pre-training config.
+
+    Raises:
+        UserError: ``cfg.model`` builds something that cannot be pre-trained.
+    """
+    return check_contract(build_model(cfg, device))
+
+
+def wrap_model(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    """Compile the trunks if configured; wrap the model in DDP if there are several processes."""
+    if cfg.train.compile:
+        compile_trunks(model)
+    ddp = dict(cfg.train.ddp)
+    # Not the local rank: a SLURM task may see only its own GPU, as number 0.
+    ddp["device_ids"] = None if device.type == "cpu" else [device.index]
+    return create_ddp_model(model, **ddp)
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Instantiate ``cfg.optimizer`` over a model's parameters.
+
+    Args:
+        cfg: not changed; ``optimizer.params.model`` is filled in in a copy.
+        model: not wrapped in DDP, which would prefix the parameters' names.
+        lr: replaces ``cfg.optimizer.lr``.
+    """
+    config = copy.deepcopy(cfg.optimizer)
+    config.params.model = model
+    config.lr = lr
+    optimizer = instantiate(config)
+    for group in [optimizer.defaults, *optimizer.param_groups]:
+        for key, value in group.items():  # a ListConfig (betas) would not load with weights_only
+            if isinstance(value, ListConfig | DictConfig):
+                group[key] = OmegaConf.to_container(value, resolve=True)
+    return optimizer
+
+
+def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | None:
+    """``train.amp`` as a dtype; None if it is off.
+
+    Raises:
+        UserError: the name is not that of a half-precision dtype.
+    """
+    if not amp["enabled"]:
+        return None
+    name = amp.get("dtype", "float16")
+    if name not in _AMP_DTYPES:
+        raise UserError(f"train.amp.dtype={name}: must be one of {', '.join(_AMP_DTYPES)}")
+    if device.type == "cpu" and name == "float16":
+        logger.warning("train.amp.dtype=float16 needs a GPU: using bfloat16 on the CPU")
+        return torch.bfloat16
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if name == "bfloat16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):
+        logger.warning("this GPU emulates bfloat16 slowly: set train.amp.dtype=float16")
+    return _AMP_DTYPES[name]
+
+
+def clipping(clip: Mapping[str, Any]) -> dict[str, float]:
+    """``train.clip_grad`` as keyword arguments of the trainer."""
+    if not clip["enabled"]:
+        return {}
+    if clip["max_value"] is not None:
+        return {"max_value": clip["max_value"]}
+    return {"max_norm": clip["max_norm"]}

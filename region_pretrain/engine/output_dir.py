@@ -1,0 +1,121 @@
+"""A run's output folder: one run per folder, its config on disk, its console log."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from region_pretrain.config import changed_keys, load_file, to_yaml
+from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
+
+#: Keys that may differ when a run is resumed, because they do not change what is computed.
+HARMLESS = (
+    "train.output_dir",
+    "train.log_period",
+    "train.checkpointer",
+    "train.allow_world_size_change",
+    "train.eval_period",
+    "train.device",
+    "train.compile",
+    "train.channels_last",
+    "train.cudnn_benchmark",
+)
+_HARMLESS_LAST = ("num_workers",)
+
+
+def holds_run(folder: str) -> bool:
+    """Whether a folder contains a config and a run's first results: metrics or a checkpoint."""
+    if not PathManager.isfile(os.path.join(folder, "config.yaml")):
+        return False
+    names = PathManager.ls(folder)
+    return "metrics.json" in names or any(
+        name.startswith("model_") and name.endswith(".pth") for name in names
+    )
+
+
+def refuse_existing_run(folder: str) -> None:
+    """Keep a new run from overwriting an existing one.
+
+    Raises:
+        UserError: the folder contains a run.
+    """
+    if holds_run(folder):
+        raise UserError(
+            f"{folder} already contains a run: continue it with --resume, "
+            "or choose another train.output_dir"
+        )
+
+
+def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
+    """Write ``config.yaml`` to ``train.output_dir``. Only the main process calls this.
+
+    Args:
+        cfg: complete. A null ``train.seed`` is replaced: by the seed of the resumed run, or by a
+            random one.
+        resume: whether the run in the folder is to be continued.
+
+    Returns:
+        The seed.
+
+    Raises:
+        UserError: the folder contains a run and ``resume`` is off; the config of that run differs
+            in more than :data:`HARMLESS` keys; or the config cannot be written.
+    """
+    folder = cfg.train.output_dir
+    path = os.path.join(folder, "config.yaml")
+    if not resume:
+        refuse_existing_run(folder)
+    saved = load_file(path) if holds_run(folder) else None
+    if cfg.train.seed is None:
+        drawn = int.from_bytes(os.urandom(3), "big")
+        cfg.train.seed = drawn if saved is None else saved.train.seed
+    if saved is not None:
+        _refuse_changes(path, saved, cfg)
+    text = to_yaml(cfg)
+    try:
+        PathManager.mkdirs(folder)
+        write_text_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write to train.output_dir={folder}: {error}") from error
+    return cfg.train.seed
+
+
+def _refuse_changes(path: str, saved: DictConfig, cfg: DictConfig) -> None:
+    changed = {
+        key: values
+        for key, values in changed_keys(saved, cfg).items()
+        if key.rsplit(".", 1)[-1] not in _HARMLESS_LAST
+        and not any(key == k or key.startswith(f"{k}.") for k in HARMLESS)
+    }
+    if changed:
+        shown = [f"{key}: {a} -> {b}" for key, (a, b) in list(changed.items())[:10]]
+        more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
+        raise UserError(
+            f"cannot resume with a config that differs from {path}: {'; '.join(shown)}{more}. "
+            "Undo the change or choose another train.output_dir"
+        )
+
+
+_log_handlers: list[tuple[logging.Logger, logging.Handler]] = []
+
+
+def start_logging(folder: str | None) -> None:
+    """Log to the console (main process) and to ``<folder>/log.txt`` (others: ``log.txt.rankN``).
+
+    A second run in the same process logs to its own folder only.
+    """
+    for log, handler in _log_handlers:
+        log.removeHandler(handler)
+    _log_handlers.clear()
+    setup_logger.cache_clear()  # otherwise a folder of an earlier run would get no handler
+    for name in ("fvcore", "detectron2", "region_pretrain"):
+        log = logging.getLogger(name)
+        before = list(log.handlers)
+        setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+        _log_handlers.extend((log, h) for h in log.handlers if h not in before)
