@@ -1,4 +1,4 @@
-"""Clocks and memory."""
+"""Timing and memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def interleaved(
     seconds: float,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Time several functions turn by turn, so that what else the machine does strikes all alike.
+    """Time several functions in turn, so that other load on the machine affects all equally.
 
     Args:
-        kinds: each is called once a round; a first round is not counted.
-        seconds: rounds go on until this time is over, but for three rounds at least.
+        kinds: functions by name; each is called once per round. The first round is a warm-up.
+        seconds: duration of the measurement, which has at least three rounds.
         after_round: called after each round.
 
     Returns:
-        The median seconds of a call.
+        Median seconds per call by name.
     """
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for function in kinds.values():
@@ -49,12 +49,14 @@ def resident_mib() -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`region_pretrain.engine.memory.peak_memory_mib` anew."""
+    """Reset :func:`region_pretrain.engine.memory.peak_memory_mib`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
-    except OSError:  # not every kernel lets a process do that; the peak is then the process's own
+    except (
+        OSError
+    ):  # not permitted on every kernel; the peak is then that of the process's lifetime
         pass

@@ -1,4 +1,4 @@
-"""Views as affines: pixels, boxes and points agree about where things are."""
+"""Views as affines: pixels, boxes and points are mapped to the same places."""
 
 import cv2
 import numpy as np
@@ -40,9 +40,9 @@ def test_pixels_that_encode_their_coordinates_agree_with_the_affine(case, antial
     view = render(image, geometry, np.empty((*geometry.size, 3), np.uint8), antialias)
 
     rows, columns = np.mgrid[: geometry.size[0], : geometry.size[1]] + 0.5
-    centres = np.stack([columns, rows], axis=-1)
+    centers = np.stack([columns, rows], axis=-1)
     inverse = cv2.invertAffineTransform(geometry.affine.astype(np.float64))
-    original = map_points(inverse, centres)
+    original = map_points(inverse, centers)
     # At the crop's border the filter repeats the edge: half an original pixel, or half a view
     # pixel where it shrinks. Rounding to 8 bits adds half a level.
     for axis, extent, crop, side in (
@@ -114,7 +114,7 @@ def test_random_resized_crop_has_torchvisions_distribution():
 @pytest.mark.parametrize(
     ("width", "height", "expected"), [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13))]
 )
-def test_an_extreme_image_falls_back_to_the_largest_centred_crop(width, height, expected):
+def test_an_extreme_aspect_ratio_falls_back_to_the_largest_center_crop(width, height, expected):
     rng = np.random.default_rng(0)
     geometry = random_resized_crop(width, height, (8, 8), rng, (0.9, 1.0))
     assert (geometry.left, geometry.top, geometry.width, geometry.height) == expected

@@ -1,4 +1,4 @@
-"""Sources that do not look at the pixels."""
+"""Sources of regions that do not depend on the pixels."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_grid_covers_every_pixel_of_odd_sizes():
         assert covered.all()
 
 
-def test_random_boxes_are_spread_as_said():
+def test_random_boxes_have_the_documented_distribution():
     boxes = random_boxes(800, 600, 20_000, (0.3, 0.8), 3.0, np.random.default_rng(0))
     sides = boxes[:, 2:] - boxes[:, :2]
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (800, 600)).all()
@@ -69,7 +69,7 @@ def test_ground_truth_without_crowds_and_empty_boxes():
     assert ground_truth_boxes({"annotations": []}, 100, 50).shape == (0, 4)
 
 
-def test_ground_truth_of_another_size_or_none_is_refused():
+def test_ground_truth_that_is_missing_or_of_another_size_is_refused():
     with pytest.raises(UserError, match="a.jpg.*no annotations"):
         ground_truth_boxes({"file_name": "a.jpg"}, 100, 50)
     record = {"file_name": "a.jpg", "width": 50, "height": 100, "annotations": []}
