@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Compare recipes of regions: seconds per image on one core, and recall of annotated objects.
+"""Compare recipes of regions by time per image and recall of annotated objects.
 
-tools/benchmark_regions.py                              # on Shapes of 500 pixels
-tools/benchmark_regions.py --dataset coco_2017_val --count 100 soco-v1 soco-v1+working_size=320
+    tools/benchmark_regions.py                              # on Shapes of 500 pixels
+    tools/benchmark_regions.py --dataset coco_2017_val --count 100 soco-v1 soco-v1+working_size=320
+
+Everything runs on one core.
 """
 
 import argparse

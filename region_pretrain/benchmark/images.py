@@ -18,16 +18,13 @@ _MIN_SIDE = 64
 _BOXES_PER_IMAGE = 100
 
 
-def make_jpegs(
-    folder: str, count: int, size: tuple[int, int] = SIZE, seed: int = 0
-) -> tuple[str, str]:
+def make_jpegs(folder: str, count: int, size: tuple[int, int] = SIZE) -> tuple[str, str]:
     """Write JPEG files of 0.43 bytes per pixel, and a store of random regions.
 
     Args:
         folder: folder for ``images/`` and ``regions.arrow``.
         count: number of files.
         size: ``(width, height)`` of the images in pixels; files of the default size have 80 kB.
-        seed: seed of their content.
 
     Returns:
         The data set's name (``folder://...``) and the store's path.
@@ -46,7 +43,7 @@ def make_jpegs(
     os.makedirs(root, exist_ok=True)
     rows = []
     for i in range(count):
-        rng = np.random.default_rng([seed, i])
+        rng = np.random.default_rng([0, i])
         scene = render_scene(SIZE[0], get_difficulty("hard"), rng).image
         if max(size) != SIZE[0]:  # rendering large scenes takes minutes
             scene = cv2.resize(scene, (max(size), max(size)), interpolation=cv2.INTER_CUBIC)

@@ -61,7 +61,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
     def decode_as_drawn() -> None:
         for _ in range(take):
             sample = drawn[next(order)]
-            sample.encoded.decode(sample.reduce)
+            sample.file.encoded.decode(sample.reduce)
 
     def draw_only() -> None:
         dataset.draw(0, 0, [next(order) for _ in range(take)])
@@ -74,7 +74,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         return load
 
     before = dataset.antialias
-    kinds = {
+    functions = {
         "decode": decode_only,
         "decode as drawn": decode_as_drawn,
         "draw": draw_only,
@@ -91,21 +91,21 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
                 memory.append(resident_mib())
                 progress.update()
 
-            per_call = interleaved(kinds, seconds * len(kinds), after_round)
+            per_call = interleaved(functions, seconds * len(functions), after_round)
     finally:
         dataset.antialias = before
         cv2.setNumThreads(threads)
-    whole = per_call["antialiased"]
+    total = per_call["antialiased"]
     decode, draw = per_call["decode as drawn"], per_call["draw"]
     sizes = [(*file.size, len(file.encoded.data) / 1000) for file in files]
     return LoaderRates(
         decode=take / per_call["decode"],
         linear=take / per_call["linear"],
-        antialiased=take / whole,
+        antialiased=take / total,
         parts={
-            "decode": decode / whole,
-            "read and draw": draw / whole,
-            "render and other": (whole - decode - draw) / whole,
+            "decode": decode / total,
+            "read and draw": draw / total,
+            "render and other": (total - decode - draw) / total,
         },
         size=tuple(np.mean(sizes, axis=0)),
         drift_mib=memory[-1] - memory[len(memory) // 3],

@@ -13,27 +13,27 @@ _MIN_ROUNDS = 3
 
 
 def interleaved(
-    kinds: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     seconds: float,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Time several functions in turn, so that other load on the machine affects all equally.
 
     Args:
-        kinds: functions by name; each is called once per round. The first round is a warm-up.
+        functions: functions by name; each is called once per round. The first round is a warm-up.
         seconds: duration of the measurement, which has at least three rounds.
         after_round: called after each round.
 
     Returns:
         Median seconds per call by name.
     """
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for function in kinds.values():
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
         function()
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-        for name, function in kinds.items():
+        for name, function in functions.items():
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)

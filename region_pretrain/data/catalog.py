@@ -272,7 +272,7 @@ def _walk(folder: str, relative: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _register_builtin(root: str) -> None:
-    """Register what Detectron2 does not, under the same root."""
+    """Register data sets that Detectron2 lacks, under the same root."""
     for name, folder, listing in (
         ("coco_2017_train_images", "coco/train2017", "instances_train2017.json"),
         ("coco_2017_unlabeled_images", "coco/unlabeled2017", "image_info_unlabeled2017.json"),

@@ -46,25 +46,23 @@ class Drawn(NamedTuple):
     """The random choices of a sample, before its image is decoded.
 
     Attributes:
-        encoded, size, label: see :class:`File`.
+        file: the image's file.
         views: the view sampler's choice.
         photometry: ``(P,)`` float32 parameters per view.
-        offset: position of the image after the sample's index; 0 unless files are unreadable.
+        offset: position of the file after the sample's index; 0 unless files are unreadable.
         rng: the sample's generator.
     """
 
-    encoded: EncodedImage
-    size: tuple[int, int]
+    file: File
     views: list[ViewSample]
     photometry: list[np.ndarray]
-    label: int
     offset: int
     rng: np.random.Generator
 
     @property
     def reduce(self) -> int:
         """Factor by which the image is downscaled in decoding; 1 unless it is a large JPEG."""
-        if not self.encoded.reducible:
+        if not self.file.encoded.reducible:
             return 1
         return decode_reduction([view.geometry for view in self.views])
 
@@ -75,7 +73,7 @@ class Sample(NamedTuple):
     Attributes:
         image: ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB.
         reduce: see :attr:`Drawn.reduce`.
-        views: the view sampler's choice, complete.
+        views: the views, with the regions that depend on the pixels.
         photometry: ``(P,)`` float32 parameters per view.
         label: the image's class, or -1.
     """
@@ -240,7 +238,7 @@ class PretrainDataset:
             for some, rng in zip(views, rngs, strict=True)
         ]
         return [
-            Drawn(file.encoded, file.size, views[i], photometry[i], file.label, place, rngs[i])
+            Drawn(file, views[i], photometry[i], place, rngs[i])
             for i, (file, place) in enumerate(files)
         ]
 
@@ -257,15 +255,14 @@ class PretrainDataset:
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
-            reduce = drawn.reduce
             try:
-                image = drawn.encoded.decode(reduce)
+                image = drawn.file.encoded.decode(drawn.reduce)
                 break
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
-        views = self.views.complete(drawn.views, image, drawn.size, drawn.rng)
-        return Sample(image, reduce, views, drawn.photometry, drawn.label)
+        views = self.views.complete(drawn.views, image, drawn.file.size, drawn.rng)
+        return Sample(image, drawn.reduce, views, drawn.photometry, drawn.file.label)
 
     def sample(self, seed: int, epoch: int, index: int) -> Sample:
         """One image, its views and their photometric parameters.

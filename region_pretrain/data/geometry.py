@@ -131,9 +131,8 @@ def random_resized_crop(
     rng: np.random.Generator,
     area: tuple[float, float],
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-    flip_prob: float = 0.5,
 ) -> ViewGeometry:
-    """Inception-style crop (torchvision's ``RandomResizedCrop``) with a random flip.
+    """Inception-style crop (torchvision's ``RandomResizedCrop``), flipped with probability 0.5.
 
     Args:
         width, height: size of the original image in pixels.
@@ -141,13 +140,12 @@ def random_resized_crop(
         rng: the sample's generator.
         area: range of the crop's area as a fraction of the image's, sampled uniformly.
         aspect: range of width / height, sampled log-uniformly.
-        flip_prob: probability of a horizontal flip.
 
     Returns:
         The view's geometry; after ten crops that do not fit, the largest centre crop whose aspect
         ratio is in range.
     """
-    flip = bool(rng.random() < flip_prob)
+    flip = bool(rng.random() < 0.5)
     least, most = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
         # As rng.uniform(), in a third of the time: this runs for every view.
@@ -166,14 +164,14 @@ def random_resized_crop(
 
 
 def whole_image(
-    width: int, height: int, size: tuple[int, int], rng: np.random.Generator, flip_prob: float = 0.5
+    width: int, height: int, size: tuple[int, int], rng: np.random.Generator
 ) -> ViewGeometry:
-    """The whole image resized to ``size`` without keeping its aspect ratio, optionally flipped."""
-    return ViewGeometry(0, 0, width, height, size, bool(rng.random() < flip_prob))
+    """The whole image, stretched to ``size`` and flipped with probability 0.5."""
+    return ViewGeometry(0, 0, width, height, size, bool(rng.random() < 0.5))
 
 
 def decode_reduction(geometries: Sequence[ViewGeometry]) -> int:
-    """The largest factor by which an image may be downscaled while it is decoded for some views.
+    """The largest factor by which an image may be downscaled in decoding, given its views.
 
     JPEG decoders return an image at 1/2, 1/4 or 1/8 of its size in a fraction of the time. Crops
     are then rounded to whole pixels of the smaller image. Each view still has to downscale that

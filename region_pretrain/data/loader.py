@@ -55,7 +55,6 @@ class PretrainLoader:
         num_workers: loader processes per rank; 0 loads in the training process.
         seed: seed of the order and of the samples.
         pin_memory: page-lock the batches if there is a CUDA device.
-        prefetch_factor: batches that each worker keeps ready.
 
     Raises:
         UserError: fewer images than one batch, or a batch size that is not a multiple of the number
@@ -69,7 +68,6 @@ class PretrainLoader:
         num_workers: int = 4,
         seed: int = 0,
         pin_memory: bool = False,
-        prefetch_factor: int = 2,
     ) -> None:
         world = comm.get_world_size()
         if total_batch_size < 1 or total_batch_size % world:
@@ -86,7 +84,6 @@ class PretrainLoader:
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory and torch.cuda.is_available()
-        self.prefetch_factor = prefetch_factor
         self._batches = _Batches(dataset, total_batch_size, seed, comm.get_rank(), world)
 
     @property
@@ -103,7 +100,6 @@ class PretrainLoader:
                 sampler=range(start_iter, stop_iter),
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
-                prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 worker_init_fn=init_worker,
             )
         )

@@ -90,10 +90,9 @@ def make_regions(
     if len(todo) < len(mine):
         logger.info("Resuming: %d of %d parts are complete", len(mine) - len(todo), len(mine))
     if todo:
-        images = [len(parts.records_of(part)) for part in mine]
-        left = sum(len(parts.records_of(part)) for part in todo)
+        total, left = (sum(len(parts.records_of(p)) for p in some) for some in (mine, todo))
         path = os.path.join(parts.folder, f"progress-{index}.json")
-        progress = _ProgressFile(path, sum(images) - left, sum(images))
+        progress = _ProgressFile(path, total - left, total)
         unreadable = 0
         for part, results in _run_parts(parts, todo, workers, progress.advance):
             unreadable += parts.write(part, results)

@@ -24,7 +24,6 @@ def draw_preview(
     out: str,
     count: int = 8,
     max_boxes: int = 25,
-    seed: int = 0,
 ) -> str:
     """Draw some images of a store with their regions into a PNG.
 
@@ -33,8 +32,7 @@ def draw_preview(
         store: their regions.
         out: path of the PNG.
         count: number of images, spread evenly over the records.
-        max_boxes: largest number of regions drawn per image, chosen at random.
-        seed: seed of that choice.
+        max_boxes: largest number of regions drawn per image, a random choice.
 
     Returns:
         ``out``.
@@ -49,7 +47,7 @@ def draw_preview(
         raise UserError(f"{store.path} has regions for none of these images")
     count = min(count, len(stored))
     chosen = stored[np.linspace(0, len(stored) - 1, count).round().astype(int)]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")

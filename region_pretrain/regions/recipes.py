@@ -82,26 +82,42 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True)
-class SoCoRecipe(Recipe):
-    """Selective search with the filter "ratio3size0308" of SoCo's released code.
-
-    If no box of an image passes, it keeps those that pass without the size rule, else those that
-    pass the side rule alone, else none (loaders then use the whole image).
+class _SizeRules(Recipe):
+    """A recipe with SoCo's rules on the size and shape of boxes.
 
     Attributes:
-        mode, working_size: see
-            :func:`~region_pretrain.regions.selective_search.selective_search`.
         min_side: smallest side in pixels of the original image.
         max_aspect: largest ratio of the longer to the shorter side.
         min_size_ratio, max_size_ratio: range of sqrt(w h) / sqrt(W H).
     """
 
-    mode: str = "fast"
-    working_size: int = 0
     min_side: float = 32.0
     max_aspect: float = 3.0
     min_size_ratio: float = 0.3
     max_size_ratio: float = 0.8
+
+    def passing(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, ...]:
+        """Three ``(N,)`` bool: passes all rules, all but the size ratio, the side rule alone."""
+        side = filters.min_side(boxes, self.min_side)
+        shape = side & filters.max_aspect(boxes, self.max_aspect)
+        low, high = self.min_size_ratio, self.max_size_ratio
+        return shape & filters.size_ratio(boxes, low, high, width, height), shape, side
+
+
+@dataclass(frozen=True)
+class SoCoRecipe(_SizeRules):
+    """Selective search with the filter "ratio3size0308" of SoCo's released code.
+
+    If no box of an image passes, it keeps those that pass without the size ratio, else those that
+    pass the side rule alone, else none (loaders then use the whole image).
+
+    Attributes:
+        mode, working_size: see
+            :func:`~region_pretrain.regions.selective_search.selective_search`.
+    """
+
+    mode: str = "fast"
+    working_size: int = 0
 
     def __call__(
         self, image: np.ndarray, record: Mapping[str, Any], rng: np.random.Generator
@@ -121,11 +137,7 @@ class SoCoRecipe(Recipe):
         """
         boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
         boxes = boxes[(boxes[:, :2] < boxes[:, 2:]).all(axis=1)]
-        big = filters.min_side(boxes, self.min_side)
-        shaped = big & filters.max_aspect(boxes, self.max_aspect)
-        low, high = self.min_size_ratio, self.max_size_ratio
-        sized = shaped & filters.size_ratio(boxes, low, high, width, height)
-        for keep in (sized, shaped, big):
+        for keep in self.passing(boxes, width, height):
             if keep.any():
                 return boxes[keep]
         return boxes[:0]
@@ -195,20 +207,15 @@ class GridRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class RandomRecipe(Recipe):
+class RandomRecipe(_SizeRules):
     """Random boxes that pass the filter of :class:`SoCoRecipe`: a baseline for selective search.
 
     Attributes:
         count: boxes per image, fewer only if the image is too small for the filter.
-        min_side, max_aspect, min_size_ratio, max_size_ratio: see :class:`SoCoRecipe`.
         seed: seed of the boxes, together with the image's key.
     """
 
     count: int = 100
-    min_side: float = 32.0
-    max_aspect: float = 3.0
-    min_size_ratio: float = 0.3
-    max_size_ratio: float = 0.8
     seed: int = 0
 
     def check(self) -> None:
@@ -220,11 +227,9 @@ class RandomRecipe(Recipe):
         self, image: np.ndarray, record: Mapping[str, Any], rng: np.random.Generator
     ) -> np.ndarray:
         height, width = image.shape[:2]
-        low, high = self.min_size_ratio, self.max_size_ratio
-        drawn = random_boxes(width, height, 20 * self.count, (low, high), self.max_aspect, rng)
-        keep = filters.min_side(drawn, self.min_side)
-        keep &= filters.max_aspect(drawn, self.max_aspect)  # again, because sides were rounded
-        keep &= filters.size_ratio(drawn, low, high, width, height)
+        ratio = self.min_size_ratio, self.max_size_ratio
+        drawn = random_boxes(width, height, 20 * self.count, ratio, self.max_aspect, rng)
+        keep, _, _ = self.passing(drawn, width, height)  # sides were rounded
         return filters.canonical(drawn[keep][: self.count])
 
 

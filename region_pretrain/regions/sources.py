@@ -12,9 +12,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions.filters import canonical, clip
 
 
-def grid_boxes(
-    width: int, height: int, divisions: Sequence[int], overlap: float = 0.5
-) -> np.ndarray:
+def grid_boxes(width: int, height: int, divisions: Sequence[int], overlap: float) -> np.ndarray:
     """Windows on regular grids.
 
     Args:

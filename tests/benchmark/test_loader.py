@@ -85,7 +85,7 @@ def test_large_files_are_decoded_at_a_reduced_size(tmp_path, soco_views, process
     name, store = make_jpegs(str(tmp_path), 1, (3200, 2400))
     dataset = PretrainDataset(name, soco_views, store)
     (drawn,) = dataset.draw(0, 0, [0])
-    assert drawn.reduce == 8 and drawn.encoded.decode(drawn.reduce).shape == (300, 400, 3)
+    assert drawn.reduce == 8 and drawn.file.encoded.decode(drawn.reduce).shape == (300, 400, 3)
     rates = benchmark_loader(dataset, 1, seconds=0.2)
     as_drawn = rates.antialiased / rates.parts["decode"]  # images per second of this part
     assert as_drawn > 1.1 * rates.decode

@@ -34,7 +34,7 @@ def geometries(draw):
 @given(geometries(), st.booleans())
 def test_pixels_that_encode_their_coordinates_agree_with_the_affine(case, antialias):
     width, height, geometry = case
-    # Channel 0 holds x, channel 1 holds y of the pixel's centre, scaled into 8 bits.
+    # Channels 0 and 1 contain x and y of the pixel's centre, scaled to 8 bits.
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     image = np.stack([x / width * 255, y / height * 255, 0 * x], axis=2).round().astype(np.uint8)
     view = render(image, geometry, np.empty((*geometry.size, 3), np.uint8), antialias)
@@ -121,7 +121,11 @@ def test_an_extreme_aspect_ratio_falls_back_to_the_largest_center_crop(width, he
 
 
 def test_the_whole_image_is_stretched():
-    geometry = whole_image(500, 400, (224, 224), np.random.default_rng(0), flip_prob=0.0)
-    np.testing.assert_allclose(
-        boxes_in_view(geometry, np.array([[0, 0, 500, 400]], np.float32)), [[0, 0, 224, 224]]
-    )
+    rng = np.random.default_rng(0)
+    geometries = [whole_image(500, 400, (224, 224), rng) for _ in range(400)]
+    assert 160 < sum(geometry.flip for geometry in geometries) < 240  # 4 standard deviations
+    boxes = np.array([[0, 0, 500, 400], [0, 100, 250, 400]], np.float32)
+    expected = {False: [0, 56, 112, 224], True: [112, 56, 224, 224]}
+    for geometry in geometries[:20]:
+        seen = boxes_in_view(geometry, boxes)
+        np.testing.assert_allclose(seen, [[0, 0, 224, 224], expected[geometry.flip]])

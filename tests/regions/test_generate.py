@@ -342,7 +342,7 @@ def test_annotations_of_another_size_are_left_out_of_the_recall(tmp_path, record
     annotation = {"bbox": [0, 0, 50, 45], "bbox_mode": BoxMode.XYWH_ABS}
     for record in records[:2]:
         record["annotations"] = [annotation]
-    records[1].update(width=90, height=105)  # turned by EXIF, say
+    records[1].update(width=90, height=105)  # e.g. rotated by EXIF
     recipe = "grid-v1+divisions=2+overlap=0"
     summary = make_regions(records, str(tmp_path / "r.arrow"), recipe, workers=1)
     assert summary["images"] == 11
@@ -352,7 +352,7 @@ def test_annotations_of_another_size_are_left_out_of_the_recall(tmp_path, record
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Set the seconds that an image takes; collects the progress files before each image."""
+    """Simulate the seconds per image, and collect the progress file before each image."""
     state = SimpleNamespace(now=100.0, seconds_per_image=2.0, file="", seen=[], fail_after=None)
     process = generate._process
 

@@ -40,7 +40,7 @@ def sizes(boxes) -> list:
         ((0, 0, 31, 90), False),
     ],
 )
-def test_soco_filter_facts_on_500x400(box, kept):
+def test_soco_filter_on_500x400(box, kept):
     certain = (10, 10, 200, 200)  # avoids the fallbacks
     result = sizes(get_recipe("soco-v1").filter(xyxy(certain, box), 500, 400))
     assert result == [certain, box] if kept else result == [certain]
@@ -80,7 +80,7 @@ def test_shapes_filter_is_the_same_with_other_numbers():
         ((0, 0, 30, 10), False),  # ratio 3 and size 17.3
     ],
 )
-def test_ccop_filter_facts(box, kept):
+def test_ccop_filter(box, kept):
     assert len(get_recipe("ccop-v1").filter(xyxy(box))) == kept
 
 

@@ -12,23 +12,23 @@ def test_grid_by_hand():
     boxes = grid_boxes(100, 60, [2], overlap=0)
     expected = [[0, 0, 50, 30], [0, 30, 50, 60], [50, 0, 100, 30], [50, 30, 100, 60]]
     assert sorted(boxes.tolist()) == expected
-    assert grid_boxes(100, 60, [1]).tolist() == [[0, 0, 100, 60]]
+    assert grid_boxes(100, 60, [1], overlap=0.5).tolist() == [[0, 0, 100, 60]]
 
 
 def test_grid_with_half_overlap_has_nine_and_twenty_five_windows():
     for n, count in ((2, 9), (3, 25)):
-        boxes = grid_boxes(600, 300, [n])
+        boxes = grid_boxes(600, 300, [n], overlap=0.5)
         assert len(boxes) == count
         assert set(map(tuple, (boxes[:, 2:] - boxes[:, :2]).tolist())) == {(600 / n, 300 / n)}
         step = 600 / n / 2
         assert sorted(set(boxes[:, 0].tolist())) == [step * i for i in range(2 * n - 1)]
-    assert len(grid_boxes(600, 300, [2, 3])) == 34
+    assert len(grid_boxes(600, 300, [2, 3], overlap=0.5)) == 34
 
 
 def test_grid_covers_every_pixel_of_odd_sizes():
     for width, height in ((7, 5), (101, 33), (1, 1)):
         covered = np.zeros((height, width), bool)
-        for x0, y0, x1, y1 in grid_boxes(width, height, [3]).astype(int):
+        for x0, y0, x1, y1 in grid_boxes(width, height, [3], overlap=0.5).astype(int):
             covered[y0:y1, x0:x1] = True
         assert covered.all()
 
@@ -46,7 +46,7 @@ def test_random_boxes_have_the_documented_distribution():
     assert abs(stretch.mean()) < 0.03 and abs(stretch.std() - 1 / np.sqrt(3)) < 0.02
     place = small[:, :2] / ((800, 600) - sides)
     assert np.abs(place.mean(axis=0) - 0.5).max() < 0.02
-    # log-uniform sizes: the share below 0.4 of the draws, before any was dropped
+    # log-uniform sizes: the fraction below 0.4, before any box was dropped
     assert abs(len(small) / 20_000 - np.log(0.4 / 0.3) / np.log(0.8 / 0.3)) < 0.02
 
 

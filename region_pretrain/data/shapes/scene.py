@@ -87,25 +87,22 @@ LEVELS: dict[str, Difficulty] = {
 }
 
 
-def get_difficulty(level: str | Difficulty, **overrides) -> Difficulty:
+def get_difficulty(level: str, **overrides) -> Difficulty:
     """The difficulty of a level, with some fields overridden.
 
     Raises:
         UserError: unknown level or field.
     """
-    if isinstance(level, str):
-        if level not in LEVELS:
-            raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
-        level = LEVELS[level]
+    if level not in LEVELS:
+        raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
     unknown = set(overrides) - {f.name for f in fields(Difficulty)}
     if unknown:
         names = ", ".join(f.name for f in fields(Difficulty))
         raise UserError(
             f"the difficulty of Shapes has no {', '.join(sorted(unknown))}; it has {names}"
         )
-    return replace(
-        level, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    return replace(LEVELS[level], **values)
 
 
 @dataclass
