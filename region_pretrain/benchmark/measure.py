@@ -16,6 +16,8 @@ from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.trunk import compile_trunks
 
+_COLUMNS = ("left", "right", "right")
+
 
 def use_synthetic_images(
     cfg: DictConfig, folder: str, count: int, size: tuple[int, int] = SIZE
@@ -82,7 +84,7 @@ def describe_loader(rates: LoaderRates) -> str:
     parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in rates.parts.items())
     return (
         f"\nLoader on one core; mean file: {width:.0f} x {height:.0f} pixels, {kilobytes:.0f} kB\n"
-        + tabulate(rows, ["", "images/s", "relative"], colalign=("left", "right", "right"))
+        + tabulate(rows, ["", "images/s", "relative"], disable_numparse=True, colalign=_COLUMNS)
         + f"\ntime of the antialiased loader: {parts}"
         + f"\nchange of resident memory: {rates.drift_mib:+.1f} MiB\n"
     )
@@ -101,6 +103,6 @@ def describe_step(rates: StepRates) -> str:
         f"forward and backward of the networks alone: {1000 * rates.floor:.1f} ms, "
         f"{100 * rates.floor / rates.step:.0f} % of the step\n"
         f"peak memory: {rates.memory_mib:.0f} MiB\n"
-        + tabulate(rows, ["part", "ms", "%"], colalign=("left", "right", "right"))
+        + tabulate(rows, ["part", "ms", "%"], disable_numparse=True, colalign=_COLUMNS)
         + "\n"
     )

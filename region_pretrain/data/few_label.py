@@ -50,10 +50,8 @@ def random_fraction(
     """A random subset of a data set; with one seed, a smaller subset is contained in a larger one.
 
     Args:
-        names: one or several registered data sets.
-        fraction: fraction of the images to keep, in (0, 1]; rounded down, at least one image.
+        names, fraction, filter_empty: see :func:`first_fraction`.
         seed: seed of the sample; several seeds measure the variance due to the choice of images.
-        filter_empty: drop images without annotations before counting.
 
     Returns:
         Detectron2 dataset dicts, in the data set's order.

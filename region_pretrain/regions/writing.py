@@ -31,11 +31,6 @@ _MERGE_CHUNKS = 16  # chunks of rows in memory during a merge
 Row = tuple[str, int, int, np.ndarray]
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that determine the boxes."""
-    return {"opencv": cv2.__version__, "numpy": np.__version__, "region_pretrain": __version__}
-
-
 def write_store(path: str, rows: Iterable[Row], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write a store of rows that fit into memory; the file is complete or absent.
 
@@ -121,7 +116,11 @@ def _write(
     manifest = {
         **facts,
         "format_version": FORMAT_VERSION,
-        "versions": library_versions(),
+        "versions": {  # of the libraries that determine the boxes
+            "opencv": cv2.__version__,
+            "numpy": np.__version__,
+            "region_pretrain": __version__,
+        },
         "images": images,
         "boxes": boxes,
         "sha256": sha256,
