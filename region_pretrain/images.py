@@ -1,4 +1,4 @@
-"""Reading an image file as a person sees it: 8-bit RGB, upright, transparency on white."""
+"""Reads image files as a viewer shows them: 8-bit RGB, upright, transparency on white."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from region_pretrain.errors import UserError
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for this platform; OpenCV does the same
+except ImportError:  # no wheel for this platform; OpenCV decodes to the same pixels
     simplejpeg = None
 
 _EXIF_ORIENTATION = 0x0112
-_HEAD_BYTES = 1 << 16
 _JPEG_REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -32,16 +31,17 @@ _JPEG_REDUCED = {
 
 
 class UnreadableImage(UserError):
-    """A file that is missing, damaged or no image."""
+    """A file that is missing, damaged or not an image."""
 
 
 class _Header(NamedTuple):
-    """What the first bytes of a JPEG or PNG tell.
+    """The header of a JPEG or PNG.
 
     Attributes:
-        width, height: as stored, before the EXIF orientation.
-        orientation: EXIF, 1 to 8.
-        ordinary: 8 bits, grey or RGB, no transparency, and whole: OpenCV reads it right.
+        width, height: as stored, before the EXIF orientation is applied.
+        orientation: EXIF orientation, 1 to 8.
+        ordinary: 8 bits, grey or RGB, no transparency and not truncated, which OpenCV reads
+            correctly.
     """
 
     width: int
@@ -52,12 +52,12 @@ class _Header(NamedTuple):
 
 @dataclass
 class EncodedImage:
-    """An image file's bytes, before they are decoded.
+    """The undecoded bytes of an image file.
 
     Attributes:
-        data: the whole file.
-        name: for messages.
-        crop: ``(x0, y0, x1, y1)`` in whole pixels: the image is this part of the file's.
+        data: content of the file.
+        name: the file's name in error messages.
+        crop: ``(x0, y0, x1, y1)`` in whole pixels; if set, the image is this crop of the file.
     """
 
     data: bytes
@@ -66,10 +66,10 @@ class EncodedImage:
 
     @classmethod
     def read(cls, path: str, crop: tuple[int, int, int, int] | None = None) -> EncodedImage:
-        """Read a file; anything that PathManager opens.
+        """Read a file or any URI that PathManager opens.
 
         Raises:
-            UnreadableImage: it is missing or cannot be read.
+            UnreadableImage: the file is missing or cannot be read.
         """
         return cls(_read_bytes(path), os.fspath(path), crop)
 
@@ -79,52 +79,53 @@ class EncodedImage:
 
     @property
     def reducible(self) -> bool:
-        """Whether decoding at a part of the size saves time."""
+        """Whether decoding at a reduced size saves time."""
         return self.crop is None and self.data.startswith(b"\xff\xd8")
 
     def size(self) -> tuple[int, int]:
-        """``(width, height)`` in pixels of the upright image, from its header.
+        """``(width, height)`` of the upright image in pixels, read from its header.
 
         Raises:
-            UnreadableImage: the header is damaged or no image's.
+            UnreadableImage: the header is damaged or is not an image's.
         """
         if self.crop is not None:
             return self.crop[2] - self.crop[0], self.crop[3] - self.crop[1]
-        return _upright_size(self._header or _header_by_pillow(self.data, self.name))
+        header = self._header or _header_by_pillow(self.data, self.name)
+        size = header.width, header.height
+        return size[::-1] if header.orientation >= 5 else size
 
     def decode(self, reduce: int = 1) -> np.ndarray:
-        """See :func:`read_image`; a part of a file is not reduced."""
+        """Decode the image.
+
+        Args:
+            reduce: 1, 2, 4 or 8; the image is downscaled by this factor, which makes decoding a
+                JPEG much faster. A crop is never downscaled.
+
+        Returns:
+            ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB with the EXIF orientation applied,
+            grey as three equal channels, transparency composited on white, 16 bits scaled to 8.
+
+        Raises:
+            UnreadableImage: the file is damaged or not an image.
+        """
         if self.crop is None:
             return _decode(self.data, self.name, self._header, reduce)
         x0, y0, x1, y1 = self.crop
         return _decode(self.data, self.name, self._header, 1)[y0:y1, x0:x1]
 
 
-def read_image(path: str, reduce: int = 1) -> np.ndarray:
-    """Read an image file.
-
-    Args:
-        path: of the file; anything that PathManager opens.
-        reduce: 1, 2, 4 or 8: give the image at that part of its size. Much faster for a JPEG.
-
-    Returns:
-        ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB with the EXIF orientation applied,
-        grey in three equal channels, transparency composited on white, 16 bits scaled to 8.
+def read_image(path: str) -> np.ndarray:
+    """Read and decode an image file at full size; see :meth:`EncodedImage.decode`.
 
     Raises:
-        UnreadableImage: the file is missing, damaged or no image.
+        UnreadableImage: the file is missing, damaged or not an image.
     """
-    return EncodedImage.read(path).decode(reduce)
-
-
-def decode_image(data: bytes, name: str = "image", reduce: int = 1) -> np.ndarray:
-    """:func:`read_image` from memory; ``name`` stands in the error message."""
-    return EncodedImage(data, name).decode(reduce)
+    return EncodedImage.read(path).decode()
 
 
 def _decode(data: bytes, name: str, header: _Header | None, reduce: int) -> np.ndarray:
     if reduce not in _JPEG_REDUCED:
-        raise ValueError(f"reduce is 1, 2, 4 or 8, not {reduce}")
+        raise ValueError(f"reduce={reduce}: must be 1, 2, 4 or 8")
     is_jpeg = data.startswith(b"\xff\xd8")
     pixels = None
     if header is not None and header.ordinary:
@@ -133,7 +134,7 @@ def _decode(data: bytes, name: str, header: _Header | None, reduce: int) -> np.n
         if pixels is None:
             pixels = _decode_with_opencv(data, reduce if is_jpeg else 1)
     if pixels is not None:
-        if is_jpeg and reduce > 1:  # the reduced sizes come as BGR only
+        if is_jpeg and reduce > 1:  # reduced sizes are decoded to BGR only
             cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
             reduce = 1
         orientation = header.orientation
@@ -147,48 +148,24 @@ def _decode(data: bytes, name: str, header: _Header | None, reduce: int) -> np.n
     return np.ascontiguousarray(_upright(pixels, orientation))
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """The size that :func:`read_image` gives, read from the file's header without decoding.
-
-    Returns:
-        ``(width, height)`` in pixels.
-
-    Raises:
-        UnreadableImage: the file is missing, or its header is no image's.
-    """
-    head = _read_bytes(path, _HEAD_BYTES)
-    # A JPEG's header is in front; a PNG's orientation may stand at its end.
-    header = _header(head) if head.startswith(b"\xff\xd8") else None
-    if header is not None:
-        return _upright_size(header)
-    data = _read_bytes(path) if len(head) == _HEAD_BYTES else head
-    return EncodedImage(data, path).size()
-
-
-def _upright_size(header: _Header) -> tuple[int, int]:
-    if header.orientation >= 5:
-        return header.height, header.width
-    return header.width, header.height
-
-
 def _header_by_pillow(data: bytes, name: str) -> _Header:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "TIFF":
-                image.load()  # Pillow turns it upright by itself, size and all
+                image.load()  # Pillow applies a TIFF's orientation itself, also to its size
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
             return _Header(*image.size, _valid_orientation(orientation), False)
-    except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged bytes
         raise _unreadable(name, data, error) from error
 
 
-def _read_bytes(path: str, limit: int = -1) -> bytes:
+def _read_bytes(path: str) -> bytes:
     path = os.fspath(path)
     try:
-        # One system call for a file on the disk: PathManager and a buffer take twice the time.
+        # A local file is read with one system call; PathManager and a buffer take twice as long.
         remote = "://" in path
         with PathManager.open(path, "rb") if remote else open(path, "rb", buffering=0) as file:
-            return file.read(limit)
+            return file.read()
     except FileNotFoundError as error:
         raise UnreadableImage(f"{path}: no such file") from error
     except OSError as error:
@@ -200,11 +177,11 @@ def _unreadable(name: str, data: bytes, error: Exception) -> UnreadableImage:
         return UnreadableImage(f"{name}: the file is empty")
     if isinstance(error, Image.UnidentifiedImageError):
         return UnreadableImage(f"{name}: not an image, or its header is damaged")
-    return UnreadableImage(f"{name}: damaged or of a kind that is not read: {error}")
+    return UnreadableImage(f"{name}: damaged, or of an unsupported kind: {error}")
 
 
 def _header(data: bytes) -> _Header | None:
-    """The header of a JPEG or PNG; None for another format or bytes that end too early."""
+    """The header of a JPEG or PNG; None for other formats and truncated headers."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg_header(data)
@@ -224,7 +201,7 @@ def _jpeg_header(data: bytes) -> _Header | None:
         if marker == 0xFF:  # a fill byte
             position += 1
             continue
-        if marker == 0xDA:  # start of scan: the header ends, and 0xFFD9 can only be the file's end
+        if marker == 0xDA:  # start of scan: the header ends here, and a later 0xFFD9 ends the file
             break
         (length,) = struct.unpack_from(">H", data, position + 2)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
@@ -245,7 +222,7 @@ def _png_header(data: bytes) -> _Header | None:
     width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR" or width == 0 or height == 0:
         return None
-    # OpenCV reads grey, RGB and palette well; transparency and animation are left to Pillow.
+    # OpenCV reads grey, RGB and palette correctly; Pillow handles transparency and animation.
     ordinary, orientation, whole = bits == 8 and colour in (0, 2, 3), 1, False
     position = 8
     while position + 8 <= len(data):
@@ -266,7 +243,7 @@ def _exif_orientation(block: bytes) -> int:
     try:
         exif.load(block)
         return _valid_orientation(exif.get(_EXIF_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing; the pixels are none the worse
+    except Exception:  # damaged EXIF does not affect the pixels
         return 1
 
 
@@ -286,13 +263,13 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _decode_with_turbojpeg(data: bytes) -> np.ndarray | None:
-    """The pixels that OpenCV gives, a few per cent sooner: both call libjpeg-turbo."""
+    """The same pixels as OpenCV, a few per cent faster: both call libjpeg-turbo."""
     if simplejpeg is None:
         return None
     try:
         return simplejpeg.decode_jpeg(data)
     except ValueError:
-        return None  # OpenCV reads on behind small damage
+        return None  # OpenCV tolerates minor damage
 
 
 def _decode_with_opencv(data: bytes, reduce: int) -> np.ndarray | None:
@@ -300,7 +277,7 @@ def _decode_with_opencv(data: bytes, reduce: int) -> np.ndarray | None:
         flags = _JPEG_REDUCED[reduce] | cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
-        return None  # Pillow may know better, or says what is wrong
+        return None  # Pillow reads it, or reports what is wrong
 
 
 def _decode_with_pillow(data: bytes, name: str) -> tuple[np.ndarray, int]:
@@ -316,13 +293,13 @@ def _decode_with_pillow(data: bytes, name: str) -> tuple[np.ndarray, int]:
                 canvas = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(canvas, image)
             return np.array(image.convert("RGB")), orientation
-    except Exception as error:  # what a decoder raises on damaged bytes is anyone's guess
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged bytes
         raise _unreadable(name, data, error) from error
 
 
 def _deep_grey(values: np.ndarray) -> np.ndarray:
-    """``(H, W)`` of 16 bits (in whatever type Pillow holds them) to ``(H, W, 3)`` uint8."""
+    """16-bit ``(H, W)``, in any dtype that Pillow uses for it, to ``(H, W, 3)`` uint8."""
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("pixels of more than 16 bits have no agreed brightness: convert to 8 bits")
+        raise ValueError("pixels above 16 bits have no standard range: convert to 8 bits")
     grey = (values >> 8).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)

@@ -1,8 +1,8 @@
-"""Fixtures that several rooms share."""
+"""Shared fixtures."""
 
 import os
 
-# Many small processes on few cores: threads that wait must not spin.
+# Many small processes share few cores, so waiting threads must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 
-# The same examples in every CI run; at a desk, new ones each time.
+# The same examples in every CI run, new ones in every local run.
 settings.register_profile("ci", derandomize=True, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("ci")
@@ -28,7 +28,7 @@ if os.environ.get("CI"):
 
 @dataclass
 class RegionFolder:
-    """A folder of images, the store of their regions, and the boxes by key."""
+    """A folder of images, their region store, and the boxes by key."""
 
     images: Path
     store: str
@@ -47,7 +47,7 @@ def _paint(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def region_folder(tmp_path) -> RegionFolder:
-    """Twelve images of 64 pixels in nested folders, regions by the ``shapes-v1`` recipe."""
+    """Twelve images of 64 pixels in nested folders, with regions of the recipe ``shapes-v1``."""
     root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
     for i in range(12):
@@ -63,7 +63,7 @@ def region_folder(tmp_path) -> RegionFolder:
 
 @pytest.fixture
 def soco_views() -> SoCoViews:
-    """Two views of 32 pixels and a third of 16, with every photometric operation."""
+    """Two views of 32 pixels and one of 16, with every photometric operation."""
     photometry = Photometry(0.4, 0.4, 0.2, 0.1, 0.8, 0.2, 0.5, (0.1, 1.0), 0.2)
     return SoCoViews([32, 32, 16], ["crop", "crop"], photometry, photometry)
 

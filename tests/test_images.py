@@ -1,4 +1,4 @@
-"""Every kind of file as a person sees it; Pillow, called step by step, is the other reader."""
+"""Every kind of image file; the reference is Pillow, called step by step."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ import skimage
 from PIL import Image, ImageOps
 
 from region_pretrain.errors import UserError
-from region_pretrain.images import UnreadableImage, decode_image, image_size, read_image
+from region_pretrain.images import EncodedImage, UnreadableImage, read_image
 
 
 def _picture(width: int = 37, height: int = 23) -> np.ndarray:
@@ -32,7 +32,7 @@ def _oriented(orientation: int) -> Image.Exif:
 
 
 def _png(width: int, height: int, bits: int, colour: int, rows: bytes, chunks=()) -> bytes:
-    """A PNG made by hand, for kinds that Pillow does not write."""
+    """A PNG built by hand, for kinds that Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -47,11 +47,11 @@ def _png(width: int, height: int, bits: int, colour: int, rows: bytes, chunks=()
 
 @pytest.fixture
 def check_size():
-    """After a read: the size from the header must be the size of the pixels."""
+    """Check that the size in the header is the size of the decoded pixels."""
 
     def check(path: str, image: np.ndarray) -> None:
         assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
-        assert image_size(path) == (image.shape[1], image.shape[0])
+        assert EncodedImage.read(path).size() == (image.shape[1], image.shape[0])
 
     return check
 
@@ -174,7 +174,7 @@ def test_exif_orientation_of_a_jpeg(tmp_path, check_size, orientation, mode):
 
 
 def test_orientation_6_puts_the_stored_left_edge_on_top(tmp_path):
-    """A camera held upright: the meaning of one value, without another program."""
+    """A camera held upright: checks one value without Pillow."""
     stored = np.zeros((4, 6, 3), np.uint8)
     stored[:, 0] = (255, 0, 0)  # left edge red
     stored[0, 1:] = (0, 0, 255)  # top edge blue
@@ -226,10 +226,10 @@ def test_damaged_exif_is_ignored(tmp_path, check_size):
 @pytest.mark.parametrize("reduce", [2, 4, 8])
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_reduced_decoding_is_the_picture_made_smaller(tmp_path, reduce, suffix, orientation):
+def test_reduced_decoding_equals_downscaling(tmp_path, reduce, suffix, orientation):
     picture = Image.fromarray(_picture(301, 203))
     path = _save(tmp_path / f"a.{suffix}", picture, exif=_oriented(orientation))
-    full, small = read_image(path), read_image(path, reduce)
+    full, small = read_image(path), EncodedImage.read(path).decode(reduce)
     height, width = full.shape[:2]
     assert small.shape == (-(-height // reduce), -(-width // reduce), 3)
     expected = cv2.resize(full, small.shape[1::-1], interpolation=cv2.INTER_AREA)
@@ -239,7 +239,7 @@ def test_reduced_decoding_is_the_picture_made_smaller(tmp_path, reduce, suffix, 
 def test_reduce_must_be_a_power_of_two(tmp_path):
     path = _save(tmp_path / "a.png", Image.fromarray(_picture()))
     with pytest.raises(ValueError, match="reduce"):
-        read_image(path, 3)
+        EncodedImage.read(path).decode(3)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "gif"])
@@ -255,7 +255,7 @@ def test_truncated_file_is_unreadable(tmp_path, suffix):
 
 
 def test_jpeg_cut_after_its_exif_thumbnail_is_unreadable(tmp_path):
-    """The thumbnail has an end marker of its own, which must not pass for the image's."""
+    """The thumbnail has its own end marker, which must not be mistaken for the image's."""
     buffer = io.BytesIO()
     Image.fromarray(_picture()).save(buffer, "jpeg")
     thumbnail = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + buffer.getvalue()
@@ -271,10 +271,10 @@ def test_jpeg_cut_after_its_exif_thumbnail_is_unreadable(tmp_path):
     ("content", "reason"),
     [(b"", "empty"), (b"no image at all", "not an image"), (b"\xff\xd8", "not an image")],
 )
-def test_no_image_is_unreadable_and_says_why(tmp_path, content, reason):
+def test_a_file_that_is_not_an_image_is_reported_with_the_reason(tmp_path, content, reason):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    for function in (read_image, image_size):
+    for function in (read_image, lambda path: EncodedImage.read(path).size()):
         with pytest.raises(UnreadableImage, match=rf"x\.jpg: .*{reason}") as caught:
             function(str(path))
         assert isinstance(caught.value, UserError)
@@ -287,15 +287,15 @@ def test_missing_file_and_folder(tmp_path):
         read_image(str(tmp_path))
 
 
-def test_from_memory_names_what_the_caller_says(tmp_path):
+def test_an_image_in_memory_is_named_in_the_error():
     buffer = io.BytesIO()
     Image.fromarray(_picture()).save(buffer, "png")
-    assert np.array_equal(decode_image(buffer.getvalue()), _picture())
+    assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), _picture())
     with pytest.raises(UnreadableImage, match="archive.tar:3"):
-        decode_image(b"junk", "archive.tar:3")
+        EncodedImage(b"junk", "archive.tar:3").decode()
 
 
-def test_size_of_a_jpeg_whose_header_is_longer_than_the_first_read(tmp_path, check_size):
+def test_size_of_a_jpeg_with_a_long_header(tmp_path, check_size):
     profile = np.random.default_rng(0).bytes(150_000)  # spread over three segments
     path = _save(
         tmp_path / "a.jpg", Image.fromarray(_picture()), icc_profile=profile, exif=_oriented(6)
@@ -328,21 +328,21 @@ def test_both_jpeg_decoders_give_the_same_pixels(monkeypatch, subsampling, mode,
         image.save(buffer, "jpeg", quality=87, subsampling=subsampling, progressive=progressive)
         data = np.frombuffer(buffer.getvalue(), np.uint8)
         expected = cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
-        assert np.array_equal(decode_image(buffer.getvalue()), expected)
+        assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), expected)
         with monkeypatch.context() as patch:
             patch.setattr("region_pretrain.images.simplejpeg", None)
-            assert np.array_equal(decode_image(buffer.getvalue()), expected)
+            assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), expected)
     assert len(used) == 2
 
 
-def test_a_jpeg_with_small_damage_is_read_on_as_opencv_does():
+def test_a_jpeg_with_minor_damage_is_decoded_as_opencv_does():
     buffer = io.BytesIO()
     Image.fromarray(skimage.data.astronaut()).save(buffer, "jpeg", quality=87)
     data = bytearray(buffer.getvalue())
     middle = len(data) // 2
     data[middle : middle + 40] = b"\x55\xff\xd3" + bytes(37)  # a marker out of place
     expected = cv2.imdecode(np.frombuffer(bytes(data), np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
-    found = decode_image(bytes(data))
+    found = EncodedImage(bytes(data), "memory").decode()
     assert np.array_equal(found, expected)
     clean = skimage.data.astronaut()[:200].astype(int)
-    assert np.abs(found[:200] - clean).mean() < 4  # what stands before the damage
+    assert np.abs(found[:200] - clean).mean() < 4  # the rows before the damage

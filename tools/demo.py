@@ -13,8 +13,8 @@ from region_pretrain.warnings import ignore_library_warnings
 
 ignore_library_warnings()
 
-from region_pretrain.errors import exit_on_user_error  # noqa: E402
-from region_pretrain.sweeps.demo import (  # noqa: E402
+from region_pretrain.errors import exit_on_user_error
+from region_pretrain.sweeps.demo import (
     PRETRAINED_LR,
     SCRATCH_LR,
     run_demo,

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Make the regions of a data set's images, before pre-training.
+"""Make the regions of a data set for pre-training, and write them to a region store.
 
     tools/make_regions.py --images photos --out regions.arrow --recipe soco-v1
     tools/make_regions.py --dataset imagenet_train --out imagenet.arrow --shard 3/64
-    tools/make_regions.py --config-file projects/NAME/configs/x.py   # what this config asks for
+    tools/make_regions.py --config-file projects/NAME/configs/x.py   # the regions of this config
     tools/make_regions.py --dataset imagenet_train --out imagenet.arrow \\
         --shards 64 --slurm partition=cpu,cpus-per-task=16           # as a job array
 
-Run it again after an interruption and it goes on. Shards may run at once on machines that share
-the output's disk.
+An interrupted run continues when it is started again. Shards may run at the same time on machines
+that share the disk of the output.
 """
 
 import argparse
@@ -28,60 +28,71 @@ from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
-from region_pretrain.regions.generate import format_summary, make_regions
+from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.preview import draw_preview
 from region_pretrain.regions.recipes import RECIPES, get_recipe
+from region_pretrain.regions.summary import format_summary
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--images", metavar="DIR", help="all images in a folder and below it")
+    images.add_argument("--images", metavar="DIR", help="all images in a folder and its subfolders")
     images.add_argument("--dataset", metavar="NAME", nargs="+", help="registered data sets")
     images.add_argument(
         "--config-file",
         metavar="FILE",
-        help="a pre-training config, which says data set, recipe and store",
+        help="a pre-training config, which names data set, recipe and store",
     )
-    parser.add_argument("--out", metavar="FILE", help="the store, e.g. x.arrow")
+    parser.add_argument("--out", metavar="FILE", help="the store to write, e.g. x.arrow")
     parser.add_argument(
-        "--recipe", metavar="ID", help=f"{', '.join(RECIPES)} (default soco-v1, or the config's)"
+        "--recipe", metavar="ID", help=f"{', '.join(RECIPES)} (default: the config's, or soco-v1)"
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of the recipe; it shows in the recipe's id",
+        help="change a field of the recipe, and thereby its id",
     )
-    parser.add_argument("--mode", help="selective search: fast, quality or single (--set mode=...)")
+    parser.add_argument("--mode", help="mode of selective search: fast, quality or single")
     parser.add_argument(
-        "--working-size", metavar="PIXELS", help="shrink the long side to this before the search"
+        "--working-size", metavar="PIXELS", help="long side to downscale to before selective search"
     )
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="part of the work, from 0/N")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--shard", default="0/1", metavar="I/N", help="make only the I-th of N shards, 0 <= I < N"
+    )
     parser.add_argument(
         "--max-unreadable",
         type=float,
         default=0.01,
-        metavar="SHARE",
-        help="share of the files that may be unreadable (default 0.01)",
+        metavar="FRACTION",
+        help="largest fraction of unreadable files (default %(default)s)",
     )
-    parser.add_argument("--part-size", type=int, default=1000, help="images in a part (1000)")
-    parser.add_argument("--preview", type=int, metavar="N", help="draw N images: FILE.preview.png")
     parser.add_argument(
-        "--shards", type=int, default=1, metavar="N", help="with --slurm: so many jobs share it"
+        "--part-size",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="images per part, the unit of resumption (default %(default)s)",
+    )
+    parser.add_argument(
+        "--preview", type=int, metavar="N", help="draw N images to FILE.preview.png"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="with --slurm: number of jobs"
     )
     add_slurm_arguments(parser)
-    parser.add_argument("opts", nargs="*", help="with --config-file: key=value")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser.parse_args(argv)
 
 
 def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
-    """The command line of a shard, without a config that might be edited meanwhile."""
+    """The arguments of a shard's job, independent of the config, which might be edited."""
     if isinstance(names, str) and names.startswith(FOLDER_PREFIX):
         what = ["--images", names.removeprefix(FOLDER_PREFIX)]
     else:
@@ -105,21 +116,21 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     names = args.dataset or FOLDER_PREFIX + (args.images or "")
     if args.config_file is not None:
-        wanted = load_config(args.config_file, args.opts).dataloader.train.dataset
-        if "regions" not in wanted:
-            raise UserError(f"{args.config_file} asks for no regions: it is no pre-training config")
-        if wanted.regions is None and not args.out:
+        dataset = load_config(args.config_file, args.opts).dataloader.train.dataset
+        if "regions" not in dataset:
+            raise UserError(f"{args.config_file} is not a pre-training config: it has no regions")
+        if dataset.regions is None and not args.out:
             raise UserError(
-                f"{args.config_file} needs no regions: start its pre-training, or say --out FILE "
-                "and --recipe ID for regions of its images all the same"
+                f"{args.config_file} needs no regions: start its pre-training, or give --out FILE "
+                "and --recipe ID to make regions of its images anyway"
             )
-        names = instantiate(wanted.names)
-        args.out = args.out or wanted.regions
-        args.recipe = args.recipe or wanted.recipe
+        names = instantiate(dataset.names)
+        args.out = args.out or dataset.regions
+        args.recipe = args.recipe or dataset.recipe
     elif args.opts:
-        raise UserError(f"{args.opts[0]}: key=value goes with --config-file")
+        raise UserError(f"{args.opts[0]}: config overrides need --config-file")
     if not args.out:
-        raise UserError("say where the store goes: --out FILE")
+        raise UserError("no output file: give --out FILE")
     changes = {}
     for change in args.set:
         field, equals, value = change.partition("=")
@@ -152,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if summary is None:
         return
-    print(f"{args.out}: {recipe.id}\n{format_summary(summary)}")
+    print(f"{args.out}: recipe {recipe.id}\n{format_summary(summary)}")
     if args.preview:
         store = RegionStore.open(args.out)
         print(draw_preview(records, store, f"{args.out}.preview.png", args.preview))

@@ -18,7 +18,7 @@ from region_pretrain.warnings import ignore_library_warnings
 
 ignore_library_warnings()
 
-from region_pretrain.errors import UserError, exit_on_user_error  # noqa: E402
+from region_pretrain.errors import UserError, exit_on_user_error
 
 _COMMANDS = """\
 commands for a sweep that was started (SWEEP is its output folder, or its config file):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draw what a pre-training sees: the views of its first images, after photometry.
+"""Draw the input of pre-training: the views of the first images, after photometric augmentation.
 
-A line is an image, a column a view. Boxes of one colour and number are the same region, and are
-matched; grey ones are in one view only. A method may draw what it makes of its views instead: MCL
-its montages, a line a pyramid, a column a level, with the image of each tile; point-level region
-contrast its points. With --method it is what the model draws of its own, such as CCOP's candidate
-boxes; the project's README says what.
+Each row is an image, each column a view. Boxes of the same colour and number are the same region in
+several views; grey ones are in one view only. Methods whose network receives something else draw
+that instead: for MCL, montages with one row per pyramid and one column per level; for point-level
+region contrast, points. With --method the model draws its own picture, such as CCOP's candidate
+boxes; see the project's README.
 """
 
 import argparse
@@ -34,18 +34,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="a pre-training config")
-    parser.add_argument("--num", type=int, default=4, help="images (default 4)")
-    parser.add_argument("--output", default="views.png", help="the PNG (default views.png)")
-    parser.add_argument("--height", type=int, default=224, help="of a view in the picture")
-    parser.add_argument("--method", action="store_true", help="draw what is the method's own")
-    parser.add_argument("--weights", default="", help="with --method: a checkpoint of a run")
-    parser.add_argument("opts", nargs="*", help="key=value for a key of the config")
+    parser.add_argument("--num", type=int, default=4, help="number of images (default 4)")
+    parser.add_argument("--output", default="views.png", help="PNG file (default views.png)")
+    parser.add_argument(
+        "--height",
+        type=int,
+        default=224,
+        help="height of a view in the picture in pixels (default 224)",
+    )
+    parser.add_argument("--method", action="store_true", help="draw the method's own picture")
+    parser.add_argument("--weights", default="", help="with --method: a checkpoint of the run")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     args = parser.parse_args()
     if args.num < 1 or args.height < 16:
-        raise UserError(f"--num {args.num} --height {args.height}: at least 1 and 16")
+        raise UserError(f"--num {args.num} --height {args.height}: must be at least 1 and 16")
     cfg = load_config(args.config_file, args.opts)
     if args.weights and not args.method:
-        raise UserError("--weights goes with --method")
+        raise UserError("--weights requires --method")
     batch = first_views(cfg, args.num)
     draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
     picture = sheet(draw, args.height)

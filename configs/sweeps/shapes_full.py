@@ -23,7 +23,7 @@ sweep = benchmark(
             config="projects/MCL/configs/mcl-supervised_r50-fpn_32xb128-100ep_imagenet.py",
             overrides=[
                 f"{_IMAGE_DATA}.names="
-                "{_target_:region_pretrain.data.objects.object_crops,names:null,context:1.5}",
+                "{_target_:region_pretrain.projects.mcl.objects.object_crops,names:null,context:1.5}",
                 f"{_IMAGE_DATA}.views.crop_area=[0.5,1.0]",
                 "model.classifier.out_features=8",
             ],

@@ -1,1 +1,1 @@
-"""How close the data path and a training step come to what the machine can do."""
+"""Benchmarks of the loader, a training step and recipes of regions."""

@@ -1,4 +1,4 @@
-"""The loader against the decoder alone, on one core."""
+"""The loader compared with the JPEG decoder alone, on one core."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from tqdm import tqdm
 from region_pretrain.benchmark.timing import interleaved, resident_mib
 from region_pretrain.data.dataset import PretrainDataset
 
-_DISTINCT = 256  # files, cycled through: they stay in the page cache
+_DISTINCT = 256  # files that are cycled through, so that they stay in the page cache
 
 
 @dataclass
 class LoaderRates:
-    """Images a second of one core; ``parts`` are shares of the loader's time that add up to 1.
+    """Throughput of one core in images per second.
 
     Attributes:
-        decode: ``cv2.imdecode`` of bytes in memory, and nothing else.
-        linear, antialiased: whole batches of the config, by the filter of the views.
-        parts: of the antialiased loader: ``decode`` (large files at a part of their size, see
-            :func:`~region_pretrain.data.geometry.decode_reduction`), ``read and draw`` (file,
-            header, boxes, views, colour parameters), ``render and the rest``.
-        size: mean ``(width, height)`` in pixels, and mean kilobytes of a file.
+        decode: ``cv2.imdecode`` of bytes in memory alone.
+        linear, antialiased: complete batches of the config, with either filter for its views.
+        parts: fractions of the antialiased loader's time, which sum to 1: ``decode`` (large files
+            at a reduced size, see :func:`~region_pretrain.data.geometry.decode_reduction`), ``read
+            and draw`` (file, header, boxes, views, photometric parameters), ``render and
+            other``.
+        size: mean width and height in pixels, and mean file size in kB.
         drift_mib: growth of this process's resident memory over the last two thirds of the rounds.
     """
 
@@ -39,15 +40,12 @@ class LoaderRates:
 
 
 def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) -> LoaderRates:
-    """Measure a config's data set in this process; rounds of all kinds alternate.
+    """Measure a data set in this process.
 
     Args:
         dataset: the config's ``dataloader.train.dataset``.
-        batch_size: images of a batch.
-        seconds: about so long for each kind.
-
-    Returns:
-        The rates.
+        batch_size: images per batch; at most 32 are used.
+        seconds: approximate time per quantity.
     """
     count = min(len(dataset), _DISTINCT)
     files = [dataset.read(i) for i in range(count)]
@@ -63,7 +61,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
     def decode_as_drawn() -> None:
         for _ in range(take):
             sample = drawn[next(order)]
-            sample.encoded.decode(sample.reduce)
+            sample.file.encoded.decode(sample.reduce)
 
     def draw_only() -> None:
         dataset.draw(0, 0, [next(order) for _ in range(take)])
@@ -76,7 +74,7 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         return load
 
     before = dataset.antialias
-    kinds = {
+    functions = {
         "decode": decode_only,
         "decode as drawn": decode_as_drawn,
         "draw": draw_only,
@@ -93,21 +91,21 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
                 memory.append(resident_mib())
                 progress.update()
 
-            per_call = interleaved(kinds, seconds * len(kinds), after_round)
+            per_call = interleaved(functions, seconds * len(functions), after_round)
     finally:
         dataset.antialias = before
         cv2.setNumThreads(threads)
-    whole = per_call["antialiased"]
+    total = per_call["antialiased"]
     decode, draw = per_call["decode as drawn"], per_call["draw"]
     sizes = [(*file.size, len(file.encoded.data) / 1000) for file in files]
     return LoaderRates(
         decode=take / per_call["decode"],
         linear=take / per_call["linear"],
-        antialiased=take / whole,
+        antialiased=take / total,
         parts={
-            "decode": decode / whole,
-            "read and draw": draw / whole,
-            "render and the rest": (whole - decode - draw) / whole,
+            "decode": decode / total,
+            "read and draw": draw / total,
+            "render and other": (total - decode - draw) / total,
         },
         size=tuple(np.mean(sizes, axis=0)),
         drift_mib=memory[-1] - memory[len(memory) // 3],

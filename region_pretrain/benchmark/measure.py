@@ -1,4 +1,4 @@
-"""From a config to figures, and figures to lines."""
+"""Measures a config, and formats the results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.trunk import compile_trunks
 
+_COLUMNS = ("left", "right", "right")
 
-def use_made_images(cfg: DictConfig, folder: str, count: int, size: tuple[int, int] = SIZE) -> None:
-    """Put files made for the purpose in place of a config's data set.
+
+def use_synthetic_images(
+    cfg: DictConfig, folder: str, count: int, size: tuple[int, int] = SIZE
+) -> None:
+    """Replace a config's data set with synthetic images.
 
     Args:
-        cfg: changed in place.
-        folder: for the files.
+        cfg: the config, modified in place.
+        folder: folder for the files.
         count, size: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
     """
     dataset = cfg.dataloader.train.dataset
@@ -42,24 +46,24 @@ def loader_rates(cfg: DictConfig, seconds: float) -> LoaderRates:
 
 
 def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
-    """Measure a step of ``cfg`` with its own model and precision; see :func:`benchmark_step`.
+    """Measure a training step of ``cfg``; see :func:`benchmark_step`.
 
     Raises:
-        UserError: the data set has fewer images than a batch.
+        UserError: the data set has fewer images than one batch.
     """
     device = resolve_device(cfg.train.device)
     size = cfg.dataloader.train.total_batch_size
     dataset = instantiate(cfg.dataloader.train.dataset)
     if len(dataset) < size:
         raise UserError(
-            f"dataloader.train.total_batch_size={size}, but there are {len(dataset)} images: "
-            "lower it, or raise --made-images"
+            f"dataloader.train.total_batch_size={size} exceeds the {len(dataset)} images: lower "
+            "it, or raise --synthetic-images"
         )
     batch = dataset.batch(0, 0, range(size))
     model = build_model(cfg, device)
     trainer = Trainer(
         model,
-        # The rate is of no account for the time; a small one keeps the numbers finite.
+        # The learning rate does not affect the time; a small one keeps the numbers finite.
         build_optimizer(cfg, model, 1e-6),
         lambda start, stop: (),
         device=device,
@@ -73,33 +77,36 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
 
 
 def describe_loader(rates: LoaderRates) -> str:
-    """A few lines for a person."""
+    """Format the results as text."""
     width, height, kilobytes = rates.size
     rates_by_name = {
-        "decode only (cv2.imdecode)": rates.decode,
+        "decoding alone (cv2.imdecode)": rates.decode,
         "loader, linear filter": rates.linear,
-        "loader, antialiased": rates.antialiased,
+        "loader, antialiased filter": rates.antialiased,
     }
     rows = [[name, f"{r:.0f}", f"{r / rates.decode:.2f}"] for name, r in rates_by_name.items()]
-    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in rates.parts.items())
+    parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in rates.parts.items())
     return (
-        f"\nloader, one core, files of {width:.0f} x {height:.0f} pixels and {kilobytes:.0f} kB\n"
-        + tabulate(rows, ["", "images/s", "of decode"], colalign=("left", "right", "right"))
-        + f"\nantialiased: {parts}; resident memory {rates.drift_mib:+.1f} MiB meanwhile\n"
+        f"\nLoader on one core; mean file: {width:.0f} x {height:.0f} pixels, {kilobytes:.0f} kB\n"
+        + tabulate(rows, ["", "images/s", "relative"], disable_numparse=True, colalign=_COLUMNS)
+        + f"\ntime of the antialiased loader: {parts}"
+        + f"\nchange of resident memory: {rates.drift_mib:+.1f} MiB\n"
     )
 
 
 def describe_step(rates: StepRates) -> str:
-    """A few lines for a person."""
-    whole = sum(rates.parts.values())
+    """Format the results as text."""
+    total = sum(rates.parts.values())
     rows = [
-        [name, f"{1000 * seconds:.1f}", f"{100 * seconds / whole:.1f}"]
+        [name, f"{1000 * seconds:.1f}", f"{100 * seconds / total:.1f}"]
         for name, seconds in sorted(rates.parts.items(), key=lambda part: -part[1])
     ]
     return (
-        f"\nstep of {rates.images} images: {1000 * rates.step:.1f} ms, "
-        f"{rates.images / rates.step:.2f} images/s; networks alone: {1000 * rates.floor:.1f} ms "
-        f"= {rates.floor / rates.step:.2f} of the step; peak memory {rates.memory_mib:.0f} MiB\n"
-        + tabulate(rows, ["part", "ms", "%"], colalign=("left", "right", "right"))
+        f"\nTraining step of {rates.images} images: {1000 * rates.step:.1f} ms, "
+        f"{rates.images / rates.step:.2f} images/s\n"
+        f"forward and backward of the networks alone: {1000 * rates.floor:.1f} ms, "
+        f"{100 * rates.floor / rates.step:.0f} % of the step\n"
+        f"peak memory: {rates.memory_mib:.0f} MiB\n"
+        + tabulate(rows, ["part", "ms", "%"], disable_numparse=True, colalign=_COLUMNS)
         + "\n"
     )

@@ -1,4 +1,4 @@
-"""What recipes cost, and what they find."""
+"""Time and recall of recipes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from tqdm import tqdm
 
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_image
-from region_pretrain.regions.generate import count_found
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
+from region_pretrain.regions.summary import RECALL_IOUS, count_found
 
 
 @dataclass
 class RecipeCost:
-    """One recipe over all images.
+    """Cost and recall of one recipe.
 
     Attributes:
-        recipe: its id.
-        seconds: mean of an image on one core, without reading the file.
-        boxes: mean number of an image.
-        recall: IoU threshold -> percent of the labelled objects that some box covers.
+        recipe: the recipe's id.
+        seconds: mean time per image on one core, without reading the file.
+        boxes: mean number of boxes per image.
+        recall: IoU threshold -> percentage of the annotated objects that some box covers.
     """
 
     recipe: str
@@ -37,26 +37,23 @@ class RecipeCost:
 
 
 def compare_recipes(
-    records: Sequence[Mapping[str, Any]],
-    recipes: Sequence[Recipe],
-    ious: Sequence[float] = (0.5, 0.7),
+    records: Sequence[Mapping[str, Any]], recipes: Sequence[Recipe]
 ) -> list[RecipeCost]:
-    """Run recipes on the same labelled images, one core, image by image in turn.
+    """Run recipes in turn on the same annotated images, on one core.
 
     Args:
-        records: Detectron2's dicts with ``annotations``.
-        recipes: what to compare.
-        ious: thresholds of the recall.
+        records: Detectron2 dicts with ``annotations``.
+        recipes: the recipes to compare.
 
     Returns:
-        One entry a recipe, in order.
+        One entry per recipe, in order.
 
     Raises:
         UserError: no image has an object.
     """
     seconds = np.zeros(len(recipes))
     boxes_found = np.zeros(len(recipes))
-    hits = np.zeros((len(recipes), len(ious)))
+    hits = np.zeros((len(recipes), len(RECALL_IOUS)))
     objects_seen = 0
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
@@ -71,17 +68,17 @@ def compare_recipes(
                 boxes = recipe(image, record, rng)
                 seconds[r] += time.perf_counter() - started
                 boxes_found[r] += len(boxes)
-                hits[r] += [count_found(boxes, objects, iou) for iou in ious]
+                hits[r] += [count_found(boxes, objects, iou) for iou in RECALL_IOUS]
     finally:
         cv2.setNumThreads(threads)
     if not objects_seen:
-        raise UserError("no image has a labelled object: recall needs ground truth")
+        raise UserError("no image has an annotated object: recall needs ground truth")
     return [
         RecipeCost(
             recipe.id,
             seconds[r] / len(records),
             boxes_found[r] / len(records),
-            {iou: 100 * hit / objects_seen for iou, hit in zip(ious, hits[r], strict=True)},
+            {iou: 100 * hit / objects_seen for iou, hit in zip(RECALL_IOUS, hits[r], strict=True)},
         )
         for r, recipe in enumerate(recipes)
     ]

@@ -1,4 +1,4 @@
-"""A training step against its floor: the same networks' forward and backward, and nothing else."""
+"""A training step compared with its floor: forward and backward of the same networks alone."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PARTS_STEPS = 3
 
 @dataclass
 class StepRates:
-    """What a step costs.
+    """The cost of a training step.
 
     Attributes:
-        step: seconds of a whole step on a batch that is on the CPU: transfer, photometry, forward,
-            backward, target update, optimiser.
+        step: seconds of a complete step from a batch on the CPU: transfer, photometric
+            augmentation, forward, backward, target update, optimiser.
         floor: seconds of forward and backward of the networks alone, on tensors of the same shapes.
-        images: of a step.
-        parts: seconds by part, of a run of its own in which the device is waited for at each
-            part's end, so that they add up to somewhat more than ``step`` on a GPU.
-        memory_mib: peak of the steps (:func:`~region_pretrain.engine.memory.peak_memory_mib`).
+        images: images per step.
+        parts: seconds by part. They are measured separately, with a synchronisation after each
+            part, so on a GPU they add up to somewhat more than ``step``.
+        memory_mib: peak memory (:func:`~region_pretrain.engine.memory.peak_memory_mib`).
     """
 
     step: float
@@ -45,10 +45,10 @@ class Call:
     """One call of a network inside a step.
 
     Attributes:
-        name: the network's, in the model.
+        name: the network's name in the model.
         module: the network.
-        inputs: ``(shape, dtype, channels_last, needs gradient)`` of each tensor argument.
-        grad: whether a gradient is computed.
+        inputs: ``(shape, dtype, channels_last, requires_grad)`` of each argument.
+        grad: whether gradients are computed.
     """
 
     name: str
@@ -58,15 +58,12 @@ class Call:
 
 
 def benchmark_step(trainer: Trainer, batch: Any, seconds: float) -> StepRates:
-    """Measure a trainer's steps on one batch, again and again.
+    """Measure repeated steps of a trainer on one batch.
 
     Args:
-        trainer: not started; its model is on its device.
-        batch: as the loader gives it.
-        seconds: about so long.
-
-    Returns:
-        The rates.
+        trainer: a trainer that has not started; its model is on its device.
+        batch: a batch of the loader.
+        seconds: approximate duration of the measurement.
     """
     device = trainer.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -98,7 +95,7 @@ def benchmark_step(trainer: Trainer, batch: Any, seconds: float) -> StepRates:
 
 @contextmanager
 def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
-    """Note each outermost call of a submodule that has parameters, while the context is open."""
+    """Record each outermost call of a submodule with parameters while the context is open."""
     calls: list[Call] = []
     depth = 0
     handles = []
@@ -135,14 +132,14 @@ def _is_channels_last(x: Tensor) -> bool:
 def make_floor(
     calls: Sequence[Call], autocast: Callable[[], Any], device: torch.device
 ) -> Callable[[], None]:
-    """A function that runs recorded calls on tensors of their own, and the gradients back.
+    """Create a function that runs recorded calls on random tensors, forward and backward.
 
     Args:
-        calls: of :func:`recorded_calls`.
-        autocast: makes the context of the forward passes.
-        device: for the tensors.
+        calls: the calls of :func:`recorded_calls`.
+        autocast: creates the context of the forward passes.
+        device: device of the tensors.
     """
-    made: list[tuple[Call, list[Tensor]]] = []
+    prepared: list[tuple[Call, list[Tensor]]] = []
     for call in calls:
         tensors = []
         for shape, dtype, channels_last, requires_grad in call.inputs:
@@ -150,21 +147,21 @@ def make_floor(
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             tensors.append(x.requires_grad_(requires_grad))
-        made.append((call, tensors))
+        prepared.append((call, tensors))
     parameters = {p for call in calls for p in call.module.parameters()}
 
     def floor() -> None:
         for p in parameters:
             p.grad = None
-        ends: list[Tensor] = []
-        for call, tensors in made:
+        outputs: list[Tensor] = []
+        for call, tensors in prepared:
             for x in tensors:
                 x.grad = None
             with autocast(), nullcontext() if call.grad else torch.no_grad():
                 output = call.module(*tensors)
             if call.grad:
-                ends += [y for y in _tensors(output) if y.requires_grad]
-        torch.autograd.backward(ends, [torch.ones_like(y) for y in ends])
+                outputs += [y for y in _tensors(output) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
     return floor
 
@@ -185,18 +182,18 @@ def _tensors(output: Any) -> list[Tensor]:
 def _parts(
     trainer: Trainer, calls: Sequence[Call], step: Callable[[], None], wait: Callable[[], None]
 ) -> dict[str, float]:
-    """Mean seconds of each part of a step."""
+    """Mean seconds per step of each part."""
     model = trainer.module
     spent: dict[str, float] = {}
-    open_at: list[tuple[str, float]] = []
+    running: list[tuple[str, float]] = []
 
     def start(name: str) -> None:
         wait()
-        open_at.append((name, time.perf_counter()))
+        running.append((name, time.perf_counter()))
 
     def stop() -> None:
         wait()
-        name, started = open_at.pop()
+        name, started = running.pop()
         spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
 
     networks = {call.module: f"forward {_network(call.name)}" for call in calls}
@@ -226,7 +223,7 @@ def _parts(
     for module, name in {**networks, **others}.items():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(m, name)))
         handles.append(module.register_forward_hook(lambda m, a, y: leave(), always_call=True))
-    handles.append(model.register_forward_pre_hook(lambda m, a: start("forward, all of it")))
+    handles.append(model.register_forward_pre_hook(lambda m, a: start("complete forward")))
     handles.append(model.register_forward_hook(lambda m, a, y: stop(), always_call=True))
 
     def wrap(owner: Any, method: str, name: str) -> Callable[[], None]:
@@ -245,8 +242,8 @@ def _parts(
         return lambda: delattr(owner, method)
 
     undo = [
-        wrap(model, "before_step", "before and after the step (target update)"),
-        wrap(model, "after_step", "before and after the step (target update)"),
+        wrap(model, "before_step", "hooks around the step (target update)"),
+        wrap(model, "after_step", "hooks around the step (target update)"),
         wrap(trainer, "_forward_backward", "forward and backward"),
         wrap(trainer, "_optimizer_step", "optimiser"),
     ]
@@ -261,10 +258,10 @@ def _parts(
         for function in undo:
             function()
     spent = {name: seconds / _PARTS_STEPS for name, seconds in spent.items()}
-    whole, both = spent.pop("step"), spent.pop("forward and backward")
-    forward = spent.pop("forward, all of it")
+    total, both = spent.pop("step"), spent.pop("forward and backward")
+    forward = spent.pop("complete forward")
     inner = sum(seconds for name, seconds in spent.items() if name.startswith("forward "))
-    spent["forward, the rest (regions, losses)"] = forward - inner
+    spent["forward, other (regions, losses)"] = forward - inner
     spent["backward"] = both - forward
-    spent["the rest (transfer)"] = whole - sum(spent.values())
+    spent["other (transfer)"] = total - sum(spent.values())
     return spent

@@ -1,4 +1,4 @@
-"""Clocks and memory."""
+"""Timing and memory."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _MIN_ROUNDS = 3
 
 
 def interleaved(
-    kinds: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     seconds: float,
     after_round: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Time several functions turn by turn, so that what else the machine does strikes all alike.
+    """Time several functions in turn, so that other load on the machine affects all equally.
 
     Args:
-        kinds: each is called once a round; a first round is not counted.
-        seconds: rounds go on until this time is over, but for three rounds at least.
+        functions: functions by name; each is called once per round. The first round is a warm-up.
+        seconds: duration of the measurement, which has at least three rounds.
         after_round: called after each round.
 
     Returns:
-        The median seconds of a call.
+        Median seconds per call by name.
     """
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    for function in kinds.values():
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
         function()
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < _MIN_ROUNDS or time.perf_counter() < end:
-        for name, function in kinds.items():
+        for name, function in functions.items():
             started = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - started)
@@ -49,12 +49,14 @@ def resident_mib() -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start :func:`region_pretrain.engine.memory.peak_memory_mib` anew."""
+    """Reset :func:`region_pretrain.engine.memory.peak_memory_mib`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
-    except OSError:  # not every kernel lets a process do that; the peak is then the process's own
+    except (
+        OSError
+    ):  # not permitted on every kernel; the peak is then that of the process's lifetime
         pass

@@ -1,4 +1,4 @@
-"""What a loader hands to a meta-architecture."""
+"""The batch that a loader passes to a meta-architecture."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor
 
 @dataclass
 class View:
-    """One view of each image of a batch, with the regions that live in it.
+    """One view of each image of a batch, and the regions in it.
 
-    Only the pixels go to the device. What describes them stays on the CPU, where it is a few
-    kilobytes and where a model decides what goes where (which box on which level, which pairs
-    match) without waiting for the device.
+    Only the pixels move to the device. The other tensors, a few kilobytes, stay on the CPU, where a
+    model assigns boxes to levels and matches pairs without waiting for the device.
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8 RGB, channels-last in memory, before photometry.
         boxes: ``(B, K, 4)`` float32 XYXY in view pixels.
-        valid: ``(B, K)`` bool; where false, the slot holds no region.
-        region_ids: ``(B, K)`` int64; equal ids of an image are the same region in all its views.
-        affine: ``(B, 2, 3)`` float32, original pixels to view pixels.
+        valid: ``(B, K)`` bool; false where the slot contains no region.
+        region_ids: ``(B, K)`` int64; in all views of an image, equal ids denote the same region.
+        affine: ``(B, 2, 3)`` float32, from original pixels to view pixels.
         photometry: ``(B, P)`` float32 parameters of
             :func:`~region_pretrain.data.photometry.apply_photometry`.
     """
@@ -38,7 +37,7 @@ class View:
         return View(**{name: function(value) for name, value in vars(self).items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> View:
-        """The view with its images on a device."""
+        """A copy of the view with its images on a device."""
         return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
 
@@ -47,11 +46,11 @@ class ViewBatch:
     """Views of the same images, in the order of the view sampler.
 
     Attributes:
-        views: one :class:`View` each.
-        indices: ``(B,)`` int64, the images' positions in the data set. (The place of a file that
-            cannot be read is taken by the next one, under the same index.)
-        labels: ``(B,)`` int64, the images' classes, where the data set reads them. They stay on the
-            CPU as well.
+        views: one :class:`View` per view.
+        indices: ``(B,)`` int64, the images' positions in the data set. A file that cannot be read
+            is replaced by the next one, under the same index.
+        labels: ``(B,)`` int64, the images' classes, if the data set reads them. They stay on the
+            CPU, too.
     """
 
     views: list[View]
@@ -67,7 +66,7 @@ class ViewBatch:
         return ViewBatch(views, function(self.indices), labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
-        """The batch with its views' images on a device."""
+        """A copy of the batch with its views' images on a device."""
         views = [view.to(device, non_blocking) for view in self.views]
         return replace(self, views=views)
 
@@ -76,7 +75,7 @@ class ViewBatch:
         return self._map(Tensor.pin_memory)
 
     def chunk(self, parts: int) -> list[ViewBatch]:
-        """Split into micro-batches in order, of sizes that differ by at most one."""
+        """Split into consecutive micro-batches whose sizes differ by at most one."""
         cuts = [len(self) * i // parts for i in range(parts + 1)]
         return [
             self._map(lambda t, a=a, b=b: t[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)

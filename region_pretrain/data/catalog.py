@@ -1,7 +1,7 @@
-"""Images without labels as ordinary Detectron2 data sets, and plain folders without registering.
+"""Unlabelled images as ordinary Detectron2 data sets, and plain folders without registration.
 
-A record is Detectron2's dict with at least ``file_name`` and ``image_id``; ``str(image_id)`` is the
-image's key in a region store. Nothing is read from a disk before a data set is asked for.
+A record is a Detectron2 dict with at least ``file_name`` and ``image_id``; ``str(image_id)`` is the
+image's key in a region store. No disk is read before the records of a data set are loaded.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 
 
 def get_records(names: str | Sequence[str]) -> list[dict]:
-    """The images of one or several data sets, one set after the other, each in a fixed order.
+    """The images of one or several data sets, concatenated, in a fixed order.
 
     Args:
-        names: registered names, or ``folder://DIR`` for all the images in a folder and below it.
+        names: registered names, or ``folder://DIR`` for all images in a folder and its subfolders.
 
     Returns:
-        Detectron2 dataset dicts; what their sets know of labels is left in them.
+        Detectron2 dataset dicts, including labels if the data set has any.
 
     Raises:
-        UserError: an unknown name, a data set that is not where it should be or has no images, or
-            two images with the same ``image_id``.
+        UserError: an unknown name, a data set that is missing or has no images, or two images with
+            the same ``image_id``.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise UserError("no data set is named: give a registered name or folder://DIR")
+        raise UserError("no data set is given: name a registered one or folder://DIR")
     records: list[dict] = []
     origin: dict[str, str] = {}  # key -> data set
     for name in names:
         found = _get_one(name)
         for record in found:
             if "file_name" not in record or "image_id" not in record:
-                raise UserError(f"data set {name!r}: a record without file_name or image_id")
+                raise UserError(f"data set {name!r} has a record without file_name or image_id")
             key = str(record["image_id"])
             if key in origin:
                 both = f"{origin[key]!r} and {name!r}" if origin[key] != name else f"{name!r} twice"
                 raise UserError(
-                    f"image {key!r} is in {both}: regions are kept by this key, so it must be "
-                    "unique; leave one out, or put folders under one folder and name that"
+                    f"image {key!r} is in {both}, but this key of its regions must be unique: "
+                    "leave one out, or move the folders into one folder and name that"
                 )
             origin[key] = name
         logger.info("%s: %d images", name, len(found))
@@ -61,16 +61,16 @@ def get_records(names: str | Sequence[str]) -> list[dict]:
 
 
 def check_registered(name: str) -> None:
-    """Refuse a name that stands for no registered data set.
+    """Refuse a name that is not registered.
 
     Raises:
-        UserError: with the names that are near it.
+        UserError: the name is unknown; lists similar names.
     """
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
         if os.path.isdir(os.path.expanduser(name)):
-            hint = f"; for the folder write {FOLDER_PREFIX}{name}"
+            hint = f"; for a folder, write {FOLDER_PREFIX}{name}"
         raise UserError(f"no data set is called {name!r}{hint}")
 
 
@@ -82,41 +82,30 @@ def _get_one(name: str) -> list[dict]:
         records = DatasetCatalog.get(name)
     except OSError as error:
         raise UserError(
-            f"data set {name!r} cannot be read: {error}; built-in sets lie in the folder that the "
-            "environment variable DETECTRON2_DATASETS names"
+            f"data set {name!r} cannot be read: {error}; the environment variable "
+            "DETECTRON2_DATASETS names the folder of the built-in data sets"
         ) from error
     if not records:
         raise UserError(f"data set {name!r} has no images")
     return records
 
 
-def register_image_folder(name: str, root: str) -> str:
-    """Register all the images in a folder and below it; see :func:`load_image_folder`.
+def register_image_folder(name: str, root: str, with_labels: bool = False) -> str:
+    """Register all images in a folder and its subfolders; see :func:`load_image_folder`.
 
-    Registering a name again with the same folder does nothing.
-
-    Returns:
-        ``name``.
-
-    Raises:
-        UserError: the name stands for another data set.
-    """
-    return _register(name, lambda: load_image_folder(root), image_root=root)
-
-
-def register_imagenet(name: str, root: str, with_labels: bool = False) -> str:
-    """Register a split of ImageNet, ``<root>/<wnid>/*.JPEG``.
+    Registering a name again with the same arguments has no effect.
 
     Args:
         name: the data set's name.
-        root: the split's folder, e.g. ``imagenet/train``.
-        with_labels: keep the class, the rank of the folder's name, as ``category_id``.
+        root: the folder.
+        with_labels: label the images by their first folder, as in ImageNet's
+            ``<root>/<wnid>/*.JPEG``; see :func:`label_by_folder`.
 
     Returns:
         ``name``.
 
     Raises:
-        UserError: the name stands for another data set.
+        UserError: the name is taken by another data set.
     """
 
     def load() -> list[dict]:
@@ -125,20 +114,22 @@ def register_imagenet(name: str, root: str, with_labels: bool = False) -> str:
             MetadataCatalog.get(name).set(thing_classes=label_by_folder(records))
         return records
 
-    return _register(name, load, image_root=root, with_labels=with_labels)
+    if register_once(name, load, image_root=root, with_labels=with_labels):
+        MetadataCatalog.get(name).set(image_root=root)
+    return name
 
 
 def label_by_folder(records: list[dict]) -> list[str]:
     """Label images by the first folder of their ``image_id``, ``<class>/...``.
 
     Args:
-        records: of image folders; each is given its ``category_id``, the rank of its class.
+        records: images of a folder; their ``category_id`` is set, the index of their class.
 
     Returns:
-        The classes, in the order of their names.
+        The class names, sorted.
 
     Raises:
-        UserError: an image lies in no folder.
+        UserError: an image is not in a class folder.
     """
     names = [_first_folder(record) for record in records]
     classes = sorted(set(names))
@@ -151,53 +142,44 @@ def label_by_folder(records: list[dict]) -> list[str]:
 def _first_folder(record: dict) -> str:
     folder, slash, _ = record["image_id"].partition("/")
     if not slash:
-        raise UserError(f"{record['file_name']} lies in no class's folder: it has no label")
+        raise UserError(f"{record['file_name']} has no label: it is not in a class folder")
     return folder
 
 
-def register_coco_unlabeled(name: str, json_file: str | None, image_root: str) -> str:
-    """Register the images of a data set in COCO's layout, its annotations left aside.
+def register_once(name: str, load: Callable[[], list[dict]], **source: object) -> bool:
+    """Register a data set unless it is registered already.
 
     Args:
         name: the data set's name.
-        json_file: COCO json, with annotations or without; None to list the folder.
-        image_root: the images' folder.
+        load: loads its records.
+        source: values that identify the data set.
 
     Returns:
-        ``name``.
+        Whether it is newly registered.
 
     Raises:
-        UserError: the name stands for another data set.
+        UserError: the name is taken by a data set of another source.
     """
-    return _register(
-        name,
-        lambda: load_coco_images(json_file, image_root),
-        image_root=image_root,
-        json_file=json_file,
-    )
-
-
-def _register(name: str, load: Callable[[], list[dict]], **source: object) -> str:
     metadata = MetadataCatalog.get(name)
     if name in DatasetCatalog.list():
-        if metadata.get("unlabeled_source") != source:
+        if metadata.get("registered_source") != source:
             raise UserError(f"the data set name {name!r} is taken; choose another")
-        return name
+        return False
     DatasetCatalog.register(name, load)
-    metadata.set(unlabeled_source=source, image_root=source["image_root"])
-    return name
+    metadata.set(registered_source=source)
+    return True
 
 
 def load_image_folder(root: str) -> list[dict]:
-    """All the images in a folder and below it, known by their extension, sorted by path.
+    """All images in a folder and its subfolders, recognised by extension, sorted by path.
 
-    Hidden files and folders are left out; links to folders are followed.
+    Hidden files and folders are skipped; links to folders are followed.
 
     Returns:
-        Records whose ``image_id`` is the path relative to ``root`` with ``/`` between its parts.
+        Records whose ``image_id`` is the path relative to ``root``, separated by ``/``.
 
     Raises:
-        UserError: no such folder, no images, or a name that is not Unicode.
+        UserError: no such folder, no images, or a file name that is not UTF-8.
     """
     folder = _local_folder(root)
     try:
@@ -215,18 +197,19 @@ def load_image_folder(root: str) -> list[dict]:
 
 
 def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
-    """The images of a data set in COCO's layout, in the order of their ids.
+    """The images of a data set in COCO's layout, sorted by id; annotations are ignored.
 
     Args:
-        json_file: COCO json, whose ``images`` are read and nothing else; None to take the files of
-            the folder and the numbers that their names end with, which are COCO's own ids.
+        json_file: COCO json, of which only ``images`` is read. With None, the files of the folder
+            are listed; the number at the end of a file name is the image's id.
         image_root: the images' folder.
 
     Returns:
-        Records with COCO's integer ``image_id``, and ``height`` and ``width`` where a json says.
+        Records with COCO's integer ``image_id``, and with ``height`` and ``width`` if a json is
+        given.
 
     Raises:
-        UserError: a missing folder or json, a json of another format, a file without a number.
+        UserError: a missing folder or json, a json in another format, a file name without a number.
     """
     folder = _local_folder(image_root)
     if json_file is None:
@@ -257,7 +240,9 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
             for image in images
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{json_file} is no COCO json: {type(error).__name__} {error}") from error
+        raise UserError(
+            f"{json_file} is not a COCO json: {type(error).__name__} {error}"
+        ) from error
     if not records:
         raise UserError(f"{json_file} lists no images")
     return sorted(records, key=lambda record: record["image_id"])
@@ -271,7 +256,7 @@ def _local_folder(root: str) -> str:
 
 
 def _walk(folder: str, relative: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Relative paths of the images; ``above`` are the folders over this one, lest a link loop."""
+    """Relative paths of the images; ``above`` are the parent folders, to stop at loops of links."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -287,7 +272,7 @@ def _walk(folder: str, relative: str, above: tuple[str, ...]) -> Iterator[str]:
 
 
 def _register_builtin(root: str) -> None:
-    """What Detectron2's own registration leaves out, under the same root."""
+    """Register data sets that Detectron2 lacks, under the same root."""
     for name, folder, listing in (
         ("coco_2017_train_images", "coco/train2017", "instances_train2017.json"),
         ("coco_2017_unlabeled_images", "coco/unlabeled2017", "image_info_unlabeled2017.json"),
@@ -296,13 +281,14 @@ def _register_builtin(root: str) -> None:
         json_file = os.path.join(root, "coco/annotations", listing)
 
         def load(json_file: str = json_file, image_root: str = image_root) -> list[dict]:
-            there = PathManager.isfile(json_file)
-            return load_coco_images(json_file if there else None, image_root)
+            exists = PathManager.isfile(json_file)
+            return load_coco_images(json_file if exists else None, image_root)
 
-        _register(name, load, image_root=image_root, json_file=json_file)
+        register_once(name, load, image_root=image_root, json_file=json_file)
+        MetadataCatalog.get(name).set(image_root=image_root)
     imagenet = os.path.join(root, "imagenet/train")
-    register_imagenet("imagenet_train", imagenet)
-    register_imagenet("imagenet_train_labeled", imagenet, with_labels=True)
+    register_image_folder("imagenet_train", imagenet)
+    register_image_folder("imagenet_train_labeled", imagenet, with_labels=True)
 
 
 _register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))

@@ -1,4 +1,4 @@
-"""Images and their regions, turned into views by a method's own sampler."""
+"""The pre-training data set: images and regions, turned into views by a method's view sampler."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 64  # files in memory at once
-_IN_A_ROW = 100
-_REPLACED = "%s; the next image takes its place"
+_FILES_IN_MEMORY = 64
+_MAX_UNREADABLE_IN_A_ROW = 100
+_REPLACED = "%s; replaced by the next image"
 
 
 class File(NamedTuple):
-    """A file of the data set.
+    """An image of the data set before it is decoded.
 
     Attributes:
-        encoded: not decoded yet.
+        encoded: its bytes.
         size: ``(width, height)`` in pixels.
         boxes: ``(N, 4)`` float32 XYXY, its regions; N is 0 without a store.
-        label: its class, -1 where it has none.
+        label: its class, or -1.
     """
 
     encoded: EncodedImage
@@ -42,16 +42,40 @@ class File(NamedTuple):
     label: int
 
 
+class Drawn(NamedTuple):
+    """The random choices of a sample, before its image is decoded.
+
+    Attributes:
+        file: the image's file.
+        views: the view sampler's choice.
+        photometry: ``(P,)`` float32 parameters per view.
+        offset: position of the file after the sample's index; 0 unless files are unreadable.
+        rng: the sample's generator.
+    """
+
+    file: File
+    views: list[ViewSample]
+    photometry: list[np.ndarray]
+    offset: int
+    rng: np.random.Generator
+
+    @property
+    def reduce(self) -> int:
+        """Factor by which the image is downscaled in decoding; 1 unless it is a large JPEG."""
+        if not self.file.encoded.reducible:
+            return 1
+        return decode_reduction([view.geometry for view in self.views])
+
+
 class Sample(NamedTuple):
-    """One image, and what to make of it.
+    """A decoded image and its views.
 
     Attributes:
         image: ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB.
-        reduce: 1, or the part of its size at which a large JPEG was decoded
-            (:func:`~region_pretrain.data.geometry.decode_reduction`).
-        views: of the view sampler.
-        photometry: ``(P,)`` float32 of each view.
-        label: the image's class, -1 where it has none.
+        reduce: see :attr:`Drawn.reduce`.
+        views: the views, with the regions that depend on the pixels.
+        photometry: ``(P,)`` float32 parameters per view.
+        label: the image's class, or -1.
     """
 
     image: np.ndarray
@@ -61,50 +85,30 @@ class Sample(NamedTuple):
     label: int
 
 
-class Drawn(NamedTuple):
-    """A sample before its pixels: the image is ``offset`` places after the one it stands for."""
-
-    encoded: EncodedImage
-    size: tuple[int, int]
-    views: list[ViewSample]
-    photometry: list[np.ndarray]
-    label: int
-    offset: int
-    rng: np.random.Generator
-
-    @property
-    def reduce(self) -> int:
-        """1, or the part of its size at which the file may be decoded."""
-        if not self.encoded.reducible:
-            return 1
-        return decode_reduction([view.geometry for view in self.views])
-
-
 class PretrainDataset:
-    """Images without labels; sample ``(seed, epoch, index)`` is the same everywhere, always.
+    """Unlabelled images; a sample is a function of ``(seed, epoch, index)`` alone.
 
     Args:
-        names: registered data sets, or ``folder://DIR``; several are joined.
+        names: one or several registered data sets or ``folder://DIR``.
         views: the method's view sampler.
-        regions: path of a region store, or ``None`` for methods that need none.
-        recipe: the recipe that the store must have been made with, e.g. ``"grid-v1"``; a store of
-            the recipe with changed fields (``"grid-v1+overlap=0.3"``) is accepted only if it is
-            named in full. ``None`` accepts any.
-        max_unreadable: share of the images that may be missing from the store (it holds no row
-            for a file that could not be read).
+        regions: path of a region store, or ``None`` for methods without regions.
+        recipe: the id of the recipe that the store must be made with, e.g. ``"grid-v1"``, or
+            ``"grid-v1+overlap=0.3"`` if fields were changed. ``None`` accepts any.
+        max_unreadable: largest fraction of the images that may be missing from the store, which has
+            no row for an unreadable file.
         antialias: see :func:`~region_pretrain.data.geometry.render`.
-        labels: give each image's class as ``ViewBatch.labels``: its record's ``category_id`` (as in
-            ``imagenet_train_labeled`` and :mod:`region_pretrain.data.objects`), or where all data
-            sets are folders, ``folder://DIR``, the rank of its folder in ``DIR``.
-        allow_ground_truth: accept a store of annotated boxes, with which this is no longer
+        labels: return each image's class in ``ViewBatch.labels``: the ``category_id`` of its record
+            (as in ``imagenet_train_labeled``) or, if all data sets are folders (``folder://DIR``),
+            the index of its first subfolder.
+        allow_ground_truth: accept a store of annotated boxes; with it, this is no longer
             pre-training without labels.
 
-    A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this part of
+    A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this crop of
     the file.
 
     Raises:
-        UserError: no images, a store of other images or another recipe, one of annotated boxes,
-            too many unreadable ones, or images without a class where ``labels`` wants one.
+        UserError: no images; a store of other images, of another recipe or of annotated boxes; too
+            many images missing from the store; or ``labels`` for images without a class.
     """
 
     def __init__(
@@ -127,9 +131,9 @@ class PretrainDataset:
         self.store = None
         if regions is not None:
             self.store = RegionStore.open(regions)
-            self._refuse_labels(regions, allow_ground_truth)
-            records = self._match(records, names, regions, recipe, max_unreadable)
-        # Only what a sample needs, packed so that workers do not copy a million dicts.
+            self._check_ground_truth(regions, allow_ground_truth)
+            records = self._with_regions(records, names, regions, recipe, max_unreadable)
+        # Only what a sample needs, serialised so that workers do not copy a million dicts.
         self._records = DatasetFromList(
             [
                 (r["file_name"], str(r["image_id"]), r.get("category_id", -1), r.get("crop"))
@@ -137,46 +141,49 @@ class PretrainDataset:
             ]
         )
 
-    def _refuse_labels(self, regions: str, allow_ground_truth: bool) -> None:
+    def _check_ground_truth(self, regions: str, allow_ground_truth: bool) -> None:
         recipe = RECIPES.get(self.store.manifest["recipe"].split("+")[0])
         if not isinstance(recipe, GroundTruthRecipe):
             return
         if not allow_ground_truth:
             raise UserError(
-                f"dataloader.train.dataset.regions={regions} holds annotated boxes "
-                f"({recipe.name}): a run on them is not pre-training without labels. Make other "
-                "regions with tools/make_regions.py, or, if it is meant, set "
+                f"dataloader.train.dataset.regions={regions} contains annotated boxes "
+                f"({recipe.name}), so this would not be pre-training without labels: make other "
+                "regions with tools/make_regions.py or, if intended, set "
                 "dataloader.train.dataset.allow_ground_truth=True"
             )
-        logger.warning("%s holds annotated boxes: this run uses labels", regions)
+        logger.warning("%s contains annotated boxes: this run uses labels", regions)
 
-    def _match(
+    def _with_regions(
         self, records: list[dict], names, regions: str, recipe: str | None, max_unreadable: float
     ) -> list[dict]:
+        """The records that have a row in the store."""
         made_with = self.store.manifest["recipe"]
         if recipe is not None and made_with != recipe:
             raise UserError(
-                f"{regions} was made with recipe {made_with!r}, the config asks for {recipe!r}: "
-                "make the regions again, or set dataloader.train.dataset.recipe"
+                f"{regions} was made with recipe {made_with!r}, but the config requires "
+                f"{recipe!r}: make the regions again, or set dataloader.train.dataset.recipe"
             )
         missing = np.flatnonzero(self.store.rows([str(r["image_id"]) for r in records]) < 0)
         if len(missing) > max_unreadable * len(records):
             some = ", ".join(records[i]["file_name"] for i in missing[:3])
             raise UserError(
                 f"{regions} has no regions for {len(missing)} of the {len(records)} images of "
-                f"{names} (e.g. {some}): it was made for other images, or the files could not be "
-                "read; make the regions of this data set with tools/make_regions.py, or raise "
-                f"dataloader.train.dataset.max_unreadable (now {max_unreadable:g})"
+                f"{names} (e.g. {some}): it was made for other images, or the files were "
+                "unreadable; make the regions of this data set with tools/make_regions.py, or "
+                f"raise dataloader.train.dataset.max_unreadable (now {max_unreadable:g})"
             )
         if len(missing):
             listed = "\n  ".join(records[i]["file_name"] for i in missing[:20])
-            logger.warning("left out %d images without a row:\n  %s", len(missing), listed)
+            logger.warning(
+                "Skipping %d images that are not in the store:\n  %s", len(missing), listed
+            )
             skip = set(missing.tolist())
             records = [r for i, r in enumerate(records) if i not in skip]
         rows = self.store.rows([str(r["image_id"]) for r in records])
         counts = self.store.counts(rows)
         logger.info(
-            "%s: %d images, %.1f regions an image (%s); %d images without regions",
+            "%s: %d images, %.1f regions per image (%s); %d images without regions",
             names,
             len(records),
             counts.mean(),
@@ -189,11 +196,11 @@ class PretrainDataset:
         return len(self._records)
 
     def read(self, index: int) -> File:
-        """A file of the data set, its image not yet decoded.
+        """Read a file of the data set without decoding it.
 
         Raises:
-            UnreadableImage: the file is missing or its header damaged.
-            UserError: its size is not that of the image that the regions were made for.
+            UnreadableImage: the file is missing or its header is damaged.
+            UserError: its size is not the size that its regions were made for.
         """
         file_name, key, label, crop = self._records[index]
         image = EncodedImage.read(file_name, crop)
@@ -203,24 +210,24 @@ class PretrainDataset:
             made_for, boxes = self.store.entry(key)
             if made_for != size:
                 raise UserError(
-                    "{} is {}x{}, but its regions were made for an image of {}x{}: make the "
-                    "regions again".format(file_name, *size, *made_for)
+                    "{} is {}x{}, but its regions were made for {}x{}: make the regions "
+                    "again".format(file_name, *size, *made_for)
                 )
         return File(image, size, boxes, label)
 
     def draw(self, seed: int, epoch: int, indices: Sequence[int], offset: int = 0) -> list[Drawn]:
-        """Everything about some samples but their pixels.
+        """Draw the views and photometric parameters of some samples; see :class:`Drawn`.
 
         Args:
             seed, epoch, indices: which samples.
-            offset: take the image so many places after the index, or the first readable one after.
+            offset: use the first readable image from this many places after the index.
 
         Raises:
-            UserError: a hundred files in a row cannot be read, or the regions are another image's.
+            UserError: 100 files in a row are unreadable, or regions are those of another image.
         """
-        # Each step for all samples: what it touches stays in the processor's cache meanwhile.
+        # One step for all samples after the other keeps the step's code and data in the CPU cache.
         files = [self._first_readable(index, offset) for index in indices]
-        # From 1: a generator of (seed, epoch, 0) would be that of the epoch's order.
+        # From 1, because the generator of (seed, epoch, 0) is the one of the epoch's order.
         rngs = [np.random.default_rng([seed, epoch, 1 + index]) for index in indices]
         views = [
             self.views(*file.size, file.boxes, rng)
@@ -231,48 +238,49 @@ class PretrainDataset:
             for some, rng in zip(views, rngs, strict=True)
         ]
         return [
-            Drawn(file.encoded, file.size, views[i], photometry[i], file.label, place, rngs[i])
+            Drawn(file, views[i], photometry[i], place, rngs[i])
             for i, (file, place) in enumerate(files)
         ]
 
     def _first_readable(self, index: int, offset: int) -> tuple[File, int]:
-        """The file at ``index + offset`` or the first readable one after, and its offset."""
-        for place in range(offset, min(len(self), _IN_A_ROW)):
+        """The first readable file from ``index + offset`` on, and its offset."""
+        for place in range(offset, min(len(self), _MAX_UNREADABLE_IN_A_ROW)):
             try:
                 return self.read((index + place) % len(self)), place
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
-        raise UserError(f"{_IN_A_ROW} images in a row could not be read, the last at index {index}")
+        raise UserError(
+            f"{_MAX_UNREADABLE_IN_A_ROW} images in a row are unreadable, starting at index {index}"
+        )
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
-            reduce = drawn.reduce
             try:
-                image = drawn.encoded.decode(reduce)
+                image = drawn.file.encoded.decode(drawn.reduce)
                 break
             except UnreadableImage as error:
                 logger.warning(_REPLACED, error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
-        views = self.views.complete(drawn.views, image, drawn.size, drawn.rng)
-        return Sample(image, reduce, views, drawn.photometry, drawn.label)
+        views = self.views.complete(drawn.views, image, drawn.file.size, drawn.rng)
+        return Sample(image, drawn.reduce, views, drawn.photometry, drawn.file.label)
 
     def sample(self, seed: int, epoch: int, index: int) -> Sample:
-        """One image, its views and the photometric parameters of each.
+        """One image, its views and their photometric parameters.
 
-        A file that fails in the middle of a run is replaced by the next one that does not.
+        A file that cannot be decoded is replaced by the next one that can.
         """
         return self._decode(seed, epoch, index, *self.draw(seed, epoch, [index]))
 
     def batch(self, seed: int, epoch: int, indices: Sequence[int]) -> ViewBatch:
-        """Render the samples of one batch straight into its tensors."""
+        """Render the samples of a batch directly into its tensors."""
         canvases: list[np.ndarray] = []
         samples: list[list[ViewSample]] = []
         photometry: list[list[np.ndarray]] = []
         labels: list[int] = []
-        # First what Python does for some images, then what the codecs do: one after the other for
-        # each image, Python's code and data leave the processor's cache at every decode.
-        for start in range(0, len(indices), _TOGETHER):
-            some = indices[start : start + _TOGETHER]
+        # Draw for many images first, then decode: alternating per image, each decode would evict
+        # Python's code and data from the CPU cache.
+        for start in range(0, len(indices), _FILES_IN_MEMORY):
+            some = indices[start : start + _FILES_IN_MEMORY]
             drawn = self.draw(seed, epoch, some)
             for i, index in enumerate(some):
                 sample = self._decode(seed, epoch, index, drawn[i])
@@ -306,6 +314,7 @@ class PretrainDataset:
 
 
 def _label(records: list[dict], names: str | Sequence[str]) -> None:
+    """Make sure that every record has a class; see ``labels`` of :class:`PretrainDataset`."""
     names = [names] if isinstance(names, str) else list(names)
     if all(name.startswith(FOLDER_PREFIX) for name in names):
         classes = label_by_folder(records)
@@ -314,6 +323,6 @@ def _label(records: list[dict], names: str | Sequence[str]) -> None:
     if bare:
         raise UserError(
             f"dataloader.train.dataset.labels=True, but {len(bare)} of the {len(records)} images "
-            f"have no class (e.g. {bare[0]['file_name']}): name {FOLDER_PREFIX}DIR with a folder a "
-            "class, imagenet_train_labeled, or objects (region_pretrain.data.objects)"
+            f"have no class (e.g. {bare[0]['file_name']}): use {FOLDER_PREFIX}DIR with one folder "
+            "per class, or a data set whose records have a category_id"
         )

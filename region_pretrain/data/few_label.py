@@ -1,6 +1,6 @@
-"""Parts of a labelled data set, for fine-tuning from few labels.
+"""Subsets of a labelled data set, for fine-tuning with few labels.
 
-Use them in a config in the place of ``get_detection_dataset_dicts``::
+In a config they replace ``get_detection_dataset_dicts``::
 
     dataloader.train.dataset = L(first_fraction)(names="coco_2017_train", fraction=0.05)
 """
@@ -23,18 +23,19 @@ logger = logging.getLogger(__name__)
 def first_fraction(
     names: str | Sequence[str], fraction: float, filter_empty: bool = True
 ) -> list[dict[str, Any]]:
-    """The first images of a data set: Mini-COCO is 5 % or 10 % of train2017.
+    """The first images of a data set, as in Mini-COCO (5 % or 10 % of train2017).
 
-    The published subsets are the head of the list that Detectron2 trains on (images without
-    annotations dropped), not a random draw; COCO's 5 % are 5,863 images, its 10 % are 11,726.
+    The published subsets are the first entries of the list that Detectron2 trains on (images
+    without annotations dropped), not a random sample: 5,863 images for 5 % of COCO, 11,726 for
+    10 %.
 
     Args:
-        names: registered data sets, one or several.
-        fraction: part of the images to keep, in (0, 1]; rounded down, at least one image.
+        names: one or several registered data sets.
+        fraction: fraction of the images to keep, in (0, 1]; rounded down, at least one image.
         filter_empty: drop images without annotations before counting.
 
     Returns:
-        Detectron2's data set dicts, in their order.
+        Detectron2 dataset dicts, in the data set's order.
 
     Raises:
         UserError: the fraction is not in (0, 1].
@@ -46,16 +47,14 @@ def first_fraction(
 def random_fraction(
     names: str | Sequence[str], fraction: float, seed: int, filter_empty: bool = True
 ) -> list[dict[str, Any]]:
-    """A random part of a data set. With one seed, a smaller part lies within every larger one.
+    """A random subset of a data set; with one seed, a smaller subset is contained in a larger one.
 
     Args:
-        names: registered data sets, one or several.
-        fraction: part of the images to keep, in (0, 1]; rounded down, at least one image.
-        seed: of the draw; several seeds give the spread that the choice of images causes.
-        filter_empty: drop images without annotations before counting.
+        names, fraction, filter_empty: see :func:`first_fraction`.
+        seed: seed of the sample; several seeds measure the variance due to the choice of images.
 
     Returns:
-        Detectron2's data set dicts, in their order in the data set.
+        Detectron2 dataset dicts, in the data set's order.
 
     Raises:
         UserError: the fraction is not in (0, 1].
@@ -69,10 +68,10 @@ def _load(
     names: str | Sequence[str], fraction: float, filter_empty: bool
 ) -> tuple[list[dict[str, Any]], int]:
     if not 0 < fraction <= 1:
-        raise UserError(f"fraction={fraction} of {names}: give a number above 0 and at most 1")
+        raise UserError(f"fraction={fraction} of {names}: must be above 0 and at most 1")
     names = [names] if isinstance(names, str) else list(names)
     dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
     # round() first: 0.29 * 100 is 28.999999999999996
     count = max(1, math.floor(round(len(dicts) * fraction, 6)))
-    logger.info("keeping %d of the %d images of %s", count, len(dicts), ", ".join(names))
+    logger.info("Keeping %d of the %d images of %s", count, len(dicts), ", ".join(names))
     return dicts, count

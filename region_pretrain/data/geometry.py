@@ -1,8 +1,8 @@
-"""View geometry: one crop at one output size, flipped or not, and the affine that it is.
+"""View geometry: a crop, an output size and a flip, equivalent to one affine matrix.
 
 Coordinates are continuous and half-open as in Detectron2: a pixel covers ``[i, i + 1)``, a box
-over the full width ends at ``W``. Everything that has to follow an image into a view (boxes,
-points, grids) goes through :attr:`ViewGeometry.affine`.
+over the full width ends at ``W``. Boxes, points and grids are mapped from the image to a view by
+:attr:`ViewGeometry.affine`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-_MIRRORED = np.array([2, 1, 0, 3])  # XYXY of a mirrored box
+_MIRRORED = np.array([2, 1, 0, 3])  # order of XYXY in a mirrored box
 
 
 @dataclass(frozen=True)
 class ViewGeometry:
-    """A crop of the original image, resized and perhaps flipped.
+    """A crop of the original image, resized and optionally flipped.
 
     Attributes:
         left, top, width, height: the crop in pixels of the original image.
         size: ``(height, width)`` of the view in pixels.
-        flip: whether the view is mirrored left to right.
+        flip: whether the view is mirrored horizontally.
     """
 
     left: int
@@ -38,7 +38,7 @@ class ViewGeometry:
 
     @property
     def affine(self) -> np.ndarray:
-        """``(2, 3)`` float32: original pixel coordinates to view pixel coordinates."""
+        """``(2, 3)`` float32, from original pixels to view pixels."""
         sy, sx = self.size[0] / self.height, self.size[1] / self.width
         matrix = np.array([[sx, 0, -sx * self.left], [0, sy, -sy * self.top]], np.float32)
         if self.flip:
@@ -46,7 +46,7 @@ class ViewGeometry:
         return matrix
 
     def original_points(self, points: np.ndarray) -> np.ndarray:
-        """Where points of the view are in the original image: the inverse of :attr:`affine`.
+        """Map points of the view to the original image: the inverse of :attr:`affine`.
 
         Args:
             points: ``(..., 2)`` x and y in view pixels.
@@ -60,7 +60,7 @@ class ViewGeometry:
 
     @property
     def crop_box(self) -> np.ndarray:
-        """``(4,)`` float32 XYXY: the crop in original pixels."""
+        """The crop as ``(4,)`` float32 XYXY in original pixels."""
         corners = (self.left, self.top, self.left + self.width, self.top + self.height)
         return np.array(corners, np.float32)
 
@@ -79,7 +79,7 @@ def map_points(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def map_boxes(affine: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Map boxes through a view's affine; left and right change places where it mirrors.
+    """Map boxes through a view's affine; a mirroring one swaps left and right.
 
     Args:
         affine: ``(2, 3)``.
@@ -103,23 +103,21 @@ def clip_boxes(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
 
 
 def boxes_in_view(geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
-    """Boxes of the original image as the view shows them: mapped, then clipped to the view.
+    """Map boxes of the original image to a view and clip them to it.
 
     Args:
         geometry: the view.
         boxes: ``(N, 4)`` XYXY in original pixels.
 
     Returns:
-        ``(N, 4)`` float32 XYXY in view pixels. A box outside the crop comes back empty.
+        ``(N, 4)`` float32 XYXY in view pixels. A box outside the crop has no area.
     """
-    mapped = map_boxes(geometry.affine, boxes)
     height, width = geometry.size
-    np.maximum(mapped, 0, out=mapped)
-    return np.minimum(mapped, np.array([width, height, width, height], np.float32), out=mapped)
+    return clip_boxes(map_boxes(geometry.affine, boxes), width, height)
 
 
 def overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Which of the ``(N, 4)`` boxes share area with the ``(4,)`` box; ``(N,)`` bool."""
+    """``(N,)`` bool: which of the ``(N, 4)`` boxes overlap the ``(4,)`` box."""
     left, top, right, bottom = box.tolist()
     x0, y0, x1, y1 = boxes.T
     across = (x0 < right) & (x1 > left) & (x0 < x1)
@@ -133,26 +131,24 @@ def random_resized_crop(
     rng: np.random.Generator,
     area: tuple[float, float],
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
-    flip_prob: float = 0.5,
 ) -> ViewGeometry:
-    """Inception-style crop (torchvision's ``RandomResizedCrop``) with a random flip.
+    """Inception-style crop (torchvision's ``RandomResizedCrop``), flipped with probability 0.5.
 
     Args:
-        width, height: the original image in pixels.
+        width, height: size of the original image in pixels.
         size: ``(height, width)`` of the view.
         rng: the sample's generator.
-        area: range of the crop's share of the image's area, drawn uniformly.
-        aspect: range of width / height, drawn log-uniformly.
-        flip_prob: probability of a horizontal flip.
+        area: range of the crop's area as a fraction of the image's, sampled uniformly.
+        aspect: range of width / height, sampled log-uniformly.
 
     Returns:
-        The view's geometry; after ten crops that do not fit, the largest centred crop whose
-        aspect is in range.
+        The view's geometry; after ten crops that do not fit, the largest centre crop whose aspect
+        ratio is in range.
     """
-    flip = bool(rng.random() < flip_prob)
+    flip = bool(rng.random() < 0.5)
     least, most = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(10):
-        # What rng.uniform() does, in a third of the time: a loader draws this for every view.
+        # As rng.uniform(), in a third of the time: this runs for every view.
         target = width * height * (area[0] + (area[1] - area[0]) * rng.random())
         ratio = math.exp(least + (most - least) * rng.random())
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
@@ -168,18 +164,18 @@ def random_resized_crop(
 
 
 def whole_image(
-    width: int, height: int, size: tuple[int, int], rng: np.random.Generator, flip_prob: float = 0.5
+    width: int, height: int, size: tuple[int, int], rng: np.random.Generator
 ) -> ViewGeometry:
-    """The whole image stretched to ``size`` (the aspect ratio is not kept), perhaps flipped."""
-    return ViewGeometry(0, 0, width, height, size, bool(rng.random() < flip_prob))
+    """The whole image, stretched to ``size`` and flipped with probability 0.5."""
+    return ViewGeometry(0, 0, width, height, size, bool(rng.random() < 0.5))
 
 
 def decode_reduction(geometries: Sequence[ViewGeometry]) -> int:
-    """The part of its size, at most, at which an image may be decoded for some views of it.
+    """The largest factor by which an image may be downscaled in decoding, given its views.
 
-    JPEG decoders give an image at 1/2, 1/4 or 1/8 of its size in a fraction of the time. A crop is
-    then cut at whole pixels of the smaller image: where each view still shrinks that twice or
-    more, as asked here, the cut is off by a quarter of a view's pixel at most.
+    JPEG decoders return an image at 1/2, 1/4 or 1/8 of its size in a fraction of the time. Crops
+    are then rounded to whole pixels of the smaller image. Each view still has to downscale that
+    image by 2 or more, so the error is at most a quarter of a view's pixel.
 
     Returns:
         1, 2, 4 or 8.
@@ -195,15 +191,15 @@ def render(
     antialias: bool = True,
     reduce: int = 1,
 ) -> np.ndarray:
-    """Draw a view of a decoded image.
+    """Render a view of a decoded image.
 
     Args:
         image: ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8.
         geometry: the view.
         out: ``(h, w, 3)`` uint8, contiguous; written in place.
-        antialias: widen the bilinear filter where the view shrinks the image (a 112 view of a large
-            crop aliases otherwise); ``False`` takes the bilinear sample alone, which is faster.
-        reduce: the image was decoded at this part of its size (:func:`decode_reduction`).
+        antialias: widen the bilinear filter when downscaling (a view of 112 pixels of a large crop
+            aliases otherwise); ``False`` is plain bilinear interpolation, which is faster.
+        reduce: factor by which the image was downscaled in decoding (:func:`decode_reduction`).
 
     Returns:
         ``out``.
@@ -213,9 +209,9 @@ def render(
     crop = image[top:bottom, left:right]
     h, w = geometry.size
     if antialias:
-        # A triangle as wide as the shrinking asks, as torchvision and Pillow have it; torch's
-        # vector code for 8 bits takes a quarter of the time of OpenCV's INTER_AREA.
-        x = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # seen to be channels-last
+        # The antialiased bilinear filter of torchvision and Pillow; torch's vectorised code for
+        # uint8, channels last, takes a quarter of the time of OpenCV's INTER_AREA.
+        x = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
         x = F.interpolate(x, size=(h, w), mode="bilinear", antialias=True)
         out[...] = x.permute(0, 2, 3, 1)[0].numpy()
     else:

@@ -1,4 +1,4 @@
-"""The pre-training loader: batch ``t`` is a function of (seed, t) and of nothing else."""
+"""The pre-training loader: batch ``t`` is a function of (seed, t) alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from region_pretrain.errors import UserError
 
 
 class _Batches(Dataset):
-    """Maps an iteration number to this rank's part of that iteration's batch."""
+    """Maps an iteration number to this rank's slice of that iteration's batch."""
 
     def __init__(
         self, dataset: PretrainDataset, total_batch_size: int, seed: int, rank: int, world: int
@@ -27,7 +27,7 @@ class _Batches(Dataset):
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def indices(self, iteration: int) -> tuple[int, list[int]]:
-        """Epoch and this rank's image indices; the ranks' parts in order are the global batch."""
+        """Epoch and this rank's image indices; concatenated by rank they are the global batch."""
         per_epoch = len(self.dataset) // self.total_batch_size
         epoch, position = divmod(iteration, per_epoch)
         if self._order[0] != epoch:
@@ -43,23 +43,22 @@ class _Batches(Dataset):
 
 
 class PretrainLoader:
-    """Batches of views for every rank.
+    """Loads batches of views on every rank.
 
-    Every epoch is a fresh permutation; what does not fill a batch is left out of that epoch.
-    The place in the data is the iteration number alone, so a resumed run goes on with the next
-    sample, whatever the number of workers, and the global order does not depend on the number of
-    ranks.
+    Each epoch is a new permutation of the images; the last, incomplete batch is dropped. The
+    iteration number alone is the position in the data: a resumed run continues with the next
+    sample, with any number of workers, and the global order does not depend on the number of ranks.
 
     Args:
         dataset: the images.
-        total_batch_size: images of one optimiser step over all ranks.
-        num_workers: loader processes a rank; 0 loads in the training process.
-        seed: of order and samples.
-        pin_memory: page-locked batches, where there is a CUDA device.
-        prefetch_factor: batches that each worker keeps ready.
+        total_batch_size: images per optimiser step over all ranks.
+        num_workers: loader processes per rank; 0 loads in the training process.
+        seed: seed of the order and of the samples.
+        pin_memory: page-lock the batches if there is a CUDA device.
 
     Raises:
-        UserError: fewer images than one batch, or a batch that the ranks cannot share equally.
+        UserError: fewer images than one batch, or a batch size that is not a multiple of the number
+            of ranks.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class PretrainLoader:
         num_workers: int = 4,
         seed: int = 0,
         pin_memory: bool = False,
-        prefetch_factor: int = 2,
     ) -> None:
         world = comm.get_world_size()
         if total_batch_size < 1 or total_batch_size % world:
@@ -86,18 +84,12 @@ class PretrainLoader:
         self.total_batch_size = total_batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory and torch.cuda.is_available()
-        self.prefetch_factor = prefetch_factor
         self._batches = _Batches(dataset, total_batch_size, seed, comm.get_rank(), world)
 
     @property
-    def num_images(self) -> int:
-        """Images of the data set."""
-        return len(self.dataset)
-
-    @property
     def iterations_per_epoch(self) -> int:
-        """Full batches of one epoch."""
-        return self.num_images // self.total_batch_size
+        """Full batches per epoch."""
+        return len(self.dataset) // self.total_batch_size
 
     def iterate(self, start_iter: int, stop_iter: int) -> Iterator[ViewBatch]:
         """This rank's batches of iterations ``start_iter`` to ``stop_iter - 1``, in order."""
@@ -108,7 +100,6 @@ class PretrainLoader:
                 sampler=range(start_iter, stop_iter),
                 num_workers=self.num_workers,
                 pin_memory=self.pin_memory,
-                prefetch_factor=self.prefetch_factor if self.num_workers else None,
                 worker_init_fn=init_worker,
             )
         )

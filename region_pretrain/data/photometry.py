@@ -1,10 +1,9 @@
-"""Colour jitter, grey, blur and solarisation of a batch, every sample with parameters of its own.
+"""Photometric augmentation of a batch: colour jitter, greyscale, blur and solarisation per sample.
 
-The parameters of a view are drawn where the view is, by a loader's worker from the sample's own
-generator, and travel as one row of numbers; the pixels change later, batched, on the model's
-device.
-The semantics are those of ``torchvision.transforms.v2.functional`` on float images, in the order
-that MoCo v2 and BYOL (appendix B) use: colour jitter, grey, blur, solarisation.
+A loader's worker draws a view's parameters, one row of numbers, from the sample's generator. The
+operations run later, batched, on the model's device. They are those of
+``torchvision.transforms.v2.functional`` on float images, in the order of MoCo v2 and BYOL (appendix
+B): colour jitter, greyscale, blur, solarisation.
 """
 
 from __future__ import annotations
@@ -25,48 +24,48 @@ from region_pretrain.errors import UserError
 
 
 class PhotometryLayout(IntEnum):
-    """What each column of a row of parameters says."""
+    """The columns of a row of parameters."""
 
     BRIGHTNESS = 0  #: factor
     CONTRAST = 1  #: factor
     SATURATION = 2  #: factor
     HUE = 3  #: shift, in turns of the colour wheel
-    FIRST = 4  #: which of the four columns above is applied first
+    FIRST = 4  #: the column above that is applied first
     SECOND = 5
     THIRD = 6
     FOURTH = 7
-    GRAY = 8  #: 1 to lose the colours
+    GRAY = 8  #: 1 for greyscale, else 0
     BLUR_SIGMA = 9  #: standard deviation in view pixels; 0 for none
-    SOLARIZE_FROM = 10  #: pixels at least this bright are inverted; infinity for none
+    SOLARIZE_FROM = 10  #: values at or above it are inverted; infinity for none
 
 
-#: The row that changes nothing.
+#: The row of parameters that leaves an image unchanged.
 IDENTITY = np.array([1, 1, 1, 0, 0, 1, 2, 3, 0, 0, np.inf], dtype=np.float32)
 IDENTITY.setflags(write=False)
 _IDENTITY = IDENTITY.tolist()
 _ORDERS = list(itertools.permutations((0.0, 1.0, 2.0, 3.0)))
 _DRAWS = 10  # four decisions, three factors, hue, order, sigma
 
-# On a CPU a group of samples is worked on in pieces of about this many pixels, which stay in the
-# cache from one elementwise operation to the next: a quarter less time at 224 x 224.
+# On a CPU a group of samples is processed in pieces of about this many pixels, which stay in the
+# cache between elementwise operations: 25 % faster at 224 x 224.
 _PIXELS_IN_CACHE = 65536
 
 
 @dataclass(frozen=True)
 class Photometry:
-    """The distribution that a view's parameters are drawn from; the defaults change nothing.
+    """The distribution of a view's parameters; the defaults leave images unchanged.
 
     Attributes:
         brightness: the factor is uniform in ``[max(0, 1 - brightness), 1 + brightness]``.
         contrast: the same for contrast.
         saturation: the same for saturation.
-        hue: the shift is uniform in ``[-hue, hue]``, in turns of the colour wheel, at most 0.5.
-        jitter_prob: probability of the four above, which come in a random order.
-        gray_prob: probability of losing the colours.
+        hue: the shift is uniform in ``[-hue, hue]``, in turns of the colour wheel; at most 0.5.
+        jitter_prob: probability of applying the four above, in random order.
+        gray_prob: probability of converting to greyscale.
         blur_prob: probability of a Gaussian blur.
-        blur_sigma: its sigma is uniform in this range, in view pixels.
+        blur_sigma: range of the blur's sigma, sampled uniformly, in view pixels.
         solarize_prob: probability of solarisation.
-        solarize_threshold: values at or above it are inverted; 0.5 is 128 of 255 and above.
+        solarize_threshold: values at or above it are inverted; 0.5 inverts 8-bit values from 128.
     """
 
     brightness: float = 0.0
@@ -95,12 +94,12 @@ class Photometry:
     def sample(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the parameters of one view.
 
-        Every call takes the same amount of numbers from the generator, whatever it decides.
+        Each call consumes the same number of random numbers, whatever the outcome.
 
         Returns:
             ``(P,)`` float32, see :class:`PhotometryLayout`.
         """
-        # Plain numbers: a loader draws this for every view, and NumPy is slow on single values.
+        # Python floats: this runs for every view, and NumPy is slow on single values.
         draws = rng.random(_DRAWS).tolist()
         jitter, gray, blur, solarize, *factors, hue, order, sigma = draws
         row = list(_IDENTITY)
@@ -122,24 +121,26 @@ class Photometry:
 
 @torch.no_grad()
 def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
-    """Change each image of a batch as its own parameters say.
+    """Apply each image's own parameters to a batch.
 
-    Only the samples that need an operation pay for it. Which those are is worked out on the CPU:
-    keep ``params`` there, or a CUDA stream has to be waited for. Nothing here is differentiable,
-    and autocast has no effect.
+    An operation runs only on the samples that need it. They are selected on the CPU, so keep
+    ``params`` there to avoid waiting for a CUDA stream. Nothing here is differentiable, and
+    autocast has no effect.
 
     Args:
-        images: ``(B, 3, H, W)`` float32 RGB in [0, 1], on any device; never written to.
+        images: ``(B, 3, H, W)`` float32 RGB in [0, 1], on any device; not modified.
         params: ``(B, P)`` float32 rows of :meth:`Photometry.sample`, on the CPU.
 
     Returns:
-        ``(B, 3, H, W)`` float32 in [0, 1]; ``images`` itself where no sample changes.
+        ``(B, 3, H, W)`` float32 in [0, 1]; ``images`` itself if no sample changes.
 
     Raises:
-        ValueError: the images are no float32 RGB batch, or the parameters do not belong to it.
+        ValueError: the images are not a float32 RGB batch, or the parameters do not match it.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.float32:
-        raise ValueError(f"not (B, 3, H, W) float32: {tuple(images.shape)} {images.dtype}")
+        raise ValueError(
+            f"images must be (B, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}"
+        )
     if params.shape != (len(images), len(PhotometryLayout)):
         raise ValueError(f"params {tuple(params.shape)} for a batch of {len(images)} images")
     params = params.cpu()
@@ -149,7 +150,7 @@ def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
 
     device = images.device
     out = images.clone(memory_format=torch.contiguous_format)
-    # One copy to the device for all the index sets, one for the parameters.
+    # One copy to the device for all index sets, one for the parameters.
     indices = torch.from_numpy(np.concatenate([rows for _, _, rows in steps]))
     indices = indices.to(device, non_blocking=True)
     params = params.to(device, non_blocking=True)
@@ -168,7 +169,7 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 def _plan(params: np.ndarray) -> Iterator[tuple[Operation, int, np.ndarray]]:
-    """The operations in their order: what to do, the column with its parameter, which samples."""
+    """The operations in order: function, column of its parameter, indices of the samples."""
     at = PhotometryLayout
     order = params[:, at.FIRST : at.GRAY]
     active = params[:, at.BRIGHTNESS : at.FIRST] != IDENTITY[at.BRIGHTNESS : at.FIRST]
@@ -186,7 +187,7 @@ def _plan(params: np.ndarray) -> Iterator[tuple[Operation, int, np.ndarray]]:
         yield _solarize, at.SOLARIZE_FROM, rows
 
 
-# The operations: images (n, 3, H, W), which they may write to, and their parameter (n, 1, 1, 1).
+# Each operation takes images (n, 3, H, W), which it may modify, and its parameter (n, 1, 1, 1).
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -210,7 +211,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue, leaving HSV's saturation and value, without going through either.
+    """Shift the hue at constant HSV saturation and value, without converting to HSV and back.
 
     With the hue in sixths of a turn (red 0, green 2, blue 4) a channel is
     ``max - (max - min) * clamp(distance of the hue from the channel's own - 1, 0, 1)``.
@@ -218,7 +219,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.split(1, dim=1)  # views: each (n, 1, H, W)
     high = torch.maximum(torch.maximum(red, green), blue)
     spread = high - torch.minimum(torch.minimum(red, green), blue)
-    # A grey pixel has no hue: all differences are 0, and the spread leaves it as it is.
+    # A grey pixel has no hue: all differences are 0, and zero spread leaves it unchanged.
     scale = spread.clamp_min(torch.finfo(spread.dtype).tiny).reciprocal_()
     from_red = (green - blue).mul_(scale)
     from_green = (blue - red).mul_(scale).add_(2)
@@ -226,7 +227,7 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(green == high, from_green, from_blue)
     hue = torch.where(red == high, from_red, hue).add_(6 * shift)
     hue.sub_((hue / 6).floor_().mul_(6))  # [0, 6)
-    # Distance from red is taken round the circle: 3 - |hue - 3|.
+    # The distance from red goes around the circle: 3 - |hue - 3|.
     weights = (
         (hue - 3).abs_().neg_().add_(2).clamp_(0, 1),
         (hue - 2).abs_().sub_(1).clamp_(0, 1),
@@ -242,14 +243,14 @@ def _gray(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Separable Gaussian blur with reflected borders, each sample's kernel cut at its own 3 sigma.
+    """Separable Gaussian blur with reflected borders; each kernel is truncated at its 3 sigma.
 
-    ``radius`` is that of the group's widest kernel: 13 taps at sigma 2. (The ``radius`` of Pillow's
-    ``GaussianBlur``, which the papers' code calls, is what is sigma here.) The taps are added up
-    one by one: three times faster on a CPU than a convolution with one group a sample.
+    ``radius`` is that of the group's widest kernel: 6, or 13 taps, at sigma 2. (The ``radius`` of
+    Pillow's ``GaussianBlur``, which the papers' code calls, is the sigma here.) Adding up the taps
+    is three times faster on a CPU than a convolution with one group per sample.
     """
     taps = torch.arange(radius + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (n, 1, 1, radius + 1): one half and the centre
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (n, 1, 1, radius + 1): centre and one half
     kernel *= taps <= torch.ceil(3 * sigma)
     kernel /= 2 * kernel.sum(dim=3, keepdim=True) - kernel[..., :1]
     out = F.pad(images, (radius, radius, radius, radius), mode="reflect")

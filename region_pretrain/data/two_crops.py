@@ -1,4 +1,4 @@
-"""Two random crops of an image: the views of image-level methods."""
+"""Two random crops per image: the views of image-level methods."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from region_pretrain.errors import UserError
 
 
 def checked_crop_area(size: int, crop_area: Sequence[float]) -> tuple[float, float]:
-    """The range of a crop's share of the image.
+    """Check a view's size and the range of its crop's area.
 
     Args:
         size: side of the view in pixels.
-        crop_area: as a config gives it.
+        crop_area: smallest and largest area of a crop, as fractions of the image's area.
+
+    Returns:
+        ``crop_area`` as a tuple.
 
     Raises:
-        UserError: one of them makes no sense.
+        UserError: a view below 2 pixels, or a range outside (0, 1].
     """
     area = tuple(crop_area)
     if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise UserError(
-            f"views.size={size} and crop_area={area}: at least 2 pixels, and a range within (0, 1]"
+            f"views.size={size} must be at least 2 pixels, crop_area={area} a range within (0, 1]"
         )
     return area
 
 
 class TwoCrops(ViewSampler):
-    """Draws two independent random resized crops of an image, and no regions.
+    """Draws two independent random resized crops of an image, without regions.
 
     Args:
         size: side of both views in pixels.
-        first_photometry, second_photometry: of each view.
-        crop_area: range of a crop's share of the image.
+        first_photometry, second_photometry: the photometric augmentation of each view.
+        crop_area: smallest and largest area of a crop, as fractions of the image's area.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: see :func:`checked_crop_area`.
     """
 
     def __init__(

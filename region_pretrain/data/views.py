@@ -1,4 +1,4 @@
-"""What a view sampler is, and what it returns."""
+"""View samplers: the base class, and the views that a sampler returns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ViewSample:
     """One view of one image, before it is rendered.
 
     Attributes:
-        geometry: where the view looks.
-        photometry: which photometric operations it may undergo.
+        geometry: the view's crop, size and flip.
+        photometry: the distribution of the view's photometric augmentation.
         boxes: ``(K, 4)`` float32 XYXY in view pixels.
-        region_ids: ``(K,)`` int64.
-        valid: ``(K,)`` bool.
+        region_ids: ``(K,)`` int64; equal ids in several views are the same region.
+        valid: ``(K,)`` bool; false where the slot contains no region.
     """
 
     geometry: ViewGeometry
@@ -33,11 +33,11 @@ class ViewSample:
 
 
 class ViewSampler(Contract, ABC):
-    """Base class of what a method owns of the data path: it chooses each image's views.
+    """Base class of a method's view sampler, which chooses the views of each image.
 
-    ``K``, the number of slots for regions in a view, and the views' sizes never change. All
-    randomness comes from the generator that is passed in, so a sample is the same with any number
-    of loader workers and after a resume.
+    The number of views, their sizes and ``K``, the number of region slots of each, are the same for
+    all images. All randomness comes from the generator that is passed in, so a sample is the same
+    with any number of loader workers and after a resume.
     """
 
     @abstractmethod
@@ -47,8 +47,8 @@ class ViewSampler(Contract, ABC):
         """Choose the views of an image.
 
         Args:
-            width, height: the image in pixels.
-            boxes: ``(N, 4)`` float32 XYXY regions in its pixels; N may be 0.
+            width, height: size of the image in pixels.
+            boxes: ``(N, 4)`` float32 XYXY, its regions in pixels of the image; N may be 0.
             rng: the only source of randomness.
         """
 
@@ -62,8 +62,8 @@ class ViewSampler(Contract, ABC):
         """Add regions that depend on the pixels, once the image has been decoded.
 
         Args:
-            views: chosen by :meth:`__call__`.
-            image: ``(h, w, 3)`` uint8 RGB, perhaps decoded at a fraction of its size.
+            views: the views that :meth:`__call__` returned.
+            image: ``(h, w, 3)`` uint8 RGB, possibly decoded at a reduced size.
             size: ``(width, height)`` of the original image in pixels.
             rng: the sample's generator.
 
@@ -73,10 +73,10 @@ class ViewSampler(Contract, ABC):
         return views
 
     def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]] | None:
-        """Draw what the network makes of the views before its first layer (montages, points).
+        """Draw what the network receives if it is not the views themselves (montages, points).
 
         Returns:
-            For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures, or None where the
-            views themselves are what the network sees.
+            For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures; None if the
+            network receives the views.
         """
         return None

@@ -1,4 +1,4 @@
-"""What every loader's worker process does first."""
+"""Set-up of a loader's worker processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import cv2
 
 
 def init_worker(_: int) -> None:
-    """One thread for OpenCV; and a job's signals are for the process that trains.
+    """Use one OpenCV thread, and leave a job's signals to the training process.
 
-    SLURM sends them to every process of a job. A worker that ended on TERM would take its training
-    with it before that has saved. Workers end when their loader does.
+    SLURM sends them to every process of a job. If a worker exited on SIGTERM, the training process
+    would fail before it has saved a checkpoint. Workers exit with their loader.
     """
     cv2.setNumThreads(0)
     if "SUBMITIT_EXECUTOR" in os.environ:

@@ -1,7 +1,7 @@
 """Pre-training methods as packages: ``projects/NAME/name`` is ``region_pretrain.projects.name``.
 
-Each folder under ``projects/`` of a checkout is put on this package's path, so a new method is a
-new folder and nothing else. An installed wheel carries the packages here.
+Every folder under ``projects/`` of a checkout is on this package's path, so a new method only needs
+a new folder. An installed wheel contains the packages here.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Where regions come from, and the store that keeps them."""
+"""Sources of regions, and the store that contains them."""
 
-from region_pretrain.regions.store import RegionStore, UnknownImage
+from region_pretrain.regions.store import RegionStore
 from region_pretrain.regions.writing import merge_stores, write_store
 
-__all__ = ["RegionStore", "UnknownImage", "merge_stores", "write_store"]
+__all__ = ["RegionStore", "merge_stores", "write_store"]

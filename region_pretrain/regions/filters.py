@@ -1,4 +1,4 @@
-"""Which boxes stay. All boxes are ``(N, 4)`` XYXY in pixels, half-open."""
+"""Filters of boxes. All boxes are ``(N, 4)`` XYXY in pixels, half-open."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchvision.ops import nms
 
 
 def canonical(boxes: np.ndarray) -> np.ndarray:
-    """One copy of each box, by area and then by coordinates: an order that is every run's.
+    """Unique boxes sorted by area, then by coordinates: the same order in every run.
 
     Args:
         boxes: ``(N, 4)``.
@@ -22,7 +22,7 @@ def canonical(boxes: np.ndarray) -> np.ndarray:
 
 
 def clip(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Cut boxes at the image's border and drop those of which nothing is left.
+    """Clip boxes to the image and drop those that become empty.
 
     Returns:
         ``(M, 4)`` float32.
@@ -32,13 +32,13 @@ def clip(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def min_side(boxes: np.ndarray, side: float) -> np.ndarray:
-    """``(N,)`` bool: neither side shorter than ``side`` pixels."""
+    """``(N,)`` bool: both sides are at least ``side`` pixels."""
     width, height = _sides(boxes)
     return (width >= side) & (height >= side)
 
 
 def max_aspect(boxes: np.ndarray, aspect: float, strict: bool = False) -> np.ndarray:
-    """``(N,)`` bool: the longer side at most (``strict``: less than) ``aspect`` times the other."""
+    """``(N,)`` bool: longer side / shorter side is at most (``strict``: below) ``aspect``."""
     width, height = _sides(boxes)
     if strict:
         return (width < aspect * height) & (height < aspect * width)
@@ -57,19 +57,19 @@ def size_ratio(
 def random_nms(
     boxes: np.ndarray, iou: float, max_boxes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Non-maximum suppression with random scores: which box of a cluster survives is chance.
+    """Non-maximum suppression with random scores: a random box of each cluster survives.
 
     Args:
-        boxes: ``(N, 4)``, in canonical order if the result is to depend on nothing but ``rng``.
-        iou: a box goes if its IoU with a survivor is above it.
-        max_boxes: so many survivors at most, a random choice.
-        rng: where the scores come from.
+        boxes: ``(N, 4)``, in canonical order to make the result a function of the set and ``rng``.
+        iou: a box is removed if its IoU with a survivor is above this.
+        max_boxes: largest number of survivors, a random choice.
+        rng: generator of the scores.
 
     Returns:
         ``(M, 4)`` float32, in the order of the scores.
     """
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
-    order = rng.permutation(len(boxes))  # as an order of scores drawn from any continuous law
+    order = rng.permutation(len(boxes))  # the order of independent random scores
     boxes = boxes[order]
     scores = torch.arange(len(boxes), 0, -1, dtype=torch.float64)
     keep = nms(torch.from_numpy(boxes).double(), scores, iou)

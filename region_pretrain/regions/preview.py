@@ -1,4 +1,4 @@
-"""Draws images with their regions, to look at before hours are spent on them."""
+"""Draws images with their regions, to inspect them before a long run."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ def draw_preview(
     out: str,
     count: int = 8,
     max_boxes: int = 25,
-    seed: int = 0,
 ) -> str:
-    """Draw some images of a store with their regions into one PNG.
+    """Draw some images of a store with their regions into a PNG.
 
     Args:
-        records: the images; those without a row are left out.
+        records: the images; those that are not in the store are skipped.
         store: their regions.
-        out: the PNG's path.
-        count: how many images, spread evenly over the records.
-        max_boxes: draw at most so many of an image's regions, chosen at random.
-        seed: of that choice.
+        out: path of the PNG.
+        count: number of images, spread evenly over the records.
+        max_boxes: largest number of regions drawn per image, a random choice.
 
     Returns:
         ``out``.
+
+    Raises:
+        UserError: ``count`` is below 1, or no image is in the store.
     """
     if count < 1:
         raise UserError(f"a preview needs at least one image, not {count}")
-    there = np.flatnonzero(store.rows([str(r["image_id"]) for r in records]) >= 0)
-    if not len(there):
-        raise UserError(f"{store.path} has regions of none of these images")
-    count = min(count, len(there))
-    chosen = there[np.linspace(0, len(there) - 1, count).round().astype(int)]
-    rng = np.random.default_rng(seed)
+    stored = np.flatnonzero(store.rows([str(r["image_id"]) for r in records]) >= 0)
+    if not len(stored):
+        raise UserError(f"{store.path} has regions for none of these images")
+    count = min(count, len(stored))
+    chosen = stored[np.linspace(0, len(stored) - 1, count).round().astype(int)]
+    rng = np.random.default_rng(0)
     columns = min(_COLUMNS, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(4 * columns, 4 * rows), layout="constrained")
@@ -60,7 +61,7 @@ def draw_preview(
         drawn = boxes[np.sort(rng.permutation(len(boxes))[:max_boxes])]
         axis.imshow(read_image(records[i]["file_name"]))
         for j, (x0, y0, x1, y1) in enumerate(drawn.tolist()):
-            # A pixel's centre has whole coordinates in a plot, its corner half ones.
+            # In a plot, pixel centres have integer coordinates.
             axis.add_patch(
                 Rectangle(
                     (x0 - 0.5, y0 - 0.5),

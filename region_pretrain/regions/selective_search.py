@@ -1,4 +1,4 @@
-"""Selective search (Uijlings et al. 2013) of OpenCV's ximgproc, with a result that repeats."""
+"""Selective search (Uijlings et al. 2013) from OpenCV's ximgproc, made deterministic."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ MODES = ("fast", "quality", "single")
 
 
 def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 0) -> np.ndarray:
-    """Boxes of the regions that selective search finds, unfiltered.
+    """The boxes of selective search, unfiltered.
 
-    OpenCV returns the same boxes in every run and with every number of threads, but in an order
-    that is partly random; here the order is fixed.
+    OpenCV returns the same boxes in every run and with any number of threads, but in a partly
+    random order; here the order is fixed.
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
         mode: ``fast``, ``quality`` or ``single``, each with OpenCV's default parameters.
-        working_size: a longer image is shrunk to this long side before the search (which takes
-            time about in proportion to the pixels) and its boxes are mapped back; 0 never shrinks.
+        working_size: a larger image is downscaled to this long side before the search, whose time
+            is roughly proportional to the pixels, and the boxes are mapped back; 0 is full size.
 
     Returns:
-        ``(N, 4)`` float32 XYXY, half-open whole pixels of ``image``, by area.
+        ``(N, 4)`` float32 XYXY, half-open whole pixels of ``image``, sorted by area.
     """
     height, width = image.shape[:2]
     scale = working_size / max(height, width) if working_size else 1.0
@@ -39,7 +39,9 @@ def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 
     elif mode == "single":
         search.switchToSingleStrategy()
     else:
-        raise ValueError(f"selective search has no mode {mode!r}; it has {', '.join(MODES)}")
+        raise ValueError(
+            f"selective search has no mode {mode!r}: must be one of {', '.join(MODES)}"
+        )
     boxes = np.asarray(search.process(), np.float64).reshape(-1, 4)  # x, y, width, height
     boxes[:, 2:] += boxes[:, :2]
     shrunk_height, shrunk_width = image.shape[:2]

@@ -1,9 +1,9 @@
-"""What a source of regions is, and the sources that do not look at the pixels."""
+"""Sources of regions that do not depend on the pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -12,37 +12,17 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions.filters import canonical, clip
 
 
-class RegionSource(Protocol):
-    """Finds the regions of one image."""
-
-    def __call__(
-        self, image: np.ndarray, record: Mapping[str, Any], rng: np.random.Generator
-    ) -> np.ndarray:
-        """Find regions.
-
-        Args:
-            image: ``(H, W, 3)`` uint8 RGB, as :func:`region_pretrain.images.read_image` gives it.
-            record: the image's Detectron2 dataset dict.
-            rng: the image's own generator, the same in every run.
-
-        Returns:
-            ``(N, 4)`` float32 XYXY in pixels of the image, half-open; N may be 0.
-        """
-
-
-def grid_boxes(
-    width: int, height: int, divisions: Sequence[int], overlap: float = 0.5
-) -> np.ndarray:
+def grid_boxes(width: int, height: int, divisions: Sequence[int], overlap: float) -> np.ndarray:
     """Windows on regular grids.
 
     Args:
-        width, height: of the image in pixels.
+        width, height: size of the image in pixels.
         divisions: for each number n, windows of 1/n of the width and the height.
-        overlap: part of a window that its neighbour covers too, in [0, 1).
+        overlap: fraction of a window that overlaps with its neighbour, in [0, 1).
 
     Returns:
-        ``(N, 4)`` float32 XYXY, N = the sum of (ceil((n - 1) / (1 - overlap)) + 1) squared over
-        the divisions, less those that fall together on a small image.
+        ``(N, 4)`` float32 XYXY; N is the sum of (ceil((n - 1) / (1 - overlap)) + 1) squared over
+        the divisions, minus the windows that coincide on a small image.
     """
     boxes = []
     for n in divisions:
@@ -65,14 +45,14 @@ def random_boxes(
     """Random boxes: size and aspect ratio log-uniform, position uniform within the image.
 
     Args:
-        width, height: of the image in pixels.
-        count: number of draws; a draw that is wider or higher than the image is dropped.
+        width, height: size of the image in pixels.
+        count: number of samples; those wider or higher than the image are dropped.
         ratio: range of sqrt(box area / image area).
-        max_aspect: the aspect ratio is between its inverse and it.
+        max_aspect: largest ratio of the longer to the shorter side.
         rng: the image's generator.
 
     Returns:
-        ``(N, 4)`` float32 XYXY in whole pixels, N <= count, in the order of the draws.
+        ``(N, 4)`` float32 XYXY in whole pixels, N <= count, in the order of sampling.
     """
     side = np.exp(rng.uniform(*np.log(ratio), count)) * np.sqrt(float(width) * height)
     stretch = np.exp(rng.uniform(-0.5, 0.5, count) * np.log(max_aspect))
@@ -83,11 +63,11 @@ def random_boxes(
 
 
 def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np.ndarray:
-    """The boxes that an image is annotated with, without crowds and empty ones.
+    """The annotated boxes of an image, without crowds and empty boxes.
 
     Args:
         record: Detectron2 dataset dict with ``annotations``.
-        width, height: of the image that was read, in pixels.
+        width, height: size of the image file in pixels.
 
     Returns:
         ``(N, 4)`` float32 XYXY, within the image.
@@ -97,12 +77,12 @@ def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np
     """
     name = record.get("file_name", record.get("image_id"))
     if "annotations" not in record:
-        raise UserError(f"{name}: ground truth is asked for, but the data set has no annotations")
-    said = (record.get("width", width), record.get("height", height))
-    if said != (width, height):
+        raise UserError(f"{name}: ground truth is needed, but the data set has no annotations")
+    declared = (record.get("width", width), record.get("height", height))
+    if declared != (width, height):
         raise UserError(
-            f"{name} is {width}x{height}, but its annotations are for {said[0]}x{said[1]} (an EXIF "
-            "orientation that the annotations do not know?)"
+            f"{name} is {width}x{height}, but its annotations are for {declared[0]}x{declared[1]}; "
+            "do they ignore its EXIF orientation?"
         )
     boxes = [
         BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS)

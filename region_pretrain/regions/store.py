@@ -1,8 +1,8 @@
-"""The region store: one Arrow IPC file, memory-mapped, one row an image.
+"""The region store: one memory-mapped Arrow IPC file with one row per image.
 
 Columns: ``key`` (large_string), ``key_hash`` (uint64), ``width`` and ``height`` (int32),
 ``boxes`` (large_list of fixed_size_list of 4 float32: XYXY, absolute, half-open). Rows are sorted
-by ``key_hash`` (then key), cut into record batches of any length. The schema's metadata holds the
+by ``key_hash``, then ``key``, in record batches of any length. The schema's metadata contains the
 manifest as JSON.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,8 +19,6 @@ import pyarrow as pa
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = b"region_pretrain.regions"
@@ -44,21 +41,21 @@ _MANIFEST_FIELDS = ("recipe", "images", "boxes", "sha256")
 
 
 class UnknownImage(UserError, KeyError):
-    """A key that a store has no row for."""
+    """A key without a row in the store."""
 
-    __str__ = Exception.__str__  # KeyError's own would quote the message
+    __str__ = Exception.__str__  # KeyError's would quote the message
 
 
 def key_hash(key: bytes) -> int:
-    """The 64-bit hash of an image's key (UTF-8) that rows are sorted by."""
+    """The 64-bit hash of an image's UTF-8 key by which rows are sorted."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 class Chunk(NamedTuple):
-    """One record batch as arrays on the mapped file; ``n`` rows with ``m`` boxes together.
+    """One record batch as views of the mapped file: ``n`` rows with ``m`` boxes in total.
 
     Attributes:
-        hashes: ``(n,)`` uint64, not decreasing.
+        hashes: ``(n,)`` uint64, in non-decreasing order.
         key_offsets: ``(n + 1,)`` int64 into ``key_bytes``.
         key_bytes: UTF-8 of all keys.
         widths, heights: ``(n,)`` int32.
@@ -76,7 +73,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def of(cls, batch: pa.RecordBatch) -> Chunk:
-        """View a record batch of :data:`SCHEMA`; nothing is copied."""
+        """View a record batch of :data:`SCHEMA` without copying."""
         n = batch.num_rows
         keys, hashes, widths, heights, boxes = batch.columns
         _, key_offsets, key_bytes = keys.buffers()
@@ -101,15 +98,15 @@ class Chunk(NamedTuple):
 
 
 class RegionStore:
-    """Regions of many images on a memory-mapped file; make one with :meth:`open`.
+    """The regions of many images in a memory-mapped file; see :meth:`open`.
 
-    It pickles as its path, so a worker process maps the same pages again.
+    It pickles as its path, so worker processes map the same pages.
 
     Attributes:
-        path: of the file.
-        manifest: facts of the file: ``recipe`` (id), ``versions`` of the libraries that made it,
-            ``images`` and ``boxes`` (counts), ``sha256`` of the content (:func:`content_hash`),
-            ``format_version``, and what its maker added, e.g. the recipe's ``parameters``.
+        path: path of the file.
+        manifest: facts about the file: ``recipe`` (id), ``versions`` of the libraries that wrote
+            it, ``images`` and ``boxes`` (counts), ``sha256`` of the content (:func:`content_hash`),
+            ``format_version``, and facts that the writer added, e.g. the recipe's ``parameters``.
     """
 
     def __init__(self, path: str, manifest: dict[str, Any], chunks: list[Chunk]) -> None:
@@ -122,44 +119,45 @@ class RegionStore:
 
     @classmethod
     def open(cls, path: str) -> RegionStore:
-        """Map a store; takes milliseconds, whatever its size.
+        """Map a store, which takes milliseconds at any size.
 
         Raises:
-            UserError: there is no such file, it is no region store, or it is damaged.
+            UserError: the file is missing, damaged or not a region store.
         """
         path = os.fspath(path)
         local = PathManager.get_local_path(path)
         if not os.path.isfile(local):
-            raise UserError(f"no region store {path}: make it with tools/make_regions.py")
+            raise UserError(f"no region store {path}: create it with tools/make_regions.py")
         try:
             reader = pa.ipc.open_file(pa.memory_map(local, "r"))
             manifest_json = (reader.schema.metadata or {}).get(MANIFEST_KEY)
             if manifest_json is None:
-                raise UserError(f"{path} is an Arrow file, but no region store")
+                raise UserError(f"{path} is an Arrow file, but not a region store")
             manifest = json.loads(manifest_json)
             if manifest.get("format_version") != FORMAT_VERSION:
                 raise UserError(
-                    f"{path} has store format {manifest.get('format_version')}, this version reads "
-                    f"{FORMAT_VERSION}: make the regions again, or install the version that made it"
+                    f"{path} has store format {manifest.get('format_version')}, but this version "
+                    f"reads {FORMAT_VERSION}: make the regions again, or install the version that "
+                    "wrote it"
                 )
             missing = [name for name in _MANIFEST_FIELDS if name not in manifest]
             if missing or not reader.schema.equals(SCHEMA):
-                raise ValueError(f"its columns or its manifest are not a store's ({missing})")
+                raise ValueError(f"wrong columns, or missing from its manifest: {missing}")
             chunks = []
             for i in range(reader.num_record_batches):
                 batch = reader.get_batch(i)
-                batch.validate()  # lengths and last offsets; the content is verify()'s
+                batch.validate()  # lengths and last offsets; verify() checks the content
                 if batch.num_rows:
                     chunks.append(Chunk.of(batch))
             rows = sum(len(chunk.hashes) for chunk in chunks)
             boxes = sum(int(c.box_offsets[-1] - c.box_offsets[0]) for c in chunks)
             if (rows, boxes) != (manifest["images"], manifest["boxes"]):
-                raise ValueError(f"it holds {rows} images and {boxes} boxes, its manifest differs")
+                raise ValueError(f"{rows} images and {boxes} boxes, unlike its manifest")
         except (pa.ArrowException, OSError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{path} is no region store or is damaged ({reason}): "
-                "make it again with tools/make_regions.py"
+                f"{path} is not a region store or is damaged ({reason}): "
+                "delete it and create it again with tools/make_regions.py"
             ) from error
         return cls(os.path.abspath(path) if os.path.exists(path) else path, manifest, chunks)
 
@@ -176,19 +174,19 @@ class RegionStore:
         return self._find(str(key).encode()) >= 0
 
     def keys(self) -> Iterator[str]:
-        """The images' keys, in the order of the rows."""
+        """The images' keys in the order of the rows."""
         for chunk in self.chunks:
             for i in range(len(chunk.hashes)):
                 yield chunk.key(i).decode()
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Where the images are.
+        """Look up the rows of images.
 
         Args:
             keys: ``n`` keys.
 
         Returns:
-            ``(n,)`` int64 row numbers, -1 where the store has no such image.
+            ``(n,)`` int64 row numbers, -1 for an image that is not in the store.
         """
         raw = [str(key).encode() for key in keys]
         hashes = np.fromiter((key_hash(key) for key in raw), np.uint64, len(raw))
@@ -198,7 +196,7 @@ class RegionStore:
             (members,) = np.nonzero(owners == c)
             local = np.searchsorted(chunk.hashes, hashes[members], side="left")
             for member, i in zip(members.tolist(), local.tolist(), strict=True):
-                # nearly always the first comparison says it; else other keys share the hash
+                # the first row of the hash is nearly always the right one; keys may share a hash
                 same = chunk.key(i) == raw[member]
                 rows[member] = self._starts[c] + i if same else self._find(raw[member])
         return rows
@@ -210,30 +208,32 @@ class RegionStore:
             ``(N, 4)`` float32 XYXY in pixels of the original image, half-open; a copy.
 
         Raises:
-            UnknownImage: the store has no such image; also a KeyError.
+            UnknownImage: the image is not in the store; also a KeyError.
         """
-        chunk, i = self._at(self._row(key))
-        return chunk.boxes_of(i).copy()
+        return self.entry(key)[1]
 
     def entry(self, key: str) -> tuple[tuple[int, int], np.ndarray]:
         """:meth:`size` and :meth:`boxes` with one look-up."""
-        chunk, i = self._at(self._row(key))
+        row = self._find(str(key).encode())
+        if row < 0:
+            raise UnknownImage(f"{self.path} has no regions for image {key!r}")
+        c = int(np.searchsorted(self._starts, row, side="right")) - 1
+        chunk, i = self.chunks[c], row - int(self._starts[c])
         return (int(chunk.widths[i]), int(chunk.heights[i])), chunk.boxes_of(i).copy()
 
     def size(self, key: str) -> tuple[int, int]:
-        """``(width, height)`` of the image that the regions were made for, in pixels.
+        """``(width, height)`` in pixels of the image that the regions were made for.
 
         Raises:
-            UnknownImage: the store has no such image; also a KeyError.
+            UnknownImage: the image is not in the store; also a KeyError.
         """
-        chunk, i = self._at(self._row(key))
-        return int(chunk.widths[i]), int(chunk.heights[i])
+        return self.entry(key)[0]
 
     def counts(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """Number of boxes of each of the given rows, or of all.
+        """Number of boxes per row.
 
         Args:
-            rows: ``(n,)`` int64, none negative.
+            rows: ``(n,)`` int64 row numbers, not negative; all rows by default.
 
         Returns:
             ``(n,)`` int64.
@@ -245,29 +245,19 @@ class RegionStore:
         return counts if rows is None else counts[rows]
 
     def verify(self) -> None:
-        """Read everything and compare it with the manifest's hash.
+        """Read all rows and compare them with the manifest's hash.
 
         Raises:
-            UserError: the content is not what was written.
+            UserError: the content is damaged.
         """
         if content_hash(self.chunks) != self.manifest["sha256"]:
             raise UserError(
-                f"{self.path} is damaged: its content does not have the sha256 that its manifest "
-                "names; make it again with tools/make_regions.py"
+                f"{self.path} is damaged: its content does not match the sha256 of its manifest; "
+                "create it again with tools/make_regions.py"
             )
 
-    def _row(self, key: str) -> int:
-        row = self._find(str(key).encode())
-        if row < 0:
-            raise UnknownImage(f"{self.path} has no regions for image {key!r}")
-        return row
-
-    def _at(self, row: int) -> tuple[Chunk, int]:
-        c = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.chunks[c], row - int(self._starts[c])
-
     def _find(self, key: bytes) -> int:
-        """The key's row, or -1: the first row of its hash, and on while another key has it."""
+        """The key's row, or -1. Rows with the same hash, but other keys, are skipped."""
         target = np.uint64(key_hash(key))
         c = int(self._last_hashes.searchsorted(target))
         while c < len(self.chunks):
@@ -282,7 +272,7 @@ class RegionStore:
 
 
 def content_hash(chunks: Sequence[Chunk] | Iterator[Chunk]) -> str:
-    """sha256 over the rows in their order: key, width, height, boxes; the same however cut."""
+    """sha256 over key, width, height and boxes of all rows in order, for any chunk sizes."""
     digest = hashlib.sha256()
     for chunk in chunks:
         for i in range(len(chunk.hashes)):

@@ -1,9 +1,8 @@
-"""Writing region stores: rows held in memory, or a stream merged from many stores."""
+"""Writes region stores: from rows in memory, or merged from many stores."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
@@ -25,33 +24,26 @@ from region_pretrain.regions.store import (
     key_hash,
 )
 
-logger = logging.getLogger(__name__)
-
 _CHUNK_ROWS = 1 << 14
-_MERGE_CHUNKS = 16  # a merge holds so many chunks of rows at a time
+_MERGE_CHUNKS = 16  # chunks of rows in memory during a merge
 
 #: key, width, height, boxes ``(N, 4)`` float32
 Row = tuple[str, int, int, np.ndarray]
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides on the boxes."""
-    return {"opencv": cv2.__version__, "numpy": np.__version__, "region_pretrain": __version__}
-
-
 def write_store(path: str, rows: Iterable[Row], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a store of rows that fit into memory; the file appears whole or not at all.
+    """Write a store of rows that fit into memory; the file is complete or absent.
 
     Args:
         path: local file; an older one is replaced.
         rows: key, width, height and boxes ``(N, 4)`` XYXY half-open of each image, in any order.
-        facts: of the manifest; at least ``recipe``.
+        facts: entries of the manifest, at least ``recipe``.
 
     Returns:
-        The manifest: the facts, and what is counted here.
+        The manifest: the facts, counts and the content hash.
 
     Raises:
-        UserError: two rows with the same key, a box that is empty or not within its image.
+        UserError: two rows with the same key, or a box that is empty or not within its image.
     """
     rows = [(key_hash(row[0].encode()), row[0].encode(), *row[1:]) for row in rows]
     rows.sort(key=lambda row: row[:2])
@@ -60,30 +52,30 @@ def write_store(path: str, rows: Iterable[Row], facts: Mapping[str, Any]) -> dic
 
 
 def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge stores into one, holding only a small part of them in memory at a time.
+    """Merge stores into one, with only a slice of them in memory at a time.
 
-    The result does not depend on how the images were spread over the stores.
+    The result does not depend on how the images were distributed over the stores.
 
     Args:
-        paths: of the stores.
+        paths: the stores to merge.
         path: local file of the result; an older one is replaced.
-        facts: of the manifest; at least ``recipe``.
+        facts: entries of the manifest, at least ``recipe``.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: an image that is in two stores, a store that is missing or damaged.
+        UserError: an image is in two stores, or a store is missing or damaged.
     """
     total = sum(len(RegionStore.open(p)) for p in paths)
     slices = -(-total // (_MERGE_CHUNKS * _CHUNK_ROWS))
-    # Hashes are uniform, so equal ranges of them are equal parts of the rows.
+    # Hashes are uniform, so equal ranges of them contain about equally many rows.
     bounds = [(i << 64) // slices for i in range(1, slices)] if slices else []
 
     def batches() -> Iterator[pa.RecordBatch]:
         for low, high in zip([0, *bounds], [*bounds, None], strict=True):
             rows = []
-            for p in paths:  # opened anew for every slice: a run has more parts than file handles
+            for p in paths:  # reopened per slice: there may be more stores than file handles
                 for chunk in RegionStore.open(p).chunks:
                     start = int(chunk.hashes.searchsorted(np.uint64(low)))
                     stop = len(chunk.hashes)
@@ -114,17 +106,21 @@ def _write(
             chunk = Chunk.of(batch)
             first = (int(chunk.hashes[0]), chunk.key(0))
             if first <= previous:
-                raise UserError(f"{path}: image {first[1].decode()!r} comes twice")
+                raise UserError(f"{path}: image {first[1].decode()!r} appears twice")
             previous = (int(chunk.hashes[-1]), chunk.key(len(chunk.hashes) - 1))
             images, boxes = images + batch.num_rows, boxes + len(chunk.boxes)
             yield chunk
 
-    # The manifest stands before the rows, so its hash needs a reading of its own.
+    # The manifest comes before the rows, so the hash needs a separate pass.
     sha256 = content_hash(counted())
     manifest = {
         **facts,
         "format_version": FORMAT_VERSION,
-        "versions": library_versions(),
+        "versions": {  # of the libraries that determine the boxes
+            "opencv": cv2.__version__,
+            "numpy": np.__version__,
+            "region_pretrain": __version__,
+        },
         "images": images,
         "boxes": boxes,
         "sha256": sha256,
@@ -142,17 +138,17 @@ def _write(
 
 
 def _batch(rows: Sequence[tuple[int, bytes, int, int, np.ndarray]]) -> pa.RecordBatch:
-    """Sorted (hash, key, width, height, boxes) as a record batch of the store."""
+    """Sorted (hash, key, width, height, boxes) rows as a record batch of the store."""
     all_boxes = []
     for i, (_, key, width, height, boxes) in enumerate(rows):
         boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
         if i and rows[i - 1][:2] == rows[i][:2]:
-            raise UserError(f"image {key.decode()!r} comes twice: an image's key must be unique")
+            raise UserError(f"image {key.decode()!r} appears twice: keys of images must be unique")
         inside = (boxes[:, :2] >= 0) & (boxes[:, 2:] <= (width, height))
         if not (inside & (boxes[:, :2] < boxes[:, 2:])).all():
             raise UserError(
                 f"image {key.decode()!r} is {width}x{height} and has boxes that are empty or not "
-                f"within it, e.g. {boxes.tolist()[:3]}: boxes are XYXY in pixels of the image"
+                f"within it, e.g. {boxes.tolist()[:3]}: boxes must be XYXY in pixels of the image"
             )
         all_boxes.append(boxes)
     offsets = np.concatenate([[0], np.cumsum([len(boxes) for boxes in all_boxes])]).astype(np.int64)

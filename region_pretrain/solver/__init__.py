@@ -1,4 +1,4 @@
-"""Optimisers, parameter groups, and schedules."""
+"""Optimisers, parameter groups and schedules."""
 
 from region_pretrain.solver.lars import LARS
 from region_pretrain.solver.param_groups import pretrain_param_groups

@@ -1,4 +1,4 @@
-"""LARS around SGD, in the form that BYOL-family recipes use."""
+"""LARS with SGD."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ class LARS(Optimizer):
         v <- momentum * v + g
         w <- w - lr * v
 
-    The norm in the denominator is that of the *decayed* gradient. ``timm.optim.Lars`` divides by
-    ``||g|| + weight_decay * ||w||`` instead; the two agree only at ``weight_decay=0``. That, and a
-    learning rate inside the momentum, is the form of the paper's algorithm 1, ``form="original"``::
+    The norm in the denominator is that of the *decayed* gradient. Algorithm 1 of the LARS paper,
+    ``form="original"``, as in ``timm.optim.Lars``, divides by ``||g|| + weight_decay * ||w||`` and
+    has the learning rate inside the momentum::
 
         v <- momentum * v + lr * trust_coefficient * ||w|| / (||g|| + weight_decay * ||w||)
                                * (g + weight_decay * w)
         w <- w - v
 
-    No step waits for the device.
+    A step does not synchronise with the device.
 
     Args:
-        params: parameters or groups; a group may set ``weight_decay`` and ``adapt`` of its own, as
-            :func:`region_pretrain.solver.param_groups.pretrain_param_groups` does.
+        params: parameters or groups; a group may override ``weight_decay`` and ``adapt``, see
+            :func:`region_pretrain.solver.param_groups.pretrain_param_groups`.
         lr: learning rate.
         momentum: SGD momentum, without Nesterov.
         weight_decay: L2 penalty.
-        trust_coefficient: the factor in front of the ratio of norms.
+        trust_coefficient: the factor of the ratio of norms.
         eps: added to the norm in the denominator.
-        adapt: whether the ratio of norms applies.
+        adapt: whether to apply the ratio of norms.
         form: ``"byol"`` or ``"original"``, see above.
 
     Raises:
-        UserError: a value is negative, or there is no such form.
+        UserError: a value is negative, or the form is unknown.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class LARS(Optimizer):
         }
         for name, value in defaults.items():
             if value < 0:
-                raise UserError(f"optimizer.{name} is {value}; it cannot be negative")
+                raise UserError(f"optimizer.{name}={value}: must not be negative")
         if form not in ("byol", "original"):
             raise UserError(f"optimizer.form={form}: must be byol or original")
         super().__init__(params, {**defaults, "adapt": adapt, "form": form})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one update.
+        """Update the parameters.
 
         Args:
-            closure: evaluates the model again and returns the loss.
+            closure: evaluates the model and returns the loss.
 
         Returns:
-            What ``closure`` returned.
+            The result of ``closure``.
         """
         loss = None
         if closure is not None:
@@ -93,7 +93,7 @@ class LARS(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        original = group.get("form") == "original"  # checkpoints of older versions do not say
+        original = group["form"] == "original"
         decay = group["weight_decay"]
         grads = raw = [p.grad for p in params]
         if decay:

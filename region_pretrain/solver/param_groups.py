@@ -1,4 +1,4 @@
-"""Which parameters decay and which adapt."""
+"""Parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ def pretrain_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`region_pretrain.solver.lars.LARS` (or any other optimiser).
 
-    In a config the model is left out; the engine fills it in, as Detectron2's lazy training does::
+    In a config the engine supplies the model, as Detectron2's lazy training does::
 
         optimizer = L(LARS)(params=L(pretrain_param_groups)(weight_decay=1e-5), lr=1.0)
 
     Args:
-        model: only its parameters with ``requires_grad`` are taken.
+        model: the model; only its parameters with ``requires_grad`` are used.
         weight_decay: L2 penalty of the decayed group.
-        exclude_1d: parameters of at most one dimension (BN scales and offsets, biases) get neither
-            weight decay nor LARS adaptation (BYOL, arXiv 2006.07733).
+        exclude_1d: exclude parameters of at most one dimension (BN scales and offsets, biases) from
+            weight decay and LARS adaptation (BYOL, arXiv 2006.07733).
 
     Returns:
-        One group with ``weight_decay`` and ``adapt=True``, one without both; an empty group is
-        left out.
+        One group with ``weight_decay`` and ``adapt=True``, one without both. Empty groups are
+        dropped.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     excluded = [p for p in trained if exclude_1d and p.ndim <= 1]

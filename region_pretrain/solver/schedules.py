@@ -1,7 +1,7 @@
-"""Schedules over the fraction of training done: learning-rate multipliers and EMA momentum.
+"""Schedules over the course of training: learning-rate multipliers and EMA momentum.
 
-All are fvcore ``ParamScheduler``: functions of ``iteration / max_iter`` without state, so that a
-run that is cut short with ``train.max_iter`` keeps the schedule's shape.
+All are fvcore ``ParamScheduler`` objects: stateless functions of ``iteration / max_iter``, so a run
+shortened with ``train.max_iter`` keeps the shape of the schedule.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def warmup_cosine(
     final_factor: float = 1.25e-7,
     rescale: bool = True,
 ) -> ParamScheduler:
-    """Linear warm-up, then half a cosine over the epochs that remain, both per iteration.
+    """Linear warm-up, then half a cosine over the remaining epochs, both per iteration.
 
     Args:
-        epochs: length of the whole training; only its ratio to ``warmup_epochs`` counts.
+        epochs: length of training; only its ratio to ``warmup_epochs`` matters.
         warmup_epochs: length of the warm-up.
         warmup_factor: multiplier at the first iteration.
         final_factor: multiplier at the end; the default is 1e-6 of a learning rate of 8.0.
-        rescale: ``False``: the cosine runs over the whole training, and the warm-up stands in for
-            its beginning (mmcv's way).
+        rescale: if ``False``, the cosine spans the complete training and the warm-up replaces its
+            beginning, as in mmcv.
 
     Returns:
         A learning-rate multiplier: ``warmup_factor`` -> 1 -> ``final_factor``.
 
     Raises:
-        UserError: the warm-up does not fit into the training.
+        UserError: the warm-up is not shorter than the training.
     """
     _check_warmup(epochs, warmup_epochs)
     return WarmupParamScheduler(
@@ -55,8 +55,8 @@ def warmup_cosine(
 def _check_warmup(epochs: float, warmup_epochs: float) -> None:
     if not epochs or not 0 <= warmup_epochs < epochs:
         raise UserError(
-            f"lr_multiplier: warmup_epochs={warmup_epochs} must be at least 0 and less than "
-            f"epochs={epochs} (set train.epochs and lr_multiplier.warmup_epochs)"
+            f"lr_multiplier.warmup_epochs={warmup_epochs} must be at least 0 and less than "
+            f"train.epochs={epochs}"
         )
 
 
@@ -76,13 +76,13 @@ def warmup_times_cosine(
     warmup_factor: float = 1e-4,
     final_factor: float = 6.25e-6,
 ) -> ParamScheduler:
-    """Half a cosine over all epochs, multiplied by a linear warm-up over the first of them.
+    """Half a cosine over all epochs, multiplied by a linear warm-up over the first epochs.
 
-    Unlike :func:`warmup_cosine` the cosine starts with the warm-up, so that the peak stays a little
-    below 1 (the schedule of mmcv).
+    The cosine starts with the warm-up, unlike in :func:`warmup_cosine`, so the peak is slightly
+    below 1.
 
     Args:
-        epochs: length of the whole training; only its ratio to ``warmup_epochs`` counts.
+        epochs: length of training; only its ratio to ``warmup_epochs`` matters.
         warmup_epochs: length of the warm-up.
         warmup_factor: multiplier at the first iteration.
         final_factor: multiplier at the end; the default is 1e-4 of a learning rate of 16.
@@ -91,7 +91,7 @@ def warmup_times_cosine(
         A learning-rate multiplier.
 
     Raises:
-        UserError: the warm-up does not fit into the training.
+        UserError: the warm-up is not shorter than the training.
     """
     _check_warmup(epochs, warmup_epochs)
     one = LinearParamScheduler(1.0, 1.0)
@@ -109,9 +109,9 @@ def warmup_multistep(
     """Detectron2's schedule for detection: linear warm-up, then a drop by ``gamma`` at each step.
 
     Args:
-        max_iter: length of the whole training in iterations.
+        max_iter: length of training in iterations.
         steps: iterations at which the learning rate drops, ascending.
-        gamma: the factor of one drop.
+        gamma: factor of each drop.
         warmup_iters: length of the warm-up in iterations.
         warmup_factor: multiplier at the first iteration.
 
@@ -119,17 +119,18 @@ def warmup_multistep(
         A learning-rate multiplier.
 
     Raises:
-        UserError: the steps or the warm-up do not fit into the training.
+        UserError: the steps or the warm-up exceed the training.
     """
     steps = list(steps)
     if steps != sorted(set(steps)) or any(not 0 < step < max_iter for step in steps):
         raise UserError(
-            f"lr_multiplier.steps={steps} must ascend within (0, max_iter={max_iter}); "
-            "change both together"
+            f"lr_multiplier.steps={steps} must be ascending and within (0, "
+            f"lr_multiplier.max_iter={max_iter})"
         )
     if not 0 <= warmup_iters < max_iter:
         raise UserError(
-            f"lr_multiplier.warmup_iters={warmup_iters} must be less than max_iter={max_iter}"
+            f"lr_multiplier.warmup_iters={warmup_iters} must be less than "
+            f"lr_multiplier.max_iter={max_iter}"
         )
     return WarmupParamScheduler(
         MultiStepParamScheduler(
@@ -150,11 +151,13 @@ def cosine_momentum(start: float, end: float = 1.0) -> ParamScheduler:
         end: momentum after the last step.
 
     Returns:
-        A function of ``k / K``, the fraction of the steps done (BYOL, arXiv 2006.07733).
+        A function of ``k / K``, the fraction of completed steps (BYOL, arXiv 2006.07733).
 
     Raises:
         UserError: not ``0 <= start <= end <= 1``.
     """
     if not 0 <= start <= end <= 1:
-        raise UserError(f"EMA momentum must rise within [0, 1]; got start={start}, end={end}")
+        raise UserError(
+            f"EMA momentum must rise within [0, 1], not from start={start} to end={end}"
+        )
     return CosineParamScheduler(start, end)

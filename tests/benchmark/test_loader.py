@@ -1,4 +1,4 @@
-"""The loader's figures, and its memory."""
+"""The loader's throughput and memory."""
 
 import os
 import time
@@ -16,7 +16,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore
 
 
-def test_made_files_are_as_promised_and_always_the_same(tmp_path):
+def test_synthetic_files_have_the_documented_size_and_are_repeatable(tmp_path):
     name, store_path = make_jpegs(str(tmp_path / "a"), 3)
     store = RegionStore.open(store_path)
     files = sorted((tmp_path / "a" / "images").iterdir())
@@ -27,13 +27,15 @@ def test_made_files_are_as_promised_and_always_the_same(tmp_path):
         assert store.size(file.name) == (500, 375) and len(store.boxes(file.name)) == 100
     make_jpegs(str(tmp_path / "b"), 1)
     assert files[0].read_bytes() == (tmp_path / "b" / "images" / "00000.jpg").read_bytes()
-    with pytest.raises(UserError, match="--made-images 0"):
+    with pytest.raises(UserError, match="--synthetic-images 0: must be at least 1"):
         make_jpegs(str(tmp_path / "c"), 0)
-    with pytest.raises(UserError, match="--made-size 500x63"):
+    with pytest.raises(
+        UserError, match="--synthetic-size 500x63: sides must be at least 64 pixels"
+    ):
         make_jpegs(str(tmp_path / "c"), 1, (500, 63))
 
 
-def test_made_files_of_another_size(tmp_path):
+def test_synthetic_files_of_another_size(tmp_path):
     make_jpegs(str(tmp_path), 1, (200, 320))
     path = tmp_path / "images" / "00000.jpg"
     assert cv2.imread(str(path)).shape == (320, 200, 3)
@@ -57,35 +59,35 @@ def test_kinds_take_turns_and_the_first_round_is_not_counted(monkeypatch):
 
     found = interleaved({"a": kind("a"), "b": kind("b")}, seconds=10)
     assert found == {"a": 2, "b": 5}
-    assert calls == ["a", "b"] * 4  # warm-up, and three rounds at least
+    assert calls == ["a", "b"] * 4  # a warm-up round, and at least three rounds
 
 
 @pytest.fixture
 def processor_time(monkeypatch):
-    """Clocks that stand still while other processes have the core."""
+    """Clocks that stop while other processes have the core."""
     monkeypatch.setattr("time.perf_counter", time.process_time)
 
 
-def test_rates_are_of_the_same_images(tmp_path, soco_views, processor_time):
+def test_rates_and_parts_of_the_loader(tmp_path, soco_views, processor_time):
     name, store = make_jpegs(str(tmp_path), 2)
     dataset = PretrainDataset(name, soco_views, store, antialias=False)
     rates = benchmark_loader(dataset, 2, seconds=0.2)
     assert rates.size[:2] == (500, 375)
-    # A loader decodes, and then does more.
+    # The loader does more than decoding.
     assert 0 < rates.antialiased < rates.decode and 0 < rates.linear < rates.decode
     assert sum(rates.parts.values()) == pytest.approx(1)
-    # Small files: the loader decodes them as they are.
+    # Small files are decoded at full size.
     assert rates.parts["decode"] == pytest.approx(rates.antialiased / rates.decode, rel=0.3)
     assert dataset.antialias is False
 
 
-def test_large_files_are_decoded_at_a_part_of_their_size(tmp_path, soco_views, processor_time):
+def test_large_files_are_decoded_at_a_reduced_size(tmp_path, soco_views, processor_time):
     name, store = make_jpegs(str(tmp_path), 1, (3200, 2400))
     dataset = PretrainDataset(name, soco_views, store)
     (drawn,) = dataset.draw(0, 0, [0])
-    assert drawn.reduce == 8 and drawn.encoded.decode(drawn.reduce).shape == (300, 400, 3)
+    assert drawn.reduce == 8 and drawn.file.encoded.decode(drawn.reduce).shape == (300, 400, 3)
     rates = benchmark_loader(dataset, 1, seconds=0.2)
-    as_drawn = rates.antialiased / rates.parts["decode"]  # images a second of this part
+    as_drawn = rates.antialiased / rates.parts["decode"]  # images per second of this part
     assert as_drawn > 1.1 * rates.decode
 
 
@@ -94,7 +96,7 @@ def resident(*pids: int) -> float:
     for pid in pids:
         with open(f"/proc/{pid}/statm") as file:
             fields = file.read().split()
-        pages += int(fields[1]) - int(fields[2])  # not what is shared with files
+        pages += int(fields[1]) - int(fields[2])  # without pages shared with files
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

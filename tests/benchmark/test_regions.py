@@ -1,4 +1,4 @@
-"""Recipes against each other on the same objects."""
+"""Recipes compared on the same objects."""
 
 import subprocess
 import sys
@@ -16,14 +16,14 @@ from region_pretrain.regions.recipes import get_recipe
 TOOL = Path(__file__).parents[2] / "tools/benchmark_regions.py"
 
 
-def test_figures_are_those_of_the_stores(tmp_path):
+def test_results_are_those_of_the_stores(tmp_path):
     records = get_records(shapes(split="val", size=4, side=96, level="easy"))
     names = ["ground_truth-v1", "grid-v1", "shapes-v1"]
     costs = compare_recipes(records, [get_recipe(name) for name in names])
     assert [cost.recipe for cost in costs] == names
     assert costs[0].recall == {0.5: 100.0, 0.7: 100.0}
     assert costs[0].boxes == sum(len(r["annotations"]) for r in records) / 4
-    assert 0 < costs[0].seconds < costs[2].seconds  # reading a list against a search
+    assert 0 < costs[0].seconds < costs[2].seconds  # reading a list, and selective search
     for name, cost in zip(names, costs, strict=True):
         summary = make_regions(records, str(tmp_path / f"{name}.arrow"), name, workers=1)
         assert cost.boxes == pytest.approx(summary["mean"])

@@ -1,4 +1,4 @@
-"""Folders, COCO's and ImageNet's layouts as records; every wrong input as one line."""
+"""Records of folders, COCO's and ImageNet's layouts; every wrong input is one line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from region_pretrain.data.catalog import (
     get_records,
     load_coco_images,
     load_image_folder,
-    register_coco_unlabeled,
     register_image_folder,
-    register_imagenet,
 )
 from region_pretrain.errors import UserError
 
@@ -42,7 +40,7 @@ def name(request) -> str:
 
 @pytest.fixture
 def coco(tmp_path) -> Path:
-    """Images with their json, as COCO lays them out; ids in no order."""
+    """Images and their json in COCO's layout; the ids are not sorted."""
     ids = [30, 9, 581921]
     images = [
         {"id": i, "file_name": f"{i:012d}.jpg", "height": 10 + i, "width": 20 + i} for i in ids
@@ -87,14 +85,14 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     (root / "a" / "loop").symlink_to(root)
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
     keys = [r["image_id"] for r in load_image_folder(str(root))]
-    # A dangling link is a file that cannot be read, which is for the reader to report.
+    # A dangling link is an unreadable file, which is reported when it is read.
     assert keys == ["a/2.jpg", "gone.jpg", "linked/1.jpg"]
 
 
 def test_registered_folder_is_an_ordinary_detectron2_data_set(tmp_path, name):
     touch(tmp_path, "b.jpg", "a.jpg")
     assert register_image_folder(name, str(tmp_path)) == name
-    register_image_folder(name, str(tmp_path))  # again: nothing happens
+    register_image_folder(name, str(tmp_path))  # again: no effect
     assert DatasetCatalog.get(name) == get_records(name) == get_records(f"folder://{tmp_path}")
     with pytest.raises(UserError, match="is taken"):
         register_image_folder(name, str(tmp_path / "other"))
@@ -103,37 +101,36 @@ def test_registered_folder_is_an_ordinary_detectron2_data_set(tmp_path, name):
 
 
 def test_nothing_is_read_when_registering(tmp_path, name):
-    register_coco_unlabeled(name, str(tmp_path / "no.json"), str(tmp_path / "nowhere"))
+    register_image_folder(name, str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such image folder: .*nowhere"):
         get_records(name)
 
 
-def test_imagenet_labels_only_where_asked(tmp_path, name):
+def test_a_folder_is_labelled_only_on_request(tmp_path, name):
     files = ["n02/n02_1.JPEG", "n01/n01_7.JPEG", "n10/n10_2.JPEG", "n01/n01_10.JPEG"]
     touch(tmp_path, *files)
-    register_imagenet(name, str(tmp_path))
+    register_image_folder(name, str(tmp_path))
     assert [r["image_id"] for r in get_records(name)] == sorted(files)
     assert not any("category_id" in r for r in get_records(name))
 
     DatasetCatalog.remove(name)
     MetadataCatalog.pop(name)
-    register_imagenet(name, str(tmp_path), with_labels=True)
+    register_image_folder(name, str(tmp_path), with_labels=True)
     labels = {r["image_id"]: r["category_id"] for r in get_records(name)}
     assert labels == {files[0]: 1, files[1]: 0, files[2]: 2, files[3]: 0}
     assert MetadataCatalog.get(name).thing_classes == ["n01", "n02", "n10"]
 
     touch(tmp_path, "stray.JPEG")
-    with pytest.raises(UserError, match=r"stray\.JPEG lies in no class's folder"):
+    with pytest.raises(UserError, match=r"stray\.JPEG has no label: it is not in a class folder"):
         get_records(name)
 
 
-def test_coco_json_gives_what_detectron2_gives_without_the_labels(coco, name):
+def test_coco_json_gives_detectron2s_records_without_the_labels(coco):
     json_file, root = str(coco / "instances.json"), str(coco / "train2017")
-    register_coco_unlabeled(name, json_file, root)
     expected = load_coco_json(json_file, root)
     for record in expected:
         del record["annotations"]
-    assert get_records(name) == expected
+    assert load_coco_images(json_file, root) == expected
     assert [r["image_id"] for r in expected] == [9, 30, 581921]
 
 
@@ -192,20 +189,20 @@ def test_same_key_in_two_sets_is_refused(tmp_path, coco, name):
         get_records([one, two])
     with pytest.raises(UserError, match=f"image 'a.jpg' is in '{one}' twice"):
         get_records([one, one])
-    # A region store knows the text of a key only: 9 and "9" are the same.
+    # In a region store a key is text: 9 and "9" are the same.
     DatasetCatalog.register(name, lambda: [{"file_name": "x", "image_id": i} for i in (9, "9")])
     with pytest.raises(UserError, match=f"image '9' is in '{name}' twice"):
         get_records(name)
 
 
-def test_unknown_names_come_with_near_ones(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="'coco_2017_trian'; near it: .*coco_2017_train"):
+def test_an_unknown_name_is_refused_with_similar_ones(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="'coco_2017_trian'; did you mean .*coco_2017_train"):
         get_records("coco_2017_trian")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UserError, match="'photos'; for the folder write folder://photos"):
+    with pytest.raises(UserError, match="'photos'; for a folder, write folder://photos"):
         get_records("photos")
-    with pytest.raises(UserError, match="no data set is named"):
+    with pytest.raises(UserError, match="no data set is given"):
         get_records([])
 
 
@@ -228,7 +225,7 @@ def test_a_missing_folder_json_or_image_is_named(tmp_path, coco):
 def test_a_json_of_another_format_is_named(coco, text):
     path = coco / "wrong.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"wrong\.json is no COCO json"):
+    with pytest.raises(UserError, match=r"wrong\.json is not a COCO json"):
         load_coco_images(str(path), str(coco / "train2017"))
 
 
@@ -239,7 +236,7 @@ def test_json_without_images_is_named(coco):
         load_coco_images(str(path), str(coco / "train2017"))
 
 
-def test_a_built_in_set_that_is_not_there_says_where_it_should_be(monkeypatch, name):
+def test_a_missing_built_in_set_is_refused_with_the_folder(monkeypatch, name):
     json_file = "/nowhere/coco/annotations/instances_val2017.json"
     DatasetCatalog.register(name, lambda: load_coco_json(json_file, "/nowhere/coco/val2017", name))
     with pytest.raises(UserError, match="instances_val2017.*DETECTRON2_DATASETS"):

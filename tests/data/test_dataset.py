@@ -1,4 +1,4 @@
-"""Images and regions belong together; what does not fit stops before training."""
+"""Images, regions and views; mismatches are refused before training."""
 
 import logging
 
@@ -95,7 +95,7 @@ class _Crop(ViewSampler):
     [(64, 1, "jpg"), (127, 1, "jpg"), (128, 2, "jpg"), (300, 4, "jpg"), (520, 8, "jpg")]
     + [(520, 1, "png")],
 )
-def test_a_large_jpeg_is_decoded_at_the_size_that_its_views_need(tmp_path, side, reduce, suffix):
+def test_a_large_jpeg_is_decoded_at_a_reduced_size(tmp_path, side, reduce, suffix):
     ramp = np.add.outer(np.arange(600) * 0.15, np.arange(601) * 0.25)
     image = np.repeat(ramp.astype(np.uint8)[..., None], 3, axis=2)
     cv2.imwrite(str(tmp_path / f"a.{suffix}"), image, [cv2.IMWRITE_JPEG_QUALITY, 100])
@@ -105,12 +105,12 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_its_views_need(tmp_path, side,
     assert sample.image.shape[:2] == (-(-600 // reduce), -(-601 // reduce))
     view = data.batch(0, 0, [0]).views[0].images[0, 0].numpy().astype(float)
     # The ramp at the centre of each of the view's pixels: a quarter of one is 0.4 * step / 4.
-    centres = (np.arange(32) + 0.5) * side / 32 - 0.5
-    exact = np.add.outer(0.15 * (47 + centres), 0.25 * (33 + centres))
+    centers = (np.arange(32) + 0.5) * side / 32 - 0.5
+    exact = np.add.outer(0.15 * (47 + centers), 0.25 * (33 + centers))
     assert np.abs(view - exact).max() < 1.5 + 0.1 * side / 32
 
 
-def test_reduction_is_the_largest_that_leaves_each_view_twice_its_pixels():
+def test_reduction_is_the_largest_that_keeps_twice_the_size_of_each_view():
     def view(side: int, size: int) -> ViewGeometry:
         return ViewGeometry(0, 0, side, 2 * side, (size, size))
 

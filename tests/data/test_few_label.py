@@ -1,4 +1,4 @@
-"""Parts of a labelled data set."""
+"""Subsets of a labelled data set."""
 
 import pytest
 from detectron2.config import LazyCall as L
@@ -42,7 +42,7 @@ def test_first_fraction_is_the_head_of_the_filtered_list():
 @pytest.mark.parametrize(
     ("fraction", "count"), [(0.05, 2), (0.075, 3), (0.099, 3), (0.29, 11), (0.7, 28), (1e-9, 1)]
 )
-def test_counts_are_rounded_down_but_one_remains(fraction, count):
+def test_counts_are_rounded_down_to_at_least_one(fraction, count):
     # 0.7 * 40 is 28.000000000000004 and 0.075 * 40 is 3.0
     assert len(first_fraction("few_label_b", fraction)) == count
     assert len(random_fraction("few_label_b", fraction, seed=0)) == count
@@ -76,8 +76,8 @@ def test_random_fractions_are_repeatable_nested_and_in_order():
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.5])
-def test_bad_fraction_is_an_error(fraction):
-    with pytest.raises(UserError, match=f"fraction={fraction} of few_label_a"):
+def test_a_fraction_outside_its_range_is_refused(fraction):
+    with pytest.raises(UserError, match=f"fraction={fraction} of few_label_a: must be above 0"):
         first_fraction("few_label_a", fraction)
     with pytest.raises(UserError, match="at most 1"):
         random_fraction("few_label_a", fraction, seed=0)

@@ -1,4 +1,4 @@
-"""Views as affines: pixels, boxes and points agree about where things are."""
+"""Views as affines: pixels, boxes and points are mapped to the same places."""
 
 import cv2
 import numpy as np
@@ -34,15 +34,15 @@ def geometries(draw):
 @given(geometries(), st.booleans())
 def test_pixels_that_encode_their_coordinates_agree_with_the_affine(case, antialias):
     width, height, geometry = case
-    # Channel 0 holds x, channel 1 holds y of the pixel's centre, scaled into 8 bits.
+    # Channels 0 and 1 contain x and y of the pixel's centre, scaled to 8 bits.
     x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
     image = np.stack([x / width * 255, y / height * 255, 0 * x], axis=2).round().astype(np.uint8)
     view = render(image, geometry, np.empty((*geometry.size, 3), np.uint8), antialias)
 
     rows, columns = np.mgrid[: geometry.size[0], : geometry.size[1]] + 0.5
-    centres = np.stack([columns, rows], axis=-1)
+    centers = np.stack([columns, rows], axis=-1)
     inverse = cv2.invertAffineTransform(geometry.affine.astype(np.float64))
-    original = map_points(inverse, centres)
+    original = map_points(inverse, centers)
     # At the crop's border the filter repeats the edge: half an original pixel, or half a view
     # pixel where it shrinks. Rounding to 8 bits adds half a level.
     for axis, extent, crop, side in (
@@ -114,14 +114,18 @@ def test_random_resized_crop_has_torchvisions_distribution():
 @pytest.mark.parametrize(
     ("width", "height", "expected"), [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13))]
 )
-def test_an_extreme_image_falls_back_to_the_largest_centred_crop(width, height, expected):
+def test_an_extreme_aspect_ratio_falls_back_to_the_largest_center_crop(width, height, expected):
     rng = np.random.default_rng(0)
     geometry = random_resized_crop(width, height, (8, 8), rng, (0.9, 1.0))
     assert (geometry.left, geometry.top, geometry.width, geometry.height) == expected
 
 
 def test_the_whole_image_is_stretched():
-    geometry = whole_image(500, 400, (224, 224), np.random.default_rng(0), flip_prob=0.0)
-    np.testing.assert_allclose(
-        boxes_in_view(geometry, np.array([[0, 0, 500, 400]], np.float32)), [[0, 0, 224, 224]]
-    )
+    rng = np.random.default_rng(0)
+    geometries = [whole_image(500, 400, (224, 224), rng) for _ in range(400)]
+    assert 160 < sum(geometry.flip for geometry in geometries) < 240  # 4 standard deviations
+    boxes = np.array([[0, 0, 500, 400], [0, 100, 250, 400]], np.float32)
+    expected = {False: [0, 56, 112, 224], True: [112, 56, 224, 224]}
+    for geometry in geometries[:20]:
+        seen = boxes_in_view(geometry, boxes)
+        np.testing.assert_allclose(seen, [[0, 0, 224, 224], expected[geometry.flip]])

@@ -1,4 +1,4 @@
-"""The loader: the same samples whatever the workers, ranks and place of resumption."""
+"""The loader: samples do not depend on workers, ranks or where a run resumes."""
 
 import cv2
 import numpy as np
@@ -27,13 +27,13 @@ def test_samples_do_not_depend_on_the_number_of_workers(pretrain_dataset, worker
     assert len(pairs) == 7 and all(same(a, b) for a, b in pairs)
 
 
-def test_a_resumed_loader_goes_on_with_the_next_sample(pretrain_dataset):
+def test_a_resumed_loader_continues_with_the_next_sample(pretrain_dataset):
     loader = PretrainLoader(pretrain_dataset, 4, num_workers=0, seed=3)
     whole, rest = list(loader.iterate(0, 9)), list(loader.iterate(5, 9))
     assert all(same(a, b) for a, b in zip(whole[5:], rest, strict=True))
 
 
-def test_every_image_once_an_epoch_in_a_new_order(pretrain_dataset):
+def test_every_image_once_per_epoch_in_a_new_order(pretrain_dataset):
     loader = PretrainLoader(pretrain_dataset, 4, num_workers=0)
     size, per_epoch = len(pretrain_dataset), loader.iterations_per_epoch
     assert per_epoch == size // 4
@@ -43,7 +43,7 @@ def test_every_image_once_an_epoch_in_a_new_order(pretrain_dataset):
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size))
     assert epochs[0] != epochs[1]
-    # The same image is another sample in another epoch.
+    # In another epoch the same image has other views.
     first = pretrain_dataset.sample(0, 0, 5).views
     second = pretrain_dataset.sample(0, 1, 5).views
     assert first[1].geometry != second[1].geometry
@@ -54,7 +54,7 @@ def test_seeds_differ(pretrain_dataset):
     assert not same(next(a.iterate(0, 1)), next(b.iterate(0, 1)))
 
 
-def test_the_ranks_parts_make_the_same_global_batch(pretrain_dataset, monkeypatch):
+def test_the_batches_of_all_ranks_are_the_global_batch(pretrain_dataset, monkeypatch):
     whole = next(PretrainLoader(pretrain_dataset, 6, num_workers=0).iterate(1, 2))
     parts = []
     for rank in range(3):
@@ -92,7 +92,7 @@ def test_too_large_a_batch_is_refused(pretrain_dataset, monkeypatch):
         PretrainLoader(pretrain_dataset, 6)
 
 
-def test_an_error_in_a_worker_is_as_clear_as_anywhere(pretrain_dataset):
+def test_an_error_in_a_worker_is_one_clear_line(pretrain_dataset):
     cv2.imwrite(pretrain_dataset._records[0][0], np.zeros((32, 64, 3), np.uint8))
     loader = PretrainLoader(pretrain_dataset, 12, num_workers=1)
     model = torch.nn.Linear(1, 1)

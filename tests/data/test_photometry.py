@@ -1,4 +1,4 @@
-"""Every operation and the whole chain against torchvision, sample by sample."""
+"""Every operation and the complete chain against torchvision, sample by sample."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def one_by_one(images: torch.Tensor, params: np.ndarray) -> torch.Tensor:
 
 
 def random_images(count: int, height: int = 24, width: int = 31, seed: int = 0) -> torch.Tensor:
-    """8-bit images with what is special in them: black, white, greys, pure and equal channels."""
+    """8-bit images with edge cases: black, white, greys, pure colours, equal channels."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3, height, width))
     pixels[:, :, 0] = rng.integers(0, 256, (count, 1, width))  # grey
@@ -88,13 +88,13 @@ def test_operation_is_torchvisions(name, values):
     expected = one_by_one(images, params.numpy())
     torch.testing.assert_close(apply_photometry(images, params), expected, rtol=0, atol=1e-5)
     changed = (expected != images).flatten(1).any(1)
-    assert changed.sum() >= 4  # the case says something
+    assert changed.sum() >= 4  # the operation has an effect
 
 
 def test_chain_is_torchvisions_sample_by_sample():
     rng = np.random.default_rng(7)
     params = np.stack([EVERYTHING.sample(rng) for _ in range(100)])
-    # Solarisation is not continuous: where rounding takes sides, no two programs need to agree.
+    # Solarisation is not continuous: rounding at the threshold may differ.
     params[:, AT.SOLARIZE_FROM] = np.inf
     images = random_images(100)
     out = apply_photometry(images, torch.from_numpy(params))
@@ -168,7 +168,7 @@ def test_identity_returns_the_input_exactly():
 
 
 def test_memory_format_and_large_groups_change_nothing():
-    """Channels-last input; groups above the size that is worked on at once."""
+    """Channels-last input; groups larger than one piece."""
     rng = np.random.default_rng(3)
     params = torch.from_numpy(np.stack([EVERYTHING.sample(rng) for _ in range(12)]))
     images = random_images(12, 128, 128)
@@ -189,7 +189,7 @@ def test_sample_has_the_stated_distribution():
 
     jittered = params[params[:, AT.HUE] != 0]
     blurred = params[params[:, AT.BLUR_SIGMA] > 0]
-    # four standard errors of a share of 20000 are at most 0.015
+    # four standard errors of a fraction of 20000 are at most 0.015
     assert abs(len(jittered) / 20000 - 0.8) < 0.015
     assert abs(params[:, AT.GRAY].mean() - 0.2) < 0.015
     assert abs(len(blurred) / 20000 - 0.5) < 0.015
@@ -214,7 +214,7 @@ def test_sample_has_the_stated_distribution():
     assert 560 < min(orders.values()) and max(orders.values()) < 780
 
 
-def test_sample_takes_the_same_numbers_whatever_it_decides():
+def test_sample_consumes_the_same_random_numbers_in_every_case():
     never, always = np.random.default_rng(5), np.random.default_rng(5)
     Photometry().sample(never)
     Photometry(jitter_prob=1, gray_prob=1, blur_prob=1, solarize_prob=1, hue=0.1).sample(always)

@@ -1,4 +1,4 @@
-"""Shapes: what it draws is what it says."""
+"""Shapes: annotations match the rendered images."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_materials_are_standardised(name):
     assert field.mean() == pytest.approx(0, abs=1e-4) and field.std() == pytest.approx(1, abs=1e-3)
 
 
-def test_coverage_is_the_share_of_the_pixel():
+def test_coverage_is_the_fraction_of_the_pixel():
     square = np.array([(2.5, 3.25), (6.5, 3.25), (6.5, 5.25), (2.5, 5.25)])
     coverage = _coverage([square], 10)
     # An eighth of a pixel is the renderer's own step.
@@ -116,12 +116,12 @@ def test_scenes_are_nearly_grey_and_of_equal_contrast():
         grey = image.mean(axis=2)
         assert grey.mean() == pytest.approx(127.5, abs=6)
         assert grey.std() == pytest.approx(0.19 * 255, rel=0.15)
-        # What the channels differ in is the same everywhere: a tint, not a colour of things.
+        # The difference between channels is the same everywhere: a tint, not object colours.
         difference = image[..., 0] - image[..., 2]
         assert difference.std() < 0.15 * grey.std()
 
 
-def test_classes_and_materials_go_together_as_often_as_said():
+def test_the_fraction_of_typical_materials_is_the_configured_one():
     difficulty = get_difficulty("easy", typical=0.6)
     rng = np.random.default_rng(0)
     items = [o for _ in range(150) for o in render_scene(48, difficulty, rng).objects]
@@ -143,24 +143,24 @@ def test_the_same_seed_gives_the_same_files_whatever_the_size_and_workers(tmp_pa
     assert (train / "images/000000.png").read_bytes() != (few / "images/000000.png").read_bytes()
 
 
-#: As a cluster's jobs run: they ignore SIGTERM, and what they start does, too.
+#: Jobs on a cluster ignore SIGTERM, and so do their child processes.
 IN_A_JOB = """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 from region_pretrain.data.shapes import ShapesSpec, make_shapes
-for seed in range(8):  # the harm is done by chance
+for seed in range(8):  # the failure is random
     make_shapes(ShapesSpec("val", 100, 32, seed), workers=2)
 """
 
 
-def test_made_where_sigterm_is_ignored(tmp_path):
+def test_generation_finishes_where_sigterm_is_ignored(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
     subprocess.run([sys.executable, "-c", IN_A_JOB], env=environment, check=True, timeout=60)
     made = list(tmp_path.rglob("annotations.json"))
     assert [len(json.loads(path.read_text())["images"]) for path in made] == [100] * 8
 
 
-def test_the_json_is_coco_and_its_masks_have_their_areas():
+def test_the_json_is_coco_with_masks_of_the_right_area():
     folder = make_shapes(ShapesSpec("train", 8, side=128))
     coco = COCO(str(folder / "annotations.json"))
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
@@ -174,7 +174,7 @@ def test_the_json_is_coco_and_its_masks_have_their_areas():
         assert ys.min() >= y - 1 and ys.max() + 1 <= y + h + 1
 
 
-def test_registered_by_name_and_made_on_first_use():
+def test_registered_by_name_and_generated_on_first_use():
     name = shapes("val", 2, side=48, seed=5, level="hard", clutter=0)
     assert name == shapes("val", 2, side=48, seed=5, level="hard", clutter=0)
     records = DatasetCatalog.get(name)
@@ -191,6 +191,6 @@ def test_registered_by_name_and_made_on_first_use():
         (lambda: shapes("val", 0), "size >= 1"),
     ],
 )
-def test_wrong_names_are_told(call, message):
+def test_wrong_names_are_refused(call, message):
     with pytest.raises(UserError, match=message):
         call()

@@ -28,6 +28,6 @@ def test_two_independent_crops_each_with_its_own_photometry():
 
 
 @pytest.mark.parametrize("area", [(0.0, 1.0), (0.5, 0.2), (0.2, 1.1)])
-def test_areas_that_make_no_sense_are_refused(area):
+def test_an_area_outside_its_range_is_refused(area):
     with pytest.raises(UserError, match="crop_area"):
         TwoCrops(64, Photometry(), Photometry(), area)

@@ -96,7 +96,7 @@ SHAPES = Path(__file__).parents[2] / "configs/detection/mask_rcnn_r18_fpn_shapes
         ("train_net.py", ["train.epochs=abc"], "train.epochs=abc: must be a number"),
         ("train_net.py", ["model.pixel_mean=1,2,3"], "write a list as model.pixel_mean=[a,b]"),
         ("train_net.py", ["--num-gpus", "0"], "--num-gpus 0"),
-        ("make_regions.py", [], "asks for no regions"),
+        ("make_regions.py", [], "is not a pre-training config"),
         ("visualize.py", [], "it is no pre-training"),
     ],
 )

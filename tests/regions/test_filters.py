@@ -52,7 +52,7 @@ TESTS = {
 
 @pytest.mark.parametrize("name", TESTS)
 @given(boxes=boxes_in_image())
-def test_keeps_what_the_rule_says(name, boxes):
+def test_keeps_the_boxes_of_the_rule(name, boxes):
     filter_, rule = TESTS[name]
     keep = filter_(boxes)
     assert keep.dtype == bool
@@ -62,10 +62,10 @@ def test_keeps_what_the_rule_says(name, boxes):
 
 @pytest.mark.parametrize("name", TESTS)
 @given(boxes=boxes_in_image(), data=st.data())
-def test_looks_at_each_box_alone(name, boxes, data):
+def test_each_box_is_judged_alone(name, boxes, data):
     filter_, _ = TESTS[name]
     keep = filter_(boxes)
-    assert filter_(boxes[keep]).all()  # twice is once
+    assert filter_(boxes[keep]).all()  # idempotent
     order = np.array(data.draw(st.permutations(range(len(boxes)))), int)
     np.testing.assert_array_equal(filter_(boxes[order]), keep[order])
 
@@ -135,7 +135,7 @@ def exact_iou(a, b) -> Fraction:
 
 @given(boxes=boxes_in_image(), seed=st.integers(0, 1000))
 def test_random_nms_is_greedy_in_the_order_it_returns(boxes, seed):
-    """Survivors overlap little, and every box that went overlaps a survivor too much."""
+    """Survivors overlap little, and every removed box overlaps a survivor too much."""
     boxes = filters.canonical(boxes)
     kept = filters.random_nms(boxes, 0.5, 1000, np.random.default_rng(seed)).tolist()
     assert all(box in boxes.tolist() for box in kept)

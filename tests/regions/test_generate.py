@@ -1,4 +1,4 @@
-"""Making the regions of a data set: shards, restarts, refusals."""
+"""Making the regions of a data set: shards, resumption, refusals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_image
-from region_pretrain.regions import RegionStore
-from region_pretrain.regions.generate import count_found, format_summary, make_regions
+from region_pretrain.progress import read_progress
+from region_pretrain.regions import RegionStore, generate
+from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.recipes import get_recipe
+from region_pretrain.regions.summary import count_found, format_summary
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def contents(path) -> dict:
     return {key: (store.size(key), store.boxes(key).tolist()) for key in store.keys()}
 
 
-def test_each_image_has_the_boxes_that_the_recipe_gives_it(tmp_path, records):
+def test_each_image_has_the_boxes_of_the_recipe(tmp_path, records):
     out = tmp_path / "new" / "regions.arrow"
     summary = make_regions(records, str(out), "shapes-v1", workers=1, part_size=4)
     store = RegionStore.open(str(out))
@@ -53,7 +56,7 @@ def test_each_image_has_the_boxes_that_the_recipe_gives_it(tmp_path, records):
         np.testing.assert_array_equal(store.boxes(record["image_id"]), boxes)
         assert store.size(record["image_id"]) == (image.shape[1], image.shape[0])
         expected.append(len(boxes))
-    assert len(set(expected)) > 3  # boxes of one image would not do for another
+    assert len(set(expected)) > 3  # the images have different boxes
     assert (summary["images"], summary["unreadable"]) == (11, 0)
     assert summary["boxes"] == sum(expected) == store.manifest["boxes"]
     assert summary["mean"] == pytest.approx(np.mean(expected))
@@ -91,7 +94,7 @@ def test_a_shard_does_only_its_own_parts(tmp_path, records):
     assert keys == {"im/9", "im/10"}
 
 
-def test_random_boxes_belong_to_the_image_and_not_to_its_place(tmp_path, records):
+def test_random_boxes_depend_on_the_image_and_not_on_its_position(tmp_path, records):
     a, b = str(tmp_path / "a.arrow"), str(tmp_path / "b.arrow")
     make_regions(records, a, "random-v1+min_side=8", workers=1)
     make_regions(records[5:], b, "random-v1+min_side=8", workers=1)
@@ -167,14 +170,14 @@ def test_too_many_unreadable_images_stop_the_run_before_a_store_is_written(tmp_p
         make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.1)
     assert not os.path.exists(out)
     assert os.path.exists(out + ".unreadable.txt")
-    # It stopped at the first part, not at the end of hours; and goes on if told to.
+    # It stopped at the first part, and continues when more are allowed.
     assert sorted(os.listdir(out + ".parts"))[0] == "part-000000.arrow"
     assert not os.path.exists(out + ".parts/part-000001.arrow")
     summary = make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.2)
     assert (summary["images"], summary["unreadable"]) == (9, 2)
 
 
-def test_run_that_is_killed_goes_on(tmp_path, records, monkeypatch):
+def test_a_killed_run_is_resumed(tmp_path, records, monkeypatch):
     out = str(tmp_path / "r.arrow")
     reference = str(tmp_path / "reference.arrow")
     make_regions(records, reference, "shapes-v1", workers=1)
@@ -203,7 +206,7 @@ def test_run_that_is_killed_goes_on(tmp_path, records, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not os.path.exists(out)
-    while any(_is_running(pid) for pid in children):  # the workers follow their parent
+    while any(_is_running(pid) for pid in children):  # the workers exit with their parent
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -227,7 +230,7 @@ def _is_running(pid: str) -> bool:
         return False
 
 
-def test_killed_worker_ends_the_run_with_advice(tmp_path, records, monkeypatch):
+def test_a_killed_worker_ends_the_run_with_advice(tmp_path, records, monkeypatch):
     monkeypatch.setattr("region_pretrain.regions.generate.read_image", _die)
     with pytest.raises(UserError, match="worker process was killed.*fewer workers"):
         make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=2)
@@ -244,7 +247,7 @@ def test_recall_of_annotated_objects(tmp_path, records):
         ([0, 0, 50, 45], 0),  # a cell: IoU 1
         ([0, 0, 30, 45], 0),  # IoU 0.6 with it
         ([0, 0, 10, 9], 0),  # IoU 0.04
-        ([50, 45, 50, 45], 1),  # a crowd is nobody
+        ([50, 45, 50, 45], 1),  # crowds do not count
     ):
         annotation = {"bbox": bbox, "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": crowd}
         record["annotations"].append(annotation)
@@ -255,7 +258,9 @@ def test_recall_of_annotated_objects(tmp_path, records):
     assert summary["objects"] == 3
     assert summary["recall@0.5"] == pytest.approx(2 / 3)
     assert summary["recall@0.7"] == pytest.approx(1 / 3)
-    assert "0.667 at IoU 0.5, 0.333 at IoU 0.7" in format_summary(summary)
+    assert format_summary(summary).endswith(
+        "recall: 0.667 at IoU 0.5, 0.333 at IoU 0.7, of 3 annotated objects"
+    )
 
 
 def test_count_found_counts_objects_and_not_pairs():
@@ -277,23 +282,23 @@ def test_count_found_counts_objects_and_not_pairs():
         ({"records": []}, "no images"),
     ],
 )
-def test_senseless_arguments(tmp_path, records, arguments, message):
+def test_invalid_arguments_are_refused(tmp_path, records, arguments, message):
     arguments = {"records": records, "recipe": "grid-v1", "workers": 1, **arguments}
     with pytest.raises(UserError, match=message):
         make_regions(out=str(tmp_path / "r.arrow"), **arguments)
     assert os.listdir(tmp_path) == ["images"]
 
 
-def test_output_that_is_a_folder_or_something_else(tmp_path, records):
+def test_an_output_that_is_a_folder_or_another_file_is_refused(tmp_path, records):
     with pytest.raises(UserError, match="is a folder"):
         make_regions(records, str(tmp_path), "grid-v1", workers=1)
     (tmp_path / "text").write_text("precious")
-    with pytest.raises(UserError, match="no region store"):
+    with pytest.raises(UserError, match="text is not a region store"):
         make_regions(records, str(tmp_path / "text"), "grid-v1", workers=1)
     assert (tmp_path / "text").read_text() == "precious"
 
 
-def test_a_mended_file_is_read_again_and_the_other_parts_are_kept(tmp_path, records):
+def test_a_fixed_file_is_read_again_and_the_other_parts_are_kept(tmp_path, records):
     whole = open(records[2]["file_name"], "rb").read()
     for i in (2, 9):
         open(records[i]["file_name"], "wb").close()
@@ -313,7 +318,7 @@ def test_a_mended_file_is_read_again_and_the_other_parts_are_kept(tmp_path, reco
     assert open(out + ".unreadable.txt").read().startswith("im/9\t")
 
 
-def test_the_list_of_unreadable_files_goes_when_all_were_mended(tmp_path, records):
+def test_the_list_of_unreadable_files_is_removed_when_all_are_fixed(tmp_path, records):
     whole = open(records[4]["file_name"], "rb").read()
     open(records[4]["file_name"], "wb").close()
     out = str(tmp_path / "r.arrow")
@@ -326,23 +331,78 @@ def test_the_list_of_unreadable_files_goes_when_all_were_mended(tmp_path, record
     assert not os.path.exists(out + ".unreadable.txt")
 
 
-def test_two_images_of_one_key_are_refused_before_the_work(tmp_path, records):
+def test_two_images_with_one_key_are_refused_at_the_start(tmp_path, records):
     records[7]["image_id"] = records[1]["image_id"]
-    with pytest.raises(UserError, match="image 'im/1' comes twice"):
+    with pytest.raises(UserError, match="image 'im/1' appears twice"):
         make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=1)
     assert os.listdir(tmp_path) == ["images"]
 
 
-def test_annotations_of_another_size_cost_the_recall_and_not_the_run(tmp_path, records, caplog):
+def test_annotations_of_another_size_are_left_out_of_the_recall(tmp_path, records, caplog):
     annotation = {"bbox": [0, 0, 50, 45], "bbox_mode": BoxMode.XYWH_ABS}
     for record in records[:2]:
         record["annotations"] = [annotation]
-    records[1].update(width=90, height=105)  # turned by EXIF, say
+    records[1].update(width=90, height=105)  # e.g. rotated by EXIF
     recipe = "grid-v1+divisions=2+overlap=0"
     summary = make_regions(records, str(tmp_path / "r.arrow"), recipe, workers=1)
     assert summary["images"] == 11
     assert (summary["objects"], summary["recall@0.5"]) == (1, 1.0)
     assert records[1]["file_name"] in caplog.text
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Simulate the seconds per image, and collect the progress file before each image."""
+    state = SimpleNamespace(now=100.0, seconds_per_image=2.0, file="", seen=[], fail_after=None)
+    process = generate._process
+
+    def slow(recipe, record):
+        found = read_progress(state.file)
+        state.seen.append((found.done, found.total, found.seconds_left))
+        if len(state.seen) == state.fail_after:
+            raise KeyboardInterrupt
+        state.now += state.seconds_per_image
+        return process(recipe, record)
+
+    monkeypatch.setattr(generate, "_process", slow)
+    monkeypatch.setattr("time.monotonic", lambda: state.now)
+    return state
+
+
+def test_progress_of_a_shard(tmp_path, records, clock):
+    out = str(tmp_path / "r.arrow")
+    clock.file = f"{out}.parts/progress-1.json"
+    make_regions(records, out, "grid-v1", 1, (1, 2), part_size=3)  # 3 + 2 of the 11 images
+    seen = [(0, 5, None), (1, 5, 8.0), (2, 5, 6.0), (3, 5, 4.0), (4, 5, 2.0)]
+    assert clock.seen == seen
+    last = read_progress(clock.file)
+    assert (last.done, last.total, last.seconds_left) == (5, 5, 0.0)
+    assert time.time() - 60 < last.updated <= time.time()
+    clock.file = f"{out}.parts/progress-0.json"
+    make_regions(records, out, "grid-v1", 1, (0, 2), part_size=3)
+    assert clock.seen[5:7] == [(0, 6, None), (1, 6, 10.0)]
+    assert not os.path.exists(out + ".parts")
+
+
+def test_progress_is_written_at_most_once_per_second(tmp_path, records, clock):
+    out = str(tmp_path / "r.arrow")
+    clock.file, clock.seconds_per_image = f"{out}.parts/progress-0.json", 0.375
+    make_regions(records, out, "grid-v1", 1)
+    done = [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
+    assert [seen[0] for seen in clock.seen] == done
+    assert clock.seen[3] == (3, 11, 3.0)
+
+
+def test_progress_after_an_interruption_starts_with_the_finished_parts(tmp_path, records, clock):
+    out = str(tmp_path / "r.arrow")
+    clock.file, clock.fail_after = f"{out}.parts/progress-0.json", 8
+    with pytest.raises(KeyboardInterrupt):
+        make_regions(records, out, "grid-v1", 1, part_size=3)
+    assert clock.seen[-1] == (7, 11, 8.0)
+    clock.seen, clock.fail_after = [], None
+    assert make_regions(records, out, "grid-v1", 1, part_size=3)["images"] == 11
+    # Two parts of 3 images were finished; the estimate counts the images of this run alone.
+    assert clock.seen == [(6, 11, None), (7, 11, 8.0), (8, 11, 6.0), (9, 11, 4.0), (10, 11, 2.0)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -351,5 +411,5 @@ def test_a_failing_search_names_the_image(tmp_path, records, monkeypatch, worker
         raise ValueError("out of its depth")
 
     monkeypatch.setattr("region_pretrain.regions.recipes.selective_search", search)
-    with pytest.raises(RuntimeError, match=r"00\.png: soco-v1 failed on it: out of its depth"):
+    with pytest.raises(RuntimeError, match=r"00\.png: soco-v1 failed: out of its depth"):
         make_regions(records, str(tmp_path / "r.arrow"), "soco-v1", workers=workers)

@@ -1,4 +1,4 @@
-"""Pictures of regions: every image in its place, boxes where they are."""
+"""Pictures of regions: one tile per image, boxes at their places."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def coloured(pixels: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("count", "width", "height"), [(1, 400, 400), (2, 800, 400), (5, 1600, 800), (99, 1600, 800)]
 )
-def test_one_tile_an_image(grey_images, count, width, height):
+def test_one_tile_per_image(grey_images, count, width, height):
     records, store, out = grey_images
     assert draw(records, store, out, count).shape == (height, width, 3)
 

@@ -1,4 +1,4 @@
-"""Recipes: published facts of their filters, and their ids."""
+"""Recipes: the published filters, and ids."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def sizes(boxes) -> list:
         ((0, 0, 31, 90), False),
     ],
 )
-def test_soco_filter_facts_on_500x400(box, kept):
-    certain = (10, 10, 200, 200)  # lest the fallbacks step in
+def test_soco_filter_on_500x400(box, kept):
+    certain = (10, 10, 200, 200)  # avoids the fallbacks
     result = sizes(get_recipe("soco-v1").filter(xyxy(certain, box), 500, 400))
     assert result == [certain, box] if kept else result == [certain]
 
@@ -80,7 +80,7 @@ def test_shapes_filter_is_the_same_with_other_numbers():
         ((0, 0, 30, 10), False),  # ratio 3 and size 17.3
     ],
 )
-def test_ccop_filter_facts(box, kept):
+def test_ccop_filter(box, kept):
     assert len(get_recipe("ccop-v1").filter(xyxy(box))) == kept
 
 
@@ -95,7 +95,7 @@ def boxes_and_order(draw):
 
 @given(boxes_and_order())
 @pytest.mark.parametrize("name", ["soco-v1", "shapes-v1", "ccop-v1"])
-def test_filters_choose_a_set_from_a_set(name, drawn):
+def test_filters_return_a_subset(name, drawn):
     """Subset, idempotent, order independent; therefore inside the image."""
     boxes, order = drawn
     recipe = get_recipe(name)
@@ -108,7 +108,7 @@ def test_filters_choose_a_set_from_a_set(name, drawn):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_answers_with_boxes_inside_the_image(name):
+def test_every_recipe_returns_boxes_inside_the_image(name):
     image = np.ascontiguousarray(skimage.data.coffee()[:150, 100:300])
     record = {"annotations": [{"bbox": [10, 20, 300, 40], "bbox_mode": 0}]}
     boxes = get_recipe(name)(image, record, np.random.default_rng(5))
@@ -161,7 +161,7 @@ def test_blank_and_tiny_images():
         ("grid-v1", {"divisions": "2-4-8"}, "grid-v1+divisions=2-4-8"),
     ],
 )
-def test_id_names_what_was_changed_and_gives_the_recipe_back(recipe_id, overrides, expected):
+def test_an_id_names_the_changed_fields_and_restores_the_recipe(recipe_id, overrides, expected):
     recipe = get_recipe(recipe_id, overrides)
     assert recipe.id == expected
     assert get_recipe(recipe.id) == recipe
@@ -212,6 +212,6 @@ def test_recipes_cannot_be_changed_in_place():
         ("random-v1", {"min_size_ratio": 0}, "more than 0"),
     ],
 )
-def test_mistakes_are_refused(recipe_id, overrides, message):
+def test_invalid_ids_and_fields_are_refused(recipe_id, overrides, message):
     with pytest.raises(UserError, match=message):
         get_recipe(recipe_id, overrides)

@@ -40,7 +40,7 @@ def test_same_boxes_in_every_run_and_on_any_number_of_threads(image, mode):
     np.testing.assert_array_equal(results[0], results[2])
 
 
-def test_the_set_is_opencvs_own(image):
+def test_the_boxes_are_opencvs(image):
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     search.switchToSelectiveSearchFast()
@@ -60,7 +60,7 @@ def test_boxes_are_half_open():
     assert [0, 0, 120, 80] in boxes
 
 
-def test_colours_are_taken_as_rgb(image):
+def test_colours_are_rgb(image):
     swapped = selective_search(np.ascontiguousarray(image[..., ::-1]))
     straight = selective_search(image)
     assert {*map(tuple, straight.tolist())} != {*map(tuple, swapped.tolist())}

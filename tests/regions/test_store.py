@@ -1,4 +1,4 @@
-"""The store against a plain dict, whole, merged, pickled and damaged."""
+"""The store against a plain dict: complete, merged, pickled and damaged."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ def _check_against(store: RegionStore, rows) -> None:
     assert store.counts(positions).tolist() == [len(row[3]) for row in rows]
 
 
-def test_what_was_written_is_read(tmp_path, monkeypatch):
+def test_rows_are_read_as_written(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_CHUNK_ROWS", 64)  # seven chunks
     rows = _rows(400)
     path = str(tmp_path / "a.arrow")
@@ -60,7 +60,7 @@ def test_what_was_written_is_read(tmp_path, monkeypatch):
     assert set(manifest["versions"]) == {"opencv", "numpy", "region_pretrain"}
 
 
-def test_manifest_stands_in_the_schema_for_other_programs(tmp_path):
+def test_the_manifest_is_in_the_schema_for_other_programs(tmp_path):
     path = str(tmp_path / "a.arrow")
     manifest = write_store(path, _rows(10), {"recipe": "x"})
     with pa.ipc.open_file(path) as reader:
@@ -116,8 +116,8 @@ def test_number_keys_are_found_by_number_and_by_text(tmp_path):
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 1000])
 @pytest.mark.parametrize("bits", [0, 2])
-def test_keys_that_share_a_hash_are_told_apart(tmp_path, monkeypatch, chunk_rows, bits):
-    """64 bits never collide in a test, so they are cut down: all keys on one hash, or on four."""
+def test_keys_with_the_same_hash_are_distinguished(tmp_path, monkeypatch, chunk_rows, bits):
+    """64 bits never collide in a test, so hashes are truncated to one or four values."""
     full = store_module.key_hash
     for module in (store_module, writing):
         monkeypatch.setattr(module, "key_hash", lambda key: full(key) & ((1 << bits) - 1))
@@ -136,7 +136,7 @@ def test_keys_that_share_a_hash_are_told_apart(tmp_path, monkeypatch, chunk_rows
     _check_against(RegionStore.open(str(tmp_path / "m.arrow")), rows)
 
 
-def test_boxes_are_the_callers_own(tmp_path):
+def test_boxes_are_a_copy(tmp_path):
     path = str(tmp_path / "a.arrow")
     write_store(path, [("a", 9, 9, np.array([[1, 2, 3, 4]]))], {"recipe": "x"})
     store = RegionStore.open(path)
@@ -171,7 +171,7 @@ def test_opening_copies_nothing(tmp_path):
     owners=st.lists(st.integers(0, 3), min_size=60, max_size=60),
     chunk_rows=st.integers(1, 40),
 )
-def test_merge_is_the_same_however_the_images_were_spread(tmp_path_factory, n, owners, chunk_rows):
+def test_a_merge_does_not_depend_on_how_images_are_spread(tmp_path_factory, n, owners, chunk_rows):
     folder = tmp_path_factory.mktemp("merge")
     rows = _rows(n)
     with pytest.MonkeyPatch.context() as patch:
@@ -192,13 +192,13 @@ def test_merge_is_the_same_however_the_images_were_spread(tmp_path_factory, n, o
 def test_duplicate_keys_are_refused(tmp_path):
     rows = _rows(5)
     path = tmp_path / "a.arrow"
-    with pytest.raises(UserError, match="'dir/3.jpg' comes twice"):
+    with pytest.raises(UserError, match="'dir/3.jpg' appears twice"):
         write_store(str(path), [*rows, rows[3]], {"recipe": "x"})
-    assert list(tmp_path.iterdir()) == []  # nor is anything half-written left
+    assert list(tmp_path.iterdir()) == []  # no unfinished file remains
 
     write_store(str(tmp_path / "0.arrow"), rows, {"recipe": "x"})
     write_store(str(tmp_path / "1.arrow"), rows[3:4], {"recipe": "x"})
-    with pytest.raises(UserError, match="'dir/3.jpg' comes twice"):
+    with pytest.raises(UserError, match="'dir/3.jpg' appears twice"):
         merge_stores([str(tmp_path / f"{i}.arrow") for i in range(2)], str(path), {"recipe": "x"})
     assert not path.exists()
 
@@ -207,7 +207,7 @@ def test_duplicate_keys_are_refused(tmp_path):
     "box",
     [(0, 0, 11, 5), (0, 0, 5, 6), (-1, 0, 5, 5), (3, 0, 3, 5), (5, 0, 3, 5), (0, 0, np.nan, 5)],
 )
-def test_boxes_that_the_image_cannot_have_are_refused(tmp_path, box):
+def test_invalid_boxes_are_refused(tmp_path, box):
     path = str(tmp_path / "a.arrow")
     with pytest.raises(UserError, match="'cat.jpg' is 10x5.*XYXY"):
         write_store(path, [("cat.jpg", 10, 5, np.array([box]))], {"recipe": "x"})
@@ -238,15 +238,15 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.arrow"
     for content in (b"", b"{}", b"ARROW1" + bytes(50), bytes(10_000)):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"x\.arrow is no region store or is damaged"):
+        with pytest.raises(UserError, match=r"x\.arrow is not a region store or is damaged"):
             RegionStore.open(str(path))
     with pa.ipc.new_file(str(path), pa.schema([("a", pa.int32())])) as writer:
         writer.write_batch(pa.record_batch({"a": pa.array([1], pa.int32())}))
-    with pytest.raises(UserError, match="an Arrow file, but no region store"):
+    with pytest.raises(UserError, match="an Arrow file, but not a region store"):
         RegionStore.open(str(path))
 
 
-def test_a_store_cut_anywhere_is_refused(tmp_path):
+def test_a_truncated_store_is_refused(tmp_path):
     path = tmp_path / "a.arrow"
     write_store(str(path), _rows(50), {"recipe": "x"})
     data = path.read_bytes()
@@ -257,7 +257,7 @@ def test_a_store_cut_anywhere_is_refused(tmp_path):
 
 
 def test_changed_bytes_are_refused_at_opening_or_found_by_verify(tmp_path):
-    """Whatever byte of the rows changes, the store is never taken for sound."""
+    """A changed byte in the rows is always detected."""
     path = tmp_path / "a.arrow"
     write_store(str(path), _rows(50), {"recipe": "x"})
     RegionStore.open(str(path)).verify()
@@ -270,11 +270,11 @@ def test_changed_bytes_are_refused_at_opening_or_found_by_verify(tmp_path):
         RegionStore.open(str(path)).verify()
 
 
-def test_newer_format_says_what_to_do(tmp_path, monkeypatch):
+def test_a_newer_format_is_refused_with_advice(tmp_path, monkeypatch):
     path = str(tmp_path / "a.arrow")
     monkeypatch.setattr(writing, "FORMAT_VERSION", 2)
     write_store(path, _rows(2), {"recipe": "x"})
-    with pytest.raises(UserError, match="store format 2, this version reads 1"):
+    with pytest.raises(UserError, match="store format 2, but this version reads 1"):
         RegionStore.open(path)
 
 
@@ -298,7 +298,7 @@ print(opened, private_megabytes() - before, len(keys) / (time.perf_counter() - s
 """
 
 
-def test_a_tenth_of_imagenet_opens_at_once_in_little_memory_and_reads_fast(tmp_path):
+def test_a_tenth_of_imagenet_opens_fast_in_little_memory_and_reads_fast(tmp_path):
     boxes = np.tile(np.array([[0, 0, 100, 100]], np.float32), (100, 1))
     parts = []
     for start in range(0, 128_000, 32_000):

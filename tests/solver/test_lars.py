@@ -15,7 +15,7 @@ def make_params(seed=0):
     shapes = [(4, 3), (5, 2, 3, 3), (6,), (2, 2)]
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     with torch.no_grad():
-        params[3].zero_()  # no norm, so no adaptation
+        params[3].zero_()  # zero norm, so no adaptation
     return params
 
 
@@ -26,7 +26,7 @@ def set_grads(params, step):
 
 
 def slow_lars(params, velocity, lr, momentum, weight_decay, adapt, trust=0.001, eps=1e-8):
-    """Section 6 of the SoCo specification, one parameter after the other, in float64."""
+    """The update of :class:`LARS`, one parameter at a time, in float64."""
     for i, p in enumerate(params):
         w, g = p.detach().double(), p.grad.double()
         g = g + weight_decay * w
@@ -107,8 +107,8 @@ def test_state_survives_a_weights_only_file():
     assert all(torch.equal(p, q) for p, q in zip(straight, resumed, strict=True))
 
 
-def test_a_step_reads_no_value_back_from_the_device():
-    # Tensors on "meta" have no values: whatever would wait for the device raises.
+def test_a_step_does_not_synchronise_with_the_device():
+    # Tensors on "meta" have no values: a synchronisation raises.
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to("meta")
     optimizer = LARS(pretrain_param_groups(model, weight_decay=1e-5), lr=1.0)
     for _ in range(2):
@@ -119,7 +119,7 @@ def test_a_step_reads_no_value_back_from_the_device():
 
 
 def test_a_negative_value_is_refused_by_name():
-    with pytest.raises(UserError, match="optimizer.lr is -1"):
+    with pytest.raises(UserError, match="optimizer.lr=-1: must not be negative"):
         LARS(make_params(), lr=-1)
 
 

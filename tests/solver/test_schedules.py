@@ -94,13 +94,13 @@ def test_ema_momentum_at_the_quarters():
         (lambda: cosine_momentum(1.01), "momentum"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_values_that_do_not_fit_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
-def test_warmup_times_cosine_of_the_facts():
-    """Peak 16.0, 31,200 iterations, of which 3,127 warm up: the released recipe of MCL."""
+def test_warmup_times_cosine_at_published_values():
+    """The released recipe of MCL: peak 16.0, 31,200 iterations, 3,127 of them warm-up."""
     schedule = warmup_times_cosine(epochs=31_200, warmup_epochs=3_127)
     lr = {k: 16 * schedule(k / 31_200) for k in (0, 1_000, 3_127, 15_600, 31_199)}
     assert lr[0] == pytest.approx(0.0016)

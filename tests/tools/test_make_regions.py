@@ -1,4 +1,4 @@
-"""tools/make_regions.py, run as people run it."""
+"""tools/make_regions.py as a command line."""
 
 from __future__ import annotations
 
@@ -63,8 +63,11 @@ def test_folder_with_a_preview(tmp_path, photos):
     assert store.size("nested/cat.png") == (180, 120)
     count = store.manifest["boxes"]
     assert count > 10
-    assert recipe in result.stdout and f"2 images, 0 unreadable, {count} boxes" in result.stdout
-    assert f"mean {count / 2:.1f}" in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[:2] == [f"r.arrow: recipe {recipe}", "images: 2, and 0 unreadable files skipped"]
+    assert lines[2].startswith(f"boxes:  {count}; per image: mean {count / 2:.1f}, median ")
+    assert lines[3].startswith("time:   0.") and lines[3].endswith(" s per image and process")
+    assert lines[4:] == ["r.arrow.preview.png"]
     with Image.open(tmp_path / "r.arrow.preview.png") as picture:
         assert picture.size == (800, 400)
     assert "2/2" in result.stderr  # progress
@@ -80,7 +83,7 @@ def test_shards_and_then_one_more_call(tmp_path, photos, capsys, caplog, monkeyp
     assert not (tmp_path / "r.arrow").exists()
     main([*common, "--workers", "1", "--shard", "0/2"])
     printed = capsys.readouterr().out
-    assert "2 images, 0 unreadable, 68 boxes" in printed  # 9 + 25 windows an image
+    assert "boxes:  68; per image: mean 34.0" in printed  # 9 + 25 windows
     main([*common, "--workers", "1", "--shard", "1/2"])
     assert capsys.readouterr().out == printed
 
@@ -95,7 +98,7 @@ def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     printed = capsys.readouterr().out
-    assert "3 images, 0 unreadable" in printed
+    assert "images: 3, and 0 unreadable files skipped" in printed
     assert "1.000 at IoU 0.5, 1.000 at IoU 0.7" in printed
 
 
@@ -115,7 +118,9 @@ def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
         (["--images", "photos", "--preview", "0"], "--preview 0"),
     ],
 )
-def test_mistakes_end_with_one_line(tmp_path, photos, arguments, message, capsys, monkeypatch):
+def test_invalid_arguments_end_with_one_line(
+    tmp_path, photos, arguments, message, capsys, monkeypatch
+):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -126,7 +131,7 @@ def test_mistakes_end_with_one_line(tmp_path, photos, arguments, message, capsys
     assert not (tmp_path / "r.arrow").exists() and not (tmp_path / "r.arrow.parts").exists()
 
 
-def test_a_method_without_regions_says_so(capsys):
+def test_a_method_without_regions_is_refused(capsys):
     config = Path(__file__).parents[2] / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
     with pytest.raises(SystemExit) as exit_:
         tool().main(["--config-file", str(config)])
@@ -135,8 +140,8 @@ def test_a_method_without_regions_says_so(capsys):
         capsys.readouterr()
         .err.strip()
         .endswith(
-            f"{config} needs no regions: start its pre-training, or say --out FILE "
-            "and --recipe ID for regions of its images all the same"
+            f"{config} needs no regions: start its pre-training, or give --out FILE "
+            "and --recipe ID to make regions of its images anyway"
         )
     )
 

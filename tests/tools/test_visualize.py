@@ -1,4 +1,4 @@
-"""Pictures of views: the run's own samples, and one colour a region."""
+"""Pictures of views: the samples of the run, with one colour per region."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 OVERRIDES = [
     "dataloader.train.dataset.names.size=6",
-    "dataloader.train.dataset.regions=null",  # every image's one region is all of it
+    "dataloader.train.dataset.regions=null",  # the only region of every image is the whole image
     "dataloader.train.total_batch_size=6",
     "train.seed=3",
 ]
@@ -75,7 +75,7 @@ def test_pixels_are_those_after_photometry():
     assert (first[330, 330] == 55).all()  # 255 - 200
 
 
-def test_views_are_the_first_of_the_run(cfg):
+def test_the_views_are_the_first_of_the_run(cfg):
     loader = cfg.dataloader.train.copy()
     loader.seed = 3
     loader.num_workers = 0
@@ -87,7 +87,7 @@ def test_views_are_the_first_of_the_run(cfg):
         assert (a.photometry == b.photometry[:2]).all()
 
 
-def test_sheet_puts_rows_below_each_other():
+def test_a_sheet_stacks_its_rows():
     red, blue = np.full((10, 20, 3), (255, 0, 0)), np.full((40, 20, 3), (0, 0, 255))
     picture = sheet([[red.astype(np.uint8), blue.astype(np.uint8)]] * 3, height=20)
     assert picture.shape == (3 * 28 + 8, 40 + 10 + 3 * 8, 3)

@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 
 from region_pretrain.config import get_config
-from region_pretrain.data.objects import object_crops
+from region_pretrain.projects.mcl.objects import object_crops
 
 from .common.shapes import (
     DETECTOR,

@@ -18,8 +18,8 @@ from region_pretrain.projects.point_region_contrast.correspondence import (
     match_cells,
     view_window,
 )
+from region_pretrain.projects.point_region_contrast.maps import NO_REGION, MapSource, RegionMap
 from region_pretrain.projects.point_region_contrast.pictures import draw_views
-from region_pretrain.regions.maps import NO_REGION, MapSource, RegionMap
 
 POSITIVES = ("region", "location")
 #: Ids of the places that query view and partner share begin here, above all regions' labels.

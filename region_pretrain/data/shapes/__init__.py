@@ -1,4 +1,4 @@
-"""Shapes: the embedded data set, made from nothing but a seed."""
+"""Shapes: the built-in procedural data set, generated from a seed."""
 
 from region_pretrain.data.shapes.dataset import (
     ShapesSpec,

@@ -1,4 +1,4 @@
-"""Draw Shapes at each level: ``python -m region_pretrain.data.shapes --output shapes.png``."""
+"""Draw Shapes at every level: ``python -m region_pretrain.data.shapes --output shapes.png``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from region_pretrain.data.shapes.dataset import ShapesSpec
 from region_pretrain.data.shapes.scene import LEVELS, render_scene
 
 
-def contact_sheet(count: int, side: int, zoom: int = 2, outlines: bool = True) -> np.ndarray:
-    """Scenes of the training split, a row a level.
+def contact_sheet(count: int, side: int) -> np.ndarray:
+    """Draw scenes of the training split, one row per level.
 
     Args:
-        count: scenes a level.
-        side: of a scene in pixels.
-        zoom: each pixel becomes ``zoom`` times ``zoom``.
-        outlines: draw what can be seen of each object around it, in the last half of the scenes.
+        count: scenes per level.
+        side: side of a scene in pixels.
 
     Returns:
         ``(H, W, 3)`` uint8 RGB.
     """
+    zoom = 2
     rows = []
     for level, difficulty in LEVELS.items():
         cells = []
@@ -30,7 +29,7 @@ def contact_sheet(count: int, side: int, zoom: int = 2, outlines: bool = True) -
             spec = ShapesSpec("train", count, side, difficulty=difficulty)
             scene = render_scene(side, difficulty, spec.rng(index))
             cell = cv2.resize(scene.image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-            if outlines and 2 * index >= count:
+            if 2 * index >= count:  # the second half shows the visible outlines of the objects
                 for item in scene.objects:
                     rings = [np.round(ring * zoom).astype(np.int32) for ring in item.visible]
                     cv2.polylines(cell, rings, True, (255, 160, 0), 1, cv2.LINE_AA)
@@ -44,11 +43,14 @@ def contact_sheet(count: int, side: int, zoom: int = 2, outlines: bool = True) -
 
 
 def main() -> None:
-    """Write the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="shapes.png")
-    parser.add_argument("--count", type=int, default=6, help="scenes a level (%(default)s)")
-    parser.add_argument("--side", type=int, default=128, help="pixels (%(default)s)")
+    parser.add_argument("--output", default="shapes.png", help="PNG file (default %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=6, help="scenes per level (default %(default)s)"
+    )
+    parser.add_argument(
+        "--side", type=int, default=128, help="side of a scene in pixels (default %(default)s)"
+    )
     args = parser.parse_args()
     cv2.imwrite(args.output, contact_sheet(args.count, args.side)[..., ::-1])
     print(args.output)

@@ -1,4 +1,4 @@
-"""Shapes on disk: PNG images and a COCO json, made on first use, the same from the same seed."""
+"""Shapes on disk: PNG images and a COCO json, generated on first use from a seed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
+from region_pretrain.data.catalog import register_once
 from region_pretrain.data.shapes.scene import CLASSES, Difficulty, get_difficulty, render_scene
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when the same seed gives another picture
+_VERSION = 1  # increment when the same seed yields another image
 _SPLITS = ("unlabeled", "train", "val")
 
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """What defines a Shapes data set, and therefore its name on disk.
+    """The parameters of a Shapes data set, which determine its folder.
 
     Attributes:
-        split: ``unlabeled``, ``train`` or ``val``; the same seed gives different scenes in each.
+        split: ``unlabeled``, ``train`` or ``val``; one seed yields different scenes in each.
         size: number of images.
-        side: image side in pixels.
-        seed: scenes of one seed are the same whatever the size: image i of 100 is image i of 1000.
+        side: side of the images in pixels.
+        seed: seed of the scenes. They do not depend on ``size``: image i of 100 is image i of 1000.
         difficulty: see :class:`~region_pretrain.data.shapes.scene.Difficulty`.
     """
 
@@ -51,19 +52,19 @@ class ShapesSpec:
             raise UserError(f"Shapes has no split {self.split!r}; it has {', '.join(_SPLITS)}")
         if self.size < 1 or self.side < 32:
             raise UserError(
-                f"Shapes wants size >= 1 and side >= 32, not size={self.size}, side={self.side}"
+                f"Shapes needs size >= 1 and side >= 32, not size={self.size}, side={self.side}"
             )
 
     @property
     def folder(self) -> Path:
-        """Where the images are: below ``$DETECTRON2_DATASETS`` (default ``datasets``)."""
+        """The data set's folder under ``$DETECTRON2_DATASETS`` (default ``datasets``)."""
         facts = json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
         return root / "shapes" / f"{self.split}_{self.size}x{self.side}px_seed{self.seed}_{digest}"
 
     def rng(self, index: int) -> np.random.Generator:
-        """The generator of one scene."""
+        """The random generator of one scene."""
         return np.random.default_rng([_VERSION, self.seed, _SPLITS.index(self.split), index])
 
 
@@ -92,11 +93,11 @@ def _render_to_disk(job: tuple[ShapesSpec, int, str]) -> tuple[dict, list[dict]]
 
 
 def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
-    """Make the data set unless it is there.
+    """Generate the data set unless it exists.
 
     Args:
-        spec: what to make.
-        workers: processes; default one a core.
+        spec: its parameters.
+        workers: number of processes; by default one per core.
 
     Returns:
         Its folder, with ``images/`` and ``annotations.json`` (COCO format).
@@ -105,7 +106,7 @@ def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
     if (folder / "annotations.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(folder)):  # another process may be making it
+    with file_lock(str(folder)):  # another process may be generating it
         if (folder / "annotations.json").is_file():
             return folder
         unfinished = folder.with_name(folder.name + ".unfinished")
@@ -117,7 +118,7 @@ def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
         if workers == 1:
             results = [_render_to_disk(job) for job in tqdm(jobs, **bar)]
         else:
-            # Not multiprocessing.Pool: it ends workers by SIGTERM, which a cluster's jobs ignore.
+            # Not multiprocessing.Pool, which stops workers by SIGTERM: jobs on a cluster ignore it.
             context = get_context("fork")
             with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
                 results = list(tqdm(pool.map(_render_to_disk, jobs, chunksize=16), **bar))
@@ -132,26 +133,22 @@ def make_shapes(spec: ShapesSpec, workers: int | None = None) -> Path:
         (unfinished / "annotations.json").write_text(json.dumps(coco))
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-    logger.info("made Shapes %s: %d images in %s", spec.split, spec.size, folder)
+    logger.info("Generated Shapes %s: %d images in %s", spec.split, spec.size, folder)
     return folder
 
 
 def register_shapes(name: str, spec: ShapesSpec) -> str:
-    """Register a Shapes data set under a name; it is made when it is first asked for.
+    """Register a Shapes data set; it is generated when its records are first loaded.
 
-    Registering a name again with the same spec does nothing.
+    Registering a name again with the same spec has no effect.
 
     Returns:
         ``name``.
 
     Raises:
-        UserError: the name stands for another data set.
+        UserError: the name is taken by another data set.
     """
     metadata = MetadataCatalog.get(name)
-    if name in DatasetCatalog.list():
-        if metadata.get("shapes_spec") != spec:
-            raise UserError(f"the data set name {name!r} is taken; choose another for this Shapes")
-        return name
 
     def load() -> list[dict]:
         folder = make_shapes(spec)
@@ -159,22 +156,21 @@ def register_shapes(name: str, spec: ShapesSpec) -> str:
         metadata.set(json_file=json_file, image_root=str(folder / "images"))
         return load_coco_json(json_file, str(folder / "images"), name, ["material_id", "visible"])
 
-    DatasetCatalog.register(name, load)
-    metadata.set(
-        shapes_spec=spec,
-        json_file=str(spec.folder / "annotations.json"),
-        image_root=str(spec.folder / "images"),
-        evaluator_type="coco",
-        thing_classes=list(CLASSES),
-        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
-    )
+    if register_once(name, load, shapes=spec):
+        metadata.set(
+            json_file=str(spec.folder / "annotations.json"),
+            image_root=str(spec.folder / "images"),
+            evaluator_type="coco",
+            thing_classes=list(CLASSES),
+            thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
+        )
     return name
 
 
 def shapes(
     split: str, size: int, side: int = 128, seed: int = 0, level: str = "medium", **difficulty
 ) -> str:
-    """Register a Shapes data set of any size and return its name, for use in a config.
+    """Register a Shapes data set and return its name, for use in a config.
 
     Example::
 
@@ -183,8 +179,7 @@ def shapes(
     Args:
         split, size, side, seed: see :class:`ShapesSpec`.
         level: ``easy``, ``medium`` or ``hard``.
-        **difficulty: single parameters of
-            :class:`~region_pretrain.data.shapes.scene.Difficulty` to change.
+        **difficulty: fields of :class:`~region_pretrain.data.shapes.scene.Difficulty` to override.
 
     Returns:
         The registered name.

@@ -1,4 +1,4 @@
-"""The materials of Shapes: eight grey textures that differ in their statistics, not their colour.
+"""The materials of Shapes: eight grey textures that differ in statistics, not in colour.
 
 A material is a function ``(height, width, scale, rng) -> (height, width)`` float32 with zero mean
 and unit standard deviation. ``scale`` is the texture's unit length in pixels.
@@ -30,7 +30,7 @@ def _axes(
 
 
 def _noise(height: int, width: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise of correlation length ``sigma`` pixels, free of border effects."""
+    """Gaussian noise of correlation length ``sigma`` pixels, without border effects."""
     pad = int(np.ceil(3 * sigma))
     white = rng.standard_normal((height + 2 * pad, width + 2 * pad), dtype=np.float32)
     smooth = cv2.GaussianBlur(white, (0, 0), sigma) if sigma > 0 else white
@@ -38,7 +38,7 @@ def _noise(height: int, width: int, sigma: float, rng: np.random.Generator) -> n
 
 
 def clouds(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Smooth, without a direction."""
+    """Smooth, without orientation."""
     return _noise(height, width, scale, rng)
 
 
@@ -49,13 +49,13 @@ def stripes(height: int, width: int, scale: float, rng: np.random.Generator) -> 
 
 
 def checker(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """A chess board."""
+    """A chessboard."""
     u, v = _axes(height, width, 2.4 * scale, rng)
     return _standardise(np.tanh(6 * np.sin(u) * np.sin(v)))
 
 
 def dots(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Bright dots in a square lattice."""
+    """Bright dots on a square lattice."""
     u, v = _axes(height, width, 2.2 * scale, rng)
     return _standardise(np.exp(2.5 * (np.cos(u) + np.cos(v) - 2)))
 
@@ -66,13 +66,13 @@ def grain(height: int, width: int, scale: float, rng: np.random.Generator) -> np
 
 
 def waves(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Bars bent by a slow distortion, as in wood."""
+    """Bars bent by a slow distortion, like wood grain."""
     u, _ = _axes(height, width, 2.4 * scale, rng)
     return _standardise(np.sin(u + 2.5 * _noise(height, width, 1.8 * scale, rng)))
 
 
 def cracks(height: int, width: int, scale: float, rng: np.random.Generator) -> np.ndarray:
-    """Dark thin lines between plates."""
+    """Thin dark lines between plates."""
     return _standardise(-np.exp(-4 * np.abs(_noise(height, width, 0.9 * scale, rng))))
 
 

@@ -1,8 +1,7 @@
-"""Scenes of Shapes: textured objects over a textured ground, with clutter and occlusion.
+"""Scenes of Shapes: textured objects on a textured ground, with clutter and occlusion.
 
-Everything is drawn in grey; a slight tint common to the scene is all the colour there is by
-default. With a free colour per object, pre-training learns to match regions by their colour and
-nothing else.
+Everything is drawn in grey; by default the only colour is a slight tint, nearly the same for the
+whole scene. If every object had its own colour, pre-training would match regions by colour alone.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ from region_pretrain.errors import UserError
 
 CLASSES: tuple[str, ...] = tuple(OUTLINES)
 _MATERIAL_NAMES = tuple(MATERIALS)
-_SUPERSAMPLE = 8  # sub-pixels a side, for the objects' soft edges
-_MIN_VISIBLE_SIDE = 4.0  # pixels; a smaller rest of an object is not placed
+_SUPERSAMPLE = 8  # sub-pixels per pixel and axis, for the objects' soft edges
+_MIN_VISIBLE_SIDE = 4.0  # pixels; an object of which less is visible is not placed
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What makes a scene hard. Lengths are fractions of the image's side.
+    """The difficulty of scenes. Lengths are fractions of the image's side.
 
     Attributes:
-        objects: least and most objects of a scene.
-        size: least and largest diameter of an object.
-        contrast: least and largest difference of mean luminance, object to ground.
+        objects: range of the number of objects in a scene.
+        size: range of an object's diameter.
+        contrast: range of the difference in mean luminance between object and ground.
         texture: strength (standard deviation of luminance) of the objects' materials.
         ground_texture: the same for the ground.
-        typical: probability that an object is of the material typical of its class.
-        clutter: number of strokes and scraps that belong to no class.
-        occlusion: largest share of an object that others may hide.
-        rotation: largest turn of an object, in degrees either way.
+        typical: probability that an object has the typical material of its class.
+        clutter: number of strokes that belong to no class.
+        occlusion: largest fraction of an object that others may hide.
+        rotation: largest rotation of an object in either direction, in degrees.
         noise: standard deviation of the sensor noise.
-        saturation: strength of the scene's common tint (0: grey).
-        object_saturation: strength of a tint of each object's own.
+        saturation: strength of the scene's common tint; 0 is grey.
+        object_saturation: strength of each object's own tint.
     """
 
     objects: tuple[int, int] = (3, 6)
@@ -58,7 +57,7 @@ class Difficulty:
     object_saturation: float = 0.005
 
 
-#: The named levels.
+#: Level name -> difficulty.
 LEVELS: dict[str, Difficulty] = {
     "easy": Difficulty(
         objects=(2, 4),
@@ -88,23 +87,22 @@ LEVELS: dict[str, Difficulty] = {
 }
 
 
-def get_difficulty(level: str | Difficulty, **overrides) -> Difficulty:
-    """A named level, with single parameters changed.
+def get_difficulty(level: str, **overrides) -> Difficulty:
+    """The difficulty of a level, with some fields overridden.
 
     Raises:
-        UserError: unknown level or parameter.
+        UserError: unknown level or field.
     """
-    if isinstance(level, str):
-        if level not in LEVELS:
-            raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
-        level = LEVELS[level]
+    if level not in LEVELS:
+        raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
     unknown = set(overrides) - {f.name for f in fields(Difficulty)}
     if unknown:
         names = ", ".join(f.name for f in fields(Difficulty))
-        raise UserError(f"Shapes difficulty has no {sorted(unknown)}; it has {names}")
-    return replace(
-        level, **{k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    )
+        raise UserError(
+            f"the difficulty of Shapes has no {', '.join(sorted(unknown))}; it has {names}"
+        )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+    return replace(LEVELS[level], **values)
 
 
 @dataclass
@@ -113,9 +111,9 @@ class SceneObject:
 
     Attributes:
         category: index into :data:`CLASSES`.
-        material: index of the material (equal to ``category`` where typical).
-        polygon: the whole outline, also where it is hidden or outside the image.
-        visible: exterior rings ``(V, 2)`` of what can be seen; together they are the exact mask.
+        material: index of the material; equal to ``category`` if it is the typical one.
+        polygon: the complete outline, including hidden parts and parts outside the image.
+        visible: exterior rings ``(V, 2)`` of the visible part; together they are its exact mask.
     """
 
     category: int
@@ -137,14 +135,14 @@ class SceneObject:
 
 @dataclass
 class Scene:
-    """An image ``(side, side, 3)`` uint8 RGB and its objects, the farthest first."""
+    """An image ``(side, side, 3)`` uint8 RGB and its objects from back to front."""
 
     image: np.ndarray
     objects: list[SceneObject]
 
 
 def _rings(shape: shapely.Geometry) -> list[np.ndarray]:
-    """Exterior rings that cover ``shape`` exactly; a part with a hole is cut through the hole."""
+    """Exterior rings that cover ``shape`` exactly; a part with a hole is split at the hole."""
     if shape.is_empty:
         return []
     if isinstance(shape, Polygon):
@@ -154,12 +152,12 @@ def _rings(shape: shapely.Geometry) -> list[np.ndarray]:
         x0, y0, x1, y1 = shape.bounds
         halves = (rectangle(x0, y0, x, y1), rectangle(x, y0, x1, y1))
         return [ring for half in halves for ring in _rings(shape.intersection(half))]
-    # A difference of polygons may also leave points and lines, which have no area.
+    # A difference of polygons may also contain points and lines, which have no area.
     return [ring for part in getattr(shape, "geoms", []) for ring in _rings(part)]
 
 
 def _visible_parts(polygons: list[Polygon], side: int) -> list[shapely.Geometry]:
-    """What can be seen of each polygon; later polygons lie over earlier ones."""
+    """The visible part of each polygon; later polygons cover earlier ones."""
     frame, parts = rectangle(0, 0, side, side), []
     for i, polygon in enumerate(polygons):
         above = [p for p in polygons[i + 1 :] if p.intersects(polygon)]
@@ -169,7 +167,7 @@ def _visible_parts(polygons: list[Polygon], side: int) -> list[shapely.Geometry]
 
 
 def _place(difficulty: Difficulty, side: int, rng: np.random.Generator) -> list[SceneObject]:
-    """Draw objects that all stay visible enough; gives up an object after 30 tries."""
+    """Place objects that all stay visible enough; an object is dropped after 30 attempts."""
     objects: list[SceneObject] = []
     for _ in range(int(rng.integers(difficulty.objects[0], difficulty.objects[1] + 1))):
         category = int(rng.integers(len(CLASSES)))
@@ -183,8 +181,8 @@ def _place(difficulty: Difficulty, side: int, rng: np.random.Generator) -> list[
         rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
         outline = sample_outline(CLASSES[category], rng) @ rotation.T * radius
         for _ in range(30):
-            centre = rng.uniform(0.6 * radius, side - 0.6 * radius, 2)
-            candidate = SceneObject(category, material, Polygon(outline + centre))
+            center = rng.uniform(0.6 * radius, side - 0.6 * radius, 2)
+            candidate = SceneObject(category, material, Polygon(outline + center))
             trial = [*objects, candidate]
             polygons = [o.polygon for o in trial]
             parts = _visible_parts(polygons, side)
@@ -200,17 +198,17 @@ def _visible_enough(part: shapely.Geometry, whole: Polygon, difficulty: Difficul
     if part.area < (1 - difficulty.occlusion) * whole.area:
         return False
     if isinstance(part, MultiPolygon) and max(p.area for p in part.geoms) < 0.8 * part.area:
-        return False  # an object cut in two is not one object to a person
+        return False  # an object cut in two does not look like one object
     x0, y0, x1, y1 = part.bounds
     return min(x1 - x0, y1 - y0) >= _MIN_VISIBLE_SIDE
 
 
 def _coverage(rings: list[np.ndarray], side: int) -> np.ndarray:
-    """Share of each pixel inside the rings, ``(side, side)`` float32."""
+    """``(side, side)`` float32: the fraction of each pixel that is inside the rings."""
     shift = 4  # fractional bits of cv2's coordinates
     mask = np.zeros((side * _SUPERSAMPLE,) * 2, np.uint8)
-    # OpenCV puts integer coordinates at sub-pixels' centres, and fills the border line as well:
-    # half a sub-pixel too much on every side.
+    # OpenCV's integer coordinates are the centres of sub-pixels, and it fills the border line as
+    # well: half a sub-pixel too much on every side.
     points = [np.round((r * _SUPERSAMPLE - 0.5) * (1 << shift)).astype(np.int32) for r in rings]
     cv2.fillPoly(mask, points, 255, lineType=cv2.LINE_8, shift=shift)
     return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -221,7 +219,7 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, value: np.ndarray | float) -> 
 
 
 def _draw_clutter(canvas: np.ndarray, count: int, rng: np.random.Generator) -> None:
-    """Strokes and scraps: things with edges that are no object."""
+    """Draw strokes: edges that belong to no object."""
     side = canvas.shape[0]
     for _ in range(count):
         start = rng.uniform(0, side, 2)
@@ -240,18 +238,18 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
     Args:
         side: image side in pixels.
         difficulty: see :class:`Difficulty`.
-        rng: all the scene's randomness.
+        rng: the scene's random generator.
 
     Returns:
-        The image and its objects; a scene has at least one object.
+        The image and its objects, at least one.
     """
     objects = _place(difficulty, side, rng)
     while not objects:
         objects = _place(difficulty, side, rng)
 
-    unit = side / 20  # the textures' unit length
-    # Grounds are all of one kind: one with a pattern of its own would tell every region of the
-    # scene which image it is from, and matching regions would need nothing else.
+    unit = side / 20  # unit length of the textures
+    # All grounds are alike: a pattern of its own would identify the image in each of its regions,
+    # which would be enough to match them.
     ground = 0.8 * MATERIALS["clouds"](side, side, 2.5 * unit, rng)
     ground += 0.6 * MATERIALS["clouds"](side, side, 0.6 * unit, rng)
     canvas = 0.5 + difficulty.ground_texture * ground
@@ -262,14 +260,14 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
     for item in objects:
         outline = [np.asarray(item.polygon.exterior.coords)[:-1]]
         alpha = _coverage(outline, side)
-        # A shadow beside and an edge around the object set it off as a thing.
+        # A shadow and a rim set the object off from the ground.
         dx, dy = rng.uniform(-0.02, 0.02, 2) * side
         moved = cv2.warpAffine(alpha, np.float32([[1, 0, dx], [0, 1, dy]]), (side, side))
         _paint(canvas, 0.35 * cv2.GaussianBlur(moved, (0, 0), side * 0.02), canvas - 0.25)
         base = 0.5 + rng.choice((-1.0, 1.0)) * rng.uniform(*difficulty.contrast)
         texture = MATERIALS[_MATERIAL_NAMES[item.material]]
         value = base + difficulty.texture * texture(side, side, unit * rng.uniform(0.85, 1.2), rng)
-        # Light from one side: an object is not told by being bright or dark as a whole.
+        # Light from one side, so that mean brightness does not reveal the object.
         x0, y0, x1, y1 = item.polygon.bounds
         y, x = np.mgrid[:side, :side].astype(np.float32) + 0.5
         light = rng.normal(0, 0.12, 2)
@@ -283,7 +281,7 @@ def render_scene(side: int, difficulty: Difficulty, rng: np.random.Generator) ->
 
     _draw_clutter(canvas, difficulty.clutter - below, rng)
     canvas = canvas + rng.normal(0, difficulty.noise, canvas.shape)
-    # Equal mean and contrast for every scene: brightness tells nothing.
+    # Equal mean and contrast in every scene, so that brightness does not identify the image.
     canvas = 0.5 + 0.19 * (canvas - canvas.mean()) / max(float(canvas.std()), 1e-6)
     common = rng.normal(0, difficulty.saturation, 3)
     image = canvas[..., None] + tint + (common - common.mean())

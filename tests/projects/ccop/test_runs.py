@@ -157,7 +157,7 @@ def test_annotated_boxes_are_used_on_purpose_only(config, region_folder, tmp_pat
     with pytest.raises(UserError, match="labels.arrow.*allow_ground_truth=True"):
         instantiate(config("labels", override).dataloader.train)
     allowed = config("labels", override, "dataloader.train.dataset.allow_ground_truth=True")
-    assert instantiate(allowed.dataloader.train).num_images == 12
+    assert len(instantiate(allowed.dataloader.train).dataset) == 12
     assert "uses labels" in caplog.text
 
 
@@ -214,4 +214,4 @@ def test_the_command_line_draws_the_methods_picture(config, tmp_path, monkeypatc
     assert picture.exists()
     with pytest.raises(SystemExit, match="2"):
         run("--weights", "a.pth")
-    assert "error: --weights goes with --method" in capsys.readouterr().err
+    assert "error: --weights requires --method" in capsys.readouterr().err

@@ -10,11 +10,11 @@ from detectron2.config import LazyConfig, instantiate
 from project_runs import check_stopped_run_goes_on, losses
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
-from region_pretrain.data.objects import object_crops
 from region_pretrain.data.shapes import shapes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.projects.mcl.objects import object_crops
 
 RECIPES = CONFIG_ROOT.parent / "projects/MCL/configs"
 SHAPES = "mcl_r18-fpn_b32_shapes"
@@ -138,7 +138,7 @@ def test_stock_detectron2_fills_everything_that_was_trained(run, region_folder):
 def test_the_supervised_recipe_trains_on_folders_of_classes(run, region_folder):
     arguments = ("train.max_iter=2", "dataloader.train.dataset.labels=True")
     recipe = dict(recipe="mcl-supervised_r18-fpn_b32_shapes")
-    with pytest.raises(UserError, match="lies in no class's folder"):
+    with pytest.raises(UserError, match="it is not in a class folder"):
         run("unlabeled", *arguments, **recipe)
     (region_folder.images / "other").mkdir()
     for path in sorted(region_folder.images.glob("*.png")):

@@ -20,7 +20,7 @@ from region_pretrain.projects.point_region_contrast import (
     PointRegionContrast,
     PointRegionViews,
 )
-from region_pretrain.regions.maps import region_maps
+from region_pretrain.projects.point_region_contrast.maps import region_maps
 
 DIM = 16
 

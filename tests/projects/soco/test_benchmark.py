@@ -73,8 +73,8 @@ def test_figures_of_a_step(small_soco, make_batch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--made-images", "4", "--made-size", "500"], "500 is not WIDTHxHEIGHT"),
-        (["--made-size", "500x375"], "say how many with --made-images"),
+        (["--synthetic-images", "4", "--synthetic-size", "500"], "500 is not WIDTHxHEIGHT"),
+        (["--synthetic-size", "500x375"], "--synthetic-size requires --synthetic-images"),
     ],
 )
 def test_bad_sizes_are_told_at_once(more, message):
@@ -86,7 +86,7 @@ def test_bad_sizes_are_told_at_once(more, message):
 def test_command_line(tmp_path):
     out = tmp_path / "figures.json"
     command = [
-        *(sys.executable, str(ROOT / "tools/benchmark.py"), "--made-images", "4"),
+        *(sys.executable, str(ROOT / "tools/benchmark.py"), "--synthetic-images", "4"),
         *("--seconds", "0.1", "--json", str(out)),
         *("--config-file", str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")),
         *("train.device=cpu", "dataloader.train.total_batch_size=4"),
@@ -95,8 +95,8 @@ def test_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert figures["step"]["images"] == 4 and figures["loader"]["decode"] > 0
-    assert "networks alone" in done.stdout and "loader, antialiased" in done.stdout
+    assert "networks alone" in done.stdout and "loader, antialiased filter" in done.stdout
     done = subprocess.run(
         [*command, "dataloader.train.total_batch_size=8"], capture_output=True, text=True
     )
-    assert done.returncode == 2 and "raise --made-images" in done.stderr
+    assert done.returncode == 2 and "raise --synthetic-images" in done.stderr

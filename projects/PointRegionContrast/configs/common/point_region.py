@@ -17,7 +17,7 @@ from region_pretrain.projects.point_region_contrast import (
     PointRegionContrast,
     PointRegionViews,
 )
-from region_pretrain.regions.maps import region_maps
+from region_pretrain.projects.point_region_contrast.maps import region_maps
 
 _shared = get_config("common/moco_family.py")
 optimizer, lr_multiplier, train = _shared.optimizer, _shared.lr_multiplier, _shared.train

@@ -1,4 +1,4 @@
-"""Annotated objects as images of their own, with one class each, for pre-training with labels."""
+"""Annotated objects as images with one class each, for supervised pre-training."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from region_pretrain.data.catalog import get_records
 from region_pretrain.data.geometry import clip_boxes
 from region_pretrain.errors import UserError
 
-_MIN_SIDE = 8  # pixels; a smaller object shows nothing when it is cut out
+_MIN_SIDE = 8  # pixels; a crop of a smaller object is not recognisable
 
 
 def object_crops(names: str | Sequence[str], context: float = 1.5) -> str:
-    """Register the annotated objects of detection data sets, each as an image of its own.
+    """Register the annotated objects of detection data sets as images.
 
-    An object's image is its box with some of its surroundings, cut at the image's borders. Crowds
-    and objects below 8 pixels are left out. For use in a config::
+    An object's image is its box with some context, clipped to the image. Crowds and objects below 8
+    pixels are skipped. For use in a config::
 
         dataset.names = L(object_crops)(names="coco_2017_train")
         dataset.labels = True
 
-    A record has the object's ``category_id`` and its ``crop``, whole pixels of the file.
+    A record has the object's ``category_id`` and its ``crop`` in whole pixels of the file.
 
     Args:
-        names: registered data sets with boxes, of the same classes.
-        context: sides of the image by those of the box, at least 1.
+        names: registered data sets with boxes, all with the same classes.
+        context: side lengths of the image relative to the box, at least 1.
 
     Returns:
-        The registered name. Reading it raises ``UserError`` where no object is left, or where a
-        data set says no image sizes.
+        The registered name. Loading it raises ``UserError`` if no object is left, or if a data set
+        has no image sizes.
 
     Raises:
-        UserError: ``context`` below 1.
+        UserError: ``context`` is below 1.
     """
     names = [names] if isinstance(names, str) else list(names)
     if context < 1:
-        raise UserError(f"object_crops: context={context} cuts objects off; it is at least 1")
+        raise UserError(f"object_crops: context={context} crops objects: must be at least 1")
     name = f"objects:{'+'.join(names)}:{context:g}"
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: _load_crops(names, context))
@@ -60,8 +60,8 @@ def _load_crops(names: list[str], context: float) -> list[dict]:
         boxes = np.array(
             [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
         )
-        centre, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-        grown = np.concatenate([centre - context * side / 2, centre + context * side / 2], axis=1)
+        center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+        grown = np.concatenate([center - context * side / 2, center + context * side / 2], axis=1)
         grown = clip_boxes(np.rint(grown), record["width"], record["height"]).astype(int)
         for k, (annotation, crop) in enumerate(zip(objects, grown.tolist(), strict=True)):
             if min(crop[2] - crop[0], crop[3] - crop[1], *side[k]) >= _MIN_SIDE:
@@ -74,5 +74,5 @@ def _load_crops(names: list[str], context: float) -> list[dict]:
                     }
                 )
     if not crops:
-        raise UserError(f"object_crops: {', '.join(names)} have no box of {_MIN_SIDE} pixels")
+        raise UserError(f"object_crops: no box in {', '.join(names)} has {_MIN_SIDE} pixels")
     return crops

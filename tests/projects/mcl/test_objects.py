@@ -1,4 +1,4 @@
-"""Images with one class each: folders by class, and objects cut out of scenes."""
+"""Annotated objects cut out of scenes, as images with one class each."""
 
 import json
 
@@ -8,56 +8,18 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from region_pretrain.data.catalog import get_records, label_by_folder, register_image_folder
+from region_pretrain.data.catalog import get_records
 from region_pretrain.data.dataset import PretrainDataset
-from region_pretrain.data.objects import object_crops
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.shapes import shapes
 from region_pretrain.errors import UserError
+from region_pretrain.projects.mcl.objects import object_crops
 from region_pretrain.projects.soco import SoCoViews
 
 
 @pytest.fixture
 def views():
     return SoCoViews([16, 16], ["crop"], Photometry(), Photometry())
-
-
-def write(path, value, shape=(40, 60, 3)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full(shape, value, np.uint8))
-
-
-def test_classes_are_the_folders_in_order(tmp_path, views):
-    for name, value in (("zebra/a.png", 10), ("ant/x/b.png", 20), ("ant/c.png", 30)):
-        write(tmp_path / name, value)
-    name = f"folder://{tmp_path}"
-    data = PretrainDataset(name, views, labels=True)
-    batch = data.batch(0, 0, [2, 0, 1])
-    seen = {int(image.float().mean().round()): label for image, label in
-            zip(batch.views[0].images, batch.labels.tolist(), strict=True)}  # fmt: skip
-    assert seen == {10: 1, 20: 0, 30: 0}
-    assert label_by_folder(get_records(name)) == ["ant", "zebra"]
-    chunks = [chunk.labels.tolist() for chunk in batch.to("cpu").chunk(2)]
-    assert sum(chunks, []) == batch.labels.tolist()
-    assert PretrainDataset(name, views).batch(0, 0, [0]).labels is None
-
-
-def test_the_label_is_of_the_image_that_takes_the_place(tmp_path, views):
-    write(tmp_path / "a/1.png", 50)
-    write(tmp_path / "b/2.png", 90)
-    data = PretrainDataset(f"folder://{tmp_path}", views, labels=True)
-    (tmp_path / "a/1.png").write_bytes(b"broken")
-    batch = data.batch(0, 0, [0])
-    assert batch.labels.tolist() == [1] and (batch.views[0].images == 90).all()
-
-
-def test_images_without_classes_are_told(tmp_path, views, request):
-    write(tmp_path / "a.png", 1)
-    with pytest.raises(UserError, match="a.png lies in no class's folder"):
-        PretrainDataset(f"folder://{tmp_path}", views, labels=True)
-    name = register_image_folder(request.node.name, str(tmp_path))
-    with pytest.raises(UserError, match="labels=True, but 1 of the 1 images have no class.*a.png"):
-        PretrainDataset(name, views, labels=True)
 
 
 def register_scene(name, path, annotations, **size):
@@ -70,7 +32,7 @@ def annotation(x, y, w, h, category, **more):
     return {**box, **more}
 
 
-def test_objects_are_cut_out_with_their_surroundings(tmp_path, views, request):
+def test_objects_are_cut_out_with_context(tmp_path, views, request):
     path = tmp_path / "scene.png"
     image = np.zeros((40, 60, 3), np.uint8)
     image[10:20, 20:40] = 200
@@ -86,7 +48,7 @@ def test_objects_are_cut_out_with_their_surroundings(tmp_path, views, request):
     records = get_records(name)
     assert [r["image_id"] for r in records] == ["7#0", "7#1"]
     assert [r["category_id"] for r in records] == [3, 1]
-    # Sides times 1.5 about the centre (30, 15): 15 to 45 and 7.5 to 22.5; the other is cut.
+    # Sides times 1.5 about the centre (30, 15): 15 to 45 and 7.5 to 22.5; the other is clipped.
     assert [r["crop"] for r in records] == [[15, 8, 45, 22], [0, 0, 60, 40]]
     data = PretrainDataset(name, views, labels=True)
     np.testing.assert_array_equal(data.read(0)[0].decode(), image[8:22, 15:45])
@@ -106,14 +68,14 @@ def test_objects_of_shapes(tmp_path, monkeypatch):
     assert MetadataCatalog.get(name).thing_classes == MetadataCatalog.get(scenes).thing_classes
 
 
-def test_what_cannot_be_cut_is_told(tmp_path, request):
+def test_objects_that_cannot_be_cut_out_are_refused(tmp_path, request):
     with pytest.raises(UserError, match="context=0.5"):
         object_crops("anything", context=0.5)
     path = tmp_path / "scene.png"
     register_scene(
         f"{request.node.name}_small", path, [annotation(0, 0, 4, 4, 0)], width=9, height=9
     )
-    with pytest.raises(UserError, match="have no box of 8 pixels"):
+    with pytest.raises(UserError, match="no box in .*_small has 8 pixels"):
         get_records(object_crops(f"{request.node.name}_small"))
     register_scene(f"{request.node.name}_bare", path, [annotation(0, 0, 9, 9, 0)])
     with pytest.raises(UserError, match="has no width and height"):

@@ -1,4 +1,4 @@
-"""Region maps: which region each place of an image belongs to, by a formula or a label image."""
+"""Region maps: the region of each point of an image, in closed form or from a label image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.cluster.vq import vq
 
 from region_pretrain.errors import UserError
 
-#: The label of what belongs to no region; regions are labelled from 1.
+#: The label of points outside all regions; regions are labelled from 1.
 NO_REGION = 0
 
 
@@ -22,21 +22,21 @@ class RegionMap(Protocol):
     """The regions of one image."""
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Look up places.
+        """Look up points.
 
         Args:
-            points: ``(..., 2)`` x and y in pixels of the original image, continuous; within it.
+            points: ``(..., 2)`` continuous x and y in pixels of the original image, within it.
 
         Returns:
-            ``(...)`` int64 labels, :data:`NO_REGION` where there is none.
+            ``(...)`` int64 labels, or :data:`NO_REGION`.
         """
 
 
 class MapSource(Protocol):
-    """Makes the region map of each image.
+    """Creates the region map of each image.
 
     Attributes:
-        needs_pixels: whether it looks at the image, or at its size and its boxes only.
+        needs_pixels: whether it needs the image, and not only its size and its boxes.
     """
 
     needs_pixels: bool
@@ -44,19 +44,19 @@ class MapSource(Protocol):
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, image: np.ndarray | None
     ) -> RegionMap:
-        """Map the regions of one image; the same image always has the same.
+        """Create the region map of an image, a function of the arguments alone.
 
         Args:
-            width, height: of the original image in pixels.
-            boxes: ``(N, 4)`` XYXY in its pixels, of a region store; N may be 0.
-            image: ``(h, w, 3)`` uint8 RGB of the whole image, perhaps decoded at a part of its
-                size; None for a source that needs no pixels.
+            width, height: size of the original image in pixels.
+            boxes: ``(N, 4)`` XYXY in its pixels, from a region store; N may be 0.
+            image: ``(h, w, 3)`` uint8 RGB, the whole image, possibly decoded at a reduced size;
+                None for a source that needs no pixels.
         """
 
 
 @dataclass(frozen=True)
 class GridMap:
-    """Cells of ``n x n`` equal parts of the image, labelled ``n * row + column + 1``."""
+    """A grid of ``n x n`` equal cells, labelled ``n * row + column + 1``."""
 
     width: int
     height: int
@@ -73,7 +73,7 @@ class GridMap:
 
 @dataclass(frozen=True)
 class BoxMap:
-    """Each place belongs to the smallest box around it; box i of the list has the label i + 1."""
+    """A point belongs to the smallest box around it; box i has the label i + 1."""
 
     boxes: np.ndarray
 
@@ -92,11 +92,11 @@ class BoxMap:
 
 @dataclass(frozen=True)
 class LabelImage:
-    """A label image that stands for the whole image, at any resolution.
+    """A label image of the whole image, at any resolution.
 
     Attributes:
         labels: ``(h, w)`` integers.
-        width, height: of the original image in pixels.
+        width, height: size of the original image in pixels.
     """
 
     labels: np.ndarray
@@ -116,7 +116,7 @@ class GridMaps:
     """A grid over the whole image, in closed form.
 
     Attributes:
-        n: cells a side.
+        n: cells per side.
     """
 
     n: int = 4
@@ -131,7 +131,7 @@ class GridMaps:
 
 @dataclass(frozen=True)
 class BoxMaps:
-    """The boxes of the region store: of selective search, annotated, or of any other recipe."""
+    """The boxes of the region store, of any recipe."""
 
     needs_pixels = False
 
@@ -143,7 +143,7 @@ class BoxMaps:
 
 
 class _PixelMaps:
-    """A source of label images that are worked out on a smaller copy of the image."""
+    """A source of label images, computed on a downscaled copy of the image."""
 
     needs_pixels = True
 
@@ -158,12 +158,12 @@ class _PixelMaps:
         return LabelImage(self.labels(np.ascontiguousarray(image)), width, height)
 
 
-def colour_and_place(image: np.ndarray, place: float = 0.5) -> np.ndarray:
-    """Features of pixels: CIELAB colour, and where they are.
+def color_and_place(image: np.ndarray, place: float) -> np.ndarray:
+    """Features of pixels: CIELAB colour and position.
 
     Args:
         image: ``(h, w, 3)`` uint8 RGB.
-        place: so many times 100 units, the range of lightness, is the image's longer side.
+        place: length of the image's longer side, relative to the range of lightness (100).
 
     Returns:
         ``(h, w, 5)`` float32.
@@ -175,15 +175,15 @@ def colour_and_place(image: np.ndarray, place: float = 0.5) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KMeansMaps(_PixelMaps):
-    """Clusters of an image's pixels by k-means, from means that start on a grid.
+    """Clusters of an image's pixels by k-means, initialised on a grid.
 
     Attributes:
-        clusters: at most so many regions.
-        working_size: long side in pixels of the copy that is clustered.
-        place: of :func:`colour_and_place`.
-        iterations: of the algorithm.
-        features: from ``(h, w, 3)`` uint8 RGB to ``(h', w', C)`` features that are clustered
-            instead, such as a network's map of the image.
+        clusters: largest number of regions.
+        working_size: long side of the clustered copy in pixels.
+        place: weight of position against colour, see :func:`color_and_place`.
+        iterations: number of k-means iterations.
+        features: maps ``(h, w, 3)`` uint8 RGB to ``(h', w', C)`` features to cluster instead, such
+            as a network's feature map.
     """
 
     clusters: int = 16
@@ -193,9 +193,9 @@ class KMeansMaps(_PixelMaps):
     features: Callable[[np.ndarray], np.ndarray] | None = None
 
     def labels(self, image: np.ndarray) -> np.ndarray:
-        """``(h, w)`` int64 labels of ``(h, w, 3)`` uint8 RGB."""
+        """``(h, w)`` int64 labels for ``(h, w, 3)`` uint8 RGB."""
         if self.features is None:
-            features = colour_and_place(image, self.place)
+            features = color_and_place(image, self.place)
         else:
             features = np.asarray(self.features(image))
         h, w = features.shape[:2]
@@ -216,12 +216,12 @@ class KMeansMaps(_PixelMaps):
 
 @dataclass(frozen=True)
 class SLICMaps(_PixelMaps):
-    """Superpixels of even size: SLIC (Achanta et al. 2012), of scikit-image.
+    """Superpixels of even size: scikit-image's SLIC (Achanta et al. 2012).
 
     Attributes:
-        segments: about so many regions.
-        compactness: weight of place against colour.
-        working_size: long side in pixels of the copy that is segmented.
+        segments: approximate number of regions.
+        compactness: weight of position against colour.
+        working_size: long side of the segmented copy in pixels.
     """
 
     segments: int = 16
@@ -229,8 +229,8 @@ class SLICMaps(_PixelMaps):
     working_size: int = 96
 
     def labels(self, image: np.ndarray) -> np.ndarray:
-        """``(h, w)`` labels of ``(h, w, 3)`` uint8 RGB."""
-        from skimage.segmentation import slic  # half a second that other maps need not wait
+        """``(h, w)`` labels for ``(h, w, 3)`` uint8 RGB."""
+        from skimage.segmentation import slic  # imported here because it takes half a second
 
         return slic(
             image,
@@ -243,25 +243,25 @@ class SLICMaps(_PixelMaps):
 
 @dataclass(frozen=True)
 class FelzenszwalbMaps(_PixelMaps):
-    """Superpixels along edges: Felzenszwalb and Huttenlocher 2004, of scikit-image.
+    """Superpixels along edges: scikit-image's felzenszwalb (Felzenszwalb and Huttenlocher 2004).
 
     Attributes:
-        scale: larger ones make larger regions.
-        sigma: of the blur before it, in pixels of the copy.
-        min_share: of the image that a region has at least.
-        working_size: long side in pixels of the copy that is segmented.
+        scale: larger values yield larger regions.
+        sigma: standard deviation of the preceding blur, in pixels of the copy.
+        min_area: smallest area of a region, as a fraction of the image's.
+        working_size: long side of the segmented copy in pixels.
     """
 
     scale: float = 200.0
     sigma: float = 0.5
-    min_share: float = 0.01
+    min_area: float = 0.01
     working_size: int = 96
 
     def labels(self, image: np.ndarray) -> np.ndarray:
-        """``(h, w)`` labels of ``(h, w, 3)`` uint8 RGB."""
-        from skimage.segmentation import felzenszwalb  # half a second, as above
+        """``(h, w)`` labels for ``(h, w, 3)`` uint8 RGB."""
+        from skimage.segmentation import felzenszwalb  # slow to import, as above
 
-        min_size = round(self.min_share * image.shape[0] * image.shape[1])
+        min_size = round(self.min_area * image.shape[0] * image.shape[1])
         labels = felzenszwalb(
             image, scale=self.scale, sigma=self.sigma, min_size=min_size, channel_axis=-1
         )
@@ -278,24 +278,26 @@ KINDS: dict[str, type] = {
 
 
 def region_maps(kind: str = "grid", **options: Any) -> MapSource:
-    """A source of region maps by its name.
+    """Create a source of region maps.
 
     Args:
-        kind: a name in :data:`KINDS`.
-        options: attributes of the source that are not as its class has them.
+        kind: its name in :data:`KINDS`.
+        options: its attributes that differ from the defaults.
 
     Raises:
-        UserError: no such kind or option, or a value that makes no sense.
+        UserError: an unknown kind or option, or a value that is not positive.
     """
     if kind not in KINDS:
         near = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"region maps of kind={kind!r}: there are {', '.join(KINDS)}{hint}")
+        raise UserError(
+            f"unknown region maps kind={kind!r}: must be one of {', '.join(KINDS)}{hint}"
+        )
     known = {field.name: field.default for field in dataclasses.fields(KINDS[kind])}
     for name, value in options.items():
         if name not in known:
             has = ", ".join(known) or "none"
-            raise UserError(f"region maps of kind={kind} have no option {name!r}; theirs: {has}")
+            raise UserError(f"region maps of kind={kind} have no option {name!r}; options: {has}")
         whole = isinstance(known[name], int)
         if name != "features" and not (value > 0 and (not whole or value == int(value))):
             number = "a whole number" if whole else "a number"

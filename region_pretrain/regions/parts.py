@@ -1,0 +1,227 @@
+"""The parts of an unfinished region store: small files that one or more shards write.
+
+The images are split into parts of a fixed number of records. A part is a file in the folder
+``<out>.parts`` that appears when it is complete; when all parts exist, they are merged into the
+store. A part's content depends on the recipe and the images alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from iopath.common.file_io import file_lock
+
+from region_pretrain.errors import UserError
+from region_pretrain.files import write_text_atomic
+from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.regions.recipes import Recipe
+from region_pretrain.regions.store import RegionStore
+from region_pretrain.regions.summary import RECALL_IOUS, summarise
+from region_pretrain.regions.writing import merge_stores, write_store
+
+logger = logging.getLogger(__name__)
+
+
+class ImageResult(NamedTuple):
+    """The regions of one image.
+
+    Attributes:
+        key: the image's key.
+        width, height: size of the image in pixels.
+        boxes: ``(N, 4)`` float32 XYXY.
+        seconds: time that it took.
+        objects: number of annotated objects.
+        found: number of those that some box covers, per threshold of
+            :data:`~region_pretrain.regions.summary.RECALL_IOUS`.
+        error: why the image is unreadable; all fields but ``key`` are then unset.
+    """
+
+    key: str
+    width: int = 0
+    height: int = 0
+    boxes: np.ndarray | None = None
+    seconds: float = 0.0
+    objects: int = 0
+    found: tuple[int, ...] = (0,) * len(RECALL_IOUS)
+    error: str = ""
+
+
+class Parts:
+    """The parts of one store.
+
+    Args:
+        records: Detectron2 dicts of all images.
+        out: path of the store.
+        recipe: the recipe.
+        size: images per part.
+
+    Raises:
+        UserError: two images have the same ``image_id``.
+    """
+
+    def __init__(self, records: Sequence[dict], out: str, recipe: Recipe, size: int) -> None:
+        self.records, self.out, self.recipe, self.size = records, out, recipe, size
+        self.folder = f"{out}.parts"
+        names, keys = hashlib.sha256(), set()
+        for record in records:
+            key = str(record["image_id"]).encode()
+            names.update(len(key).to_bytes(8, "little") + key)
+            if key in keys:
+                raise UserError(
+                    f"image {key.decode()!r} appears twice: image_id is the key of an image's "
+                    "regions and must be unique"
+                )
+            keys.add(key)
+        self._plan = {
+            "recipe": recipe.id,
+            "images": len(records),
+            "image_list": names.hexdigest(),
+            "part_size": size,
+            "opencv": cv2.__version__,
+        }
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.size)
+
+    def records_of(self, part: int) -> Sequence[dict]:
+        """The images of a part."""
+        return self.records[part * self.size : (part + 1) * self.size]
+
+    def path(self, part: int) -> str:
+        """The file of a part."""
+        return os.path.join(self.folder, f"part-{part:06d}.arrow")
+
+    def is_complete(self, part: int) -> bool:
+        """Whether a part exists and none of its unreadable files has been fixed since."""
+        if not os.path.exists(self.path(part)):
+            return False
+        unreadable = dict(RegionStore.open(self.path(part)).manifest["unreadable"])
+        for record in self.records_of(part) if unreadable else ():
+            if str(record["image_id"]) in unreadable:
+                try:
+                    read_image(record["file_name"])
+                    return False
+                except UnreadableImage:
+                    pass
+        return True
+
+    def claim_folder(self) -> None:
+        """Create the folder of parts.
+
+        Raises:
+            UserError: the folder contains parts of other images or settings.
+        """
+        path = os.path.join(self.folder, "plan.json")
+        os.makedirs(self.folder, exist_ok=True)
+        with file_lock(path):
+            if not os.path.isfile(path):
+                write_text_atomic(path, json.dumps(self._plan))
+                return
+            with open(path) as file:
+                found = json.load(file)
+        for key, value in self._plan.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{self.folder} contains unfinished regions of another run: its {key} is "
+                    f"{found.get(key)}, this run's is {value}; continue with the same settings, "
+                    "delete that folder, or choose another output file"
+                )
+
+    def finished_summary(self) -> dict | None:
+        """The summary of the store if it exists already.
+
+        Raises:
+            UserError: the store contains other images or regions of another recipe.
+        """
+        if not os.path.exists(self.out):
+            return None
+        manifest = RegionStore.open(self.out).manifest
+        expected = (self.recipe.id, self._plan["image_list"])
+        if (manifest["recipe"], manifest.get("image_list")) != expected:
+            raise UserError(
+                f"{self.out} exists: regions of {manifest['images']} images with recipe "
+                f"{manifest['recipe']}, not of these {len(self.records)} images with recipe "
+                f"{self.recipe.id}; delete it or choose another output file"
+            )
+        return manifest["summary"]
+
+    def write(self, part: int, results: Sequence[ImageResult]) -> int:
+        """Write a part, which is itself a store.
+
+        Returns:
+            The number of unreadable images.
+        """
+        good = [r for r in results if not r.error]
+        facts = {
+            "recipe": self.recipe.id,
+            "unreadable": [(r.key, r.error) for r in results if r.error],
+            "seconds": sum(r.seconds for r in good),
+            "objects": sum(r.objects for r in good),
+            "found": [sum(r.found[i] for r in good) for i in range(len(RECALL_IOUS))],
+        }
+        write_store(self.path(part), ((r.key, r.width, r.height, r.boxes) for r in good), facts)
+        return len(facts["unreadable"])
+
+    def merge(self, max_unreadable: float) -> dict | None:
+        """Merge the parts into the store and remove their folder, if all parts exist.
+
+        Args:
+            max_unreadable: largest fraction of unreadable images.
+
+        Returns:
+            The summary, or ``None`` if parts are missing.
+
+        Raises:
+            UserError: too many unreadable images.
+        """
+        with file_lock(self.out):
+            if (summary := self.finished_summary()) is not None:  # another shard was faster
+                return summary
+            paths = [self.path(p) for p in range(len(self)) if os.path.exists(self.path(p))]
+            manifests, counts = [], []
+            for path in paths:  # one at a time: there may be more parts than file handles
+                store = RegionStore.open(path)
+                manifests.append(store.manifest)
+                counts.append(store.counts())
+            self._check_unreadable(manifests, max_unreadable)
+            if len(paths) < len(self):
+                logger.info(
+                    "%d of %d parts are complete; the shard that completes the last one merges "
+                    "them",
+                    len(paths),
+                    len(self),
+                )
+                return None
+            summary = summarise(manifests, np.concatenate(counts))
+            facts = {
+                "recipe": self.recipe.id,
+                "parameters": self.recipe.parameters,
+                "image_list": self._plan["image_list"],
+                "summary": summary,
+            }
+            merge_stores(paths, self.out, facts)
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return summary
+
+    def _check_unreadable(self, manifests: Sequence[dict], max_unreadable: float) -> None:
+        """List the unreadable images in a file, and refuse too many of them."""
+        unreadable = [pair for manifest in manifests for pair in manifest["unreadable"]]
+        listing = f"{self.out}.unreadable.txt"
+        if unreadable:
+            write_text_atomic(listing, "".join(f"{key}\t{error}\n" for key, error in unreadable))
+        elif os.path.exists(listing):
+            os.remove(listing)  # written by an earlier run; the files have been fixed since
+        if len(unreadable) > max_unreadable * len(self.records):
+            raise UserError(
+                f"{len(unreadable)} of {len(self.records)} images cannot be read, more than the "
+                f"allowed fraction of {max_unreadable:g}: fix the files listed in {listing} or "
+                "raise max_unreadable, and run again; finished parts are kept"
+            )
