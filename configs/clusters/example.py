@@ -1,4 +1,4 @@
-"""A site's settings in one place: copy this file, change it, and say --slurm clusters/mine.py."""
+"""A site's settings: copy this file, edit the copy, and pass it as --slurm clusters/mine.py."""
 
 cluster = dict(
     kind="slurm",
@@ -7,23 +7,23 @@ cluster = dict(
     qos=None,
     # Features that the nodes must have, e.g. "a100|h100".
     constraint=None,
-    # Minutes. A run that needs longer saves, is requeued and goes on.
+    # Minutes. A longer run saves a checkpoint, is requeued and resumes.
     time=24 * 60,
-    # One task (process) a GPU.
     nodes=1,
+    # One task (process) per GPU; cpus_per_task is per process, mem_gb per node.
     gpus_per_node=8,
     cpus_per_task=12,
     mem_gb=480,
     gres=None,
     exclude=None,
-    # Any other parameter of sbatch, without its dashes.
+    # Any other option of sbatch, without its dashes.
     extra={"comment": "region_pretrain"},
-    # Run by the job's shell first.
+    # Shell lines that run before the tool.
     setup=["export NCCL_DEBUG=WARN"],
-    # Put before the tool's own command line, e.g. "apptainer exec --nv region_pretrain.sif".
+    # Prefix of the tool's command line, e.g. "apptainer exec --nv region_pretrain.sif".
     container="",
     # Jobs of one array that run at once.
     array_parallelism=16,
-    # Told so long before the time is up; a step and a checkpoint must fit.
+    # Seconds of warning before the time limit: long enough for one step and a checkpoint.
     signal_seconds=120,
 )

@@ -1,1 +1,1 @@
-"""Whole jobs: several command lines that belong together, and what they come to."""
+"""One command line as one job: SLURM settings, submission, attempts and requeueing."""

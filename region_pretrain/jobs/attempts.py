@@ -1,6 +1,6 @@
-"""What became of a job's attempts: kept in the run's folder, so that a requeued job knows.
+"""The record of a run's attempts, kept in its folder so that a requeued job can read it.
 
-Nothing here imports PyTorch: these lines run beside every training process.
+Nothing here imports PyTorch: it runs in a process beside every training process.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from region_pretrain.files import write_text_atomic
 
-#: So many attempts in a row may end without a new checkpoint; the next one is not made.
-MAX_FRUITLESS = 10
+#: A job fails after this many consecutive attempts without a new checkpoint.
+MAX_STALLED = 10
 
 _NAME = "attempts.json"
 
@@ -22,11 +22,12 @@ def read_attempts(output_dir: str) -> list[dict[str, Any]]:
     """The attempts of a run, oldest first.
 
     Returns:
-        Each with ``job`` (id), ``restart`` (count of SLURM), ``host``, ``started`` (Unix time),
-        ``start`` (checkpoint that it went on from, "" for none); when it is over ``ended``,
-        ``stop`` (newest checkpoint) and ``outcome``: ``finished``, ``stopped`` (told to, and will
-        go on), ``killed`` (a process died by a signal, or SLURM gave its step up), ``failed`` (with
-        its ``error``), or ``lost`` (nobody could say).
+        One dict per attempt with ``job`` (id), ``restart`` (SLURM's restart count), ``host``,
+        ``started`` (Unix time) and ``start`` (the checkpoint it resumed from, or ""). An attempt
+        that has ended also has ``ended``, ``stop`` (the newest checkpoint) and ``outcome``:
+        ``finished``, ``stopped`` (on request; will resume), ``killed`` (a process died from a
+        signal, or SLURM gave up the step), ``failed`` (with ``error``) or ``unknown`` (the attempt
+        recorded no outcome before the next one started).
     """
     try:
         with open(os.path.join(output_dir, _NAME), encoding="utf-8") as file:
@@ -36,45 +37,46 @@ def read_attempts(output_dir: str) -> list[dict[str, Any]]:
 
 
 def start_attempt(output_dir: str, job: str, restart: int, host: str) -> int:
-    """Note that an attempt starts.
+    """Record the start of an attempt.
 
     Returns:
-        How many attempts before it, in a row and of the same job, got nowhere.
+        The number of consecutive attempts of the same job just before this one that wrote no
+        checkpoint.
     """
     attempts = read_attempts(output_dir)
-    now = newest_checkpoint(output_dir)
+    newest = newest_checkpoint(output_dir)
     if attempts and "outcome" not in attempts[-1]:
-        attempts[-1] |= {"ended": None, "stop": now, "outcome": "lost"}
-    fruitless = 0
+        attempts[-1] |= {"ended": None, "stop": newest, "outcome": "unknown"}
+    stalled = 0
     for attempt in reversed(attempts):
         if attempt["job"] != job or attempt["start"] != attempt["stop"]:
             break
-        fruitless += 1
+        stalled += 1
     attempts.append(
-        {"job": job, "restart": restart, "host": host, "started": time.time(), "start": now}
+        {"job": job, "restart": restart, "host": host, "started": time.time(), "start": newest}
     )
     _write(output_dir, attempts)
-    return fruitless
+    return stalled
 
 
 def end_attempt(output_dir: str, outcome: str, error: str = "") -> None:
-    """Note how the running attempt ended; what was noted before stays.
+    """Record how the running attempt ended, unless an outcome has been recorded already.
 
     Args:
         output_dir: the run's folder.
         outcome: see :func:`read_attempts`.
-        error: what a failed one has to say.
+        error: the message of a failed attempt.
     """
     attempts = read_attempts(output_dir)
     if attempts and "outcome" not in attempts[-1]:
-        stop = newest_checkpoint(output_dir)
-        attempts[-1] |= {"ended": time.time(), "stop": stop, "outcome": outcome}
+        newest = newest_checkpoint(output_dir)
+        attempts[-1] |= {"ended": time.time(), "stop": newest, "outcome": outcome}
         attempts[-1] |= {"error": error} if error else {}
         _write(output_dir, attempts)
 
 
 def newest_checkpoint(output_dir: str) -> str:
-    """What ``last_checkpoint`` names; "" where there is none."""
+    """The file name in ``last_checkpoint``; "" without that file."""
     try:
         with open(os.path.join(output_dir, "last_checkpoint"), encoding="utf-8") as file:
             return file.read().strip()

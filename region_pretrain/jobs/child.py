@@ -1,4 +1,4 @@
-"""Starting a tool beside the process that looks after it."""
+"""Child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ def start_child(
     cwd: str,
     environment: Mapping[str, str | None],
 ) -> subprocess.Popen:
-    """Start a tool whose code is under ``root``; it ends when this process does.
+    """Start a tool that is killed when this process dies.
 
-    USR2 and TERM are ignored in it until it listens itself: SLURM sends them to every process of a
-    job, and by default they end one that is still importing.
+    The tool ignores USR2 and TERM until it installs its own handlers: SLURM sends these signals to
+    every process of a job, and by default they would kill one that is still importing.
 
     Args:
         command: the command line.
-        root: comes first on the tool's ``PYTHONPATH``.
-        cwd: its working directory.
+        root: folder of the code, put first on the tool's ``PYTHONPATH``.
+        cwd: the tool's working directory.
         environment: variables that differ from this process's; None removes one.
     """
-    changed = {**os.environ, **{k: v for k, v in environment.items() if v is not None}}
-    for name in [k for k, v in environment.items() if v is None]:
-        changed.pop(name, None)
+    changed = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     paths = [root, changed.get("PYTHONPATH", "")]
     changed["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
     follow = following_parent(signal.SIGKILL)
@@ -45,7 +43,7 @@ def start_child(
 
 
 def following_parent(number: signal.Signals) -> Callable[[], None]:
-    """A ``preexec_fn`` by which a child gets a signal when this process dies (on Linux)."""
+    """A ``preexec_fn`` that has the kernel signal a child when this process dies (Linux only)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     parent = os.getpid()
 
@@ -53,6 +51,6 @@ def following_parent(number: signal.Signals) -> Callable[[], None]:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, number)
             if os.getppid() != parent:
-                os._exit(1)  # it died before the line above
+                os._exit(1)  # the parent died before prctl took effect
 
     return follow

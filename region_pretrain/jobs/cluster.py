@@ -1,4 +1,4 @@
-"""Where jobs run and what each gets: this machine, or a SLURM cluster."""
+"""Where jobs run, and the resources of each: on this machine, or on a SLURM cluster."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 import difflib
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from region_pretrain.errors import UserError
+from region_pretrain.jobs import slurm
 
 KINDS = ("local", "slurm", "debug")
 _INTEGERS = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task")
@@ -29,31 +28,31 @@ _NOT_IN_TEXT = ("kind", "extra", "setup")
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a job gets, as a site's users know it from ``sbatch``.
+    """The resources of a job, under the names that ``sbatch`` uses.
 
     Attributes:
-        kind: ``slurm``, ``local`` (processes of this machine) or ``debug`` (one job after the
-            other, in this shell).
-        partition: SLURM's partition.
-        account: who pays.
+        kind: ``slurm``, ``local`` (processes on this machine) or ``debug`` (one job at a time in
+            this shell).
+        partition: SLURM partition.
+        account: account to charge.
         qos: quality of service.
         constraint: features that the nodes must have.
-        time: limit in minutes; None takes the partition's default. A run that needs longer goes on
-            in the next attempt.
-        mem_gb: memory of a node in GB.
-        nodes: nodes of one job.
-        gpus_per_node: GPUs of each node; as many tasks, one a GPU.
-        tasks_per_node: processes of each node; None is one a GPU, or one.
-        cpus_per_task: cores of each process.
-        gres: other resources in SLURM's words.
-        exclude: nodes to keep away from.
-        extra: further ``sbatch`` parameters, name without dashes -> value.
+        time: limit in minutes; None for the partition's default. A longer run is requeued and
+            resumes.
+        mem_gb: memory per node in GB.
+        nodes: nodes per job.
+        gpus_per_node: GPUs per node, with one task per GPU.
+        tasks_per_node: processes per node; None for one per GPU, or one without GPUs.
+        cpus_per_task: cores per process.
+        gres: other generic resources, in SLURM's syntax.
+        exclude: nodes to avoid.
+        extra: further ``sbatch`` options, name without dashes -> value.
         setup: shell lines that each job runs first, such as ``module load cuda``.
-        container: a command that the tool's own command line is put behind, such as
-            ``apptainer exec --nv image.sif``. What requeues the job stays outside.
+        container: prefix of the tool's command line, such as ``apptainer exec --nv image.sif``.
+            The code that requeues a job runs outside of it.
         array_parallelism: jobs of one array that run at once.
-        jobs: local: jobs that run at once.
-        signal_seconds: the job is told so long before its time is up.
+        jobs: ``local`` only: jobs that run at once.
+        signal_seconds: seconds of warning before the time limit.
     """
 
     kind: str = "slurm"
@@ -86,51 +85,51 @@ class Cluster:
         self._check_tasks()
         if self.time is not None and self.time * 60 <= self.signal_seconds:
             raise UserError(
-                f"cluster time={self.time} minutes, but jobs are told signal_seconds="
-                f"{self.signal_seconds} before the end: lengthen the one or shorten the other"
+                f"cluster time={self.time} minutes is not longer than signal_seconds="
+                f"{self.signal_seconds}: raise time or lower signal_seconds"
             )
 
     def _check_tasks(self) -> None:
         gpus, tasks = self.gpus_per_node, self.tasks_per_node
         if gpus and self.gres and "gpu" in self.gres:
             raise UserError(
-                f"cluster gres={self.gres} and gpus_per_node={gpus} both ask for GPUs: say it once"
+                f"cluster gres={self.gres} and gpus_per_node={gpus} both request GPUs: set only one"
             )
         if gpus and tasks and gpus != tasks:
             raise UserError(
                 f"cluster gpus_per_node={gpus} and tasks_per_node={tasks}: "
-                "each GPU gets one task; leave tasks_per_node out"
+                "there is one task per GPU; leave tasks_per_node out"
             )
-        told = f"nodes={self.nodes}" if self.nodes > 1 else f"gres={self.gres}"
         if not gpus and not tasks and (self.nodes > 1 or "gpu" in (self.gres or "")):
+            setting = f"nodes={self.nodes}" if self.nodes > 1 else f"gres={self.gres}"
             raise UserError(
-                f"cluster {told} without tasks: say how many processes each node gets, with "
-                "gpus-per-node=N (one a GPU) or tasks-per-node=N"
+                f"cluster {setting} without tasks: set the number of processes per node with "
+                "gpus-per-node=N (one per GPU) or tasks-per-node=N"
             )
         if self.kind != "slurm" and self.nodes > 1:
-            raise UserError(f"cluster nodes={self.nodes}: kind={self.kind} has one machine")
+            raise UserError(f"cluster nodes={self.nodes}: kind={self.kind} has only one node")
 
     @property
     def tasks(self) -> int:
-        """Processes of each node."""
+        """Processes per node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
 
 def parse_slurm(text: str) -> Cluster:
-    """The value of ``--slurm``.
+    """Parse the value of ``--slurm``.
 
     Args:
-        text: ``key=value`` with commas between, keys as :class:`Cluster` or ``sbatch`` has them,
-            ``+key=value`` for any other parameter of ``sbatch``. A value may hold commas itself
-            (``exclude=n1,n2``). First of all may stand a cluster file:
+        text: comma-separated ``key=value`` with the keys of :class:`Cluster` or ``sbatch``, and
+            ``+key=value`` for any other option of ``sbatch``. A value may contain commas
+            (``exclude=n1,n2``). The first item may be a cluster file:
             ``clusters/mine.py,nodes=2``.
 
     Raises:
-        UserError: an unknown key (with the nearest known ones), a wrong value, settings that
-            contradict each other.
+        UserError: an unknown key (the message suggests similar ones), an invalid value, or
+            contradictory settings.
     """
     items: list[str] = []
-    for piece in re.split(r",(?![^\[]*\])", text):  # not within n[1,2]
+    for piece in re.split(r",(?![^\[]*\])", text):  # but not at the comma of n[1,2]
         if "=" in piece or not items:
             items.append(piece.strip())
         else:
@@ -141,16 +140,16 @@ def parse_slurm(text: str) -> Cluster:
 
 
 def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
-    """Read a site's settings.
+    """Load a site's settings.
 
     Args:
         path: a LazyConfig file with a dict ``cluster``, whose keys are :class:`Cluster`'s.
         overrides: ``key=value`` as in :func:`parse_slurm`.
 
     Raises:
-        UserError: there is no such file, or its settings are no good.
+        UserError: the file does not exist, or its settings are invalid.
     """
-    from detectron2.config import LazyConfig  # a job that runs has no need of it
+    from detectron2.config import LazyConfig  # slow, and not needed inside a job
     from omegaconf import OmegaConf
 
     if not os.path.isfile(path):
@@ -200,9 +199,10 @@ def _field(key: str, known: Sequence[str], where: str) -> str:
         return name
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
     shown = ", ".join(n.replace("_", "-") for n in near)
-    kind = "did you mean" if near is not known else "known are"
+    intro = "did you mean" if near is not known else "known settings:"
     raise UserError(
-        f"{where}: no setting {key!r}; {kind} {shown}? +{key}=... hands it to sbatch as it is"
+        f"{where}: no setting {key!r}; {intro} {shown}{'?' if near is not known else '.'} "
+        f"+{key}=... passes it to sbatch unchanged"
     )
 
 
@@ -215,15 +215,15 @@ def _value(name: str, text: str) -> Any:
             return float(number) * {"M": 1 / 1024, "T": 1024}.get(unit.upper(), 1)
         return int(text) if name in _INTEGERS else text
     except (ValueError, AttributeError):
-        wanted = {
+        expected = {
             "time": "minutes, HH:MM:SS or D-HH:MM:SS",
-            "mem_gb": "a number of GB, as 64 or 64G",
-        }.get(name, "a whole number")
-        raise UserError(f"cluster {name}={text}: must be {wanted}") from None
+            "mem_gb": "a number of GB, such as 64 or 64G",
+        }.get(name, "an integer")
+        raise UserError(f"cluster {name}={text}: must be {expected}") from None
 
 
 def _minutes(text: str) -> int:
-    """SLURM's forms of a time: M, M:S, H:M:S, D-H, D-H:M and D-H:M:S; seconds count as a minute."""
+    """Parse SLURM's M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; seconds are rounded up to a minute."""
     days, dash, rest = text.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if not 1 <= len(parts) <= 3:
@@ -238,36 +238,19 @@ def _minutes(text: str) -> int:
 
 
 def check_cluster(cluster: Cluster) -> None:
-    """Ask SLURM whether it has what the settings name, before anything is submitted.
+    """Check that SLURM is here and has the partition, before anything is submitted.
 
     Args:
-        cluster: other kinds than ``slurm`` have nothing to ask.
+        cluster: the settings; kinds other than ``slurm`` need no check.
 
     Raises:
-        UserError: no ``sbatch`` here, the controller does not answer, no such partition, or SLURM
-            would refuse the job.
+        UserError: a command is missing, SLURM does not answer, or a partition does not exist.
     """
     if cluster.kind != "slurm":
         return
-    for command in ("sbatch", "srun", "sinfo", "scontrol"):
-        if shutil.which(command) is None:
-            raise UserError(
-                f"no {command} on this machine: --slurm is for a login node of a SLURM cluster; "
-                "--dry-run shows what would be submitted"
-            )
-    lines = _ask("sinfo", "--noheader", "--format=%R").split()
-    partitions = list(dict.fromkeys(lines))
+    slurm.require_commands()
+    partitions = slurm.list_partitions()
     for name in (cluster.partition or "").split(","):
         if name and name not in partitions:
             near = difflib.get_close_matches(name, partitions, n=3) or partitions
-            raise UserError(f"no partition {name!r} here: there is {', '.join(near)}")
-
-
-def _ask(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} has not answered for 60 s: is slurmctld up?") from None
-    if done.returncode:
-        raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+            raise UserError(f"no partition {name!r} in this cluster; there is {', '.join(near)}")

@@ -1,11 +1,10 @@
-"""A tool of the checkout as a job that submitit runs, stops, requeues and goes on with.
+"""A tool of the checkout as a job that submitit runs, stops, requeues and resumes.
 
-Nothing here imports PyTorch: these lines run beside every training process.
+Nothing here imports PyTorch: it runs in a process beside every training process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -18,47 +17,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import submitit
-from submitit.core.utils import (
-    DelayedSubmission,
-    FailedJobError,
-    JobPaths,
-    environment_variables,
-)
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.core.utils import DelayedSubmission, JobPaths
 
 from region_pretrain.errors import STOPPED, UserError
-from region_pretrain.jobs.attempts import MAX_FRUITLESS, end_attempt, start_attempt
+from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, start_attempt
 from region_pretrain.jobs.child import start_child
-from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.jobs.rendezvous import job_state, rank_environment, restart_count
+from region_pretrain.jobs.rendezvous import rank_environment
+from region_pretrain.jobs.slurm import job_state, restart_count
 
-_TAIL = 15  # lines of a failed job's log that its error shows
-#: So long a task that failed waits for the news that another one failed before it.
-_BLAME_SECONDS = 5.0
-#: submitit counts time-outs; an attempt that got somewhere needs no counting (see ``attempts``).
-_TIMEOUTS = 10**9
+#: submitit limits the number of time-outs; :mod:`region_pretrain.jobs.attempts` counts instead.
+MAX_TIMEOUTS = 10**9
+
+_LOG_LINES = 15  # of a failed job's log, quoted in its error
+#: Seconds that a failed task waits for SLURM to terminate it because another task failed first.
+_PEER_FAILURE_SECONDS = 5.0
 
 
 @dataclass
 class ToolJob:
-    """One tool's run, as a callable that submitit pickles and runs once a task.
+    """One run of a tool, as a callable that submitit pickles and runs in every task.
 
-    The tool runs in a fresh interpreter beside this one: a signal finds a process that listens at
-    any time, and a crash of the tool leaves one that can tell of it. Everything that an attempt
-    leaves is in ``output_dir``; this object never changes, so an attempt that starts from the
-    pickle of the first submission, as after a crash of a node, goes on as well.
+    The tool runs in a fresh interpreter as a child of this process, so that signals are handled at
+    any time and a crash of the tool can be reported. The state of a run is in ``output_dir`` alone.
+    This object never changes, so an attempt that starts from the first submission's pickle, as
+    after a node crash, resumes too.
 
     Attributes:
         tool: path below ``root``, e.g. ``tools/pretrain_net.py``.
         arguments: flags, then overrides.
-        output_dir: the run's folder; attempts are noted there.
-        root: the code that runs: a snapshot, or the checkout.
-        resume: the flag with which the tool goes on, or starts where there is nothing yet. "" for
-            a tool that has none: it goes on by itself, and may be killed at any time.
-        cwd: relative paths among the arguments start here.
+        output_dir: the run's folder, where the attempts are recorded.
+        root: folder of the code that runs: a snapshot, or the checkout.
+        resume: the flag that makes the tool resume, or start where there is nothing to resume. ""
+            for a tool without one, which resumes automatically and may be killed at any time.
+        cwd: working directory, to which relative paths in ``arguments`` refer.
         container: see :class:`region_pretrain.jobs.cluster.Cluster`.
-        environment: further variables of the tool; None removes one.
-        patience: seconds that the tool may take to stop when told.
+        environment: additional environment variables of the tool; None removes one.
+        patience: seconds that the tool may take to stop after a signal.
     """
 
     tool: str
@@ -76,7 +70,7 @@ class ToolJob:
         self.root = os.path.abspath(self.root)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again: the same job, as nothing of its state is in here."""
+        """What submitit submits again: the same job, since it contains no state."""
         return DelayedSubmission(self)
 
     def command(self) -> list[str]:
@@ -89,23 +83,22 @@ class ToolJob:
         """Run the tool as this task's rank.
 
         Returns:
-            ``output_dir``, of a tool that came to its end.
+            ``output_dir``, once the tool has finished.
 
         Raises:
-            UserError: the tool failed, or its attempts get nowhere.
-            SystemExit: it was stopped or killed; it will go on in another attempt.
+            UserError: the tool failed, or too many attempts wrote no checkpoint.
+            SystemExit: the tool was stopped or killed, and resumes in another attempt.
         """
-        task = _Task(self, submitit.JobEnvironment())
-        return task.run()
+        return _Task(self, submitit.JobEnvironment()).run()
 
 
 class _Task:
-    """One rank's attempt."""
+    """One attempt of one rank."""
 
     def __init__(self, job: ToolJob, env: submitit.JobEnvironment) -> None:
         self.job, self.env = job, env
-        self.told: signal.Signals | None = None
-        # submitit's debug executor does not say where its folder is.
+        self.signalled: signal.Signals | None = None
+        # submitit's debug executor does not set its folder.
         folder = os.environ.get("SUBMITIT_FOLDER", os.path.join(job.output_dir, "slurm"))
         self.log = JobPaths(folder, env.job_id, env.global_rank).stdout
         note = f"{env.job_id}_{restart_count()}_{env.global_rank}.json"
@@ -113,29 +106,32 @@ class _Task:
 
     def run(self) -> str:
         if self.env.global_rank == 0:
-            host = socket.gethostname()
-            job = self.job
-            fruitless = start_attempt(job.output_dir, self.env.job_id, restart_count(), host)
-            if fruitless >= MAX_FRUITLESS:
-                error = (
-                    f"{job.tool} for {job.output_dir}: {fruitless} attempts in a row ended without "
-                    f"a new checkpoint; see {self.log}, and submit it again"
-                )
-                self._end("failed", error=error)
-                raise UserError(error)
+            self._start_attempt()
         self._write_note("running")
-        usual = {s: signal.signal(s, self._on_signal) for s in (signal.SIGUSR2, signal.SIGTERM)}
+        numbers = (signal.SIGUSR2, signal.SIGTERM)
+        previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
-            return self._conclude(self._wait())
+            return self._conclude(self._run_tool())
         finally:
-            for number, handler in usual.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.told = signal.Signals(number)
+    def _start_attempt(self) -> None:
+        folder = self.job.output_dir
+        stalled = start_attempt(folder, self.env.job_id, restart_count(), socket.gethostname())
+        if stalled >= MAX_STALLED:
+            error = (
+                f"{self.job.tool} for {folder}: {stalled} consecutive attempts ended without "
+                f"a new checkpoint; see {self.log}, then submit it again"
+            )
+            self._end("failed", error=error)
+            raise UserError(error)
 
-    def _wait(self) -> int | None:
-        """The tool's exit code; None if it would not stop."""
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.signalled = signal.Signals(number)
+
+    def _run_tool(self) -> int | None:
+        """Run the tool; returns its exit code, or None if it was killed for not stopping."""
         environment = {**rank_environment(self.env), **self.job.environment}
         child = start_child(self.job.command(), self.job.root, self.job.cwd, environment)
         deadline = None
@@ -145,17 +141,17 @@ class _Task:
                     return child.wait(timeout=0.5)
                 except subprocess.TimeoutExpired:
                     pass
-                if self.told is None:
+                if self.signalled is None:
                     continue
                 if deadline is None:
-                    self._write_note("told")
+                    self._write_note("signalled")
                     deadline = time.monotonic() + self.job.patience
-                # After TERM, who sent it puts an end to what does not stop.
-                late = time.monotonic() > deadline and self.told == signal.SIGUSR2
+                # Whoever sent TERM also kills what does not stop in time.
+                late = time.monotonic() > deadline and self.signalled == signal.SIGUSR2
                 if late or not self.job.resume:
                     return None
-                # SLURM tells every process, other launchers only this one. Telling twice is
-                # harmless, and a process that is still starting hears it later.
+                # SLURM signals every process, other launchers only this one. A repeated signal is
+                # harmless, and reaches a tool that was still importing when the first one came.
                 child.send_signal(signal.SIGUSR2)
         finally:
             if child.poll() is None:
@@ -163,36 +159,38 @@ class _Task:
                 child.wait()
 
     def _conclude(self, code: int | None) -> str:
+        """Record how the attempt ended, requeue the job if necessary, and return or exit."""
         if code == 0:
             self._end("finished")
             return self.job.output_dir
         if code == 1 and self.env.num_tasks > 1:
-            self._wait_for_blame()
-        if code == STOPPED or code is None or self.told is not None:
-            # A TERM and another exit code: the step ends as another rank has failed, which says so.
-            agreed = code in (STOPPED, None) or self.told == signal.SIGUSR2
-            if agreed and self.env.global_rank == 0:
-                self._end("stopped")
-                if self._shall_requeue():
-                    self.env._requeue(_TIMEOUTS)  # the local executor's leaves here
-            sys.exit(0 if agreed and self.env.global_rank else STOPPED)  # 0 ends no other rank
-        if code < 0 or code > 128:  # a container's run-time reports a signal as a shell does
+            self._wait_for_peer_failure()
+        if code in (STOPPED, None) or self.signalled == signal.SIGUSR2:
+            if self.env.global_rank:
+                sys.exit(0)  # any other code would make srun kill rank 0
+            self._end("stopped")
+            if self._needs_requeue():
+                self.env._requeue(MAX_TIMEOUTS)  # with the local executor this exits
+            sys.exit(STOPPED)
+        if self.signalled is not None:
+            sys.exit(STOPPED)  # SLURM terminated this rank because another one failed
+        if code < 0 or code > 128:  # container runtimes report a signal as 128 + number
             number = -code if code < 0 else code - 128
             self._end("killed", number)
             if self.env.cluster == "local":
-                self.env._requeue(_TIMEOUTS)
-            sys.exit(128 + number)  # the batch script requeues: see region_pretrain.jobs.after
+                self.env._requeue(MAX_TIMEOUTS)
+            sys.exit(128 + number)  # the batch script runs region_pretrain.jobs.requeue
         error = self._failure(code)
         self._end("failed", code, error)
         raise UserError(error)
 
-    def _wait_for_blame(self) -> None:
-        """Where another task ended first, its loss is why this one failed, and TERM comes soon."""
-        deadline = time.monotonic() + _BLAME_SECONDS
-        while self.told is None and time.monotonic() < deadline:
+    def _wait_for_peer_failure(self) -> None:
+        """Wait for TERM: losing a rank that failed first makes this one fail as well."""
+        deadline = time.monotonic() + _PEER_FAILURE_SECONDS
+        while self.signalled is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        if self.told is not None:
-            self._write_note("told")
+        if self.signalled is not None:
+            self._write_note("signalled")
 
     def _end(self, outcome: str, code: int = 0, error: str = "") -> None:
         self._write_note(outcome, code)
@@ -200,173 +198,30 @@ class _Task:
             end_attempt(self.job.output_dir, outcome, error)
 
     def _write_note(self, state: str, code: int = 0) -> None:
+        """Write the task's state where :mod:`region_pretrain.jobs.requeue` reads it."""
         note = {"state": state, "code": code, "output_dir": self.job.output_dir}
         os.makedirs(os.path.dirname(self._note), exist_ok=True)
         with open(self._note, "w", encoding="utf-8") as file:
             json.dump(note, file)
 
-    def _shall_requeue(self) -> bool:
-        """Not where the job was cancelled, or is requeued already by who told it to stop."""
-        if self.env.cluster != "slurm":
-            return self.told != signal.SIGTERM
-        state = job_state(self.env.job_id)
-        return self.told != signal.SIGTERM if state is None else state == "RUNNING"
+    def _needs_requeue(self) -> bool:
+        """False if the job was cancelled, or requeued by whoever signalled it."""
+        if self.env.cluster == "slurm":
+            try:
+                return job_state(self.env.job_id) == "RUNNING"
+            except UserError as error:
+                print(f"warning: {error}", flush=True)
+        return self.signalled != signal.SIGTERM
 
     def _failure(self, code: int) -> str:
         lines = []
         if self.log.exists():
             with open(self.log, encoding="utf-8", errors="replace") as file:
-                lines = [line.rstrip() for line in file][-_TAIL:]
+                lines = [line.rstrip() for line in file][-_LOG_LINES:]
         return "\n  ".join(
             [
                 f"{self.job.tool} for {self.job.output_dir} failed on rank {self.env.global_rank} "
-                f"of {self.env.num_tasks} (exit code {code}, log {self.log}), which ends:",
+                f"of {self.env.num_tasks} (exit code {code}); last lines of {self.log}:",
                 *lines,
             ]
         )
-
-
-def make_executor(folder: str, cluster: Cluster, name: str) -> submitit.Executor:
-    """The submitit executor of a cluster.
-
-    Args:
-        folder: for submission files, pickles and logs; all nodes must see it.
-        cluster: the settings.
-        name: of the jobs.
-    """
-    if cluster.kind == "debug":
-        return submitit.DebugExecutor(folder)
-    if cluster.kind == "local":
-        executor = submitit.LocalExecutor(folder, max_num_timeout=_TIMEOUTS)
-        executor.update_parameters(
-            timeout_min=cluster.time or 60 * 24 * 365,
-            tasks_per_node=cluster.tasks,
-            gpus_per_node=cluster.gpus_per_node or 0,
-            signal_delay_s=cluster.signal_seconds,
-            stderr_to_stdout=True,
-            setup=list(cluster.setup),
-        )
-        return executor
-    return _slurm_executor(SlurmExecutor, folder, cluster, name, ())
-
-
-def _slurm_executor(
-    executor_class: type[SlurmExecutor],
-    folder: str,
-    cluster: Cluster,
-    name: str,
-    after: Sequence[str],
-    root: str | None = None,
-) -> SlurmExecutor:
-    executor = executor_class(folder, max_num_timeout=_TIMEOUTS)
-    path = f"export PYTHONPATH={shlex.quote(root)}${{PYTHONPATH:+:$PYTHONPATH}}"
-    cpus = cluster.cpus_per_task
-    parameters = {
-        "job_name": name,
-        "time": cluster.time,  # None here, as submitit's own default is five minutes
-        "mem": None if cluster.mem_gb is None else f"{round(cluster.mem_gb * 1024)}M",
-        "ntasks_per_node": cluster.tasks,
-        "signal_delay_s": cluster.signal_seconds,
-        "stderr_to_stdout": True,
-        "setup": [*cluster.setup, *([path] if root else [])],
-        # What is left of a step ends with its first failed task. Newer sruns do not take the
-        # number of cores from sbatch.
-        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
-        "teardown": [
-            "code=$?",
-            f"[ $code -eq 0 ] || {executor.python} -m region_pretrain.jobs.after "
-            f"{shlex.quote(str(executor.folder))} $code",
-            "exit $code",
-        ],
-        "additional_parameters": {"requeue": True, **cluster.extra},
-    }
-    if after:
-        parameters["dependency"] = "afterok:" + ":".join(after)
-        parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
-    same = ("partition", "account", "qos", "constraint", "nodes", "gpus_per_node")
-    same += ("cpus_per_task", "gres", "exclude", "array_parallelism")
-    parameters |= {key: value for key in same if (value := getattr(cluster, key)) is not None}
-    executor.update_parameters(**parameters)
-    return executor
-
-
-def submit(
-    jobs: Sequence[ToolJob],
-    cluster: Cluster,
-    folder: str,
-    name: str,
-    after: Sequence[str] = (),
-) -> list[submitit.Job]:
-    """Submit jobs; the shell is not held.
-
-    Args:
-        jobs: several are one job array, of which ``cluster.array_parallelism`` run at once. All of
-            them have one ``root``.
-        cluster: where. With ``local`` all of the jobs start at once, with ``debug`` each when its
-            result is asked for.
-        folder: for submission files, pickles and logs; all nodes must see it.
-        name: of the jobs, in ``squeue``.
-        after: SLURM: ids of jobs that must have succeeded; should one fail, these are cancelled.
-
-    Returns:
-        One submitit job each, in order.
-
-    Raises:
-        UserError: SLURM refuses them; the message has its words.
-    """
-    os.makedirs(folder, exist_ok=True)
-    jobs = [_prepared(job, cluster) for job in jobs]
-    path = os.pathsep.join(p for p in (_root(jobs), os.environ.get("PYTHONPATH")) if p)
-    with environment_variables(PYTHONPATH=path):
-        if cluster.kind != "slurm":
-            executor = make_executor(folder, cluster, name)
-            return [executor.submit(job) for job in jobs]
-        executor = _slurm_executor(SlurmExecutor, folder, cluster, name, after, _root(jobs))
-        try:
-            return executor.submit_array(jobs) if len(jobs) > 1 else [executor.submit(jobs[0])]
-        except FailedJobError as error:
-            said = " ".join(str(error).replace("sbatch: error: ", "").split())
-            raise UserError(f"sbatch refuses the job {name}: {said}") from error
-
-
-def sbatch_texts(
-    jobs: Sequence[ToolJob],
-    cluster: Cluster,
-    folder: str,
-    name: str,
-    after: Sequence[str] = (),
-) -> list[str]:
-    """The sbatch files that :func:`submit` would submit; SLURM need not be here."""
-
-    class DryRun(SlurmExecutor):
-        @classmethod
-        def affinity(cls) -> int:
-            return 1
-
-    executor = _slurm_executor(DryRun, folder, cluster, name, after, _root(jobs))
-    if len(jobs) > 1:
-        executor.parameters["map_count"] = len(jobs)
-    return [executor._make_submission_file_text(executor._submitit_command_str, "")]
-
-
-def _root(jobs: Sequence[ToolJob]) -> str:
-    roots = {job.root for job in jobs}
-    if len(roots) != 1:
-        raise ValueError(f"jobs submitted together run one code, not {sorted(roots)}")
-    return roots.pop()
-
-
-def _prepared(job: ToolJob, cluster: Cluster) -> ToolJob:
-    environment: dict[str, str | None] = {}
-    if cluster.kind == "local":
-        if not cluster.gpus_per_node:  # submitit hides all GPUs then
-            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if "OMP_NUM_THREADS" not in os.environ:
-            share = len(os.sched_getaffinity(0)) // (cluster.jobs * cluster.tasks)
-            environment["OMP_NUM_THREADS"] = str(cluster.cpus_per_task or max(1, share))
-    return dataclasses.replace(
-        job,
-        container=cluster.container,
-        environment={**environment, **job.environment},
-        patience=max(5.0, cluster.signal_seconds - 30.0),
-    )

@@ -1,44 +1,28 @@
-"""Where the processes of a job meet, from what the job itself knows, and what SLURM says of it."""
+"""The address at which the processes of a job find one another."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import socket
-import subprocess
 
 import submitit
 
-#: Below the ports that Linux hands out to connections (from 32768).
+from region_pretrain.jobs.slurm import restart_count
+
+#: Below the ports that Linux uses for outgoing connections (from 32768).
 _PORTS = range(10000, 32000)
 
 
-def restart_count() -> int:
-    """How often SLURM has started this job before."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def job_state(job_id: str) -> str | None:
-    """The state that ``squeue`` gives a job, e.g. ``RUNNING``; None where it does not answer."""
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip()
-
-
 def rank_environment(env: submitit.JobEnvironment) -> dict[str, str | None]:
-    """The variables by which ``torch.distributed`` finds the other ranks.
-
-    The port is another one in each attempt: what is left of the attempt before, a rank that has
-    not died yet or a store that still listens, is never met.
+    """The environment variables from which ``torch.distributed`` finds the other ranks.
 
     Args:
-        env: of this task.
+        env: the task's environment.
 
     Returns:
-        For :func:`region_pretrain.jobs.child.start_child`; a job of one task has no use for them.
+        Variable -> value for :func:`region_pretrain.jobs.child.start_child`. In a job of one task
+        the variables are removed (None).
     """
     if env.num_tasks == 1:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -59,7 +43,11 @@ def rank_environment(env: submitit.JobEnvironment) -> dict[str, str | None]:
 
 
 def port(job_id: str) -> int:
-    """A port that all ranks of an attempt, and hardly any other attempt, come to."""
+    """A port that all ranks of an attempt compute alike.
+
+    It changes with every attempt, so that no rank meets a process or a store that the previous
+    attempt left behind.
+    """
     parts = (job_id, str(restart_count()), os.environ.get("SLURM_STEP_ID", ""))
     digest = hashlib.sha256("/".join(parts).encode()).digest()
     return _PORTS[int.from_bytes(digest[:8], "big") % len(_PORTS)]
@@ -71,6 +59,7 @@ def _first_host(env: submitit.JobEnvironment) -> str:
     host = env.hostnames[0]
     try:
         socket.getaddrinfo(host, None)
-    except OSError:  # a node's name need not be its host's; the batch script runs on the first
+    except OSError:
+        # A SLURM node name need not be a host name; the batch script runs on the first node.
         return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
     return host

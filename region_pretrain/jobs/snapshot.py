@@ -1,4 +1,4 @@
-"""A copy of the code that a queued job runs, whatever becomes of the checkout meanwhile."""
+"""A copy of the code for queued jobs, so that later edits of the checkout do not affect them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _FOLDERS = ("region_pretrain", "projects", "configs", "tools")
 
 
 def in_checkout(path: str) -> str:
-    """A file of the checkout, as a command line typed here would name it.
+    """The path of a checkout's file: relative if it is below the working directory.
 
     Args:
-        path: relative to the checkout's root.
+        path: path relative to the checkout's root.
 
     Raises:
-        UserError: it is not there, as in an installed package.
+        UserError: the file does not exist, as in an installed package.
     """
     if not (CHECKOUT / path).is_file():
         raise UserError(f"no {CHECKOUT / path}: run this from a checkout of the repository")
@@ -30,16 +30,16 @@ def in_checkout(path: str) -> str:
 
 
 def take_snapshot(folder: str) -> str:
-    """Copy the code of this checkout to ``<folder>/code/<digest>``.
+    """Copy the code of this checkout to ``<folder>/code/<digest>``, unless it is there already.
 
     Args:
-        folder: all nodes must see it.
+        folder: a folder that is visible to all nodes.
 
     Returns:
-        The copy's root, which has ``tools/`` in it. The same code is kept once.
+        The root of the copy, which contains ``tools/``.
 
     Raises:
-        UserError: this is an installed package without the tools.
+        UserError: this is not a checkout but an installed package, which has no ``tools/``.
     """
     if not (CHECKOUT / "tools").is_dir():
         raise UserError(f"no {CHECKOUT / 'tools'}: run this from a checkout of the repository")
@@ -65,6 +65,6 @@ def take_snapshot(folder: str) -> str:
         shutil.copy(path, target)
     try:
         os.rename(part, root)
-    except OSError:  # another submission was faster
+    except OSError:  # another submission has just made the same copy
         shutil.rmtree(part)
     return str(root)

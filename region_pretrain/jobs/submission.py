@@ -1,13 +1,11 @@
-"""``--slurm`` of the command lines: a tool submits itself."""
+"""The ``--slurm`` option, with which a tool submits itself as a job."""
 
 from __future__ import annotations
 
 import argparse
-import getpass
 import hashlib
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
@@ -16,8 +14,10 @@ from region_pretrain.config import load_config, to_yaml
 from region_pretrain.engine.output_dir import refuse_existing_run
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm
-from region_pretrain.jobs.job import ToolJob, sbatch_texts, submit
+from region_pretrain.jobs.executor import sbatch_text, submit
+from region_pretrain.jobs.job import ToolJob
 from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
 
 
@@ -28,19 +28,19 @@ def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
         "--slurm",
         metavar="KEY=VALUE,...",
         help="submit to SLURM instead of running here, e.g. "
-        "partition=gpu,nodes=2,gpus-per-node=8,time=24:00:00; or a file of settings, with "
-        "changes: clusters/mine.py,nodes=2",
+        "partition=gpu,nodes=2,gpus-per-node=8,time=24:00:00; or a settings file with "
+        "overrides: clusters/mine.py,nodes=2",
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="with --slurm: print the sbatch file, no more"
+        "--dry-run", action="store_true", help="with --slurm: print the sbatch file and exit"
     )
 
 
 def wants_slurm(args: argparse.Namespace) -> bool:
-    """Whether the command shall be submitted.
+    """Whether to submit the command instead of running it.
 
     Raises:
-        UserError: ``--dry-run`` of a command that would run here.
+        UserError: ``--dry-run`` without ``--slurm``.
     """
     if args.dry_run and args.slurm is None:
         raise UserError("--dry-run shows what --slurm would submit: give both")
@@ -48,21 +48,21 @@ def wants_slurm(args: argparse.Namespace) -> bool:
 
 
 def submit_training(args: argparse.Namespace, tool: str) -> None:
-    """Submit a pre-training, fine-tuning or evaluation.
+    """Submit a pre-training, fine-tuning or evaluation run.
 
-    The config with its overrides is written down now: later edits do not reach the queued job.
+    The config and its overrides are saved now, so that later edits do not affect the queued job.
 
     Args:
-        args: the command line of ``tools/pretrain_net.py`` or ``tools/train_net.py``.
+        args: the parsed command line of ``tools/pretrain_net.py`` or ``tools/train_net.py``.
         tool: ``tools/NAME.py``.
 
     Raises:
-        UserError: something does not fit; nothing has been submitted.
+        UserError: invalid arguments; nothing has been submitted.
     """
     if args.num_gpus != 1 or args.num_machines != 1 or args.dist_url != "auto":
         raise UserError(
-            "--num-gpus, --num-machines and --dist-url are for processes started by hand: with "
-            "--slurm say nodes=N,gpus-per-node=M"
+            "--num-gpus, --num-machines and --dist-url do not apply with --slurm: use "
+            "--slurm nodes=N,gpus-per-node=M"
         )
     cluster = _cluster(args)
     cfg = load_config(args.config_file, args.opts)
@@ -85,24 +85,24 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
 
 
 def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str], out: str) -> None:
-    """Submit a job array in which each job works on one shard.
+    """Submit a job array with one job per shard.
 
     Args:
-        args: with ``slurm``, ``dry_run`` and ``shards``.
-        tool: ``tools/NAME.py``, with a flag ``--shard I/N``.
-        arguments: the same for all shards.
-        out: what comes of it; the array's files are in ``<out>.slurm``.
+        args: parsed command line with ``slurm``, ``dry_run`` and ``shards``.
+        tool: ``tools/NAME.py``, which accepts ``--shard I/N``.
+        arguments: arguments common to all shards.
+        out: the output file; the array's own files are in ``<out>.slurm``.
 
     Raises:
-        UserError: something does not fit; nothing has been submitted.
+        UserError: invalid arguments; nothing has been submitted.
     """
     if args.shards < 1:
-        raise UserError(f"--shards {args.shards}: at least 1")
+        raise UserError(f"--shards {args.shards}: must be at least 1")
     cluster = _cluster(args)
     if cluster.nodes * cluster.tasks > 1:
         raise UserError(
-            "--slurm: each shard is a job of one process; say --shards N for more of them, and "
-            "cpus-per-task for the cores of each"
+            "--slurm: each shard is a job of one process; use --shards N for more jobs, and "
+            "cpus-per-task for more cores per job"
         )
     folder = f"{out}.slurm"
     jobs = [
@@ -121,7 +121,7 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
 def _cluster(args: argparse.Namespace) -> Cluster:
     cluster = parse_slurm(args.slurm)
     if cluster.kind != "slurm":
-        raise UserError(f"--slurm {args.slurm}: the file is of kind={cluster.kind}")
+        raise UserError(f"--slurm {args.slurm}: the file has kind={cluster.kind}, not slurm")
     return cluster
 
 
@@ -129,17 +129,17 @@ def _submit(
     jobs: list[ToolJob],
     cluster: Cluster,
     folder: str,
-    product: str,
+    output: str,
     dry_run: bool,
     files: Mapping[str, str],
 ) -> None:
-    name = os.path.basename(os.path.abspath(product))
+    name = os.path.basename(os.path.abspath(output))
     if dry_run:
-        print("\n".join(sbatch_texts(jobs, cluster, folder, name)), end="")
+        print(sbatch_text(jobs, cluster, folder, name), end="")
         return
     check_cluster(cluster)
     os.makedirs(folder, exist_ok=True)
-    _refuse_queued(folder, product)
+    _refuse_queued(folder, output)
     for path, text in files.items():
         write_text_atomic(path, text)
     root = take_snapshot(folder)
@@ -157,19 +157,18 @@ def _check_batch(cfg: DictConfig, cluster: Cluster) -> None:
     if isinstance(total, int) and total % ranks:
         raise UserError(
             f"dataloader.train.total_batch_size={total} must be a multiple of the {ranks} "
-            f"processes of nodes={cluster.nodes} with {cluster.tasks} tasks each"
+            f"processes (nodes={cluster.nodes}, {cluster.tasks} tasks per node)"
         )
 
 
-def _refuse_queued(folder: str, what: str) -> None:
+def _refuse_queued(folder: str, output: str) -> None:
     """Two jobs must not write to one folder."""
     names = os.listdir(folder)
     ids = {match[1] for name in names if (match := re.match(r"(\d+)(_\d+)?_submitted\.pkl$", name))}
     if not ids:
         return
-    command = ["squeue", "--noheader", "--format=%F", f"--user={getpass.getuser()}"]
-    queued = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
-    if both := sorted(ids.intersection(queued)):
+    if queued := sorted(ids.intersection(job.partition("_")[0] for job in slurm.my_jobs())):
         raise UserError(
-            f"job {both[0]} for {what} is still in the queue: wait for it, or scancel {both[0]}"
+            f"job {queued[0]} for {output} is still in the queue: wait for it, or run "
+            f"scancel {queued[0]}"
         )

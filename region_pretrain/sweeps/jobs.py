@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
 from collections.abc import Sequence
 
-from region_pretrain.errors import UserError
+from region_pretrain.jobs import slurm
 from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.jobs.job import ToolJob, submit
+from region_pretrain.jobs.executor import submit
+from region_pretrain.jobs.job import ToolJob
 from region_pretrain.jobs.snapshot import CHECKOUT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
@@ -90,21 +90,11 @@ def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
         UserError: SLURM does not answer.
     """
     if cluster.kind == "slurm":
-        return _squeue()
+        return {
+            job: state.QUEUED if word in slurm.WAITING_STATES else state.RUNNING
+            for job, word in slurm.my_jobs().items()
+        }
     return dict.fromkeys(_local_jobs(os.path.join(folder, "jobs")), state.RUNNING)
-
-
-def _squeue() -> dict[str, str]:
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"squeue does not answer: {error}") from error
-    if done.returncode:
-        raise UserError(f"squeue failed: {done.stderr.strip()}")
-    waits = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
-    pairs = (line.split() for line in done.stdout.splitlines() if line.strip())
-    return {job: state.QUEUED if word in waits else state.RUNNING for job, word in pairs}
 
 
 def _local_jobs(folder: str) -> list[str]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 from submitit.core.utils import environment_variables
 
+from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster
-from region_pretrain.jobs.job import sbatch_texts
+from region_pretrain.jobs.executor import sbatch_text
 from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
 from region_pretrain.sweeps import jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
@@ -145,7 +146,7 @@ def dry_run(sweep: SweepFile, folder: str) -> str:
             cluster = jobs.cluster_for(runs[0], sweep.cluster)
             name, ids = _group_name(sweep, runs), [f"<{run.name}>" for run in after]
             flat = [job for _, job in commands]
-            parts += sbatch_texts(flat, cluster, os.path.join(folder, "jobs"), name, ids)
+            parts.append(sbatch_text(flat, cluster, os.path.join(folder, "jobs"), name, ids))
     return "\n\n".join(parts)
 
 
@@ -173,5 +174,5 @@ def cancel(folder: str) -> list[str]:
             record.cancelled = True
             state.write_record(run, record)
     if ids:
-        subprocess.run(["scancel", *ids], check=True, timeout=120)
+        slurm.cancel(ids)
     return stopped

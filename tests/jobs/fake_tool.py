@@ -1,4 +1,4 @@
-"""Stands for a training: its attempts are lines of a file, and it does what it is told to."""
+"""Stands in for a training tool: logs each attempt to a file and behaves as its argument says."""
 
 import json
 import os
@@ -20,14 +20,14 @@ with open(path, "a") as f:
     )
 with open(path) as f:
     attempt = len(f.readlines())
-told = []
-if how.startswith("told"):
-    os.kill(os.getppid(), signal.SIGUSR2)  # what the cluster sends to the task
-    time.sleep(1 if how == "told-early" else 0)  # as if it were still importing
-    signal.signal(signal.SIGUSR2, lambda *_: told.append(1))
-    while attempt <= int(how[-1] if how[-1].isdigit() else 1) and not told:
+signals = []
+if how.startswith("signalled"):
+    os.kill(os.getppid(), signal.SIGUSR2)  # as the cluster signals the task
+    time.sleep(1 if how == "signalled-early" else 0)  # as if it were still importing
+    signal.signal(signal.SIGUSR2, lambda *_: signals.append(1))
+    while attempt <= int(how[-1] if how[-1].isdigit() else 1) and not signals:
         time.sleep(0.05)
-    if told:
+    if signals:
         with open(os.path.join(folder, "last_checkpoint"), "w") as f:
             f.write(str(attempt))
         sys.exit(75)

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from region_pretrain.config import CONFIG_ROOT
@@ -41,26 +39,26 @@ def test_slurms_forms_of_a_time(text, minutes):
     ("text", "message"),
     [
         ("partion=gpu", "--slurm: no setting 'partion'; did you mean partition"),
-        ("quux=1", "known are partition, account"),
+        ("quux=1", "known settings: partition, account"),
         ("nodes", "'nodes' is not of the form key=value"),
-        ("nodes=two", "nodes=two: must be a whole number"),
+        ("nodes=two", "nodes=two: must be an integer"),
         ("time=soon", "time=soon: must be minutes, HH:MM:SS"),
         ("mem=much", "mem_gb=much: must be a number of GB"),
         ("nodes=0", "nodes=0: must be at least 1"),
-        ("nodes=2", "nodes=2 without tasks: say how many processes"),
+        ("nodes=2", "nodes=2 without tasks: set the number of processes"),
         ("gres=gpu:a100:4", "gres=gpu:a100:4 without tasks"),
-        ("gpus-per-node=4,tasks-per-node=2", "each GPU gets one task"),
-        ("gpus-per-node=4,gres=gpu:4", "both ask for GPUs"),
-        ("time=2", "time=2 minutes, but jobs are told signal_seconds=120 before the end"),
+        ("gpus-per-node=4,tasks-per-node=2", "there is one task per GPU"),
+        ("gpus-per-node=4,gres=gpu:4", "both request GPUs"),
+        ("time=2", "time=2 minutes is not longer than signal_seconds=120"),
         ("clusters/nowhere.py,nodes=2", "no cluster file clusters/nowhere.py"),
     ],
 )
-def test_what_is_wrong_is_told(text, message):
+def test_invalid_settings_are_refused(text, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         parse_slurm(text)
 
 
-def test_a_sites_file_and_changes_to_it(tmp_path):
+def test_a_settings_file_and_overrides(tmp_path):
     cluster = load_cluster(EXAMPLE)
     assert (cluster.partition, cluster.gpus_per_node, cluster.time) == ("gpu", 8, 1440)
     assert cluster.extra == {"comment": "region_pretrain"}
@@ -78,12 +76,12 @@ def test_a_sites_file_and_changes_to_it(tmp_path):
         load_cluster(str(mine))
 
 
-def test_this_machine_has_one_node():
-    with pytest.raises(UserError, match="kind=local has one machine"):
+def test_a_local_job_has_one_node():
+    with pytest.raises(UserError, match="kind=local has only one node"):
         Cluster(kind="local", nodes=2, tasks_per_node=1)
     with pytest.raises(UserError, match="kind=pbs: must be one of local, slurm, debug"):
         Cluster(kind="pbs")
-    check_cluster(Cluster(kind="local"))  # asks no SLURM
+    check_cluster(Cluster(kind="local"))  # does not need SLURM
 
 
 def fake_command(folder, name, text):
@@ -92,17 +90,18 @@ def fake_command(folder, name, text):
     path.chmod(0o755)
 
 
-def test_slurm_is_asked_before_anything_is_submitted(tmp_path, monkeypatch):
+def test_a_cluster_is_checked_against_slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch on this machine.*--dry-run"):
         check_cluster(Cluster(partition="gpu"))
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
-    for name in ("sbatch", "srun", "scontrol"):
+    for name in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         fake_command(tmp_path, name, "exit 1")
+    with pytest.raises(UserError, match="no sinfo on this machine"):
+        check_cluster(Cluster(partition="gpu"))
     fake_command(tmp_path, "sinfo", "echo gpu; echo gpu; echo cpu")
     check_cluster(Cluster(partition="cpu,gpu"))
     check_cluster(Cluster())
-    with pytest.raises(UserError, match="no partition 'gpus' here: there is gpu"):
+    with pytest.raises(UserError, match="no partition 'gpus' in this cluster; there is gpu"):
         check_cluster(Cluster(partition="gpus"))
     fake_command(tmp_path, "sinfo", "echo cannot contact controller >&2; exit 1")
     with pytest.raises(UserError, match="sinfo failed: cannot contact controller"):

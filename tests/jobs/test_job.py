@@ -11,22 +11,17 @@ import pytest
 import submitit
 
 from region_pretrain.errors import UserError
-from region_pretrain.jobs import after, rendezvous
-from region_pretrain.jobs.after import find_killed
-from region_pretrain.jobs.attempts import (
-    MAX_FRUITLESS,
-    end_attempt,
-    read_attempts,
-    start_attempt,
-)
+from region_pretrain.jobs import rendezvous, requeue
+from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, read_attempts, start_attempt
 from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.jobs.job import ToolJob, sbatch_texts, submit
+from region_pretrain.jobs.executor import sbatch_text, submit
+from region_pretrain.jobs.job import ToolJob
 from region_pretrain.jobs.snapshot import take_snapshot
 
 
 @pytest.fixture
 def make_job(tmp_path):
-    """A job of ``fake_tool.py``: (what it shall do) -> job."""
+    """A job of ``fake_tool.py``: (its behaviour) -> job."""
     (tmp_path / "code/tools").mkdir(parents=True)
     shutil.copy(Path(__file__).with_name("fake_tool.py"), tmp_path / "code/tools/tool.py")
     (tmp_path / "run").mkdir()
@@ -68,7 +63,7 @@ def test_the_debug_executor_runs_it_in_this_shell(make_job, tmp_path):
     assert job.result() == str(tmp_path / "run") and outcomes(tmp_path) == ["finished"]
 
 
-def test_the_tasks_of_a_job_can_meet(make_job, tmp_path):
+def test_the_tasks_of_a_job_agree_on_an_address(make_job, tmp_path):
     job = run(make_job("well", resume=""), tmp_path, Cluster(kind="local", tasks_per_node=2))
     job.results()
     ranks = [seen(tmp_path, rank)[0] for rank in range(2)]
@@ -88,18 +83,18 @@ def test_cores_are_divided_among_local_jobs(make_job, tmp_path, monkeypatch):
     assert seen(tmp_path)[0]["OMP_NUM_THREADS"] == "2"
 
 
-@pytest.mark.parametrize("how", ["told", "told-early"])
-def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on(make_job, tmp_path, how):
+@pytest.mark.parametrize("how", ["signalled", "signalled-early"])
+def test_a_job_that_is_signalled_is_requeued_and_resumes(make_job, tmp_path, how):
     run(make_job(how), tmp_path).result()
     first, second = seen(tmp_path)
     assert second["arguments"] == first["arguments"]
     assert outcomes(tmp_path) == ["stopped", "finished"]
 
 
-def test_a_short_time_limit_does_not_make_preemptions_time_outs(make_job, tmp_path):
-    # submitit takes each signal within the last ten minutes for a time-out, and allows three.
+def test_preemptions_near_the_time_limit_do_not_count_as_time_outs(make_job, tmp_path):
+    # submitit counts each signal within the last ten minutes as a time-out, and allows three.
     cluster = Cluster(kind="local", time=10)
-    assert run(make_job("told4"), tmp_path, cluster).result() == str(tmp_path / "run")
+    assert run(make_job("signalled4"), tmp_path, cluster).result() == str(tmp_path / "run")
     assert outcomes(tmp_path) == ["stopped"] * 4 + ["finished"]
 
 
@@ -108,7 +103,7 @@ def test_a_killed_process_is_started_again(make_job, tmp_path):
     assert outcomes(tmp_path) == ["killed", "finished"]
 
 
-def test_a_failure_is_named(make_job, tmp_path):
+def test_a_failure_is_reported_with_the_end_of_the_log(make_job, tmp_path):
     job = run(make_job("wrong"), tmp_path)
     with pytest.raises(submitit.core.utils.FailedJobError) as failed:
         job.result()
@@ -152,7 +147,7 @@ def test_the_command_in_a_container(make_job, tmp_path):
     assert job.command()[:7] == ["apptainer", "exec", "--nv", "my image.sif", "python", "-u", tool]
 
 
-def test_what_sbatch_would_get(make_job, tmp_path):
+def test_the_sbatch_file(make_job, tmp_path):
     cluster = Cluster(
         partition="gpu",
         account="me",
@@ -166,7 +161,7 @@ def test_what_sbatch_would_get(make_job, tmp_path):
         extra={"mail-type": "END"},
     )
     job = make_job("well")
-    (text,) = sbatch_texts([job], cluster, str(tmp_path / "jobs"), "name", after=["12", "13_1"])
+    text = sbatch_text([job], cluster, str(tmp_path / "jobs"), "name", after=["12", "13_1"])
     flags = [line.removeprefix("#SBATCH --") for line in text.splitlines() if "#SBATCH" in line]
     for flag in (
         "partition=gpu",
@@ -190,106 +185,97 @@ def test_what_sbatch_would_get(make_job, tmp_path):
     lines = text.splitlines()
     assert lines.index("module load cuda") < [i for i, x in enumerate(lines) if "srun" in x][0]
     assert f"export PYTHONPATH={tmp_path}/code${{PYTHONPATH:+:$PYTHONPATH}}" in lines
-    (text,) = sbatch_texts([job] * 5, Cluster(array_parallelism=3), str(tmp_path / "jobs"), "name")
+    text = sbatch_text([job] * 5, Cluster(array_parallelism=3), str(tmp_path / "jobs"), "name")
     assert "#SBATCH --array=0-4%3\n" in text
     assert "--time" not in text  # the partition's own limit, not submitit's five minutes
-    with pytest.raises(ValueError, match="one code"):
+    with pytest.raises(ValueError, match="the same root"):
         other = ToolJob("tools/tool.py", [], "run", "elsewhere")
-        sbatch_texts([job, other], Cluster(), str(tmp_path / "jobs"), "name")
+        sbatch_text([job, other], Cluster(), str(tmp_path / "jobs"), "name")
 
 
-def test_attempts_that_get_nowhere_come_to_an_end(make_job, tmp_path):
+def test_consecutive_attempts_without_a_checkpoint_are_counted(make_job, tmp_path):
     folder = str(tmp_path / "run")
-    for i in range(MAX_FRUITLESS):
+    for i in range(MAX_STALLED):
         assert start_attempt(folder, "7", i, "n1") == i
         end_attempt(folder, "killed")
-        end_attempt(folder, "finished")  # the first word counts
-    assert start_attempt(folder, "7", 99, "n1") == MAX_FRUITLESS
+        end_attempt(folder, "finished")  # the first outcome stays
+    assert start_attempt(folder, "7", 99, "n1") == MAX_STALLED
     (tmp_path / "run/last_checkpoint").write_text("model_0000009.pth")
-    assert start_attempt(folder, "7", 100, "n1") == 0  # the one before was lost, but left something
+    assert start_attempt(folder, "7", 100, "n1") == 0  # the previous one left a checkpoint
     end_attempt(folder, "stopped")
     assert start_attempt(folder, "7", 101, "n1") == 1
-    assert start_attempt(folder, "8", 0, "n1") == 0  # submitted anew
-    assert outcomes(tmp_path) == ["killed"] * MAX_FRUITLESS + ["lost", "stopped", "lost", None]
+    assert start_attempt(folder, "8", 0, "n1") == 0  # submitted again
+    assert outcomes(tmp_path) == ["killed"] * MAX_STALLED + ["unknown", "stopped", "unknown", None]
 
 
-def test_a_job_that_gets_nowhere_says_so(make_job, tmp_path, monkeypatch):
+def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_path, monkeypatch):
     class Environment:
         global_rank, num_tasks, job_id, cluster = 0, 1, "7", "slurm"
         paths = submitit.core.utils.JobPaths(tmp_path / "jobs", "7", 0)
 
-    for i in range(MAX_FRUITLESS):
+    for i in range(MAX_STALLED):
         start_attempt(str(tmp_path / "run"), "7", i, "n1")
     monkeypatch.setattr(submitit, "JobEnvironment", Environment)
-    with pytest.raises(UserError, match="10 attempts in a row ended without a new checkpoint"):
+    with pytest.raises(UserError, match="10 consecutive attempts ended without a new checkpoint"):
         make_job("well")()
-    assert outcomes(tmp_path) == ["lost"] * MAX_FRUITLESS + ["failed"]
+    assert outcomes(tmp_path) == ["unknown"] * MAX_STALLED + ["failed"]
 
 
 @pytest.mark.parametrize(
-    ("states", "requeued"),
+    ("states", "state", "reason"),
     [
-        (["told", "killed"], True),  # SLURM ends the other tasks of the step
-        (["told", "running"], True),  # the task itself was killed: no last word
-        (["told", "failed"], False),
-        (["told", "told"], False),
-        (["stopped", "told"], False),
-        ([], False),
+        # SLURM gave up the step but not the job.
+        (["signalled", "signalled"], "RUNNING", "SLURM ended its step (srun exit code 143)"),
+        (["signalled", "signalled"], "COMPLETING", None),  # cancelled
+        (["signalled", "signalled"], "", None),  # no longer in the queue
+        (["stopped", "signalled"], "RUNNING", None),  # rank 0 has requeued it
+        (["signalled", "failed"], "RUNNING", None),
+        # SLURM terminates the other tasks of the step.
+        (["signalled", "killed"], "COMPLETING", "a process was killed by signal 9"),
+        # The task was killed before it could write another note.
+        (["signalled", "running"], "RUNNING", "a process was killed (srun exit code 143)"),
+        ([], "RUNNING", None),
     ],
 )
-def test_who_was_killed_is_told_from_who_was_stopped(states, requeued):
-    assert (find_killed([{"state": state} for state in states]) is not None) == requeued
-
-
-@pytest.mark.parametrize(
-    ("states", "state", "requeued"),
-    [
-        (["told", "told"], "RUNNING", True),  # SLURM gave the step up, not the job
-        (["told", "told"], "COMPLETING", False),  # cancelled
-        (["told", "told"], "", False),  # squeue knows it no more
-        (["stopped", "told"], "RUNNING", False),  # requeued by rank 0, which said so
-        (["told", "failed"], "RUNNING", False),
-        (["told", "killed"], "COMPLETING", True),
-        ([], "RUNNING", False),
-    ],
-)
-def test_what_a_batch_script_requeues(states, state, requeued, tmp_path, monkeypatch, capsys):
+def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     (tmp_path / "bin").mkdir()
-    squeue = f"[ $3 = --jobs=7_2 ] && echo {state}"
+    answer = f"echo {state}" if state else "echo error: Invalid job id specified >&2; exit 1"
+    squeue = f'case "$*" in *--jobs=7_2*) {answer};; *) exit 3;; esac'
     for name, line in {"squeue": squeue, "scontrol": f"echo $* >{tmp_path}/ran"}.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     start_attempt(str(tmp_path / "run"), "7_2", 1, "n1")
     (tmp_path / "tasks").mkdir()
     for rank, word in enumerate(states):
-        note = {"state": word, "code": 0, "output_dir": str(tmp_path / "run")}
+        code = 9 if word == "killed" else 0
+        note = {"state": word, "code": code, "output_dir": str(tmp_path / "run")}
         (tmp_path / f"tasks/7_2_1_{rank}.json").write_text(json.dumps(note))
-    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "143"])
-    after.main()
+    monkeypatch.setattr(sys, "argv", ["requeue", str(tmp_path), "143"])
+    requeue.main()
     ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
-    assert ran == ("requeue 7_2\n" if requeued else "")
+    assert ran == ("requeue 7_2\n" if reason else "")
     assert [a.get("outcome") for a in read_attempts(str(tmp_path / "run"))] == [
-        "killed" if requeued else None
+        "killed" if reason else None
     ]
-    assert ("it is requeued" in capsys.readouterr().out) == requeued
+    assert capsys.readouterr().out == (f"job 7_2: {reason}; requeueing\n" if reason else "")
 
 
-def test_each_attempt_meets_at_a_port_of_its_own(monkeypatch):
+def test_each_attempt_uses_another_port(monkeypatch):
     ports = set()
     for job in ("7", "8", "9"):
         for restart in range(20):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
             ports.add(rendezvous.port(job))
             assert rendezvous.port(job) in ports and 10000 <= rendezvous.port(job) < 32000
-    assert len(ports) >= 58  # 60 of 22000, so two may be one
+    assert len(ports) >= 58  # of 60; two may collide among 22000 ports
 
 
-def test_a_snapshot_does_not_follow_later_edits(tmp_path, monkeypatch):
+def test_a_snapshot_is_unaffected_by_later_edits(tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     for name in ("region_pretrain", "projects", "configs", "tools/__pycache__"):
         (checkout / name).mkdir(parents=True)

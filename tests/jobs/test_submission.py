@@ -40,14 +40,14 @@ def test_a_dry_run_shows_the_sbatch_file_and_leaves_nothing(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--slurm", "partion=gpu"], "did you mean partition"),
-        (["--slurm", "partition=gpu", "--num-gpus", "8"], "say nodes=N,gpus-per-node=M"),
+        (["--slurm", "partition=gpu", "--num-gpus", "8"], "use --slurm nodes=N,gpus-per-node=M"),
         (["--slurm", "gpus-per-node=7"], "must be a multiple of the 7 processes"),
         (["--slurm", "partition=gpu", "train.max_itr=3"], "did you mean train.max_iter"),
         (["--slurm", "partition=gpu", "train.output_dir={held}"], "already contains a run"),
-        (["--slurm", "{local}"], "the file is of kind=local"),
+        (["--slurm", "{local}"], "the file has kind=local, not slurm"),
     ],
 )
-def test_bad_input_is_told_first(tmp_path, monkeypatch, arguments, message):
+def test_bad_input_is_refused_before_submission(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "held").mkdir()
     (tmp_path / "held/config.yaml").write_text("")
     (tmp_path / "held/metrics.json").write_text("")
@@ -62,11 +62,15 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
     (tmp_path / "run/slurm").mkdir(parents=True)
     (tmp_path / "run/slurm/17_submitted.pkl").write_text("")
     (tmp_path / "bin").mkdir()
-    for name, said in {"sbatch": "", "srun": "", "scontrol": "", "squeue": "17"}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {said}\n")
-    (tmp_path / "bin/sinfo").write_text("#!/bin/sh\necho gpu\n")
+    outputs = dict.fromkeys(("sbatch", "srun", "scontrol", "scancel"), "")
+    outputs |= {"sinfo": "gpu", "squeue": "17_0 RUNNING"}
+    for name, output in outputs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\necho {output}\n")
     for path in (tmp_path / "bin").iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     with pytest.raises(UserError, match="job 17 for .*/run is still in the queue"):
+        submit("--slurm", "partition=gpu", f"train.output_dir={tmp_path}/run")
+    (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    with pytest.raises(UserError, match="squeue failed: no controller"):
         submit("--slurm", "partition=gpu", f"train.output_dir={tmp_path}/run")

@@ -1,4 +1,4 @@
-"""Small runs that are submitted, disturbed and compared."""
+"""Small runs that tests submit, interrupt and compare."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tiny_run import CLOCK
 import region_pretrain
 from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.jobs.attempts import read_attempts
-from region_pretrain.jobs.rendezvous import restart_count
+from region_pretrain.jobs.slurm import restart_count
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_training
 
 ROOT = Path(__file__).parents[2]
 
 
 class SlowAttempts(HookBase):
-    """Gives a test the time to disturb the first attempts; says which process and code runs."""
+    """Slows the first attempts so that a test can interrupt them; records process ids and code."""
 
     def __init__(self, count: int, seconds: float) -> None:
         self.seconds = seconds if restart_count() < count and "SLURM_JOB_ID" in os.environ else 0
@@ -41,7 +41,7 @@ class SlowAttempts(HookBase):
 
 
 class BreakAt(HookBase):
-    """An error in one process of a run."""
+    """Raises an error on one rank of a run."""
 
     def __init__(self, iteration: int, rank: int) -> None:
         self.iteration, self.rank = iteration, rank
@@ -52,7 +52,7 @@ class BreakAt(HookBase):
 
 
 def submit(tool: str, config: str, settings: str, folder: Path, *overrides: str) -> str:
-    """What ``tools/<tool> --slurm`` does; returns the job's id."""
+    """Submit a run as ``tools/<tool> --slurm`` does; returns the job id."""
     parser = argument_parser("", "")
     add_slurm_arguments(parser)
     arguments = ["--slurm", settings, "--config-file", str(Path(__file__).with_name(config))]
@@ -62,10 +62,10 @@ def submit(tool: str, config: str, settings: str, folder: Path, *overrides: str)
     return pickle.name.split("_")[0]
 
 
-def wait_until(come: Callable[[], object], folder: Path, seconds: float = 300) -> None:
-    """Poll, and tell what the job said if it does not come."""
+def wait_until(condition: Callable[[], object], folder: Path, seconds: float = 300) -> None:
+    """Poll a condition; on a time-out, fail with the queue and the ends of the job logs."""
     deadline = time.monotonic() + seconds
-    while not come():
+    while not condition():
         if time.monotonic() > deadline:
             logs = [f.read_text(errors="replace")[-3000:] for f in folder.glob("slurm/*_log.out")]
             queue = subprocess.run(["squeue", "--long"], capture_output=True, text=True).stdout
@@ -74,12 +74,12 @@ def wait_until(come: Callable[[], object], folder: Path, seconds: float = 300) -
 
 
 def in_step(folder: Path, iteration: int) -> Callable[[], bool]:
-    """Whether a run has got to an iteration."""
+    """A condition: the run has reached an iteration."""
     return lambda: any(line["iteration"] >= iteration for line in metrics(folder))
 
 
 def is_over(folder: Path) -> bool:
-    """Whether the last attempt has come to an end that nothing follows."""
+    """Whether the last attempt has finished or failed."""
     attempts = read_attempts(str(folder))
     return bool(attempts) and attempts[-1].get("outcome") in ("finished", "failed")
 
@@ -90,7 +90,7 @@ def outcomes(folder: Path) -> list[str]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """metrics.json without the clock, and without a line that is being written."""
+    """The lines of metrics.json without timings and without a line still being written."""
     path = folder / "metrics.json"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:

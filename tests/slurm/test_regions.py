@@ -1,4 +1,4 @@
-"""Region making as a job array on a real SLURM."""
+"""Region generation as a job array on a real SLURM."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from region_pretrain.regions import RegionStore
 pytestmark = pytest.mark.slurm
 
 
-def test_shards_of_an_array_make_the_store_of_one_process(slurm, tmp_path):
+def test_a_job_array_generates_the_same_store_as_one_process(slurm, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("astronaut", "coffee", "chelsea", "rocket"):

@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: two nodes, slurmctld and slurmd on this machine."""
+"""Runs on a real SLURM of two nodes on this machine."""
 
 import json
 import os
@@ -11,21 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_runs import (
-    ROOT,
-    in_step,
-    is_over,
-    metrics,
-    outcomes,
-    submit,
-    wait_until,
-)
+from slurm_runs import ROOT, in_step, is_over, metrics, outcomes, submit, wait_until
 
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster, check_cluster
+from region_pretrain.jobs.executor import submit as submit_jobs
 from region_pretrain.jobs.job import ToolJob
-from region_pretrain.jobs.job import submit as submit_jobs
 
 pytestmark = pytest.mark.slurm
 
@@ -50,23 +42,23 @@ def wait_to_end(folder):
     wait_until(lambda: is_over(folder), folder)
 
 
-def same_run(disturbed, whole):
-    """Every loss of every iteration, bit for bit and each once, and the final weights."""
-    assert metrics(disturbed) == metrics(whole)
-    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (disturbed, whole))
+def same_run(run, reference):
+    """All losses, each iteration logged once, and the final weights are bitwise equal."""
+    assert metrics(run) == metrics(reference)
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (run, reference))
     for part in ("model", "pretraining"):
         torch.testing.assert_close(a[part], b[part], rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def whole(slurm, tmp_path_factory):
-    """The undisturbed pre-training."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def reference(slurm, tmp_path_factory):
+    """The uninterrupted pre-training run."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
     return run_here("pretrain_net.py", "tiny_pretrain.py", folder, processes=2)
 
 
-def test_bad_input_is_told_before_anything_is_submitted(slurm, tmp_path):
-    with pytest.raises(UserError, match="no partition 'lo' here: there is low"):
+def test_bad_input_is_refused_before_submission(slurm, tmp_path):
+    with pytest.raises(UserError, match="no partition 'lo' in this cluster; there is low"):
         check_cluster(Cluster(partition="lo"))
     check_cluster(Cluster(partition="low"))
     with pytest.raises(UserError, match="total_batch_size=8 must be a multiple of the 3 processes"):
@@ -85,8 +77,8 @@ def test_two_nodes_of_two_tasks_train_as_one_process(slurm, tmp_path, monkeypatc
     command = [sys.executable, str(ROOT / "tools/pretrain_net.py"), "--slurm", settings]
     command += ["--config-file", str(HERE / "tiny_pretrain.py")]
     command += [f"train.output_dir={tmp_path / 'four'}", *model]
-    said = subprocess.check_output(command, text=True)
-    assert "submitted" in said and "log: " in said
+    output = subprocess.check_output(command, text=True)
+    assert "submitted" in output and "log: " in output
     one = run_here("pretrain_net.py", "tiny_pretrain.py", tmp_path / "one", *model)
     wait_to_end(tmp_path / "four")
     a, b = metrics(one), metrics(tmp_path / "four")
@@ -94,13 +86,13 @@ def test_two_nodes_of_two_tasks_train_as_one_process(slurm, tmp_path, monkeypatc
     for x, y in zip(a, b, strict=True):
         for name in ("total_loss", "loss_main", "loss_l2", "lr"):
             assert y[name] == pytest.approx(x[name], rel=1e-4), (x["iteration"], name)
-    # Four processes, of the code as it was when the job was submitted.
+    # Four processes run the code as it was when the job was submitted.
     ranks = [json.loads(path.read_text()) for path in who.glob("[0-9]*-0-*")]
     assert len(ranks) == len({rank["pid"] for rank in ranks}) == 4
     assert all(r["code"].startswith(str(tmp_path / "four/slurm/code/")) for r in ranks)
 
 
-def test_a_killed_process_and_a_killed_task_cost_an_attempt_each(whole, tmp_path, monkeypatch):
+def test_a_killed_process_and_a_killed_task_cost_an_attempt_each(reference, tmp_path, monkeypatch):
     who = tmp_path / "who"
     who.mkdir()
     monkeypatch.setenv("WHO_FOLDER", str(who))
@@ -114,23 +106,23 @@ def test_a_killed_process_and_a_killed_task_cost_an_attempt_each(whole, tmp_path
     os.kill(json.loads((who / f"{job}-1-0").read_text())["parent"], signal.SIGKILL)
     wait_to_end(folder)
     assert outcomes(folder) == ["killed", "killed", "finished"]
-    same_run(folder, whole)
+    same_run(folder, reference)
 
 
-def test_a_preempting_job_of_a_higher_partition(whole, tmp_path):
+def test_preemption_by_a_job_of_a_higher_partition(reference, tmp_path):
     folder = tmp_path / "run"
     submit("pretrain_net.py", "tiny_pretrain.py", TWO, folder, *SLOW)
     wait_until(in_step(folder, 2), folder)
-    whole_nodes = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
-    subprocess.run(["sbatch", *whole_nodes, "--wrap=sleep 1"], check=True, capture_output=True)
+    both_nodes = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    subprocess.run(["sbatch", *both_nodes, "--wrap=sleep 1"], check=True, capture_output=True)
     wait_to_end(folder)
     assert outcomes(folder) == ["stopped", "finished"]
-    assert read_attempts(folder)[1]["start"] >= "model_0000002.pth"  # written when it was told
-    same_run(folder, whole)
+    assert read_attempts(folder)[1]["start"] >= "model_0000002.pth"  # saved when it was signalled
+    same_run(folder, reference)
 
 
-def test_fine_tuning_with_loader_workers_is_requeued_by_hand(slurm, tmp_path):
-    whole = run_here("train_net.py", "tiny_finetune.py", tmp_path / "whole", processes=2)
+def test_fine_tuning_with_loader_workers_survives_a_manual_requeue(slurm, tmp_path):
+    reference = run_here("train_net.py", "tiny_finetune.py", tmp_path / "reference", processes=2)
     folder = tmp_path / "run"
     job = submit("train_net.py", "tiny_finetune.py", TWO, folder, *SLOW)
     wait_until(in_step(folder, 5), folder)
@@ -138,11 +130,11 @@ def test_fine_tuning_with_loader_workers_is_requeued_by_hand(slurm, tmp_path):
     wait_to_end(folder)
     assert outcomes(folder) == ["stopped", "finished"]
     assert read_attempts(folder)[1]["start"] >= "model_0000005.pth"
-    same_run(folder, whole)
-    assert (folder / "results.json").read_text() == (whole / "results.json").read_text()
+    same_run(folder, reference)
+    assert (folder / "results.json").read_text() == (reference / "results.json").read_text()
 
 
-def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
+def test_a_throttled_array_and_its_dependents(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
     shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
 
@@ -155,7 +147,7 @@ def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
         cluster = Cluster(partition="low", array_parallelism=2)
         return [job.job_id for job in submit_jobs(jobs, cluster, f"{tmp_path}/jobs", name, after)]
 
-    ids = submit_here([make(how, how) for how in ("well", "killed", "told")], "array")
+    ids = submit_here([make(how, how) for how in ("well", "killed", "signalled")], "array")
     assert ids == [f"{ids[0].split('_')[0]}_{i}" for i in range(3)]
     (wrong,) = submit_here([make("wrong", "wrong")], "wrong")
     submit_here([make("after", "well")], "after", ids)
@@ -164,13 +156,14 @@ def test_a_throttled_array_and_what_depends_on_it(slurm, tmp_path):
     wait_until(lambda: not subprocess.check_output(["squeue", "--noheader"]), tmp_path)
     assert outcomes(tmp_path / "well") == outcomes(tmp_path / "after") == ["finished"]
     assert outcomes(tmp_path / "killed") == ["killed", "finished"]
-    assert outcomes(tmp_path / "told") == ["stopped", "finished"]
+    assert outcomes(tmp_path / "signalled") == ["stopped", "finished"]
     assert outcomes(tmp_path / "wrong") == ["failed"] and outcomes(tmp_path / "never") == []
-    ends = [read_attempts(f"{tmp_path}/{n}")[-1]["ended"] for n in ("well", "killed", "told")]
+    names = ("well", "killed", "signalled")
+    ends = [read_attempts(f"{tmp_path}/{name}")[-1]["ended"] for name in names]
     assert read_attempts(f"{tmp_path}/after")[0]["started"] > max(ends)
 
 
-def test_a_step_that_slurm_gives_up_and_a_job_that_is_cancelled(slurm, tmp_path):
+def test_a_job_whose_step_ended_is_requeued_and_a_cancelled_one_is_not(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
     shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
     cluster = Cluster(partition="low", nodes=2, tasks_per_node=1)
@@ -181,16 +174,17 @@ def test_a_step_that_slurm_gives_up_and_a_job_that_is_cancelled(slurm, tmp_path)
         job = ToolJob("tools/tool.py", ["deaf", folder], folder, str(tmp_path / "code"))
         ids[name] = submit_jobs([job], cluster, f"{tmp_path}/jobs", name)[0].job_id
 
-    def told(name):
+    def signalled(name):
         paths = tmp_path.glob(f"jobs/tasks/{ids[name]}_0_*.json")
-        return [json.loads(path.read_text() or "{}").get("state") for path in paths] == ["told"] * 2
+        states = [json.loads(path.read_text() or "{}").get("state") for path in paths]
+        return states == ["signalled"] * 2
 
     for name in ids:
         wait_until(lambda n=name: len(list((tmp_path / n).glob("seen*"))) == 2, tmp_path)
-    # As SLURM does where a node or srun does not answer: all tasks are told, and soon killed.
+    # As SLURM does if a node or srun does not answer: it terminates all tasks, then kills them.
     subprocess.run(["scancel", "--signal=TERM", f"{ids['step']}.0"], check=True)
     subprocess.run(["scancel", ids["job"]], check=True)
-    wait_until(lambda: told("step") and told("job"), tmp_path)
+    wait_until(lambda: signalled("step") and signalled("job"), tmp_path)
     subprocess.run(["scancel", "--signal=KILL", f"{ids['step']}.0"], check=True)
     wait_until(lambda: not subprocess.check_output(["squeue", "--noheader"]), tmp_path)
     assert outcomes(tmp_path / "step") == ["killed", "finished"]
@@ -198,7 +192,7 @@ def test_a_step_that_slurm_gives_up_and_a_job_that_is_cancelled(slurm, tmp_path)
     assert "outcome" not in attempt
 
 
-def test_a_failing_run_fails_alone_and_is_named(slurm, tmp_path):
+def test_a_failure_is_reported_with_its_rank_and_not_requeued(slurm, tmp_path):
     folder = tmp_path / "broken"
     breaking = "train.hooks=[{_target_: slurm_runs.BreakAt, iteration: 3, rank: 1}]"
     submit("pretrain_net.py", "tiny_pretrain.py", TWO, folder, breaking)
@@ -209,16 +203,16 @@ def test_a_failing_run_fails_alone_and_is_named(slurm, tmp_path):
     assert "ValueError: the weather is bad" in attempt["error"]
 
 
-def test_the_time_limit(whole, tmp_path):
+def test_the_time_limit(reference, tmp_path):
     folder = tmp_path / "run"
     limit = ",time=10,signal-seconds=120"
     job = submit("pretrain_net.py", "tiny_pretrain.py", TWO + limit, folder, *SLOW)
     wait_until(in_step(folder, 2), folder)
-    # So that the test need not wait for so long: two minutes before the end SLURM tells the job.
+    # Shorten the wait: SLURM signals the job two minutes before the limit, which is now.
     subprocess.run(["scontrol", "update", f"job={job}", "TimeLimit=2"], check=True)
     wait_until(lambda: "outcome" in read_attempts(str(folder))[0], folder)
     subprocess.run(["scontrol", "update", f"job={job}", "TimeLimit=10"], check=True)
     wait_to_end(folder)
     assert outcomes(folder) == ["stopped", "finished"]
     assert read_attempts(folder)[1]["start"] >= "model_0000002.pth"
-    same_run(folder, whole)
+    same_run(folder, reference)

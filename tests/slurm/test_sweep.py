@@ -1,4 +1,4 @@
-"""A sweep on a real SLURM: two methods and two seeds, and a third method that fails."""
+"""A sweep on a real SLURM: two methods with two seeds, and a third method that fails."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(scope="module")
 def swept(slurm, tmp_path_factory):
-    """The sweep's folder when nothing of it is queued any more, and a way to call the tool."""
+    """The folder of a sweep whose jobs have all ended, and functions to call and restart it."""
     folder = tmp_path_factory.mktemp("sweep")
     environment = {**slurm, "DETECTRON2_DATASETS": str(folder / "datasets")}
 
@@ -48,7 +48,7 @@ def runs_of(folder, kind):
     }
 
 
-def test_what_depends_runs_after_and_a_failing_run_fails_alone(swept):
+def test_dependents_run_afterwards_and_a_failure_stays_local(swept):
     folder, tool, _ = swept
     pretrained, tuned = runs_of(folder, PRETRAIN), runs_of(folder, FINETUNE)
     assert len(pretrained) == len(tuned) == 6
@@ -62,13 +62,13 @@ def test_what_depends_runs_after_and_a_failing_run_fails_alone(swept):
             assert after["started"] > before["ended"]
             config = (Path(run.folder) / "config.yaml").read_text()
             assert f"{pretrained[key].folder}/model_final.pth" in config
-    said = tool("status", str(folder))
-    assert "8 finished" in said and "2 failed" in said and "2 blocked" in said
-    assert "broken_seed0 failed; these runs depend on it: broken_seed0_det" in said
-    assert "ValueError: the weather is bad" in said
+    output = tool("status", str(folder))
+    assert "8 finished" in output and "2 failed" in output and "2 blocked" in output
+    assert "broken_seed0 failed; these runs depend on it: broken_seed0_det" in output
+    assert "ValueError: the weather is bad" in output
 
 
-def test_the_table_is_what_the_runs_found(swept):
+def test_the_table_matches_the_results_of_the_runs(swept):
     folder, tool, _ = swept
     tool("report", str(folder))
     with open(folder / "results.csv", encoding="utf-8") as file:
@@ -88,7 +88,7 @@ def test_the_table_is_what_the_runs_found(swept):
     assert "Failed: broken_seed0, broken_seed1." in (folder / "report.md").read_text()
 
 
-def test_started_again_it_submits_only_what_failed(swept):
+def test_a_restart_submits_only_what_failed(swept):
     folder, _, start = swept
     start()
     times = {

@@ -1,0 +1,47 @@
+"""Run by a job's batch script when ``srun`` fails: requeue the job unless it failed by itself.
+
+python -m region_pretrain.jobs.requeue FOLDER EXIT_CODE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from region_pretrain.errors import exit_on_user_error
+from region_pretrain.jobs import slurm
+from region_pretrain.jobs.attempts import end_attempt
+
+
+@exit_on_user_error
+def main() -> None:
+    """Requeue a job of which a process was killed, or whose step SLURM gave up."""
+    folder, code = Path(sys.argv[1]), sys.argv[2]
+    job = SlurmJobEnvironment().job_id
+    paths = sorted(folder.glob(f"tasks/{job}_{slurm.restart_count()}_*.json"))
+    notes = [json.loads(path.read_text()) for path in paths]  # the last note of each task
+    # A task that still counts as running was killed itself, before it could write another note.
+    killed = [note for note in notes if note["state"] in ("killed", "running")]
+    if killed:
+        by = f"by signal {killed[0]['code']}" if killed[0]["code"] else f"(srun exit code {code})"
+        reason = f"a process was killed {by}"
+    elif (
+        # SLURM terminated all tasks before they agreed to stop. Either the job was cancelled, or
+        # SLURM gave up its step, as when a node or srun does not answer: then the job still runs.
+        notes
+        and all(note["state"] == "signalled" for note in notes)
+        and slurm.job_state(job) == "RUNNING"
+    ):
+        reason = f"SLURM ended its step (srun exit code {code})"
+    else:
+        return
+    end_attempt(notes[0]["output_dir"], "killed")
+    print(f"job {job}: {reason}; requeueing", flush=True)
+    slurm.requeue(job)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""SLURM's commands: no other module of the library runs them.
+
+Nothing here imports PyTorch: it runs in a process beside every training process.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from region_pretrain.errors import UserError
+
+#: The states of a job that has not started, or that waits to be started again.
+WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+def require_commands() -> None:
+    """Refuse a machine from which no job can be submitted.
+
+    Raises:
+        UserError: one of SLURM's commands is not installed.
+    """
+    for command in ("sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel"):
+        if shutil.which(command) is None:
+            raise UserError(
+                f"no {command} on this machine: use --slurm on a login node of a SLURM cluster; "
+                "--dry-run shows what would be submitted"
+            )
+
+
+def list_partitions() -> list[str]:
+    """The names of the cluster's partitions.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    return list(dict.fromkeys(_run("sinfo", "--noheader", "--format=%R").split()))
+
+
+def my_jobs() -> dict[str, str]:
+    """The user's jobs that are in the queue.
+
+    Returns:
+        Job id -> state, e.g. ``{"7_0": "RUNNING"}``; each task of an array is a job.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    lines = _run("squeue", "--me", "--noheader", "--array", "--format=%i %T").splitlines()
+    return dict(line.split() for line in lines if line.strip())
+
+
+def job_state(job_id: str) -> str:
+    """The state of a job, e.g. ``RUNNING``; "" if it has left the queue.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    try:
+        return _run("squeue", "--noheader", "--format=%T", f"--jobs={job_id}", seconds=30).strip()
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return ""
+        raise
+
+
+def requeue(job_id: str) -> None:
+    """Put a running job back in the queue.
+
+    Raises:
+        UserError: SLURM refuses, or does not answer.
+    """
+    _run("scontrol", "requeue", job_id, seconds=120)
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs.
+
+    Raises:
+        UserError: SLURM refuses, or does not answer.
+    """
+    _run("scancel", *job_ids, seconds=120)
+
+
+def restart_count() -> int:
+    """How often SLURM has restarted the job that this process belongs to."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _run(*command: str, seconds: float = 60) -> str:
+    """The standard output of a command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{command[0]} does not answer within {seconds} s: is slurmctld running?"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{command[0]} does not run: {error.strerror}") from error
+    if done.returncode:
+        raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
