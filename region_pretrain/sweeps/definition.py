@@ -29,12 +29,14 @@ class Pretrain:
         label: its name in tables; empty: its key in the sweep.
         regions: path of an existing region store; null: the sweep generates the regions that the
             config needs.
+        finetune_overrides: overrides of the fine-tunings from it, applied after their own.
     """
 
     config: str = MISSING
     overrides: list[str] = field(default_factory=list)
     label: str = ""
     regions: str | None = None
+    finetune_overrides: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -44,10 +46,12 @@ class Baseline:
     Attributes:
         init_checkpoint: path or URL of the weights; empty: random weights.
         label: its name in tables; empty: its key in the sweep.
+        finetune_overrides: overrides of the fine-tunings from it, applied after their own.
     """
 
     init_checkpoint: str = ""
     label: str = ""
+    finetune_overrides: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,6 +111,7 @@ class Sweep:
         pretrain_overrides: overrides of all pre-trainings, applied after their own.
         finetune_overrides: overrides of all fine-tunings, applied after their own.
         regions: how region stores are generated.
+        pictures: number of images per picture of the report; 0: no pictures.
     """
 
     pretrain: dict[str, Pretrain | None] = field(default_factory=dict)
@@ -120,6 +125,7 @@ class Sweep:
     pretrain_overrides: list[str] = field(default_factory=list)
     finetune_overrides: list[str] = field(default_factory=list)
     regions: RegionGeneration = field(default_factory=RegionGeneration)
+    pictures: int = 4
 
     @property
     def labels(self) -> dict[str, str]:
@@ -212,6 +218,8 @@ def _check(sweep: Sweep) -> None:
     if not sweep.seeds:
         raise UserError("sweep.seeds=[]: list at least one seed")
     _check_unique("sweep.seeds", sweep.seeds)
+    if sweep.pictures < 0:
+        raise UserError(f"sweep.pictures={sweep.pictures}: must be at least 0")
     if sweep.regions.shards < 1:
         raise UserError(f"sweep.regions.shards={sweep.regions.shards}: must be at least 1")
     for name, entry in sweep.finetune.items():

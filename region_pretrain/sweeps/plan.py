@@ -248,7 +248,8 @@ class _Planner:
             more: further overrides.
             choice: the run that chooses its learning rate.
         """
-        entry, init = self._sweep.finetune[labels["finetune"]], labels["init"]
+        sweep, init = self._sweep, labels["init"]
+        entry, source = sweep.finetune[labels["finetune"]], (sweep.pretrain | sweep.baselines)[init]
         parents = [choice] if choice else []
         if init in self._sweep.pretrain:
             pretrain, at = self._pretrain(init, pretrain_seed), labels["checkpoint"]
@@ -267,6 +268,7 @@ class _Planner:
         overrides = [
             *entry.overrides,
             *self._sweep.finetune_overrides,
+            *source.finetune_overrides,
             *([f"train.init_checkpoint={weights}"] if weights else []),
             *(subset if fraction < 1 else []),
             f"train.seed={seed}",

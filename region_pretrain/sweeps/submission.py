@@ -43,6 +43,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         labels=sweep.labels,
         images_seen=sweep.images_seen,
         plan=make_plan(sweep),
+        pictures=sweep.pictures,
     )
 
 

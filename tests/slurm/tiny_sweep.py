@@ -1,5 +1,3 @@
-from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
-
 _BREAK = "train.hooks=[{_target_:slurm_runs.BreakAt,iteration:1,rank:0}]"
 
 sweep = dict(
@@ -10,6 +8,22 @@ sweep = dict(
         broken=dict(config="projects/BYOL/configs/byol_r18_b32_shapes.py", overrides=[_BREAK]),
     ),
     finetune=dict(det=dict(config="configs/detection/mask_rcnn_r18_fpn_shapes.py")),
-    pretrain_overrides=["train.device=cpu", *_QUICK_PRETRAIN],
-    finetune_overrides=["train.device=cpu", *_QUICK_DETECTION],
+    pretrain_overrides=[
+        "train.device=cpu",
+        "dataloader.train.dataset.names.size=24",
+        "dataloader.train.total_batch_size=8",
+        "dataloader.train.num_workers=0",
+        "train.max_iter=4",
+        "train.log_period=1",
+    ],
+    finetune_overrides=[
+        "train.device=cpu",
+        "dataloader.train.dataset.names.size=16",
+        "dataloader.train.total_batch_size=4",
+        "dataloader.train.num_workers=0",
+        "dataloader.test.dataset.names.size=8",
+        "train.max_iter=4",
+        "train.eval_period=2",
+        "train.log_period=1",
+    ],
 )
