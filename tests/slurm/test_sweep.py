@@ -72,7 +72,7 @@ def test_the_table_matches_the_results_of_the_runs(swept):
     folder, tool, _ = swept
     tool("report", str(folder))
     with open(folder / "results.csv", encoding="utf-8") as file:
-        rows = {row["init"]: row for row in csv.DictReader(file)}
+        rows = {row["initialisation"]: row for row in csv.DictReader(file)}
     assert rows["byol"]["seeds"] == rows["moco"]["seeds"] == "2" and rows["broken"]["seeds"] == "0"
     pretrained = runs_of(folder, PRETRAIN)
     for start in ("byol", "moco"):

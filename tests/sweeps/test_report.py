@@ -271,7 +271,7 @@ def test_failure_and_runs(folder):
     )  # without submitit's lines
     assert "Failed: det_mcl_0.1_1." in open(folder.paths[1], encoding="utf-8").read()
     header, *rows = cells(page, 4)
-    assert header == ["run", "state", "iteration", "attempts", "min", "log"]
+    assert header == ["run", "state", "progress", "attempts", "min", "log"]
     states = {row[0]: row[1] for row in rows}
     assert states.pop("det_mcl_0.1_1") == "failed" and set(states.values()) == {"finished"}
     for href in re.findall(r'href="(.*?)"', page):
