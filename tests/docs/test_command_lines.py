@@ -1,4 +1,4 @@
-"""Everything the Markdown files promise exists: commands, flags, config keys, targets, links, code."""
+"""What the Markdown files promise exists: commands, flags, keys, targets, links and code."""
 
 import argparse
 import ast

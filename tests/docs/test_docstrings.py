@@ -33,7 +33,7 @@ def documented(obj: griffe.Object):
 
 
 def test_arguments_and_attributes_exist(package):
-    """``Args:`` and ``Attributes:`` name real ones, one by one or grouped as in ``width, height:``."""
+    """``Args:`` and ``Attributes:`` name real ones; ``width, height:`` names two."""
     checked = 0
     for obj in documented(package):
         function = obj if obj.is_function else obj.members.get("__init__")
