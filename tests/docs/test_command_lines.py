@@ -31,7 +31,7 @@ PLACEHOLDERS = {
     "clusters/mine.py": "configs/clusters/example.py",
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-_COMMAND = re.compile(r"^ *((?:\w+=\S+ )?(?:python |tools/|make ).*(?:\\\n.*)*)", re.MULTILINE)
+_COMMAND = re.compile(r"^ *((?:\w+=\S+ )?(?=python |tools/|make )(?:.*\\\n)*.*)", re.MULTILINE)
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^ {4,}\S.*\n(?:\n(?= {4}))?)+", re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
@@ -43,7 +43,7 @@ class Parsed(BaseException):
 
 def text_of(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    return text if path.suffix == ".md" else ast.get_docstring(ast.parse(text)) or ""
+    return text if path.suffix == ".md" else (ast.get_docstring(ast.parse(text)) or "") + "\n"
 
 
 def split(text: str) -> tuple[list[tuple[str, str]], str]:
