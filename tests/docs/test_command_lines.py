@@ -162,6 +162,8 @@ def python_blocks() -> list:
 @pytest.mark.parametrize("code", python_blocks())
 def test_python_block_compiles_and_its_imports_work(code):
     tree = ast.parse(code)
+    if code.startswith("# "):  # a file of the page's example, which has a test of its own
+        return
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     exec(compile(ast.Module(imports, []), "<documentation>", "exec"), {})
     if code.startswith("sweep = "):
