@@ -15,13 +15,13 @@ QUERY = Photometry(blur_prob=1.0)
 KEY = Photometry(blur_prob=0.1, solarize_prob=0.2)
 
 
-def test_eight_pipelines_of_an_image():
+def test_eight_views_of_an_image():
     views = MCLViews(Montage(), QUERY, KEY)
     samples = views(500, 400, np.zeros((0, 4), np.float32), np.random.default_rng(0))
     assert [s.photometry for s in samples] == [QUERY] * 4 + [KEY] * 4
     assert all(s.geometry.size == (224, 224) for s in samples)
     crops = {(s.geometry.left, s.geometry.top, s.geometry.width) for s in samples}
-    assert len(crops) == 8  # a crop of its own for every level of either pyramid
+    assert len(crops) == 8  # an independent crop for each level of each pyramid
 
 
 def test_areas_aspects_and_flips():
