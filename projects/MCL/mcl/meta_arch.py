@@ -35,13 +35,12 @@ class MCL(TileModel):
             weights from a normal distribution with standard deviation 0.01.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         temperature: temperature of the softmax over images.
-        level_weights: loss weight of each ratio, coarse levels first.
         pairing: the target levels that each level is compared with
             (:func:`~region_pretrain.projects.mcl.loss.target_levels`).
         parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
 
     Raises:
-        UserError: level weights, pairing or projector do not fit the levels or the head.
+        UserError: pairing or projector do not fit the levels or the head.
     """
 
     def __init__(
@@ -51,17 +50,11 @@ class MCL(TileModel):
         predictor: nn.Module,
         momentum: ParamScheduler,
         temperature: float = 1.0,
-        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
         pairing: str | Sequence[Sequence[int]] = "top",
         **parts,
     ) -> None:
         super().__init__(**parts)
         levels = len(self.names)
-        if len(level_weights) != levels:
-            raise UserError(
-                f"model.level_weights={list(level_weights)} must have one weight for each of the "
-                f"{levels} montage.ratios"
-            )
         if temperature <= 0:
             raise UserError(f"model.temperature={temperature}: must be above 0")
         _check_width(self.roi_heads["box_head"], projector)
@@ -74,7 +67,6 @@ class MCL(TileModel):
         self.target = MomentumCopy(self.online)
         self.momentum = momentum
         self.temperature = temperature
-        self.level_weights = list(level_weights)
         self.pairs = target_levels(pairing, levels)
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -23,28 +21,12 @@ class SupervisedMCL(TileModel):
 
     Args:
         classifier: maps the head's features to class logits.
-        level_weights: loss weight of each ratio, coarse levels first.
         parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
-
-    Raises:
-        UserError: the level weights do not fit the levels.
     """
 
-    def __init__(
-        self,
-        *,
-        classifier: nn.Linear,
-        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
-        **parts,
-    ) -> None:
+    def __init__(self, *, classifier: nn.Linear, **parts) -> None:
         super().__init__(**parts)
-        if len(level_weights) != len(self.names):
-            raise UserError(
-                f"model.level_weights={list(level_weights)} must have one weight for each of the "
-                f"{len(self.names)} montage.ratios"
-            )
         self.classifier = classifier
-        self.level_weights = list(level_weights)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Compute the losses of a labelled :class:`~region_pretrain.projects.mcl.MCLViews` batch.

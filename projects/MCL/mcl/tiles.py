@@ -67,6 +67,7 @@ class TileModel(PretrainingModel):
         head: the detector's box head, complete or its convolutions only. If it returns maps, they
             are averaged over space.
         montage: see :class:`~region_pretrain.projects.mcl.montage.Montage`.
+        level_weights: loss weight of each ratio, coarse levels first.
         neck: :class:`~region_pretrain.projects.mcl.pseudo_levels.PseudoLevels` to pre-train the
             bottom-up backbone alone; the checkpoint's detector part is then ``backbone.bottom_up``.
         compute: ``"all"``: as released, online and target networks compute every map of every
@@ -76,7 +77,8 @@ class TileModel(PretrainingModel):
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: the tiles do not fit the maps or the head, or ``compute`` is unknown.
+        UserError: the tiles do not fit the maps or the head, the weights do not fit the ratios, or
+            ``compute`` is unknown.
     """
 
     detector_modules: tuple[str, ...] = ("backbone", "roi_heads")
@@ -88,6 +90,7 @@ class TileModel(PretrainingModel):
         pooler: ROIPooler,
         head: nn.Module,
         montage: Montage,
+        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
         neck: nn.Module | None = None,
         compute: str = "windows",
         pixel_mean: Sequence[float],
@@ -111,6 +114,12 @@ class TileModel(PretrainingModel):
         _leave_unread_maps(backbone, self.names)
         # Into the checkpoint: weights from aliased and from averaged tiles are not the same thing.
         self.register_buffer("shrink_filter", torch.tensor(SHRINKS.index(montage.shrink)))
+        if len(level_weights) != len(self.names):
+            raise UserError(
+                f"model.level_weights={list(level_weights)} must have one weight for each of the "
+                f"{len(self.names)} montage.ratios"
+            )
+        self.level_weights = list(level_weights)
 
     @property
     def trunk(self) -> dict[str, nn.Module]:

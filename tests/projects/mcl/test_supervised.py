@@ -11,7 +11,7 @@ from region_pretrain.errors import UserError
 NAMES = ["p5", "p4", "p3", "p2"]
 
 
-def test_losses_against_a_slow_restatement(small_mcl, make_batch, monkeypatch):
+def test_losses_against_a_slow_restatement(small_mcl, make_batch):
     model = small_mcl(supervised=True).eval()
     batch = make_batch(5, seed=1)
     batch.labels = torch.tensor([3, 0, 4, 4, 1])

@@ -56,7 +56,7 @@ def get_detector():
     )
 
 
-def test_stock_detectron2_fills_everything_that_was_trained(run, region_folder):
+def test_stock_detectron2_fills_everything_that_was_trained(run):
     """The recipe fills backbone, FPN and the head's convolutions; with fc the complete head."""
     folders = [
         run("plain", "train.max_iter=2"),

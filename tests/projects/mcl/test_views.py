@@ -1,15 +1,12 @@
-"""Eight crops of an image, and the picture of their montages."""
+"""MCL's eight crops of an image."""
 
 import numpy as np
 import pytest
 import torch
 
-from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.photometry import Photometry, PhotometryLayout
 from region_pretrain.projects.mcl import MCLViews, Montage
-
-RECIPE = CONFIG_ROOT.parent / "projects/MCL/configs/mcl_r18-fpn_b32_shapes.py"
 
 QUERY = Photometry(blur_prob=1.0)
 KEY = Photometry(blur_prob=0.1, solarize_prob=0.2)

@@ -22,7 +22,7 @@ def total(outputs):
     return sum(v for k, v in outputs.items() if k.startswith("loss"))
 
 
-def test_names_of_the_full_size_model_are_the_detectors(tmp_path):
+def test_names_of_the_full_size_model_are_the_detectors():
     detector = get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model
     recipe = CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py"
     with torch.device("meta"):
