@@ -1,6 +1,7 @@
-"""What MoCo v2 and the methods that are built on it share: optimiser, schedule, colours of a view.
+"""What MoCo v2 and the methods built on it share: optimiser, schedule, photometric augmentation.
 
-SGD at 0.03 for 256 images, weight decay on norms as well, a cosine to 0 without warm-up.
+SGD with learning rate 0.03 at batch size 256, weight decay on norms too, a cosine to 0 without
+warm-up.
 """
 
 from detectron2.config import LazyCall as L
@@ -14,13 +15,11 @@ from .train import train
 
 optimizer.lr = 0.03
 optimizer.weight_decay = 1e-4
-optimizer.params.weight_decay_norm = None  # norms decay as well
+optimizer.params.weight_decay_norm = None  # null: norms decay like all other weights
 train.base_batch_size = 256
 lr_multiplier.update(warmup_epochs=0, final_factor=0.0)
 
 dataloader.train.total_batch_size = 256
-dataloader.train.dataset.regions = None
-dataloader.train.dataset.recipe = None
 photometry = L(Photometry)(
     brightness=0.4,
     contrast=0.4,

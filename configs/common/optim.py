@@ -6,7 +6,7 @@ from detectron2.solver.build import get_default_optimizer_params
 
 from region_pretrain.solver import LARS, pretrain_param_groups
 
-# lr is per 256 images: use it with train.base_batch_size = 256 (2048 images -> 8.0)
+# lr is for batch size 256: set train.base_batch_size = 256 (8.0 at batch size 2048).
 lars = L(LARS)(
     params=L(pretrain_param_groups)(weight_decay=1e-5),
     lr=1.0,
@@ -15,7 +15,7 @@ lars = L(LARS)(
     eps=1e-8,
 )
 
-# Detectron2's for detection: lr is for 16 images
+# Detectron2's optimiser for detection; lr is for batch size 16.
 sgd = L(torch.optim.SGD)(
     params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
     lr=0.02,

@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 
 from region_pretrain.solver import warmup_cosine, warmup_multistep
 
-# 10 epochs of linear warm-up from 1 % of the learning rate, then a cosine
+# 10 epochs of linear warm-up from 1 % of the learning rate, then a cosine.
 pretrain = L(warmup_cosine)(
     epochs="${train.epochs}",
     warmup_epochs=10,
@@ -15,5 +15,5 @@ pretrain = L(warmup_cosine)(
 # 90000 iterations * 16 images / 118287 images of COCO train2017 = 12.2 epochs
 detection_1x = L(warmup_multistep)(max_iter=90_000, steps=[60_000, 80_000])
 
-# twice that, the drops at the same distance from the end
+# Twice as long; the drops keep their distance from the end.
 detection_2x = L(warmup_multistep)(max_iter=180_000, steps=[120_000, 160_000])

@@ -1,4 +1,4 @@
-"""A small Mask R-CNN on Shapes, a hundred labelled images: minutes on two CPU cores."""
+"""A small Mask R-CNN on 100 labelled images of Shapes: minutes on two CPU cores."""
 
 from ..common.data.shapes import dataloader
 from ..common.models.mask_rcnn_fpn_small import model

@@ -1,4 +1,4 @@
-"""MoCo's COCO protocol: Mask R-CNN R50-C4, SyncBN everywhere and behind res5, 1x."""
+"""MoCo's COCO protocol: Mask R-CNN R50-C4, SyncBN everywhere and after res5, 1x."""
 
 from ..common.data.coco import dataloader
 from ..common.models.mask_rcnn_c4 import model

@@ -1,4 +1,4 @@
-"""Mask R-CNN R50-FPN with a box head of 4 conv + 1 fc and SyncBN in every part, COCO 1x."""
+"""Mask R-CNN R50-FPN with a 4conv1fc box head and SyncBN in both heads, COCO 1x."""
 
 from .mask_rcnn_r50_fpn_moco import dataloader, lr_multiplier, model, optimizer, train
 

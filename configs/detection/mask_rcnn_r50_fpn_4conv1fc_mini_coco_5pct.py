@@ -1,4 +1,4 @@
-"""Mini-COCO: the first 5 % of the labelled images of train2017, SoCo's few-label protocol."""
+"""Mini-COCO, SoCo's few-label protocol: the first 5 % of the labelled train2017 images."""
 
 from detectron2.config import LazyCall as L
 

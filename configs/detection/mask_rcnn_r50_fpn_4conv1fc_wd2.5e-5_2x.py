@@ -1,4 +1,4 @@
-"""As mask_rcnn_r50_fpn_4conv1fc_2x.py with SoCo's weight decay. Report it beside the AP."""
+"""mask_rcnn_r50_fpn_4conv1fc_2x.py with SoCo's weight decay, to be reported along with the AP."""
 
 from .mask_rcnn_r50_fpn_4conv1fc_2x import dataloader, lr_multiplier, model, optimizer, train
 

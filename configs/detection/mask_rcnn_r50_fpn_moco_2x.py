@@ -1,4 +1,4 @@
-"""As mask_rcnn_r50_fpn_moco.py for twice as long."""
+"""mask_rcnn_r50_fpn_moco.py with the 2x schedule."""
 
 from ..common.schedule import detection_2x as lr_multiplier
 from .mask_rcnn_r50_fpn_moco import dataloader, model, optimizer, train

@@ -1,4 +1,4 @@
-"""Every shipped detection config: it is whole, can be saved, and says what its protocol says."""
+"""Every shipped detection config is complete, can be saved, and follows its protocol."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_five_names_saved_read_back_overridden_and_built(name, tmp_path):
 
     saved = tmp_path / "config.yaml"
     LazyConfig.save(cfg, str(saved))
-    assert not (tmp_path / "config.yaml.pkl").exists()  # what Detectron2 writes if yaml fails
+    assert not (tmp_path / "config.yaml.pkl").exists()  # Detectron2's fallback if YAML fails
     again = LazyConfig.load(str(saved))
     LazyConfig.save(again, str(tmp_path / "again.yaml"))
     assert (tmp_path / "again.yaml").read_text() == saved.read_text()
@@ -93,10 +93,10 @@ def test_five_names_saved_read_back_overridden_and_built(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_protocol_that_all_share(name):
+def test_common_protocol(name):
     cfg = get_config(f"detection/{name}")
     model = build(name)
-    # RGB, as torchvision's weights want it, from file to network
+    # RGB from file to network, as torchvision's weights expect
     assert list(cfg.model.pixel_mean) == [123.675, 116.28, 103.53]
     assert list(cfg.model.pixel_std) == [58.395, 57.12, 57.375]
     assert model.input_format == "RGB"
@@ -188,8 +188,7 @@ def test_4conv1fc_heads(name):
     assert cfg.train.amp.enabled == (name in INFOMIN)
 
 
-def test_names_that_pretrained_weights_have():
-    """Section 12 (16) of the SoCo specification: names after conversion."""
+def test_names_match_those_of_pretrained_weights():
     names = set(build("mask_rcnn_r50_fpn_4conv1fc.py").state_dict())
     assert names >= {
         "backbone.fpn_lateral2.weight",
@@ -239,7 +238,7 @@ def test_voc_data():
 
 
 @pytest.mark.parametrize("name", MINI_COCO)
-def test_mini_coco_takes_the_head_of_the_list(name):
+def test_mini_coco_uses_the_first_images(name):
     dataset = get_config(f"detection/{name}").dataloader.train.dataset
     assert (dataset.names, dataset.fraction) == ("coco_2017_train", MINI_COCO[name][0])
     assert dataset._target_.__name__ == "first_fraction"

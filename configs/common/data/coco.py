@@ -1,4 +1,4 @@
-"""COCO 2017 with masks, read as RGB: short side 640-800 in training, 800 in testing."""
+"""COCO 2017 with masks, RGB: shorter side 640-800 in training, 800 in testing."""
 
 from detectron2 import model_zoo
 

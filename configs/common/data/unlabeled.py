@@ -1,4 +1,4 @@
-"""Unlabelled images for pre-training; a method adds ``dataset.views``."""
+"""Unlabelled images for pre-training; a method sets ``views`` and, if needed, the region store."""
 
 from detectron2.config import LazyCall as L
 from omegaconf import OmegaConf
@@ -9,22 +9,23 @@ from region_pretrain.data.loader import PretrainLoader
 dataloader = OmegaConf.create()
 dataloader.train = L(PretrainLoader)(
     dataset=L(PretrainDataset)(
-        # Registered data sets, or "folder://DIR"; a list is joined.
+        # A registered data set, "folder://DIR", or a list of these, which are concatenated.
         names="imagenet_train",
         views=None,
-        # The store that tools/make_regions.py wrote, and the recipe it must have been made with.
-        regions="regions/imagenet_train.arrow",
-        recipe="soco-v1",
-        # Share of the images that may be missing from the store (files that could not be read).
+        # Region store written by tools/make_regions.py, and the recipe it must have been made with;
+        # null for methods without regions.
+        regions=None,
+        recipe=None,
+        # Maximum fraction of images missing from the store (files that could not be read).
         max_unreadable=0.01,
-        # Widen the filter where a view shrinks the image; False is faster, and aliases.
+        # Filter before a view shrinks the image; False is faster but aliases.
         antialias=True,
-        # True accepts a store of annotated boxes, which is no pre-training without labels.
+        # Accept a store of annotated boxes: pre-training is then no longer without labels.
         allow_ground_truth=False,
     ),
-    # Images of one optimiser step, over all processes.
-    total_batch_size=2048,
-    # A process.
+    # Images per optimiser step, over all processes.
+    total_batch_size=256,
+    # Per process.
     num_workers=4,
     seed="${train.seed}",
     pin_memory=True,

@@ -1,4 +1,4 @@
-"""Pascal VOC: trainval 2007 and 2012 for training, test 2007, boxes only, read as RGB."""
+"""Pascal VOC, boxes only, RGB: trains on trainval 2007 + 2012, tests on test 2007."""
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L

@@ -1,7 +1,7 @@
-"""Mask R-CNN R50-C4 as self-supervised weights are fine-tuned: every layer trains, RGB input.
+"""Mask R-CNN R50-C4 for fine-tuning self-supervised weights: all layers are trained, input is RGB.
 
-MoCo, section 4.2 and appendix: batch norm is trained and synchronised, and one more norm follows
-res5. (MoCo's own release has Detectron2's "naiveSyncBN" here, with the same keys.)
+MoCo, section 4.2 and appendix: batch norm is trained and synchronised, and an extra norm follows
+res5. (MoCo's release uses Detectron2's "naiveSyncBN" here, which has the same keys.)
 """
 
 from detectron2 import model_zoo

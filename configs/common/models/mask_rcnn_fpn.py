@@ -1,7 +1,7 @@
-"""Mask R-CNN R50-FPN as self-supervised weights are fine-tuned: every layer trains, RGB input.
+"""Mask R-CNN R50-FPN for fine-tuning self-supervised weights: all layers are trained, input is RGB.
 
-MoCo, section 4.2: batch norm is trained and synchronised instead of frozen, and the new FPN layers
-have it too. Pixels are in 0-255 and the 3x3 convolution has the stride, as in torchvision.
+MoCo, section 4.2: batch norm is trained and synchronised instead of frozen, and also used in the
+new FPN layers. Pixels are in 0-255; the 3x3 convolutions carry the stride, as in torchvision.
 """
 
 from detectron2 import model_zoo

@@ -1,6 +1,6 @@
-"""Mask R-CNN for Shapes on a CPU: ResNet-18 of 24 channels, FPN of 48, a 4conv1fc box head.
+"""Mask R-CNN for Shapes on a CPU: narrow ResNet-18 (24 channels), FPN (48), 4conv1fc box head.
 
-The same modules as the full-size detector, with anchors and level assignment brought down from
+The modules are those of the full-size detector; anchors and level assignment are scaled down from
 800-pixel photographs to scenes of about 100 pixels.
 """
 
@@ -27,7 +27,7 @@ heads = model.roi_heads
 heads.num_classes = 8
 heads.batch_size_per_image = 32
 for _pooler in (heads.box_pooler, heads.mask_pooler):
-    _pooler.canonical_box_size = 64  # to P4, where 224 goes at full size
+    _pooler.canonical_box_size = 64  # assigned to P4, like 224 at full size
     _pooler.canonical_level = 4
     _pooler.sampling_ratio = 2
 heads.box_head.input_shape = ShapeSpec(channels=_FPN_CHANNELS, height=7, width=7)

@@ -19,10 +19,10 @@ from region_pretrain.modeling.trunk import Trunk
 
 @META_ARCH_REGISTRY.register()
 class BYOL(PretrainingModel):
-    """Whole images without negatives, the baseline of SoCo.
+    """Image-level learning without negatives, the baseline of SoCo.
 
-    The online network's prediction for one crop must agree with what the target, its moving
-    average, says of the other crop; and the other way round.
+    The online network is trained to predict the embedding that the target network, its moving
+    average, computes for the other of two crops.
 
     Args:
         backbone: the detector's trunk.
@@ -58,18 +58,20 @@ class BYOL(PretrainingModel):
         return {"backbone": self.backbone, "projector": self.projector}
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Move the target; the engine calls it before each optimiser step's forward."""
+        """Update the target network."""
         momentum = self.momentum(iteration / max_iter)
         self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """``loss_image``, in [-4, 4], symmetric in the two views; and ``embedding_std``.
-
-        It is the paper's squared error (equation 2, with both orders) less 4.
+        """Compute the symmetric loss of a pair of views.
 
         Args:
             batch: from :class:`~region_pretrain.data.two_crops.TwoCrops`.
+
+        Returns:
+            ``loss_image``, in [-4, 4]: the paper's squared error (equation 2, both orders) minus 4;
+            and ``embedding_std``.
         """
         images = [self.preprocess(view) for view in batch.views]
         first, second = (_unit(self.predictor(self.projector(self.backbone(x)))) for x in images)
@@ -85,5 +87,5 @@ class BYOL(PretrainingModel):
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """``(B, D)`` to ``(B, 1, D)`` unit vectors: an image is its only region."""
+    """``(B, D)`` to ``(B, 1, D)`` unit vectors: the image is its only region."""
     return F.normalize(vectors.float(), dim=1)[:, None]

@@ -1,9 +1,6 @@
-"""BYOL around the small Mask R-CNN of Shapes: minutes on two CPU cores."""
-
-from detectron2.config import LazyCall as L
+"""BYOL on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
-from region_pretrain.data.shapes import shapes
 
 from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
 
@@ -15,23 +12,16 @@ model = byol(
 )
 model.momentum.start = 0.97  # a short run: the target has to follow within dozens of steps
 
-dataset = dataloader.train.dataset
-dataset.names = L(shapes)(split="unlabeled", size=1000, side=96, level="easy")
-dataset.views.size = 64
-dataset.views.crop_area = (0.2, 1.0)
-dataset.views.first_photometry.blur_sigma = (0.1, 0.6)  # 2.0 pixels of a 224 view
-dataset.views.second_photometry.blur_sigma = (0.1, 0.6)
-del dataset
-dataloader.train.total_batch_size = 32
-dataloader.train.num_workers = 1
+_shapes = get_config("common/shapes_pretrain.py")
+dataloader.merge_with(_shapes.dataloader)
+train.merge_with(_shapes.train)
+_views = dataloader.train.dataset.views
+_views.size = 64
+_views.crop_area = (0.2, 1.0)
+_views.first_photometry.blur_sigma = (0.1, 0.6)  # (0.1, 2.0) scaled from views of 224 to 64 pixels
+_views.second_photometry.blur_sigma = (0.1, 0.6)
 
 optimizer.lr = 4.0  # 4.0 * 32 / 256 = 0.5
 optimizer.params.weight_decay = 1e-5
-train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch
-lr_multiplier.warmup_epochs = 1
-lr_multiplier.warmup_factor = 0.01
-train.amp.enabled = False
-train.channels_last = False
-train.log_period = 10
-train.checkpointer.period = 100
+lr_multiplier.update(warmup_epochs=1, warmup_factor=0.01)
 train.output_dir = "output/byol_r18_shapes"

@@ -1,4 +1,4 @@
-"""BYOL R50, ImageNet, 1000 epochs, the paper's long run. 32 GPUs x 128 images."""
+"""BYOL R50, ImageNet, 1000 epochs, the paper's main run. 32 GPUs x 128 images per GPU."""
 
 from region_pretrain.config import get_config
 
@@ -6,5 +6,5 @@ from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
 
 model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 model.momentum.start = 0.996
-train.epochs = 1000  # 312,000 iters = 1000 ep * 312 iters/ep, 1,281,167 images / 4096 a batch
+train.epochs = 1000  # 312,000 iters = 1000 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/byol_r50_1000ep_imagenet"

@@ -1,4 +1,4 @@
-"""BYOL R50, ImageNet, 300 epochs. 32 GPUs x 128 images."""
+"""BYOL R50, ImageNet, 300 epochs. 32 GPUs x 128 images per GPU."""
 
 from region_pretrain.config import get_config
 
@@ -6,5 +6,5 @@ from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
 
 model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 optimizer.lr = 0.45  # 0.45 * 4096 / 256 = 7.2
-train.epochs = 300  # 93,600 iters = 300 ep * 312 iters/ep, 1,281,167 images / 4096 a batch
+train.epochs = 300  # 93,600 iters = 300 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/byol_r50_300ep_imagenet"

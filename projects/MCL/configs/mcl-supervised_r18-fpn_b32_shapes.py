@@ -1,4 +1,4 @@
-"""Supervised MCL on Shapes: the annotated objects, cut out one by one, classified as tiles."""
+"""Supervised MCL on Shapes: tiles show cropped annotated objects and are classified."""
 
 from detectron2.config import LazyCall as L
 
@@ -17,9 +17,8 @@ from .common.shapes import (
 
 model = supervised_fpn(get_config(DETECTOR).model, num_classes=8)
 model.level_weights = LEVEL_WEIGHTS
-dataset = dataloader.train.dataset
-dataset.names = L(object_crops)(names=dataset.names, context=1.5)  # of the 1,000 scenes
-dataset.labels = True
-dataset.views.crop_area = (0.5, 1.0)  # most of the object
-del dataset
+_dataset = dataloader.train.dataset
+_dataset.names = L(object_crops)(names=_dataset.names, context=1.5)  # of the 1,000 scenes
+_dataset.labels = True
+_dataset.views.crop_area = (0.5, 1.0)  # most of the object
 train.output_dir = "output/mcl-supervised_r18-fpn_shapes"

@@ -1,4 +1,4 @@
-"""Supervised MCL R50-FPN, ImageNet, 100 epochs: every tile is classified by its image's class."""
+"""Supervised MCL R50-FPN, ImageNet, 100 epochs: each tile is classified into its image's class."""
 
 from region_pretrain.config import get_config
 
@@ -9,5 +9,5 @@ model = supervised_fpn(
 )
 dataloader.train.dataset.names = "imagenet_train_labeled"
 dataloader.train.dataset.labels = True
-train.epochs = 100  # 31,200 iters = 100 ep * 312 iters/ep, 1,281,167 images / 4096 a batch
+train.epochs = 100  # 31,200 iters = 100 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/mcl-supervised_r50-fpn_100ep_imagenet"

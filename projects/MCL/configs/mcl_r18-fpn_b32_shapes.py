@@ -1,4 +1,4 @@
-"""MCL around the small Mask R-CNN of Shapes: minutes on two CPU cores."""
+"""MCL on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
 

@@ -1,9 +1,9 @@
-"""MCL R50, backbone only, ImageNet, 100 epochs: levels out of C5; FPN and head start anew."""
+"""MCL R50, backbone only, ImageNet, 100 epochs: levels from C5; only the trunk transfers."""
 
 from region_pretrain.config import get_config
 
 from .common.mcl import dataloader, lr_multiplier, mcl_backbone, optimizer, train
 
 model = mcl_backbone(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model, channels=2048)
-train.epochs = 100  # 31,200 iters = 100 ep * 312 iters/ep, 1,281,167 images / 4096 a batch
+train.epochs = 100  # 31,200 iters = 100 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/mcl_r50_100ep_imagenet"

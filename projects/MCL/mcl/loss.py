@@ -1,4 +1,4 @@
-"""MCL's loss of one level, and which levels it is compared with."""
+"""MCL's loss of one pyramid level, and the choice of its target levels."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PAIRINGS = ("top", "same", "adjacent", "all")
 
 
 def target_levels(pairing: str | Sequence[Sequence[int]], levels: int) -> list[list[int]]:
-    """Which target levels each online level is compared with (the method figure, a to d).
+    """Find the target levels that each online level is compared with (method figure, a to d).
 
     Args:
-        pairing: ``"top"`` all with the first, coarsest level (a; as released); ``"same"`` each with
-            its own (b); ``"adjacent"`` with its own and its neighbours (c); ``"all"`` with all (d);
-            or a list of target levels for each online level.
-        levels: how many there are.
+        pairing: ``"top"``: the first, coarsest level for all (a; as released); ``"same"``: the same
+            level (b); ``"adjacent"``: the same level and its neighbours (c); ``"all"``: all levels
+            (d); or a list of target levels for each online level.
+        levels: number of levels.
 
     Returns:
         For each online level its target levels, from 0, ascending.
 
     Raises:
-        UserError: no such pairing, or levels that do not exist.
+        UserError: the pairing is unknown, or names levels that do not exist.
     """
     everything = range(levels)
     if pairing == "top":
@@ -49,15 +49,15 @@ def target_levels(pairing: str | Sequence[Sequence[int]], levels: int) -> list[l
 
 
 def image_keys(vectors: Tensor, images: Tensor, batch: int) -> Tensor:
-    """One key an image: the mean of its tiles' unit vectors, normalised.
+    """Compute one key per image: the normalised mean of its tiles' unit vectors.
 
     Args:
         vectors: ``(slots, D)``.
-        images: ``(slots,)`` image index of each; every image has at least one.
+        images: ``(slots,)`` image index of each slot; each image occurs at least once.
         batch: number of images.
 
     Returns:
-        ``(batch, D)`` unit vectors in the images' order.
+        ``(batch, D)`` unit vectors in the order of the images.
     """
     units = F.normalize(vectors.float(), dim=1)
     sums = units.new_zeros(batch, units.shape[1]).index_add_(0, images, units)
@@ -71,14 +71,14 @@ def level_contrast(
     levels: Sequence[int],
     tau: float,
 ) -> Contrast:
-    r"""``2 tau CE`` of one online level of one pyramid, the mean over its target levels.
+    r"""Compute :math:`2 \tau` times the InfoNCE of one online level, averaged over target levels.
 
     Args:
-        queries: ``(slots, D)`` predictions, not normalised.
-        keys: for each target level the ``(M, D)`` unit vectors of all images of all processes.
+        queries: ``(slots, D)`` predictions of one pyramid, not normalised.
+        keys: target level -> ``(M, D)`` unit vectors of the images of all processes.
         positives: ``(slots,)`` global image index of each query.
         levels: the target levels.
-        tau: temperature. The factor :math:`2 \tau` keeps the gradient's size when it changes.
+        tau: temperature; the factor :math:`2 \tau` makes the gradient's scale independent of it.
 
     Returns:
         Loss and mean cosines.

@@ -23,24 +23,24 @@ from region_pretrain.projects.mcl.tiles import Canvases, TileModel
 
 @META_ARCH_REGISTRY.register()
 class MCL(TileModel):
-    """Every tile, at every scale, predicts the momentum embedding of its image at full size.
+    """Each tile, at every scale, predicts the target embedding of its image at full size.
 
-    Two pyramids of montages are made of each batch (query and key); the tiles of each are told
-    apart by what the target network says of the other's images, on all processes together.
+    Each batch is arranged into two pyramids of montages (query and key). Each tile of one pyramid
+    must identify its image among the target network's embeddings of the other pyramid's images,
+    gathered from all processes.
 
     Args:
-        projector: from the head's features to the embedding.
-        predictor: from the embedding to the target's; each level gets one of its own, of this
-            form, with weights from a normal distribution of standard deviation 0.01.
+        projector: maps the head's features to embeddings.
+        predictor: maps embeddings to predictions of the target's. Each level has its own copy, with
+            weights from a normal distribution with standard deviation 0.01.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
-        temperature: of the softmax over images.
-        level_weights: one for each ratio, coarse first.
-        pairing: which target levels each level is compared with
+        temperature: temperature of the softmax over images.
+        pairing: the target levels that each level is compared with
             (:func:`~region_pretrain.projects.mcl.loss.target_levels`).
         parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
 
     Raises:
-        UserError: weights, pairing or projector do not fit the levels or the head.
+        UserError: pairing or projector do not fit the levels or the head.
     """
 
     def __init__(
@@ -50,18 +50,13 @@ class MCL(TileModel):
         predictor: nn.Module,
         momentum: ParamScheduler,
         temperature: float = 1.0,
-        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
         pairing: str | Sequence[Sequence[int]] = "top",
         **parts,
     ) -> None:
         super().__init__(**parts)
         levels = len(self.names)
-        if len(level_weights) != levels:
-            raise UserError(
-                f"model.level_weights={list(level_weights)} for {levels} montage.ratios: one each"
-            )
         if temperature <= 0:
-            raise UserError(f"model.temperature={temperature} must be above 0")
+            raise UserError(f"model.temperature={temperature}: must be above 0")
         _check_width(self.roi_heads["box_head"], projector)
         self.projector = projector
         self.predictors = nn.ModuleList(copy.deepcopy(predictor) for _ in range(levels))
@@ -72,7 +67,6 @@ class MCL(TileModel):
         self.target = MomentumCopy(self.online)
         self.momentum = momentum
         self.temperature = temperature
-        self.level_weights = list(level_weights)
         self.pairs = target_levels(pairing, levels)
 
     @property
@@ -81,18 +75,18 @@ class MCL(TileModel):
         return {**self.trunk, "projector": self.projector}
 
     def after_step(self, iteration: int, max_iter: int) -> None:
-        """Move the target; the engine calls it after each optimiser step."""
+        """Update the target network."""
         momentum = self.momentum(iteration / max_iter)
         self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Losses of a batch of views from :class:`~region_pretrain.projects.mcl.MCLViews`.
+        """Compute the losses of a batch from :class:`~region_pretrain.projects.mcl.MCLViews`.
 
         Returns:
-            For each level, named by its map: ``loss_p5``, weighted and symmetric; the mean cosines
-            ``positive_query_p5``, ``negative_query_p5`` and the same of ``key``. And
-            ``embedding_std``, of the key pyramid's targets.
+            For each level, named after its map: ``loss_p5``, weighted and symmetric, and the mean
+            cosines ``positive_query_p5``, ``negative_query_p5``, ``positive_key_p5`` and
+            ``negative_key_p5``. And ``embedding_std`` of the key pyramid's targets.
         """
         query, key = pyramids = self.pyramids(batch)
         online = [self._predict(canvases) for canvases in pyramids]
@@ -101,7 +95,7 @@ class MCL(TileModel):
         outputs: dict[str, Tensor] = {}
         for i, name in enumerate(self.names):
             outputs[f"loss_{name}"] = 0.0
-            # The tiles of either pyramid look for their images among the targets of the other.
+            # Queries of either pyramid are compared with the targets of the other.
             for side, canvases, queries, keys in (
                 ("query", query, online[0], key_keys),
                 ("key", key, online[1], query_keys),
@@ -115,14 +109,14 @@ class MCL(TileModel):
         return outputs
 
     def _predict(self, canvases: Canvases) -> list[Tensor]:
-        """Of each level the ``(slots, D)`` predictions of the online network."""
+        """The online network's ``(slots, D)`` predictions for each level."""
         levels = range(len(self.names))
         vectors = self.tile_vectors(self.online, canvases, levels, self.projector)
         return [self.predictors[i](vectors[i]) for i in levels]
 
     @torch.no_grad()
     def _keys(self, canvases: Canvases, batch: int) -> dict[int, Tensor]:
-        """Of each target level the ``(batch * world, D)`` unit vectors of all images."""
+        """Target level -> ``(batch * world_size, D)`` unit vectors of all images."""
         levels = sorted(set().union(*self.pairs))
         vectors = self.tile_vectors(self.target, canvases, levels, self.target["projector"])
         return {i: gather_rows(image_keys(vectors[i], canvases.images[i], batch)) for i in levels}
@@ -130,9 +124,9 @@ class MCL(TileModel):
 
 def _check_width(head: nn.Module, projector: nn.Module) -> None:
     first = next((m for m in projector.modules() if isinstance(m, nn.Linear)), None)
-    shape = getattr(head, "output_shape", None)  # of Detectron2's heads
+    shape = getattr(head, "output_shape", None)  # Detectron2's heads have it
     if first is not None and shape is not None and first.in_features != shape.channels:
         raise UserError(
-            f"model.projector.input_dim={first.in_features}, but the box head ends with "
-            f"{shape.channels} channels: set it to that (with an fc layer, its width)"
+            f"model.projector.input_dim={first.in_features}: must be {shape.channels}, the number "
+            "of output channels of the box head"
         )

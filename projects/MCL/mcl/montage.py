@@ -1,4 +1,4 @@
-"""Montages: views shrunk and tiled, so that each fills one window of one pyramid level."""
+"""Montages: views are shrunk and tiled so that each fills one window of one pyramid level."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 
 from region_pretrain.errors import UserError
 
-#: How a view is shrunk to a tile.
+#: Ways to shrink a view to a tile.
 SHRINKS = ("nearest", "area", "bilinear")
 
 
 class Montage:
-    """Which images go into which tiles, and the canvases that they make.
+    """Assigns images to tiles and arranges the tiles into canvases.
 
     Level ``i`` has canvases of ``n x n`` tiles, ``n = ratios[i]``; a tile is a view at ``1 / n`` of
-    its size, so a canvas is as large as a view. Tiles are counted row by row, canvas by canvas:
+    its size, so a canvas is as large as a view. Tiles are numbered row by row, canvas by canvas:
     *slot* ``canvas * n * n + row * n + column``.
 
     Args:
-        size: side of views and canvases in pixels.
-        ratios: tiles a side of each level's canvases, ascending: coarse levels first.
-        images_per_canvas: a level has ``ceil(batch / images_per_canvas)`` canvases; at most
-            ``n * n``, so that every image has a tile. With fewer, images are repeated.
+        size: side length of views and canvases in pixels.
+        ratios: tiles per side of each level's canvases, ascending: coarse levels first.
+        images_per_canvas: a level has ``ceil(batch / images_per_canvas)`` canvases. At most
+            ``n * n``, so that each image has a tile; with fewer, images are repeated.
         shrink: ``"nearest"`` keeps every n-th pixel, as released; ``"area"`` averages n x n pixels;
-            ``"bilinear"`` is PyTorch's with anti-aliasing, a triangle of 2n pixels.
+            ``"bilinear"`` is PyTorch's anti-aliased filter, a triangle of 2n pixels.
 
     Raises:
-        UserError: a ratio that does not divide the size, lists that do not fit, another filter.
+        UserError: a ratio does not divide the size, the lists' lengths differ, or the filter is
+            unknown.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Montage:
     ) -> None:
         ratios, images_per_canvas = list(ratios), list(images_per_canvas)
         if not ratios or ratios != sorted(set(ratios)) or ratios[0] < 1:
-            raise UserError(f"montage.ratios={ratios} must be whole numbers from 1, ascending")
+            raise UserError(f"montage.ratios={ratios} must be ascending integers from 1")
         for ratio in ratios:
             if size % ratio:
                 raise UserError(
@@ -51,8 +52,8 @@ class Montage:
         fits = zip(images_per_canvas, ratios, strict=False)
         if len(images_per_canvas) != len(ratios) or not all(1 <= m <= n * n for m, n in fits):
             raise UserError(
-                f"montage.images_per_canvas={images_per_canvas} must give each of the ratios "
-                f"{ratios} a number from 1 to {[n * n for n in ratios]}, its tiles a canvas"
+                f"montage.images_per_canvas={images_per_canvas} must have one entry per ratio "
+                f"{ratios}, between 1 and the number of tiles per canvas, {[n * n for n in ratios]}"
             )
         if shrink not in SHRINKS:
             raise UserError(f"montage.shrink={shrink}: must be one of {', '.join(SHRINKS)}")
@@ -62,14 +63,14 @@ class Montage:
         self.shrink = shrink
 
     def draw(self, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        """Choose the image of each tile: a random permutation of the slots, modulo the batch.
+        """Assign an image to each tile: a random permutation of the slots, modulo the batch size.
 
-        Every image comes equally often in a level, up to one if the batch does not divide the
-        number of slots. Canvases of one tile are the images in order.
+        All images occur equally often in a level; if the batch size does not divide the number of
+        slots, their counts differ by at most one. Canvases of one tile show the images in order.
 
         Args:
             batch: number of images.
-            generator: of the CPU; PyTorch's default one, whose state checkpoints hold.
+            generator: CPU generator; by default PyTorch's, whose state is part of checkpoints.
 
         Returns:
             For each level ``(slots,)`` int64 image indices on the CPU.
@@ -86,20 +87,20 @@ class Montage:
         return [len(s) // (n * n) for s, n in zip(slots, self.ratios, strict=True)]
 
     def canvases(self, views: Sequence[Tensor], slots: Sequence[Tensor]) -> Tensor:
-        """Shrink and tile.
+        """Shrink the views and tile them.
 
         Args:
             views: for each level ``(B, C, size, size)``, on any device.
-            slots: of :meth:`draw`, on the same device.
+            slots: the result of :meth:`draw`, on the same device.
 
         Returns:
-            ``(sum of counts, C, size, size)``, the levels one after the other.
+            ``(sum of counts, C, size, size)``, level after level.
         """
         levels = zip(views, slots, self.ratios, strict=True)
         return torch.cat([tile(shrink(v, n, self.shrink)[s], n) for v, s, n in levels])
 
     def tile_boxes(self, level: int) -> Tensor:
-        """``(n * n, 4)`` float32 XYXY: where a canvas's tiles are, in the order of their slots."""
+        """Boxes of a canvas's tiles, ``(n * n, 4)`` float32 XYXY in the order of their slots."""
         ratio = self.ratios[level]
         side = self.size // ratio
         row, column = torch.meshgrid(torch.arange(ratio), torch.arange(ratio), indexing="ij")
@@ -108,11 +109,11 @@ class Montage:
 
 
 def shrink(images: Tensor, ratio: int, how: str) -> Tensor:
-    """Shrink images by a whole number.
+    """Shrink images by an integer factor.
 
     Args:
         images: ``(B, C, H, W)``, sides divisible by ``ratio``; floating point unless "nearest".
-        ratio: at least 1.
+        ratio: the factor, at least 1.
         how: one of :data:`SHRINKS`.
 
     Returns:
@@ -129,18 +130,18 @@ def shrink(images: Tensor, ratio: int, how: str) -> Tensor:
 
 
 def tile(tiles: Tensor, ratio: int) -> Tensor:
-    """Put tiles together: ``(K * n * n, C, h, w)`` in slot order to ``(K, C, n * h, n * w)``."""
+    """Assemble tiles: ``(K * n * n, C, h, w)`` in slot order to ``(K, C, n * h, n * w)``."""
     _, channels, h, w = tiles.shape
     grid = tiles.reshape(-1, ratio, ratio, channels, h, w)  # (K, row, column, C, h, w)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, ratio * h, ratio * w)
 
 
 def cut_windows(maps: Tensor, window: int) -> Tensor:
-    """Cut feature maps into windows that do not overlap; undoes :func:`tile`.
+    """Cut feature maps into non-overlapping windows, the inverse of :func:`tile`.
 
     Args:
         maps: ``(K, C, r * window, c * window)``.
-        window: side in feature pixels.
+        window: side length in feature pixels.
 
     Returns:
         ``(K * r * c, C, window, window)``, row by row, map by map.

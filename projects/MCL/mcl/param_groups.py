@@ -1,4 +1,4 @@
-"""Which parameters LARS decays and adapts."""
+"""Parameter groups for LARS: which parameters it decays and adapts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from region_pretrain.solver import pretrain_param_groups
 
-# Norms that the released code's name patterns miss, as they are inside unnamed sequences.
+# Norms that the released code's name patterns miss because they are in unnamed nn.Sequentials.
 _MISSED = re.compile(r"(^backbone\..*\.shortcut|^projector\..*|^predictors\..*)\.norm\.weight$")
 
 
@@ -19,14 +19,14 @@ def mcl_param_groups(
     """Parameter groups for :class:`region_pretrain.solver.LARS`.
 
     Args:
-        model: only its parameters with ``requires_grad`` are taken.
+        model: its parameters with ``requires_grad`` are grouped.
         weight_decay: L2 penalty of the decayed group.
-        released_exclusions: ``False``: no parameter of at most one dimension decays or adapts.
-            ``True``: the scales of the norms of ResNet's shortcuts, projector and predictors do, as
-            in the released code.
+        released_exclusions: ``False``: parameters with at most one dimension are neither decayed
+            nor adapted. ``True``: as released, the norm scales in ResNet's shortcuts, the projector
+            and the predictors are both.
 
     Returns:
-        One group with ``weight_decay`` and ``adapt=True``, one without both.
+        One group with ``weight_decay`` and ``adapt=True``, one without either.
     """
     decayed, excluded = pretrain_param_groups(model, weight_decay)
     if released_exclusions:

@@ -1,4 +1,4 @@
-"""Pyramid levels out of one map, for pre-training a backbone without an FPN."""
+"""Pyramid levels from a single map, for pre-training a backbone without an FPN."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 class PseudoLevels(nn.Module):
-    """P5 is C5 with fewer channels; P4, P3 and P2 are P5 enlarged 2, 4 and 8 times (nearest).
+    """P5 is C5 with fewer channels; P4, P3 and P2 are P5 upsampled 2, 4 and 8 times (nearest).
 
     Args:
-        in_channels: of the backbone's last map.
-        out_channels: of all levels.
-        in_feature: the last map's name.
-        stride: its stride in pixels.
-        norm: a name for :func:`detectron2.layers.get_norm`.
+        in_channels: channels of the backbone's last map.
+        out_channels: channels of each level.
+        in_feature: name of the last map.
+        stride: stride of the last map in pixels.
+        norm: name of a norm, see :func:`detectron2.layers.get_norm`.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class PseudoLevels(nn.Module):
         self.out_channels, self.stride = out_channels, stride
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each level, as of a backbone."""
+        """Channels and stride of each level, like a backbone's ``output_shape``."""
         return {
             name: ShapeSpec(channels=self.out_channels, stride=self.stride // scale)
             for name, scale in self.scales.items()
         }
 
     def forward(self, maps: Mapping[str, Tensor], reads: Mapping[str, slice]) -> dict[str, Tensor]:
-        """For each level in ``reads`` its map ``(n, C, H, W)`` of those images."""
+        """Compute the map ``(n, C, H, W)`` of each level in ``reads`` for the given images."""
         coarse = self.reduce(maps[self.in_feature])
         return {
             name: F.interpolate(coarse[span], scale_factor=self.scales[name], mode="nearest")

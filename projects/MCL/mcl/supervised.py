@@ -1,8 +1,6 @@
-"""The supervised form of MCL: the same montages, with labels."""
+"""Supervised MCL: the same montages, with labels."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,57 +14,41 @@ from region_pretrain.projects.mcl.tiles import TileModel
 
 @META_ARCH_REGISTRY.register()
 class SupervisedMCL(TileModel):
-    """Every tile, at every scale, is classified by its image's class.
+    """Each tile, at every scale, is classified into its image's class.
 
-    One linear classifier serves all levels, so that a class looks the same on each. There is no
+    All levels share one linear classifier, so a class is represented alike on each. There is no
     target network.
 
     Args:
-        classifier: linear, from the head's features to the classes.
-        level_weights: one for each ratio, coarse first.
+        classifier: maps the head's features to class logits.
         parts: see :class:`~region_pretrain.projects.mcl.tiles.TileModel`.
-
-    Raises:
-        UserError: weights that do not fit the levels.
     """
 
-    def __init__(
-        self,
-        *,
-        classifier: nn.Linear,
-        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
-        **parts,
-    ) -> None:
+    def __init__(self, *, classifier: nn.Linear, **parts) -> None:
         super().__init__(**parts)
-        if len(level_weights) != len(self.names):
-            raise UserError(
-                f"model.level_weights={list(level_weights)} for {len(self.names)} montage.ratios: "
-                "one each"
-            )
         self.classifier = classifier
-        self.level_weights = list(level_weights)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Losses of a labelled batch of :class:`~region_pretrain.projects.mcl.MCLViews`.
+        """Compute the losses of a labelled :class:`~region_pretrain.projects.mcl.MCLViews` batch.
 
         Returns:
-            For each level ``loss_p5``, the weighted mean of the pyramids' cross entropies, and
-            ``accuracy_p5``, the share of tiles that are classified rightly.
+            For each level ``loss_p5``, its weight times the mean cross entropy of the two pyramids,
+            and ``accuracy_p5``, the fraction of correctly classified tiles.
 
         Raises:
-            UserError: the batch has no labels, or classes that the classifier does not have.
+            UserError: the batch has no labels, or labels outside the classifier's range.
         """
         classes = self.classifier.out_features
         if batch.labels is None:
             raise UserError(
-                "SupervisedMCL needs classes: set dataloader.train.dataset.labels=True and a "
+                "SupervisedMCL needs labels: set dataloader.train.dataset.labels=True and a "
                 "labelled data set"
             )
         wrong = batch.labels[(batch.labels < 0) | (batch.labels >= classes)].tolist()
         if wrong:
             raise UserError(
                 f"class {wrong[0]} in the data, but model.classifier.out_features={classes}: set "
-                "it to the number of classes, which are counted from 0"
+                "it to the number of classes (numbered from 0)"
             )
         pyramids = self.pyramids(batch)
         labels = batch.labels.to(pyramids[0].pixels.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""From views to one vector a tile: what the self-supervised and the supervised method share."""
+"""From views to one vector per tile: what self-supervised and supervised MCL share."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Canvases:
 
     Attributes:
         pixels: ``(T, 3, S, S)`` normalised, level after level.
-        counts: canvases of each level; their sum is T.
-        images: for each level ``(slots,)`` int64, the image in each tile, on the pixels' device.
+        counts: number of canvases of each level; their sum is T.
+        images: for each level ``(slots,)`` int64 image index of each tile, on the pixels' device.
     """
 
     pixels: Tensor
@@ -39,7 +39,7 @@ class Canvases:
     images: list[Tensor]
 
     def of_levels(self, levels: Sequence[int]) -> Tensor:
-        """``(T', 3, S, S)``: the canvases of some levels."""
+        """The canvases of the given levels, ``(T', 3, S, S)``."""
         if len(levels) == len(self.counts):
             return self.pixels
         parts = self.pixels.split(self.counts)
@@ -54,29 +54,31 @@ def _spans(counts: Sequence[int]) -> list[slice]:
 class TileModel(PretrainingModel):
     """A detector's backbone and box head on montages; base class of the meta-architectures.
 
-    A level's tiles fill windows of the detector's own pooling size (7 x 7) on the map whose stride
-    is ``size / ratio / 7``, so cutting the map takes RoIAlign's place. The head pads each window
-    with zeros: only backbone and FPN see across the borders of tiles.
+    A level's tiles fill windows of the detector's pooling size (7 x 7) on the map with stride
+    ``size / ratio / 7``, so cutting the map into windows replaces RoIAlign. The head zero-pads each
+    window: only backbone and FPN see across the borders of tiles.
 
     Modules keep the detector's names (``backbone.*``, ``roi_heads.box_head.*``). The output
-    convolutions of FPN levels that no ratio reads are not trained.
+    convolutions of FPN levels without tiles are not trained.
 
     Args:
-        backbone: the detector's; or only its bottom-up part, with ``neck``.
-        pooler: the detector's box pooler, for the size of its output.
-        head: the detector's box head, its convolutions or all of it. Maps are averaged over space.
+        backbone: the detector's backbone, or with ``neck`` only its bottom-up part.
+        pooler: the detector's box pooler, for its output size.
+        head: the detector's box head, complete or its convolutions only. If it returns maps, they
+            are averaged over space.
         montage: see :class:`~region_pretrain.projects.mcl.montage.Montage`.
-        neck: :class:`~region_pretrain.projects.mcl.pseudo_levels.PseudoLevels` where the backbone
-            alone is pre-trained; the checkpoint's detector part is then ``backbone.bottom_up``.
-        compute: ``"all"``: every map of every canvas, the head on all its windows, the levels that
-            the target needs and those that it does not, as released. Batch norms see all of it;
-            nearly all windows are thrown away. ``"windows"``: all maps of the canvases that are
-            used, the head on the windows that are. ``"maps"``: each map only of the canvases whose
-            tiles are on it, as well.
+        level_weights: loss weight of each ratio, coarse levels first.
+        neck: :class:`~region_pretrain.projects.mcl.pseudo_levels.PseudoLevels` to pre-train the
+            bottom-up backbone alone; the checkpoint's detector part is then ``backbone.bottom_up``.
+        compute: ``"all"``: as released, online and target networks compute every map of every
+            canvas and run the head on all windows, nearly all of which are discarded; batch norms
+            see all of them. ``"windows"``: all maps of the canvases in use, the head only on the
+            windows in use. ``"maps"``: also, each map only for the canvases with tiles on it.
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: tiles that do not fit the maps or the head, another ``compute``.
+        UserError: the tiles do not fit the maps or the head, the weights do not fit the ratios, or
+            ``compute`` is unknown.
     """
 
     detector_modules: tuple[str, ...] = ("backbone", "roi_heads")
@@ -88,6 +90,7 @@ class TileModel(PretrainingModel):
         pooler: ROIPooler,
         head: nn.Module,
         montage: Montage,
+        level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
         neck: nn.Module | None = None,
         compute: str = "windows",
         pixel_mean: Sequence[float],
@@ -111,27 +114,33 @@ class TileModel(PretrainingModel):
         _leave_unread_maps(backbone, self.names)
         # Into the checkpoint: weights from aliased and from averaged tiles are not the same thing.
         self.register_buffer("shrink_filter", torch.tensor(SHRINKS.index(montage.shrink)))
+        if len(level_weights) != len(self.names):
+            raise UserError(
+                f"model.level_weights={list(level_weights)} must have one weight for each of the "
+                f"{len(self.names)} montage.ratios"
+            )
+        self.level_weights = list(level_weights)
 
     @property
     def trunk(self) -> dict[str, nn.Module]:
-        """What turns canvases into features, by role."""
+        """The modules that map canvases to features, by role."""
         modules = {"backbone": self.backbone, "head": self.roi_heads["box_head"]}
         if hasattr(self, "neck"):
             modules |= {"backbone": self.backbone["bottom_up"], "neck": self.neck}
         return modules
 
     def pyramids(self, batch: ViewBatch) -> list[Canvases]:
-        """Montages of the query and of the key views of a batch, each with a draw of its own.
+        """Create the montages of the query and the key views, with independent random layouts.
 
         Raises:
-            UserError: the number or the size of the views is not the montage's.
+            UserError: number or size of the views does not match the montage.
         """
         levels, views, size = len(self.names), batch.views, self.montage.size
         found = [tuple(view.images.shape[-2:]) for view in views]
         if found != [(size, size)] * (2 * levels):
             raise UserError(
-                f"the model's montage has {levels} ratios at {size} pixels and wants 2 x {levels} "
-                f"such views; the data has {found}: let model.montage be "
+                f"the model's montage has {levels} ratios at {size} pixels and needs 2 x {levels} "
+                f"such views, but the data has {found}: set model.montage to "
                 "${dataloader.train.dataset.views.montage}"
             )
         pyramids = [views[i : i + levels] for i in range(0, len(views), levels)]
@@ -152,14 +161,14 @@ class TileModel(PretrainingModel):
         levels: Sequence[int],
         embed: Callable[[Tensor], Tensor],
     ) -> dict[int, Tensor]:
-        """One vector a tile.
+        """Compute one vector per tile.
 
         Args:
-            network: of :attr:`trunk`, or its copy.
-            canvases: of one pyramid.
-            levels: those that are wanted, ascending.
-            embed: ``(n, C)`` pooled features of the head to ``(n, D)``. It is called for each level
-                apart, as the head is; what their batch norms see is up to ``compute``.
+            network: :attr:`trunk` or its momentum copy.
+            canvases: the montages of one pyramid.
+            levels: the levels to compute, ascending.
+            embed: maps the head's ``(n, C)`` features to ``(n, D)``. Like the head, it is called
+                once per level; ``compute`` determines what their batch norms see.
 
         Returns:
             For each of ``levels`` ``(slots, D)``, in slot order.
@@ -200,7 +209,7 @@ class TileModel(PretrainingModel):
 
 
 def _level_names(shapes: nn.Module, montage: Montage, window: int) -> list[str]:
-    """The map of each ratio: that on which a tile is ``window`` feature pixels wide."""
+    """The map of each ratio: the one on which a tile is ``window`` feature pixels wide."""
     names = pyramid_names(shapes)
     strides = {shapes.output_shape()[name].stride: name for name in names}
     found = []
@@ -209,8 +218,8 @@ def _level_names(shapes: nn.Module, montage: Montage, window: int) -> list[str]:
         if stride not in strides:
             raise UserError(
                 f"montage.size={montage.size} with ratio {ratio} gives tiles of "
-                f"{montage.size // ratio} pixels: to be {window} wide on a map they need stride "
-                f"{stride:g}, and the backbone's maps have {sorted(strides)}"
+                f"{montage.size // ratio} pixels: to be {window} feature pixels wide they need "
+                f"a map with stride {stride:g}, but the backbone's strides are {sorted(strides)}"
             )
         found.append(strides[stride])
     return found

@@ -1,4 +1,4 @@
-"""MCL's views: a random crop for each level of each pyramid."""
+"""MCL's views: one random crop for each level of each pyramid."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from region_pretrain.reporting.plots import draw_regions
 class MCLViews(ViewSampler):
     """Draws ``2 * len(ratios)`` full-size crops of an image: the query pyramid's, then the key's.
 
-    Every level has a crop of its own, coarse levels first. The model shrinks and tiles them on its
-    device. Regions are not used: each view's one box is all of it.
+    Each level has its own crop, coarse levels first. The model shrinks and tiles them on its
+    device. Regions are not used: the only box of each view is the complete view.
 
     Args:
-        montage: its size and number of ratios are those of the views.
-        query_photometry, key_photometry: of either pyramid.
-        crop_area: range of a crop's share of the image.
+        montage: determines size and number of the views.
+        query_photometry, key_photometry: photometric augmentation of each pyramid.
+        crop_area: range of a crop's area as a fraction of the image.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class MCLViews(ViewSampler):
         """Draw the first canvas of each level.
 
         Args:
-            batch: of these views.
+            batch: views from this sampler.
 
         Returns:
-            A row a pyramid, a picture a level: ``(H, W, 3)`` uint8 RGB before normalisation. A
-            tile's number is that of its image in the batch; the same image has the same colour in
-            all levels, and images that are in one canvas only are grey.
+            One row per pyramid, one picture per level: ``(H, W, 3)`` uint8 RGB, not normalised. A
+            tile's number is the index of its image in the batch. An image has the same colour on
+            all levels; images that occur in a single canvas are grey.
         """
         levels, generator = len(self.montage.ratios), torch.Generator().manual_seed(0)
         rows = []

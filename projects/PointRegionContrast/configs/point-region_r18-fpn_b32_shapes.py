@@ -1,6 +1,6 @@
-"""Point-level region contrast on P3 of the small Mask R-CNN of Shapes: minutes on two CPU cores.
+"""Point-level region contrast on P3 of the small Mask R-CNN for Shapes: minutes on two CPU cores.
 
-A view of 64 pixels has 8 x 8 places there; of the trunk's last map it has 2 x 2.
+P3 has 8 x 8 places per 64-pixel view, the trunk's last map only 2 x 2.
 """
 
 from region_pretrain.config import get_config

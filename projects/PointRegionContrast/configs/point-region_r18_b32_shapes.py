@@ -1,6 +1,6 @@
-"""Point-level region contrast on the trunk of the small Mask R-CNN of Shapes, 2 x 2 places a view.
+"""Point-level region contrast on the trunk of the small Mask R-CNN for Shapes.
 
-So few that the grid has 2 x 2 cells.
+The trunk's last map has only 2 x 2 places per view, so the grid has 2 x 2 cells.
 """
 
 from region_pretrain.config import get_config

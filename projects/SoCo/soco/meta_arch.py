@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
 from region_pretrain.modeling.meta_arch import PretrainingModel
@@ -26,30 +27,32 @@ from region_pretrain.projects.soco.views import pair_groups
 
 @META_ARCH_REGISTRY.register()
 class SoCo(PretrainingModel):
-    """BYOL on regions, through everything a two-stage detector has before its predictors.
+    """BYOL on regions, through all of a two-stage detector before its predictors.
 
-    The same region, seen in differently cropped and scaled views, must have the embedding that
-    the momentum copy gives it in the other view. Backbone, pooler and box head are the
-    detector's own and keep its names, so a checkpoint loads into the detector.
+    The online network is trained to predict a region's embedding, computed by the target network in
+    another view with a different crop and scale. Backbone, pooler and box head are the detector's
+    own modules and keep their names, so a checkpoint loads into the detector.
 
     Args:
-        backbone: the detector's; its feature maps ``in_features`` are pooled.
-        in_features: the maps' names, in the pooler's order.
+        backbone: the detector's backbone.
+        in_features: names of the backbone's maps that are pooled, in the pooler's order.
         pooler: the detector's box pooler.
-        head: the detector's head on pooled regions. A head that returns maps (res5 of a C4
-            detector) is averaged over space.
-        head_name: the head's name inside ``roi_heads``: ``"box_head"`` or ``"res5"``.
+        head: the detector's head for pooled regions. If it returns maps (res5 of a C4 detector),
+            they are averaged over space.
+        head_name: name of the head in ``roi_heads``: ``"box_head"`` or ``"res5"``.
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         level_scales: largest region scale of each level in view pixels
-            (:func:`~region_pretrain.modeling.regions.assign_levels`). With a single level, every
-            region is pooled from it.
-        sources: of the view sampler, which says what pairs with what.
+            (:func:`~region_pretrain.modeling.regions.assign_levels`); unused with a single level.
+        sources: the view sampler's ``sources``, which determine the pairs of views.
         all_levels: embed each region on every level and keep the assigned one, as released: 4 times
-            the head's work, with batch-norm statistics over all of it. ``False`` embeds regions
-            on their own level only.
-        zero_init: zero the last norm's scale of every residual block of backbone and head.
+            the head's work, and batch-norm statistics over all levels. ``False`` embeds each region
+            on its assigned level only.
+        zero_init: zero the scale of the last norm of each residual block in backbone and head.
         pixel_mean, pixel_std, input_format: the detector's.
+
+    Raises:
+        UserError: ``level_scales`` and ``in_features`` differ in length.
     """
 
     detector_modules = ("backbone", "roi_heads")
@@ -75,7 +78,10 @@ class SoCo(PretrainingModel):
     ) -> None:
         super().__init__()
         if len(in_features) > 1 and len(level_scales) != len(in_features):
-            raise ValueError(f"{len(level_scales)} level_scales for in_features {in_features}")
+            raise UserError(
+                f"model.level_scales={list(level_scales)} must give one scale for each of "
+                f"model.in_features={list(in_features)}"
+            )
         if zero_init:
             zero_init_residual(backbone)
             zero_init_residual(head)  # res5 of a C4 detector; a box head has no such blocks
@@ -101,16 +107,16 @@ class SoCo(PretrainingModel):
         return {"backbone": self.backbone, "head": head, "projector": self.projector}
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Move the target; the engine calls it before each optimiser step's forward."""
+        """Update the target network."""
         momentum = self.momentum(iteration / max_iter)
         self.target.ema_update(momentum)
         get_event_storage().put_scalar("target_momentum", momentum, smoothing_hint=False)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Losses of a batch of views from :class:`~region_pretrain.projects.soco.SoCoViews`.
+        """Compute the losses of a batch from :class:`~region_pretrain.projects.soco.SoCoViews`.
 
         Returns:
-            ``loss_view{j}``, in [-4, 4], for each pair (first view, view j), symmetric; and
+            The symmetric ``loss_view{j}``, in [-4, 4], for each pair (first view, view j); and
             ``embedding_std``.
         """
         levels = [self._levels(view) for view in batch.views]

@@ -1,4 +1,4 @@
-"""SoCo's views: the whole image, and crops that show some of its regions again."""
+"""SoCo's views: the whole image, and crops that contain some of its regions."""
 
 from __future__ import annotations
 
@@ -17,70 +17,72 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
-_ATTEMPTS = 5  # crops are drawn again when they show too few regions
+_ATTEMPTS = 5  # crops that show too few regions are redrawn
 
 
 def pair_groups(sources: Sequence[str | int]) -> list[int]:
-    """Which group of the first view's boxes belongs to each further view.
+    """Find the group of the first view's boxes that corresponds to each further view.
 
-    Each view with a crop of its own has its own draw of regions, and the first view carries one
-    group of K boxes for each such draw. A view that shows another view's crop shares its group.
+    Regions are sampled separately for each independent crop, and the first view has one group of K
+    boxes for each of them. Views that share a crop share its group.
 
     Args:
         sources: see :class:`SoCoViews`.
 
     Returns:
-        One group index for each source.
+        One group index per source.
 
     Raises:
-        UserError: a source that is neither.
+        UserError: a source is neither ``"crop"`` nor the index of an earlier source.
     """
     groups: list[int] = []
     for source in sources:
         if source != "crop" and source not in range(len(groups)):
             raise UserError(
-                f"views.sources={list(sources)}: {source!r} is neither 'crop' nor the number of an "
-                "earlier view after the first (0, 1, ...)"
+                f"views.sources={list(sources)}: {source!r} must be 'crop' or the index of an "
+                "earlier source (0, 1, ...)"
             )
         groups.append(max(groups, default=-1) + 1 if source == "crop" else groups[source])
     return groups
 
 
 def jitter_boxes(boxes: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Shift and scale boxes by shares of their own size (released code; the paper moves centres).
+    """Shift and scale boxes relative to their size (as released; the paper moves the centre).
 
     Args:
         boxes: ``(N, 4)`` XYXY, half-open.
-        draws: ``(N, 4)``: left edge, top edge, width, height, as shares.
+        draws: ``(N, 4)``: changes of left edge, top edge, width and height, as fractions of the
+            box's size.
 
     Returns:
         ``(N, 4)`` float32, not clipped.
     """
     size = boxes[:, 2:] - boxes[:, :2]
-    start = boxes[:, :2] + draws[:, :2] * size
+    corner = boxes[:, :2] + draws[:, :2] * size
     jittered = np.empty(boxes.shape, np.float32)
-    jittered[:, :2] = start
-    jittered[:, 2:] = start + size * (1 + draws[:, 2:])
+    jittered[:, :2] = corner
+    jittered[:, 2:] = corner + size * (1 + draws[:, 2:])
     return jittered
 
 
 class SoCoViews(ViewSampler):
-    """Draws the views of one image and K regions for each pair (first view, other view).
+    """Draws the views of an image, and K regions for each pair (first view, further view).
 
-    The first view is the whole image, stretched. Its box slots are ``G * K``: one group of K for
-    each other view with a crop of its own (:func:`pair_groups`). Each further view has K slots.
-    All slots are valid: with fewer regions than K, random ones of them stand twice.
+    The first view is the whole image, resized without keeping its aspect ratio. It has ``G * K``
+    box slots, a group of K for each independent crop (:func:`pair_groups`); each further view has
+    K. All slots are valid: if there are fewer than K regions, random ones are repeated.
 
     Args:
-        sizes: side of each view in pixels, the first view's first.
-        sources: what each further view shows: ``"crop"`` a random crop of its own; an integer
-            ``j`` the same crop and regions as further view ``j``, at another resolution.
-        first_photometry, other_photometry: of the first view, and of all others.
+        sizes: side length of each view in pixels, starting with the first view.
+        sources: what each further view shows: ``"crop"`` an independent random crop; an integer
+            ``j`` the crop and the regions of further view ``j``, at another resolution.
+        first_photometry, other_photometry: photometric augmentation of the first and of all further
+            views.
         num_regions: K.
-        crop_area: range of a crop's share of the image.
-        jitter_prob, jitter_ratio: box jitter of the first view's copies.
-        min_box_side: regions smaller than this after cropping, in pixels of the cropped view,
-            count as lost. 0 keeps slivers, as released.
+        crop_area: range of a crop's area as a fraction of the image.
+        jitter_prob, jitter_ratio: probability and strength of the box jitter in the first view.
+        min_box_side: minimum side length of a region within a further view, in pixels of that view;
+            smaller ones are not used. 0 keeps slivers, as released.
     """
 
     def __init__(
@@ -97,8 +99,8 @@ class SoCoViews(ViewSampler):
     ) -> None:
         if len(sizes) != len(sources) + 1:
             raise UserError(
-                f"views.sizes={list(sizes)} gives one size a view, views.sources={list(sources)} "
-                "one source a view after the first: their lengths do not fit"
+                f"views.sizes={list(sizes)} must have one entry more than "
+                f"views.sources={list(sources)}, which leaves out the first view"
             )
         self.sizes = [(size, size) for size in sizes]
         self.sources = list(sources)
@@ -128,7 +130,7 @@ class SoCoViews(ViewSampler):
                     chosen = rng.permutation(chosen)[: self.num_regions]
                 if len(chosen):
                     mine = self._jitter(boxes.take(chosen, axis=0), rng)
-                else:  # nothing of any region in the crop: the views match as wholes
+                else:  # no region in the crop: match the complete views
                     mine = np.array([[0, 0, width, height]], np.float32)
                 slots = self._pad(len(mine), rng)
                 first_boxes.append(mine[slots])
@@ -142,9 +144,9 @@ class SoCoViews(ViewSampler):
             slots = self._pad(len(seen), rng)
             other_boxes.append(seen[slots])
             other_ids.append(chosen[slots] if len(chosen) else np.zeros_like(slots))
-            candidates[j] = chosen  # a view of the same crop shows the same regions
+            candidates[j] = chosen  # for views that share this crop
 
-        # One whole image, so what is jittered out of it is clipped by the view.
+        # The first view shows the whole image, so this also clips jittered boxes to the image.
         in_first = boxes_in_view(first, np.concatenate(first_boxes))
         samples = []
         for geometry, photometry, view_boxes, ids in zip(
@@ -183,7 +185,7 @@ class SoCoViews(ViewSampler):
         return geometries, candidates
 
     def _visible(self, geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
-        """Indices of the regions that a view shows."""
+        """Indices of the regions visible in a view."""
         shown = overlaps(geometry.crop_box, boxes)
         if self.min_box_side > 0:
             inside = boxes_in_view(geometry, boxes)
@@ -196,7 +198,7 @@ class SoCoViews(ViewSampler):
         return jitter_boxes(boxes, draws)
 
     def _pad(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Slot indices: each region once, then random ones of them again up to K."""
+        """K slot indices: each region once, then random repetitions."""
         if count == self.num_regions:
             return np.arange(count)
         again = rng.integers(count, size=self.num_regions - count)

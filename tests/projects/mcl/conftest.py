@@ -69,7 +69,7 @@ def make_batch():
         rng = np.random.default_rng(seed)
         made = []
         for _ in range(views):
-            # Blocks of 8 pixels: shrunk images are still told apart.
+            # Blocks of 8 pixels: shrunk images remain distinguishable.
             coarse = rng.integers(0, 256, (batch, 3, size // 8, size // 8), dtype=np.uint8)
             images = coarse.repeat(8, axis=2).repeat(8, axis=3)
             made.append(

@@ -1,4 +1,4 @@
-"""The loss: facts of the method, and which levels meet which."""
+"""MCL's loss: reference values, and the pairing of levels."""
 
 import math
 
@@ -13,7 +13,7 @@ WEIGHTS = (1 / 2, 1 / 4, 1 / 8, 1 / 8)
 
 
 def total(queries: torch.Tensor, keys: torch.Tensor, tau: float = 1.0):
-    """Weighted level losses of one direction; each query's key is that of its row."""
+    """Weighted losses of the levels, one direction; query i belongs to key i."""
     positives = torch.arange(len(queries))
     loss = level_contrast(queries, {0: keys}, positives, [0], tau).loss.item()
     return [w * loss for w in WEIGHTS]
@@ -63,7 +63,7 @@ def test_pairings_of_the_figure():
 
 
 @pytest.mark.parametrize("pairing", ["bottom", [[0], [1]], [[0], [1], [3]], [[0], [], [1]]])
-def test_pairings_that_do_not_exist_are_told(pairing):
+def test_unknown_pairings_are_reported(pairing):
     with pytest.raises(UserError, match="model.pairing"):
         target_levels(pairing, 3)
 

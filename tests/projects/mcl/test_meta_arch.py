@@ -1,4 +1,4 @@
-"""The meta-architecture: what it computes, what it trains, what it hands to the detector."""
+"""MCL's meta-architecture: losses, gradients, and the modules shared with the detector."""
 
 from types import SimpleNamespace
 
@@ -64,7 +64,7 @@ def test_names_and_sizes_of_the_full_size_model_are_the_detectors():
     assert model.names == NAMES and model.window == 7
 
 
-def test_start_of_the_predictors():
+def test_initialisation_of_the_predictors():
     torch.manual_seed(0)
     model = instantiate(LazyConfig.load(str(RECIPES / "mcl_r18-fpn_b32_shapes.py")).model)
     firsts = [p[0].weight for p in model.predictors]
@@ -73,12 +73,12 @@ def test_start_of_the_predictors():
     assert all(p[-1].bias.abs().max() == 0 for p in model.predictors)
 
 
-def test_with_fc_the_whole_head_is_trained(small_mcl, make_batch):
+def test_with_fc_the_complete_head_is_trained(small_mcl, make_batch):
     model = small_mcl(fc=True).train()
     total(model(make_batch(4))).backward()
     names = {n for n, p in model.roi_heads.named_parameters() if p.grad.abs().sum() > 0}
     assert {"box_head.conv1.weight", "box_head.fc1.weight", "box_head.fc1.bias"} <= names
-    with pytest.raises(UserError, match="input_dim=48, but the box head ends with 256"):
+    with pytest.raises(UserError, match="input_dim=48: must be 256"):
         small_mcl(fc=True, projector=MLPHead(48, 32, 16))
 
 
@@ -138,7 +138,7 @@ def test_losses_against_a_slow_restatement(
         compute=compute,
         pairing=pairing,
     ).eval()
-    with torch.no_grad():  # a target of its own, and norms that do something
+    with torch.no_grad():  # target and online differ, and norms are not the identity
         for module in model.modules():
             if isinstance(module, torch.nn.SyncBatchNorm):
                 module.running_mean.normal_(std=0.1)
@@ -166,7 +166,7 @@ def test_ways_of_computing_differ_in_batch_statistics_only(small_mcl, make_batch
         means[compute] = [conv.norm.running_mean.clone() for conv in norms]
     assert len({round(loss, 4) for loss in losses.values()}) == 3
     stem, lateral = zip(*means.values(), strict=True)
-    torch.testing.assert_close(stem[0], stem[1])  # the trunk has seen the same
+    torch.testing.assert_close(stem[0], stem[1])  # the trunk saw the same canvases
     torch.testing.assert_close(stem[0], stem[2])
     torch.testing.assert_close(lateral[0], lateral[1])
     assert not torch.allclose(lateral[0], lateral[2])
@@ -186,7 +186,7 @@ def test_ways_of_computing_differ_in_batch_statistics_only(small_mcl, make_batch
 def test_work_of_a_pyramid(
     small_mcl, make_batch, compute, windows, target_windows, target_canvases
 ):
-    """The facts are of 128 images; 32 have a quarter of each number."""
+    """The reference values are for 128 images; 32 have a quarter of each."""
     model = small_mcl(compute=compute).eval()
     seen = {"head": 0, "target head": 0, "canvases": 0, "target canvases": 0}
 
@@ -208,7 +208,7 @@ def test_work_of_a_pyramid(
 
 
 def test_shapes_of_embeddings(small_mcl, make_batch):
-    """Fact for 128 images: 128, 128, 128, 256 rows."""
+    """Reference for 128 images: 128, 128, 128, 256 rows."""
     model = small_mcl().eval()
     with torch.no_grad():
         query, key = model.pyramids(make_batch(32))
@@ -226,7 +226,7 @@ def test_windows_of_the_maps_of_224_pixels():
         assert cut_windows(maps[name], 7).shape[::2] == (windows, 7)
 
 
-def test_the_head_sees_its_own_tile_only(small_mcl):
+def test_the_head_sees_only_its_own_tile(small_mcl):
     head = small_mcl().eval().roi_heads["box_head"]
     maps = torch.randn(1, 48, 8, 8)
     other = maps.clone()
@@ -267,7 +267,7 @@ def test_fpn_layers_that_no_tile_reads_are_not_trained(small_mcl, small_montage,
 
 
 def test_labels_are_global(small_mcl, small_montage, make_batch, monkeypatch):
-    """Fact: local image 5 of 128 on rank 3 is image 389."""
+    """Reference: local image 5 of 128 on rank 3 is image 389."""
     model = small_mcl(montage=small_montage())
     batch = make_batch(128)
     vectors = [torch.zeros(n, 4) for n in (128, 128, 128, 256)]
@@ -287,7 +287,7 @@ def test_labels_are_global(small_mcl, small_montage, make_batch, monkeypatch):
         assert sorted(set(truth.tolist())) == list(range(384, 512))
 
 
-def test_target_follows_after_the_step(small_mcl):
+def test_the_target_is_updated_after_the_step(small_mcl):
     model = small_mcl()
     assert [model.momentum(k) for k in (0.0, 0.5, 1.0)] == pytest.approx([0.99, 0.995, 1.0])
     before = {k: v.clone() for k, v in model.target["projector"].named_parameters()}
@@ -310,7 +310,7 @@ def test_target_follows_after_the_step(small_mcl):
         assert torch.equal(model.target["projector"].get_parameter(name), parameter)
 
 
-def test_reported_cosines_are_those_of_the_loss(small_mcl, make_batch):
+def test_outputs_include_the_mean_cosines(small_mcl, make_batch):
     model = small_mcl().eval()
     with torch.no_grad():
         outputs = model(make_batch(4))
@@ -346,7 +346,7 @@ def test_only_the_backbone(make_batch, small_mcl, tmp_path):
             assert torch.equal(maps["p3"][:, :, y, x], maps["p5"][1:, :, y // 4, x // 4])
 
 
-def test_the_checkpoint_knows_the_filter(small_mcl, small_montage):
+def test_the_checkpoint_stores_the_filter(small_mcl, small_montage):
     codes = {
         how: small_mcl(montage=small_montage(shrink=how)).state_dict()["shrink_filter"].item()
         for how in ("nearest", "area", "bilinear")
@@ -358,17 +358,20 @@ def test_the_checkpoint_knows_the_filter(small_mcl, small_montage):
     ("overrides", "message"),
     [
         (dict(compute="few"), "model.compute=few: must be one of all, windows, maps"),
-        (dict(temperature=0.0), "model.temperature=0.0"),
-        (dict(level_weights=[1.0]), "model.level_weights=.* for 4 montage.ratios"),
+        (dict(temperature=0.0), "model.temperature=0.0: must be above 0"),
+        (
+            dict(level_weights=[1.0]),
+            "model.level_weights=.* for each of the 4 montage.ratios",
+        ),
         (dict(pairing="bottom"), "model.pairing=bottom"),
     ],
 )
-def test_what_does_not_fit_is_told(small_mcl, overrides, message):
+def test_invalid_arguments_are_reported(small_mcl, overrides, message):
     with pytest.raises(UserError, match=message):
         small_mcl(**overrides)
 
 
-def test_tiles_that_fit_no_map_are_told(small_mcl, small_montage, make_batch):
+def test_tiles_that_fit_no_map_are_reported(small_mcl, small_montage, make_batch):
     with pytest.raises(UserError, match="size=96 with ratio 1 .* stride 48.*4, 8, 16, 32"):
         small_mcl(montage=small_montage(size=96))
     with pytest.raises(UserError, match="4 ratios at 64 pixels.*2 x 4 such views"):

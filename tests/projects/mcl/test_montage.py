@@ -1,4 +1,4 @@
-"""Montages against the facts of the method and slow restatements."""
+"""Montages, compared with reference values of the method and slow restatements."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from region_pretrain.projects.mcl.montage import cut_windows, shrink, tile
 
 
 def numbered(batch: int, size: int, channels: int = 3) -> torch.Tensor:
-    """Images of one value each: their index."""
+    """Constant images; the value is the index."""
     return torch.arange(batch).view(-1, 1, 1, 1).expand(batch, channels, size, size).float()
 
 
@@ -30,7 +30,7 @@ def test_canvases_of_128_images():
     assert slots[1].tolist() != list(range(128))
 
 
-def test_every_draw_is_another_and_follows_its_generator():
+def test_draws_differ_and_follow_their_generator():
     montage = Montage()
     a, b = montage.draw(128), montage.draw(128)
     assert not torch.equal(a[1], b[1]) and not torch.equal(a[3], b[3])
@@ -52,7 +52,7 @@ def test_any_batch_shows_every_image_equally_often(batch, data):
 
 
 def test_slots_are_row_by_row():
-    """Fact: of canvas j the four tiles are slots 4j to 4j + 3, and the third is bottom left."""
+    """Reference: the tiles of canvas j are slots 4j to 4j + 3, the third is bottom left."""
     canvases = tile(numbered(8, 112, 1), 2)
     assert canvases.shape == (2, 1, 224, 224)
     for j, canvas in enumerate(canvases[:, 0]):
@@ -61,9 +61,9 @@ def test_slots_are_row_by_row():
 
 
 @pytest.mark.parametrize("how", ["nearest", "area", "bilinear"])
-def test_every_tile_is_of_its_image(how):
+def test_every_tile_shows_its_image(how):
     montage = Montage(size=32, shrink=how)
-    views = [numbered(40, 32) + 1000 * level for level in range(4)]  # each level its own crops
+    views = [numbered(40, 32) + 1000 * level for level in range(4)]  # separate crops for each level
     slots = montage.draw(40)
     canvases = montage.canvases(views, slots)
     first = 0
@@ -103,7 +103,7 @@ def test_area_averages_blocks_and_bilinear_is_pillows():
 
 
 def test_windows_of_a_map():
-    """Fact: window (r, c) of P3 covers rows 7r to 7r + 6 and columns 7c to 7c + 6."""
+    """Reference: window (r, c) of P3 covers rows 7r to 7r + 6 and columns 7c to 7c + 6."""
     maps = torch.arange(2 * 5 * 28 * 28).view(2, 5, 28, 28)
     windows = cut_windows(maps, 7)
     assert windows.shape == (2 * 16, 5, 7, 7)
@@ -126,6 +126,6 @@ def test_windows_of_a_map():
         (dict(shrink="lanczos"), "montage.shrink=lanczos: must be one of nearest, area, bilinear"),
     ],
 )
-def test_montages_that_do_not_exist_are_told(arguments, message):
+def test_invalid_montages_are_reported(arguments, message):
     with pytest.raises(UserError, match=message):
         Montage(**arguments)

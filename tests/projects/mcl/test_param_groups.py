@@ -1,4 +1,4 @@
-"""What LARS leaves alone in the full-size model."""
+"""Parameters of the full-size model that LARS neither decays nor adapts."""
 
 import torch
 from detectron2.config import LazyConfig, instantiate

@@ -1,4 +1,4 @@
-"""Tiles classified by their image's class."""
+"""Supervised MCL: tiles are classified into their image's class."""
 
 import math
 
@@ -11,7 +11,7 @@ from region_pretrain.errors import UserError
 NAMES = ["p5", "p4", "p3", "p2"]
 
 
-def test_losses_against_a_slow_restatement(small_mcl, make_batch, monkeypatch):
+def test_losses_against_a_slow_restatement(small_mcl, make_batch):
     model = small_mcl(supervised=True).eval()
     batch = make_batch(5, seed=1)
     batch.labels = torch.tensor([3, 0, 4, 4, 1])
@@ -38,7 +38,7 @@ def test_losses_against_a_slow_restatement(small_mcl, make_batch, monkeypatch):
             assert outputs[f"accuracy_{name}"].item() == pytest.approx(sum(rates) / 2)
 
 
-def test_loss_of_a_classifier_that_knows_nothing(small_mcl, make_batch):
+def test_loss_of_a_zero_classifier(small_mcl, make_batch):
     model = small_mcl(supervised=True)
     torch.nn.init.zeros_(model.classifier.weight)
     torch.nn.init.zeros_(model.classifier.bias)
@@ -48,7 +48,7 @@ def test_loss_of_a_classifier_that_knows_nothing(small_mcl, make_batch):
 
 
 def test_it_learns_classes_at_every_level(small_mcl, make_batch):
-    """Five images that are the same in all views: a few steps suffice."""
+    """Five images, identical in all views: a few steps suffice."""
     model = small_mcl(supervised=True, level_weights=[1, 1, 1, 1]).train()
     batch = make_batch(5)
     for view in batch.views:
@@ -63,7 +63,7 @@ def test_it_learns_classes_at_every_level(small_mcl, make_batch):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_labels_that_do_not_fit_are_told(small_mcl, make_batch):
+def test_invalid_labels_are_reported(small_mcl, make_batch):
     model, batch = small_mcl(supervised=True), make_batch(4)
     batch.labels = torch.tensor([0, 5, 1, 1])
     with pytest.raises(UserError, match="class 5 .* model.classifier.out_features=5"):

@@ -42,7 +42,7 @@ def test_two_processes_are_one(small_mcl, make_batch, tmp_path):
         model = small_mcl(compute=case, temperature=0.2, **arguments).train()
         slots = [[model.montage.draw(4) for _ in range(2)] for _ in range(2)]  # rank, pyramid
         torch.save((model, batch, slots), tmp_path / f"{case}.pt")
-        # The single process has the first rank's canvases, then the second's with its images.
+        # The single process has the first rank's canvases, followed by the second's.
         joined = [
             [torch.cat([a, b + 4]) for a, b in zip(*pyramids, strict=True)]
             for pyramids in zip(*slots, strict=True)

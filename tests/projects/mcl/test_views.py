@@ -1,27 +1,24 @@
-"""Eight crops of an image, and the picture of their montages."""
+"""MCL's eight crops of an image."""
 
 import numpy as np
 import pytest
 import torch
 
-from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.photometry import Photometry, PhotometryLayout
 from region_pretrain.projects.mcl import MCLViews, Montage
-
-RECIPE = CONFIG_ROOT.parent / "projects/MCL/configs/mcl_r18-fpn_b32_shapes.py"
 
 QUERY = Photometry(blur_prob=1.0)
 KEY = Photometry(blur_prob=0.1, solarize_prob=0.2)
 
 
-def test_eight_pipelines_of_an_image():
+def test_eight_views_of_an_image():
     views = MCLViews(Montage(), QUERY, KEY)
     samples = views(500, 400, np.zeros((0, 4), np.float32), np.random.default_rng(0))
     assert [s.photometry for s in samples] == [QUERY] * 4 + [KEY] * 4
     assert all(s.geometry.size == (224, 224) for s in samples)
     crops = {(s.geometry.left, s.geometry.top, s.geometry.width) for s in samples}
-    assert len(crops) == 8  # a crop of its own for every level of either pyramid
+    assert len(crops) == 8  # an independent crop for each level of each pyramid
 
 
 def test_areas_aspects_and_flips():

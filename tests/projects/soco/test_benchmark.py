@@ -1,4 +1,4 @@
-"""A step's floor does the networks' work, all of it and nothing else."""
+"""The benchmark's floor of a step does exactly the networks' work."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def test_calls_are_those_of_the_outermost_networks(small_soco, make_batch):
     model, batch = small_soco(), make_batch(2, (64, 64, 32))
     with recorded_calls(model) as calls:
         run_step(model, batch)
-    # 8 + 4 + 4 regions of 2 images; P5 of a 32 view is 1 pixel, so its sides divide
+    # 8 + 4 + 4 regions of 2 images; P5 of a 32-pixel view is 1 pixel: sides are divisible
     once = [("backbone", (2, 3, 64, 64)), ("roi_heads.box_head", (16, 48, 7, 7))]
     assert [(c.name, tuple(c.inputs[0][0])) for c in calls[:2]] == once
     names = [c.name for c in calls]
@@ -77,7 +77,7 @@ def test_figures_of_a_step(small_soco, make_batch):
         (["--synthetic-size", "500x375"], "--synthetic-size requires --synthetic-images"),
     ],
 )
-def test_bad_sizes_are_told_at_once(more, message):
+def test_bad_sizes_are_reported_at_once(more, message):
     command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--config-file", "none.py", *more]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Level assignment, correspondence and loss of SoCo: the numbers of the method."""
+"""Level assignment, correspondence and loss of SoCo."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_levels_of_squares(side, level):
 def test_levels_of_boxes_in_views():
     boxes = torch.tensor(
         [
-            [44.8, 28, 134.4, 84],  # the box of the facts in the whole image at 224: P3
+            [44.8, 28, 134.4, 84],  # the reference box in the whole image at 224: P3
             [22.4, 22.4, 134.4, 97.0667],  # in a 400x300 crop at 224: P3
             [11.2, 11.2, 67.2, 48.5333],  # the crop at 112: P2
             [19.2, 19.2, 115.2, 83.2],  # the crop at 192: P3
@@ -116,14 +116,14 @@ def test_mixed_precision_leaves_the_loss_in_single_precision():
     torch.testing.assert_close(mixed, matched_cosine_loss(p, z, match), rtol=0, atol=0)
 
 
-def test_the_target_gets_no_gradient():
+def test_the_target_receives_no_gradient():
     p = torch.randn(2, 4, 8, requires_grad=True)
     z = torch.randn(2, 4, 8, requires_grad=True)
     matched_cosine_loss(p, z, torch.ones(2, 4, 4).bool()).backward()
     assert z.grad is None and p.grad.abs().sum() > 0
 
 
-def test_embedding_std_tells_spread_from_collapse():
+def test_embedding_std_distinguishes_spread_from_collapse():
     sphere = F.normalize(torch.randn(4000, 64), dim=1)
     assert embedding_std(sphere).item() == pytest.approx(1, abs=0.02)
     assert embedding_std(sphere[:1].expand(100, 64)).item() == pytest.approx(0, abs=1e-6)

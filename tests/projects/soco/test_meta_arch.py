@@ -1,4 +1,4 @@
-"""The meta-architecture: what it computes, what it trains, what it hands to the detector."""
+"""SoCo's meta-architecture: losses, gradients, and the modules shared with the detector."""
 
 import functools
 
@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
+from region_pretrain.errors import UserError
 from region_pretrain.modeling.pyramid import pyramid_features
 from region_pretrain.modeling.regions import pool_regions
 from region_pretrain.modeling.trunk import compile_trunks
@@ -21,7 +22,7 @@ def total(outputs):
     return sum(v for k, v in outputs.items() if k.startswith("loss"))
 
 
-def test_names_of_the_full_size_model_are_the_detectors(tmp_path):
+def test_names_of_the_full_size_model_are_the_detectors():
     detector = get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model
     recipe = CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py"
     with torch.device("meta"):
@@ -62,14 +63,14 @@ def test_shapes_of_maps_and_embeddings_at_full_size():
         assert tuple(features[f"p{i}"].shape[-1] for i in range(2, 6)) == maps
 
 
-def test_pyramid_equals_the_detectors_own_where_sides_divide():
+def test_pyramid_equals_the_detectors_own_if_sides_are_divisible():
     torch.manual_seed(0)
     fpn = instantiate(get_config("common/models/mask_rcnn_fpn_small.py").model.backbone).eval()
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         own = fpn(images)
         assert pyramid_features(fpn, images).keys() == own.keys()
-        fpn._size_divisibility = 1000  # as if the sides did not divide: the other path
+        fpn._size_divisibility = 1000  # as if the sides were not divisible: the other code path
         ours = pyramid_features(fpn, images)
     for name in ("p2", "p3", "p4", "p5"):
         torch.testing.assert_close(ours[name], own[name])
@@ -93,7 +94,7 @@ def test_pooling_scales_boxes_by_the_maps_own_size():
             torch.testing.assert_close(out[0, 0, 3], centres, atol=1e-3, rtol=0)
 
 
-def test_pooling_is_the_detectors_where_its_level_rule_agrees():
+def test_pooling_equals_the_detectors_if_the_levels_agree():
     torch.manual_seed(0)
     pooler = instantiate(get_config("common/models/mask_rcnn_fpn_small.py").model.roi_heads)
     pooler = pooler.box_pooler
@@ -219,6 +220,11 @@ def test_target_starts_as_a_copy_and_follows_the_schedule(small_soco):
     torch.testing.assert_close(model.target["projector"][1].norm.running_mean, running)
 
 
+def test_level_scales_that_do_not_fit_are_reported(small_soco):
+    with pytest.raises(UserError, match=r"model.level_scales=\[48, 96\] must give one scale"):
+        small_soco(level_scales=(48, 96))
+
+
 def test_zero_init_zeroes_the_last_norm_of_each_block(small_soco):
     blocks = [b for s in ("res2", "res5") for b in getattr(small_soco().backbone.bottom_up, s)]
     assert all(block.conv2.norm.weight.abs().max() == 0 for block in blocks)
@@ -257,7 +263,7 @@ def test_compiled_trunks_give_the_same_loss_and_gradients(small_soco, make_batch
     batch = make_batch(2, (64, 64, 32))
     model, compiled = small_soco(), small_soco()
     names = list(model.state_dict())
-    # All of torch.compile but the code generation, which takes a minute.
+    # torch.compile without code generation, which would take a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()

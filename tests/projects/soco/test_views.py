@@ -1,4 +1,4 @@
-"""SoCo's views and boxes, against the facts of the method."""
+"""SoCo's views and boxes, compared with reference values of the method."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.projects.soco import SoCoViews, jitter_boxes
 from region_pretrain.projects.soco.views import pair_groups
 
-# The facts give inclusive corners (100, 50, 299, 149); half-open that is one more at the end.
+# Inclusive corners (100, 50, 299, 149) in the reference; half-open, the far corner is one more.
 BOX = np.array([[100, 50, 300, 150]], np.float32)
 
 
@@ -28,7 +28,7 @@ def make_views(sources=("crop", "crop"), sizes=(224, 224, 112), **kwargs) -> SoC
         (ViewGeometry(60, 20, 400, 300, (192, 192)), (0.1, 0.1, 0.5975, 0.43)),
     ],
 )
-def test_boxes_of_the_paper_code_in_view_coordinates(geometry, normalised):
+def test_reference_boxes_in_view_coordinates(geometry, normalised):
     box = boxes_in_view(geometry, BOX)[0]
     # Released code normalises inclusive corners: its far corner is one original pixel short.
     pixel = np.array([0, 0, geometry.size[1] / geometry.width, geometry.size[0] / geometry.height])
@@ -44,7 +44,7 @@ def test_flip_of_a_normalised_box():
     np.testing.assert_allclose(flipped / 1000, [[0.5, 0.2, 0.9, 0.6]], atol=1e-6)
 
 
-def test_jitter_of_the_fact():
+def test_jitter_of_the_reference_box():
     jittered = jitter_boxes(BOX, np.array([[0.1, -0.1, 0.1, -0.1]]))
     # Inclusive (120, 40, 339, 129).
     np.testing.assert_allclose(jittered, [[120, 40, 340, 130]], atol=1e-4)
@@ -58,7 +58,7 @@ def test_groups_of_the_variants():
 
 
 @pytest.mark.parametrize("sources", [["crop", -1], [0, "crop"], ["crop", 1], ["whole"]])
-def test_sources_that_do_not_exist_are_told(sources):
+def test_unknown_sources_are_reported(sources):
     with pytest.raises(UserError, match="views.sources"):
         pair_groups(sources)
 
@@ -85,7 +85,7 @@ def test_matched_slots_show_the_same_region(count, seed):
         assert set(ids) == set(view.region_ids)
         assert view.boxes.shape == (4, 4) and view.valid.all()
         if not count or not overlaps(view.geometry.crop_box, boxes).any():
-            continue  # the views match as wholes, which has a test of its own
+            continue  # the complete views match; tested separately
         for slot, region in enumerate(view.region_ids):
             shown = boxes_in_view(view.geometry, boxes[region : region + 1])[0]
             assert (shown[2:] > shown[:2]).all()
@@ -104,8 +104,8 @@ def test_without_regions_the_whole_image_is_the_region():
     assert match.sum() == 16
 
 
-def test_a_crop_without_any_region_matches_as_a_whole():
-    boxes = np.array([[0, 0, 1.5, 1.5]], np.float32)  # in the corner that few crops contain
+def test_a_crop_without_regions_matches_as_a_complete_view():
+    boxes = np.array([[0, 0, 1.5, 1.5]], np.float32)  # in a corner that few crops contain
     missed = 0
     for seed in range(200):
         first, second, _ = sample(make_views(jitter_prob=0.0), boxes, seed)
@@ -117,7 +117,7 @@ def test_a_crop_without_any_region_matches_as_a_whole():
 
 
 def test_crops_are_drawn_again_for_regions():
-    # One region in a corner: a single draw of two crops shows it in both far less often.
+    # One region in a corner: without redrawing, both crops would show it far less often.
     boxes = np.array([[0, 0, 30, 30]], np.float32)
     shown = np.mean(
         [
@@ -142,7 +142,7 @@ def test_crops_are_drawn_again_for_regions():
     assert shown == pytest.approx(1 - (1 - once) ** 5, abs=0.08)
 
 
-def test_four_of_many_are_distinct_and_drawn_for_each_pair_apart():
+def test_four_of_many_are_distinct_and_drawn_separately_for_each_pair():
     boxes = np.tile([[200, 150, 300, 250]], (50, 1)).astype(np.float32)
     same = 0
     for seed in range(50):
@@ -170,7 +170,7 @@ def test_views_of_one_crop_share_regions():
     assert third.geometry.size == (192, 192) and b.size == (112, 112)
 
 
-def test_jitter_touches_half_of_the_first_views_boxes_only():
+def test_jitter_changes_half_of_the_first_views_boxes_only():
     boxes = random_boxes(4, 3)
     moved = []
     for seed in range(300):
@@ -184,7 +184,7 @@ def test_jitter_touches_half_of_the_first_views_boxes_only():
     assert np.mean(moved) == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_floor_on_the_visible_side_drops_slivers():
+def test_a_minimum_visible_side_drops_slivers():
     boxes = random_boxes(60, 5)
     for seed in range(30):
         for view in sample(make_views(min_box_side=8.0), boxes, seed)[1:]:

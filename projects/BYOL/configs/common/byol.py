@@ -1,10 +1,9 @@
-"""What all of BYOL's recipes share. Leaves choose detector, data and length."""
+"""What all BYOL recipes share. Leaves choose detector, data and length."""
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
-from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.two_crops import TwoCrops
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.trunk import Trunk
@@ -22,20 +21,13 @@ train.base_batch_size = 256
 lr_multiplier.update(warmup_epochs=10, warmup_factor=0.0, final_factor=0.0)
 train.amp.enabled = True
 train.channels_last = True
-train.output_dir = "output/byol"
 
 dataloader.train.total_batch_size = 4096
-dataloader.train.dataset.regions = None
-dataloader.train.dataset.recipe = None
-_jitter = dict(
-    brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2
-)
+_augmentation = get_config("common/byol_augmentation.py")
 dataloader.train.dataset.views = L(TwoCrops)(
     size=224,
-    first_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
-    second_photometry=L(Photometry)(
-        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
-    ),
+    first_photometry=_augmentation.first,
+    second_photometry=_augmentation.second,
     crop_area=(0.08, 1.0),
 )
 
@@ -43,12 +35,12 @@ dataloader.train.dataset.views = L(TwoCrops)(
 def byol(
     detector: DictConfig, trunk_dim: int = 2048, hidden_dim: int = 4096, dim: int = 256
 ) -> DictConfig:
-    """BYOL around the trunk of an FPN detector.
+    """BYOL on the trunk of an FPN detector.
 
     Args:
         detector: ``model`` of a config in ``configs/detection``.
         trunk_dim: channels of the trunk's last map.
-        hidden_dim, dim: of projector and predictor.
+        hidden_dim, dim: hidden and output channels of projector and predictor.
     """
     return L(BYOL)(
         backbone=L(Trunk)(bottom_up=detector.backbone.bottom_up, feature="res5"),

@@ -1,4 +1,4 @@
-"""What all of CCOP's recipes share. Leaves choose detector, data and length."""
+"""What all CCOP recipes share. Leaves choose detector, data and length."""
 
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import ConstantParamScheduler
@@ -17,13 +17,12 @@ optimizer.lr = 0.3
 lr_multiplier.update(warmup_epochs=10, warmup_factor=1e-4, rescale=False)
 train.checkpointer.period = 2310  # 5 ep of COCO
 train.checkpointer.keep_every = 23_100  # 50 ep
-train.output_dir = "output/ccop"
 
-dataset = dataloader.train.dataset
-dataset.names = "coco_2017_train_images"
-dataset.regions = "regions/coco_2017_train_ccop.arrow"
-dataset.recipe = "ccop-v1"
-dataset.views = L(CCOPViews)(
+_dataset = dataloader.train.dataset
+_dataset.names = "coco_2017_train_images"
+_dataset.regions = "regions/coco_2017_train_ccop.arrow"
+_dataset.recipe = "ccop-v1"
+_dataset.views = L(CCOPViews)(
     size=224,
     photometry=_shared.photometry,
     num_regions=50,
@@ -31,19 +30,18 @@ dataset.views = L(CCOPViews)(
     min_visible=0.6,
     min_area=144.0,
 )
-dataset.views.photometry.saturation = 0.2
-del dataset
+_dataset.views.photometry.saturation = 0.2
 
 
 def ccop_fpn(
     detector: DictConfig, trunk_dim: int = 2048, hidden_dim: int = 2048, dim: int = 128
 ) -> DictConfig:
-    """CCOP around the backbone and the box pooler of an FPN detector.
+    """CCOP on the backbone and the box pooler of an FPN detector.
 
     Args:
         detector: ``model`` of a config in ``configs/detection``.
         trunk_dim: channels of the trunk's last map.
-        hidden_dim, dim: of the two heads.
+        hidden_dim, dim: hidden and output channels of the two heads.
     """
     heads = detector.roi_heads
     pooled = detector.backbone.out_channels * heads.box_pooler.output_size**2
@@ -56,7 +54,7 @@ def ccop_fpn(
         region_head=L(MLPHead)(input_dim=pooled, **head),
         image_queue=L(KeyQueue)(length=65_536, dim=dim),
         region_queue=L(KeyQueue)(length=65_536, dim=dim),
-        # Values at the start and at the end of the training. For the closed loop:
+        # (at the start of training, at the end). For the closed loop:
         # curriculum.feedback=L(Feedback)(set_point=0.8, gain=0.1, period=10)
         curriculum=L(Curriculum)(
             center=(0.15, 0.6), log_size=(0.35, 1.4), iou_floor=(0.8, 0.4), feedback=None
@@ -72,7 +70,7 @@ def ccop_fpn(
         num_candidates=10,
         hardest=True,
         level_scales=[48, 96, 192, 224],
-        # True: batch norm per GPU, key images shuffled over the GPUs. False: the detector's SyncBN.
+        # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
         shuffle=True,
         seed="${train.seed}",
         pixel_mean=detector.pixel_mean,

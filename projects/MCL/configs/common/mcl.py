@@ -1,11 +1,10 @@
-"""What all of MCL's recipes share. Leaves choose detector, data and length."""
+"""What all MCL recipes share. Leaves choose detector, data and length."""
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.config import get_config
-from region_pretrain.data.photometry import Photometry
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.projects.mcl import (
     MCL,
@@ -21,7 +20,7 @@ optimizer = get_config("common/optim.py").lars
 optimizer.params = L(mcl_param_groups)(weight_decay=1e-5, released_exclusions=False)
 optimizer.form = "original"
 
-# The cosine runs over all epochs, and the warm-up multiplies it.
+# The cosine spans all epochs and is multiplied by the warm-up.
 lr_multiplier = L(warmup_times_cosine)(
     epochs="${train.epochs}",
     warmup_epochs=10,
@@ -30,42 +29,33 @@ lr_multiplier = L(warmup_times_cosine)(
 )
 
 train = get_config("common/train.py").train
-train.epochs = 100
 train.base_batch_size = 256  # lr 1.0 * 4096 / 256 = 16.0
 train.amp.enabled = True
 train.channels_last = True
 train.clip_grad.enabled = True
 train.clip_grad.max_norm = 500.0
 train.checkpointer.period = 1248  # 4 epochs of 312
-train.output_dir = "output/mcl"
 
 dataloader = get_config("common/data/unlabeled.py").dataloader
 dataloader.train.total_batch_size = 4096
 dataloader.train.num_workers = 7
-dataset = dataloader.train.dataset
-dataset.regions = dataset.recipe = None  # tiles are the regions
-dataset.labels = False
-_jitter = dict(
-    brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2
-)
-dataset.views = L(MCLViews)(
+dataloader.train.dataset.labels = False
+_augmentation = get_config("common/byol_augmentation.py")
+dataloader.train.dataset.views = L(MCLViews)(
     montage=L(Montage)(
         size=224,
         ratios=[1, 2, 4, 8],  # tiles of 224, 112, 56, 28 pixels on P5, P4, P3, P2
-        images_per_canvas=[1, 4, 16, 32],  # of 128 images 128, 32, 8, 4 canvases
+        images_per_canvas=[1, 4, 16, 32],  # 128, 32, 8, 4 canvases for 128 images
         shrink="nearest",  # as released; "area" and "bilinear" do not alias
     ),
-    query_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
-    key_photometry=L(Photometry)(
-        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
-    ),
+    query_photometry=_augmentation.first,
+    key_photometry=_augmentation.second,
     crop_area=(0.2, 1.0),
 )
-del dataset  # not one of a config's five names
 
 
 def _tile_model(target: type, detector: DictConfig, fc: bool, **parts) -> DictConfig:
-    """``fc=False`` leaves the fc layers of the box head away: its last maps are averaged."""
+    """``fc=False`` removes the box head's fc layers: its last maps are averaged."""
     head = detector.roi_heads.box_head
     if not fc:
         head.fc_dims = []
@@ -74,7 +64,7 @@ def _tile_model(target: type, detector: DictConfig, fc: bool, **parts) -> DictCo
         pooler=detector.roi_heads.box_pooler,
         head=head,
         montage="${dataloader.train.dataset.views.montage}",
-        # "all": the released code's batch-norm statistics, at several times the work.
+        # "all": the released code's batch-norm statistics, several times the work.
         compute="windows",
         level_weights=[1 / 2, 1 / 4, 1 / 8, 1 / 8],
         pixel_mean=detector.pixel_mean,
@@ -92,12 +82,12 @@ def _width(detector: DictConfig, fc: bool) -> int:
 def mcl_fpn(
     detector: DictConfig, hidden_dim: int = 2048, dim: int = 256, fc: bool = False
 ) -> DictConfig:
-    """MCL around the backbone and the box head of an FPN detector.
+    """MCL on the backbone and the box head of an FPN detector.
 
     Args:
-        detector: ``model`` of a config in ``configs/detection``; its parts are changed.
-        hidden_dim, dim: of projector and predictors.
-        fc: train the box head's fc layers as well, so that the whole head transfers.
+        detector: ``model`` of a config in ``configs/detection``; modified in place.
+        hidden_dim, dim: hidden and output channels of projector and predictors.
+        fc: train the box head's fc layers as well, so that the complete head transfers.
     """
     return _tile_model(
         MCL,
@@ -114,12 +104,12 @@ def mcl_fpn(
 
 
 def mcl_backbone(detector: DictConfig, channels: int, **dims: int) -> DictConfig:
-    """MCL around the backbone below an FPN: levels are C5 enlarged, and the FPN starts anew.
+    """MCL on the bottom-up backbone alone: levels are upsampled from C5, the FPN is not trained.
 
     Args:
         detector: as for :func:`mcl_fpn`.
-        channels: of C5, 2048 for ResNet-50.
-        dims: as for :func:`mcl_fpn`.
+        channels: channels of C5, 2048 for ResNet-50.
+        dims: further arguments of :func:`mcl_fpn`.
     """
     model = mcl_fpn(detector, **dims)
     model.neck = L(PseudoLevels)(in_channels=channels, out_channels=detector.backbone.out_channels)
@@ -128,11 +118,11 @@ def mcl_backbone(detector: DictConfig, channels: int, **dims: int) -> DictConfig
 
 
 def supervised_fpn(detector: DictConfig, num_classes: int, fc: bool = False) -> DictConfig:
-    """Tiles classified by their image's class, around the same parts as :func:`mcl_fpn`.
+    """Classify tiles into their image's class, on the same modules as :func:`mcl_fpn`.
 
     Args:
         detector, fc: as for :func:`mcl_fpn`.
-        num_classes: of the labelled images.
+        num_classes: number of classes of the labelled images.
     """
     classifier = L(nn.Linear)(in_features=_width(detector, fc), out_features=num_classes)
     return _tile_model(SupervisedMCL, detector, fc, classifier=classifier)

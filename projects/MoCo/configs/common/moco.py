@@ -1,4 +1,4 @@
-"""What all of MoCo's recipes share. Leaves choose detector, data and length."""
+"""What all MoCo recipes share. Leaves choose detector, data and length."""
 
 from detectron2.config import LazyCall as L
 from fvcore.common.param_scheduler import ConstantParamScheduler
@@ -15,7 +15,6 @@ _shared = get_config("common/moco_family.py")
 optimizer, lr_multiplier, train = _shared.optimizer, _shared.lr_multiplier, _shared.train
 dataloader = _shared.dataloader
 
-train.output_dir = "output/moco"
 dataloader.train.dataset.views = L(TwoCrops)(
     size=224,
     first_photometry=_shared.photometry,
@@ -27,12 +26,12 @@ dataloader.train.dataset.views = L(TwoCrops)(
 def moco(
     detector: DictConfig, trunk_dim: int = 2048, hidden_dim: int = 2048, dim: int = 128
 ) -> DictConfig:
-    """MoCo v2 around the trunk of an FPN detector.
+    """MoCo v2 on the trunk of an FPN detector.
 
     Args:
         detector: ``model`` of a config in ``configs/detection``.
         trunk_dim: channels of the trunk's last map.
-        hidden_dim, dim: of the head.
+        hidden_dim, dim: hidden and output channels of the head.
     """
     return L(MoCo)(
         backbone=L(Trunk)(bottom_up=detector.backbone.bottom_up, feature="res5"),
@@ -40,7 +39,7 @@ def moco(
         queue=L(KeyQueue)(length=65_536, dim=dim),
         momentum=L(ConstantParamScheduler)(value=0.999),
         temperature=0.2,
-        # True: batch norm per GPU, key images shuffled over the GPUs. False: the detector's SyncBN.
+        # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
         shuffle=True,
         seed="${train.seed}",
         pixel_mean=detector.pixel_mean,

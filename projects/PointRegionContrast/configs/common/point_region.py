@@ -1,4 +1,4 @@
-"""What all recipes of point-level region contrast share. Leaves choose detector, data, length."""
+"""What all point-level region contrast recipes share. Leaves choose detector, data and length."""
 
 from typing import Any
 
@@ -23,7 +23,6 @@ _shared = get_config("common/moco_family.py")
 optimizer, lr_multiplier, train = _shared.optimizer, _shared.lr_multiplier, _shared.train
 dataloader = _shared.dataloader
 
-train.output_dir = "output/point-region"
 dataloader.train.dataset.views = L(PointRegionViews)(
     size=224,
     photometry=_shared.photometry,
@@ -47,8 +46,8 @@ def point_region(
     Args:
         detector: ``model`` of a config in ``configs/detection``.
         trunk_dim: channels of that map.
-        hidden_dim: of both heads.
-        dim: of a point's vector; that of its affinities is twice as long.
+        hidden_dim: hidden channels of both heads.
+        dim: dimension of a point's embedding; its affinity vector is twice as long.
     """
     backbone = L(Trunk)(bottom_up=detector.backbone.bottom_up, feature="res5")
     return _around(detector, trunk_dim, hidden_dim, dim, backbone=backbone, feature="res5")
@@ -57,14 +56,14 @@ def point_region(
 def point_region_fpn(
     detector: DictConfig, feature: str = "p4", hidden_dim: int = 2048, dim: int = 128
 ) -> DictConfig:
-    """The same on a level of the detector's FPN, which is pre-trained up to there."""
+    """The same on one level of the detector's FPN, which is pre-trained down to that level."""
     channels = detector.backbone.out_channels
     backbone = detector.backbone
     return _around(detector, channels, hidden_dim, dim, backbone=backbone, feature=feature)
 
 
 def point_region_c4(detector: DictConfig, hidden_dim: int = 2048, dim: int = 128) -> DictConfig:
-    """The same on a C4 detector's backbone with its res5 run on the whole map."""
+    """The same on a C4 detector's backbone, with its res5 applied to the complete map."""
     return _around(
         detector,
         detector.roi_heads.res5.out_channels,
@@ -97,7 +96,7 @@ def _around(
             pool=1,
             log="outside",
             same_view=False,
-            # Of others="queue".
+            # The queue's keys for others="queue".
             queue_length=65_536,
             dim=dim,
         ),
@@ -115,7 +114,7 @@ def _around(
         point_weight=0.3,
         affinity_weight=0.3,
         zero_init=True,
-        # True: batch norm per GPU, key images shuffled over the GPUs. False: the detector's SyncBN.
+        # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
         shuffle=True,
         seed="${train.seed}",
         pixel_mean=detector.pixel_mean,

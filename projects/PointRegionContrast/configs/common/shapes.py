@@ -1,33 +1,28 @@
-"""What the recipes on Shapes share: small views of small scenes, a short run."""
+"""What the recipes on Shapes share: small views, few points, a short run."""
 
-from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
-from region_pretrain.data.shapes import shapes
+from region_pretrain.config import get_config
 
 from .point_region import dataloader, lr_multiplier, optimizer, train
 
-dataset = dataloader.train.dataset
-dataset.names = L(shapes)(split="unlabeled", size=1000, side=96, level="easy")
-dataset.views.size = 64
-dataset.views.cells = 16  # of 4 x 4 pixels
-dataset.views.points = 4  # of a cell's 4 places on an 8 x 8 map; 16 take a CPU four times as long
-dataset.views.photometry.blur_sigma = (0.1, 0.6)  # 2.0 pixels of a 224 view
-del dataset
-dataloader.train.total_batch_size = 32
-dataloader.train.num_workers = 1
+_shapes = get_config("common/shapes_pretrain.py")
+dataloader.merge_with(_shapes.dataloader)
+train.merge_with(_shapes.train)
+_views = dataloader.train.dataset.views
+_views.size = 64
+_views.cells = 16  # of 4 x 4 pixels
+_views.points = 4  # per region, which has 4 places on an 8 x 8 map; 16 are 4 times slower on a CPU
+_views.photometry.blur_sigma = (0.1, 0.6)  # (0.1, 2.0) scaled from views of 224 to 64 pixels
 
 optimizer.lr = 0.8  # 0.8 * 32 / 256 = 0.1
-train.epochs = 10  # 310 iters = 10 ep * 31 iters/ep, 1,000 images / 32 a batch
-train.log_period = 10
-train.checkpointer.period = 100
 
 
 def for_a_short_run(model: DictConfig) -> DictConfig:
-    """What a few hundred steps from random weights need, as for MoCo v2 on Shapes."""
-    model.queue.length = 512  # of 1,000 images; 65,536 keys would hold each of them dozens of times
+    """Adapt a model to a few hundred steps from random weights, as MoCo v2 on Shapes."""
+    model.queue.length = 512  # 65,536 keys would contain each of the 1,000 images dozens of times
     model.momentum.value = 0.99
-    model.head.norm = "SyncBN"  # without a norm all embeddings stay nearly the same
+    model.head.norm = "SyncBN"  # without a norm all embeddings stay nearly identical
     model.temperature = 0.1
-    model.zero_init = False  # most of the run would pass before the blocks take part
+    model.zero_init = False  # the residual blocks would not contribute for most of the run
     return model

@@ -1,10 +1,9 @@
-"""What all of SoCo's recipes share. Leaves choose detector, views, data and length."""
+"""What all SoCo recipes share. Leaves choose detector, views, data and length."""
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
-from region_pretrain.data.photometry import Photometry
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.projects.soco import SoCo, SoCoViews
 from region_pretrain.solver import cosine_momentum
@@ -14,26 +13,23 @@ lr_multiplier = get_config("common/schedule.py").pretrain
 train = get_config("common/train.py").train
 dataloader = get_config("common/data/unlabeled.py").dataloader
 
-train.epochs = 100
 train.base_batch_size = 256  # lr 1.0 * 2048 / 256 = 8.0
 train.amp.enabled = True
 train.channels_last = True
 train.checkpointer.period = 2000
 train.checkpointer.keep_every = 10000
-train.output_dir = "output/soco"
 
-_jitter = dict(
-    brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2
-)
+dataloader.train.total_batch_size = 2048
+dataloader.train.dataset.regions = "regions/imagenet_train.arrow"
+dataloader.train.dataset.recipe = "soco-v1"
+_augmentation = get_config("common/byol_augmentation.py")
 dataloader.train.dataset.views = L(SoCoViews)(
     sizes=[224, 224, 112],
-    # A crop of its own for each further view, as released. ["crop", 0] is the paper's figure: the
-    # third view is the second at half the size.
+    # As released, view 3 is an independent crop. In the paper's figure it is view 2 at half the
+    # size: ["crop", 0].
     sources=["crop", "crop"],
-    first_photometry=L(Photometry)(**_jitter, blur_prob=1.0, blur_sigma=(0.1, 2.0)),
-    other_photometry=L(Photometry)(
-        **_jitter, blur_prob=0.1, blur_sigma=(0.1, 2.0), solarize_prob=0.2
-    ),
+    first_photometry=_augmentation.first,
+    other_photometry=_augmentation.second,
     num_regions=4,
     crop_area=(0.5, 1.0),
     jitter_prob=0.5,
@@ -58,11 +54,11 @@ def _soco(detector: DictConfig, feature_dim: int, hidden_dim: int, dim: int, **p
 
 
 def soco_fpn(detector: DictConfig, hidden_dim: int = 4096, dim: int = 256) -> DictConfig:
-    """SoCo around the backbone, pooler and box head of an FPN detector.
+    """SoCo on the backbone, pooler and box head of an FPN detector.
 
     Args:
         detector: ``model`` of a config in ``configs/detection``.
-        hidden_dim, dim: of projector and predictor.
+        hidden_dim, dim: hidden and output channels of projector and predictor.
     """
     heads = detector.roi_heads
     return _soco(
@@ -74,13 +70,13 @@ def soco_fpn(detector: DictConfig, hidden_dim: int = 4096, dim: int = 256) -> Di
         pooler=heads.box_pooler,
         head=heads.box_head,
         level_scales=[48, 96, 192, 224],
-        # True: head on all levels, the released code's batch-norm statistics at 4 times the work.
+        # True: head on all levels: the released code's batch-norm statistics, 4 times the work.
         all_levels=False,
     )
 
 
 def soco_c4(detector: DictConfig, hidden_dim: int = 4096, dim: int = 256) -> DictConfig:
-    """SoCo around the backbone, pooler and res5 of a C4 detector."""
+    """SoCo on the backbone, pooler and res5 of a C4 detector."""
     heads = detector.roi_heads
     return _soco(
         detector,
