@@ -1,4 +1,4 @@
-"""Base classes whose subclasses cannot misspell what the library calls."""
+"""A base class that catches misspelt hooks when a subclass is defined."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import inspect
 
 
 class Contract:
-    """A base class that checks each subclass when it is defined.
+    """Base class of the interfaces that methods implement.
 
-    Every public method of a direct subclass of ``Contract`` is a hook: the library calls it by that
-    name. A further subclass may override hooks and add methods of its own, but a method whose name
-    is almost that of a hook, or a hook that does not take the hook's arguments, is refused: without
-    this check it would never be called, or only fail hours into a run.
+    Every public method of a direct subclass of ``Contract`` is a hook that the library calls.
+    Further subclasses may override hooks and add other methods. A method whose name is almost that
+    of a hook, or a hook that cannot be called with the hook's arguments, is an error: without this
+    check it would never be called, or fail hours into a run.
 
     Raises:
-        TypeError: when the subclass is defined, naming the method and the hook.
+        TypeError: when a subclass is defined, naming the method and the hook.
     """
 
     _hooks: dict[str, inspect.Signature] = {}
@@ -35,8 +35,8 @@ class Contract:
                 _check_arguments(cls, name, method, cls._hooks[name])
             elif near := difflib.get_close_matches(name, cls._hooks, n=1, cutoff=0.85):
                 raise TypeError(
-                    f"{cls.__qualname__}.{name} is never called: if it is meant to be {near[0]}, "
-                    "spell it so; otherwise give it a name that is less like it"
+                    f"{cls.__qualname__}.{name} would never be called: rename it to {near[0]} if "
+                    f"that is meant, otherwise to something less similar to {near[0]}"
                 )
 
 
@@ -46,6 +46,6 @@ def _check_arguments(cls: type, name: str, method: object, hook: inspect.Signatu
         inspect.signature(method).bind(*arguments)
     except TypeError as error:
         raise TypeError(
-            f"{cls.__qualname__}.{name}{inspect.signature(method)} must take the arguments of "
+            f"{cls.__qualname__}.{name}{inspect.signature(method)} must accept the arguments of "
             f"{name}{hook}: {error}"
         ) from None

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_goes_on, losses
+from project_runs import check_stopped_run_resumes, losses
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
 from region_pretrain.data.objects import object_crops
@@ -50,7 +50,7 @@ def run(region_folder, tmp_path):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(run):
-    check_stopped_run_goes_on(run)
+    check_stopped_run_resumes(run)
 
 
 #: A stock detector that loads a file, where this project cannot be imported.

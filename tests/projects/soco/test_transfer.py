@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_goes_on
+from project_runs import check_stopped_run_resumes
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
 from region_pretrain.engine.pretrain import do_pretrain
@@ -46,7 +46,7 @@ def run(region_folder, tmp_path):
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(run):
-    check_stopped_run_goes_on(run)
+    check_stopped_run_resumes(run)
 
 
 def test_stock_detectron2_fills_everything_that_was_trained(run):
