@@ -7,7 +7,7 @@ import inspect
 
 
 class Contract:
-    """A base class that checks each subclass when it is defined.
+    """Base class of the interfaces that methods implement.
 
     Every public method of a direct subclass of ``Contract`` is a hook, which the library calls by
     name. Subclasses of that class may override hooks and add methods. A method whose name is almost
@@ -46,6 +46,6 @@ def _check_arguments(cls: type, name: str, method: object, hook: inspect.Signatu
         inspect.signature(method).bind(*arguments)
     except TypeError as error:
         raise TypeError(
-            f"{cls.__qualname__}.{name}{inspect.signature(method)} must take the arguments of "
+            f"{cls.__qualname__}.{name}{inspect.signature(method)} must accept the arguments of "
             f"{name}{hook}: {error}"
         ) from None

@@ -1,1 +1,1 @@
-"""Parts that the methods share: region features, heads, momentum copies, losses."""
+"""Parts shared by the methods: region features, heads, momentum copies, losses."""

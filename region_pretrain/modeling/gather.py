@@ -1,4 +1,4 @@
-"""What several processes hold, brought together."""
+"""Gathering and averaging over processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, by rank; without gradient.
+    """Concatenate the rows of all processes, rank by rank, without gradient.
 
     Args:
         rows: ``(N, ...)``, of the same shape on every process.
@@ -27,19 +27,19 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def mean_over_ranks(total: Tensor, count: int) -> Tensor:
-    """The mean over the items of all processes, where each holds some of them or none.
+    """The mean over the items of all processes, which may have different numbers of them.
 
-    Processes average their gradients, and so the losses that they report. A plain mean of each
-    process's own items would give an item more weight where there are few. This is the process's
-    sum times ``world / (items of all processes)``: averaged over processes it is the mean over all
-    items. Where there is no item at all it is 0, connected to the graph as ``total`` is.
+    DDP averages gradients over processes, and the reported losses are averaged as well. If each
+    process took the mean of its own items, those of a process with few would weigh more. This is
+    the process's sum times ``world / (items of all processes)``, whose average over processes is
+    the mean over all items. Without any item it is 0, and still connected to the graph.
 
     Args:
-        total: sum over this process's items; any shape.
+        total: sum over this process's items, of any shape.
         count: number of this process's items.
 
     Returns:
-        The shape of ``total``.
+        A tensor of the shape of ``total``.
     """
     world = comm.get_world_size()
     if world == 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from detectron2.layers import get_norm
@@ -11,8 +10,14 @@ from torch import Tensor, nn
 from region_pretrain.errors import UserError
 
 
-class _VectorNorm(nn.Module):
-    """One of Detectron2's norms on vectors: ``(N, C)`` as ``(N, C, 1, 1)``."""
+class VectorNorm(nn.Module):
+    """One of Detectron2's norms applied to vectors: ``(N, C)`` as ``(N, C, 1, 1)``.
+
+    Args:
+        norm: a name for :func:`detectron2.layers.get_norm`.
+        channels: C.
+        affine: False for a batch norm without scale and offset.
+    """
 
     def __init__(self, norm: str, channels: int, affine: bool = True) -> None:
         super().__init__()
@@ -28,14 +33,15 @@ class MLPHead(nn.Sequential):
     """Linear, norm, dropout, ReLU, linear: the projectors and predictors of BYOL and MoCo v2.
 
     Args:
-        input_dim, hidden_dim, output_dim: channels.
-        norm: a name for :func:`detectron2.layers.get_norm`, ``"SyncBN"`` by default; ``""`` none.
-        final_norm: one more norm behind the last layer, without scale and offset.
-        dropout: probability of dropping a hidden channel; 0 for none.
-        init_std: of a normal initialisation of both weights, with biases of 0; None for PyTorch's.
+        input_dim, hidden_dim, output_dim: number of channels.
+        norm: a name for :func:`detectron2.layers.get_norm`; ``""`` for no norm.
+        final_norm: add a batch norm without scale and offset after the last layer.
+        dropout: probability of dropping a hidden channel.
+        init_std: standard deviation of a normal initialisation of both weights, with zero biases;
+            None for PyTorch's initialisation.
 
     Raises:
-        UserError: ``final_norm`` with a norm that is no batch norm.
+        UserError: ``final_norm`` with a norm that is not a batch norm.
     """
 
     def __init__(
@@ -52,46 +58,14 @@ class MLPHead(nn.Sequential):
             raise UserError(f"final_norm=True needs a batch norm such as SyncBN, not norm={norm!r}")
         layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
         if norm:
-            layers.append(_VectorNorm(norm, hidden_dim))
+            layers.append(VectorNorm(norm, hidden_dim))
         if dropout:
             layers.append(nn.Dropout(dropout))
         layers += [nn.ReLU(inplace=True), nn.Linear(hidden_dim, output_dim)]
         if final_norm:
-            layers.append(_VectorNorm(norm, output_dim, affine=False))
+            layers.append(VectorNorm(norm, output_dim, affine=False))
         super().__init__(*layers)
         if init_std is not None:
             for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
                 nn.init.normal_(linear.weight, std=init_std)
-                nn.init.zeros_(linear.bias)
-
-
-class DeepMLPHead(nn.Sequential):
-    """A linear layer from each width to the next, norm and ReLU between: the head of DINO or SwAV.
-
-    Args:
-        dims: channels of the input, of each hidden layer and of the output.
-        norm: as for :class:`MLPHead`.
-        init_std: of a truncated normal initialisation of all weights, with biases of 0; None for
-            PyTorch's.
-
-    Raises:
-        UserError: fewer than two widths.
-    """
-
-    def __init__(
-        self, dims: Sequence[int], norm: str = "SyncBN", init_std: float | None = None
-    ) -> None:
-        if len(dims) < 2:
-            raise UserError(f"a head of dims={list(dims)}: those of its input and output at least")
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(dims[:-1], dims[1:], strict=True):
-            if layers:
-                if norm:
-                    layers.append(_VectorNorm(norm, inputs))
-                layers.append(nn.ReLU(inplace=True))
-            layers.append(nn.Linear(inputs, outputs))
-        super().__init__(*layers)
-        if init_std is not None:
-            for linear in (layer for layer in layers if isinstance(layer, nn.Linear)):
-                nn.init.trunc_normal_(linear.weight, std=init_std)
                 nn.init.zeros_(linear.bias)

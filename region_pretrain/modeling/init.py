@@ -1,4 +1,4 @@
-"""Initialisation."""
+"""Weight initialisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def zero_init_residual(module: nn.Module) -> None:
-    """Set the scale of the last norm of every residual block of Detectron2's ResNets to zero."""
+    """Set the scale of the last norm in each residual block of Detectron2's ResNets to zero."""
     for block in module.modules():
         if isinstance(block, CNNBlockBase):
             convs = [m for name, m in block.named_children() if name.startswith("conv")]

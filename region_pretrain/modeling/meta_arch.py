@@ -27,8 +27,8 @@ class PretrainingModel(nn.Module, Contract, ABC):
 
     Attributes:
         detector_modules: names of the top-level submodules that belong to the detector, e.g.
-            ``("backbone", "roi_heads")``. Their entries in the state dict, under these names, are
-            the checkpoint's ``"model"``; all other entries are saved under ``"pretraining"``.
+            ``("backbone", "roi_heads")``. Their entries in the state dict are saved under these
+            names as the checkpoint's ``"model"``; all other entries are its ``"pretraining"``.
     """
 
     @property
@@ -41,46 +41,46 @@ class PretrainingModel(nn.Module, Contract, ABC):
         """Compute the losses of a batch.
 
         Returns:
-            Scalars by name. Entries whose names start with ``loss`` are summed and minimised;
-            the others are logged.
+            Scalars by name. Those whose names start with ``loss`` are summed and minimised; the
+            others are only logged.
         """
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Called before the forward pass: momentum updates, a curriculum.
+        """Called before the forward pass, e.g. for momentum updates or a curriculum.
 
         Args:
-            iteration: from 0.
-            max_iter: length of the run.
+            iteration: number of the iteration, from 0.
+            max_iter: number of iterations of the run.
         """
 
     def after_step(self, iteration: int, max_iter: int) -> None:
         """Called after the optimiser's step; arguments as for :meth:`before_step`."""
 
     def on_weights_loaded(self) -> None:
-        """Called after ``train.init_checkpoint`` was loaded and momentum copies were renewed."""
+        """Called once ``train.init_checkpoint`` is loaded and the momentum copies are renewed."""
 
     def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]] | None:
-        """What the method makes of a batch, for ``tools/visualize.py --method``; in eval mode.
+        """Visualise what the method computes, for ``tools/visualize.py --method``; in eval mode.
 
         Returns:
-            For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures, or None for a
-            method that has nothing to show beyond its views.
+            For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures, or None if the
+            method has nothing to show beyond its views.
         """
         return None
 
 
 def check_contract(model: Any) -> PretrainingModel:
-    """Check that a model can be pre-trained, before anything is computed.
+    """Check that a model can be pre-trained, before training starts.
 
     Args:
-        model: as built from ``cfg.model``.
+        model: the module that ``cfg.model`` builds.
 
     Returns:
         The model.
 
     Raises:
-        UserError: it is not a :class:`PretrainingModel`, or ``detector_modules`` names a submodule
-            that it does not have.
+        UserError: the model is not a :class:`PretrainingModel`, or has no submodule of a name in
+            ``detector_modules``.
     """
     if not isinstance(model, PretrainingModel):
         raise UserError(
@@ -98,7 +98,7 @@ def check_contract(model: Any) -> PretrainingModel:
 
 
 def renew_momentum_copies(model: PretrainingModel) -> None:
-    """Make every momentum copy in a model equal to its online network, then tell the model."""
+    """Set every momentum copy in a model to its online network, then notify the model."""
     for module in model.modules():
         if isinstance(module, MomentumCopy):
             module.ema_update(momentum=0.0)

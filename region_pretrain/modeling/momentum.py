@@ -12,26 +12,26 @@ from torch import nn
 class MomentumCopy(nn.ModuleDict):
     """An exponential moving average of some modules' parameters, without gradient.
 
-    Starts as an exact copy. Buffers are not averaged: the copy's batch norms keep running
-    statistics of their own, from their own forward passes in training mode.
+    It starts as an exact copy. Buffers are not averaged: the copy's batch norms collect their own
+    running statistics, from their own forward passes in training mode.
 
-    The online modules are remembered, but are not submodules of the copy: they appear neither in
-    its state dict nor among its parameters.
+    The copy keeps references to the online modules, but they are not its submodules: they appear
+    neither in its state dict nor among its parameters.
 
     Args:
-        online: the online modules by name; the copies have the same names.
+        online: online modules by name; their copies have the same names.
 
     Raises:
-        ValueError: one of them is itself a ``SyncBatchNorm``, which a run on CPUs replaces by
-            another module: wrap it in ``nn.Sequential``.
+        ValueError: an online module is a bare ``SyncBatchNorm``, which a CPU run replaces by
+            another module. Wrap it in ``nn.Sequential``.
     """
 
     def __init__(self, online: Mapping[str, nn.Module]) -> None:
         super().__init__({name: copy.deepcopy(module) for name, module in online.items()})
         for name, module in online.items():
             if isinstance(module, nn.SyncBatchNorm):
-                raise ValueError(f"a momentum copy of {name}, a bare SyncBatchNorm: wrap it")
-        self._online = dict(online)  # a plain dict: not registered
+                raise ValueError(f"{name} is a bare SyncBatchNorm: wrap it in nn.Sequential")
+        self._online = dict(online)  # in a plain dict, so not registered as submodules
         self.requires_grad_(False)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A ResNet-18 of any width, for laptops."""
+"""A ResNet-18 of any width, for CPU runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 
 
 def narrow_resnet18_stages(channels: int = 24, norm: str = "SyncBN") -> list[list[CNNBlockBase]]:
-    """The four stages of a ResNet-18 whose first has ``channels`` channels instead of 64.
+    """The four stages of a ResNet-18 whose first stage has ``channels`` channels instead of 64.
 
     Args:
-        channels: of the stem and of res2; res3 to res5 have 2, 4 and 8 times as many.
+        channels: channels of the stem and res2; res3 to res5 have 2, 4 and 8 times as many.
         norm: a name for :func:`detectron2.layers.get_norm`.
 
     Returns:

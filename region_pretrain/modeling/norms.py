@@ -1,4 +1,4 @@
-"""Which processes share the statistics of a batch norm, and how on CPUs."""
+"""Batch norm across processes on CPUs, and per process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the samples of all processes, on any device and for any input rank.
 
     ``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as a process group exists, and
-    Detectron2's ``NaiveSyncBatchNorm`` weights processes equally, takes 4-D input only and keeps
+    Detectron2's ``NaiveSyncBatchNorm`` weights processes equally, accepts only 4-D input and tracks
     the biased variance. This one computes what one process would compute with ``nn.BatchNorm``
-    on the concatenated batch, also when the processes hold different numbers of samples (as of
-    regions) or none. It is a ``BatchNorm2d``: weight-decay groups and precise batch norm know it.
+    on the concatenated batch, even if the processes have different numbers of samples (such as
+    regions) or none. As a ``BatchNorm2d`` it is recognised by weight-decay groups and precise batch
+    norm.
 
-    Shapes: (N, C) or (N, C, ...) to the same shape and dtype; statistics are taken in float32.
+    Shapes: (N, C) or (N, C, ...) to the same shape and dtype; statistics are computed in float32.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -34,15 +35,15 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         per_channel = (1, -1) + (1,) * (input.dim() - 2)
         values = input.float()
 
-        # Two passes: E[x^2] - E[x]^2 would cancel where the mean is large.
+        # Two passes: E[x^2] - E[x]^2 loses precision if the mean is large.
         count = values.new_tensor([values.numel() // self.num_features])
         total = differentiable_all_reduce(torch.cat([values.sum(dims), count]))  # (C + 1,)
         count = total[-1].detach().clamp(min=1)
         mean = total[:-1] / count
-        centred = values - mean.view(per_channel)
-        var = differentiable_all_reduce(centred.square().sum(dims)) / count
+        centered = values - mean.view(per_channel)
+        var = differentiable_all_reduce(centered.square().sum(dims)) / count
 
-        output = centred * torch.rsqrt(var + self.eps).view(per_channel)
+        output = centered * torch.rsqrt(var + self.eps).view(per_channel)
         if self.weight is not None:
             output = output * self.weight.view(per_channel)
         if self.bias is not None:
@@ -56,7 +57,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     ) -> None:
         self.num_batches_tracked.add_(1)
         momentum = self.momentum
-        if momentum is None:  # cumulative average, as nn.BatchNorm2d
+        if momentum is None:  # cumulative average, like nn.BatchNorm2d
             momentum = 1.0 / float(self.num_batches_tracked)
         unbiased = var * (count / (count - 1).clamp(min=1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
@@ -66,11 +67,11 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every ``nn.SyncBatchNorm`` in a model by :class:`CpuSyncBatchNorm`.
 
-    Call it when a process group exists (even of one process) and the model runs on CPU. The new
-    layers hold the very same parameters and buffers, so optimisers and state dicts do not notice.
+    For CPU runs with a process group, even of one process. The new layers have the same parameter
+    and buffer objects, so optimisers and state dicts are not affected.
 
     Args:
-        model: changed in place.
+        model: modified in place.
 
     Returns:
         The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
@@ -79,12 +80,12 @@ def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def use_local_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every ``nn.SyncBatchNorm`` in a model by ``nn.BatchNorm2d``: statistics per process.
+    """Replace every ``nn.SyncBatchNorm`` in a model by a per-process ``nn.BatchNorm2d``.
 
-    As :func:`use_cpu_sync_batchnorm`, the new layers hold the very same parameters and buffers.
+    Like with :func:`use_cpu_sync_batchnorm`, parameters and buffers remain the same objects.
 
     Args:
-        model: changed in place; its norms see ``(N, C, H, W)``.
+        model: modified in place; the inputs of its norms are ``(N, C, H, W)``.
 
     Returns:
         The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
@@ -108,7 +109,7 @@ def _replace_sync_batchnorm(model: nn.Module, make: Callable[..., nn.Module]) ->
     if isinstance(model, nn.SyncBatchNorm):
         return replacement(model)
     for module in list(model.modules()):
-        # _modules and not named_children(): a layer shared under two names has to change in both.
+        # Not named_children(): it skips the second name of a layer that is shared under two names.
         for name, child in module._modules.items():
             if isinstance(child, nn.SyncBatchNorm):
                 module._modules[name] = replacement(child)

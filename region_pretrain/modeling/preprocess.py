@@ -1,4 +1,4 @@
-"""From a uint8 view to what the backbone sees."""
+"""From a uint8 view to the backbone's input."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from region_pretrain.errors import UserError
 
 
 class Preprocess(nn.Module):
-    """Photometry on the device, then the detector's own pixel order, mean and standard deviation.
+    """Photometric augmentation on the device, then the detector's channel order and normalisation.
 
     Args:
-        pixel_mean, pixel_std: three values each in [0, 255], in the order of ``input_format``:
-            the detector's own, never others.
-        input_format: ``"RGB"`` or ``"BGR"``.
+        pixel_mean, pixel_std: the detector's, three values each in [0, 255], in the channel order
+            of ``input_format``.
+        input_format: the detector's, ``"RGB"`` or ``"BGR"``.
 
     Raises:
-        UserError: another input format.
+        UserError: ``input_format`` is neither.
     """
 
     def __init__(
@@ -29,16 +29,16 @@ class Preprocess(nn.Module):
     ) -> None:
         super().__init__()
         if input_format not in ("RGB", "BGR"):
-            raise UserError(f"model.input_format is RGB or BGR, not {input_format!r}")
+            raise UserError(f"model.input_format={input_format!r} must be RGB or BGR")
         self.flip_channels = input_format == "BGR"
         for name, value in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             tensor = torch.tensor(list(value), dtype=torch.float32).view(3, 1, 1)
             self.register_buffer(name, tensor, persistent=False)
 
-    @torch.compiler.disable  # which sample undergoes what differs from batch to batch
+    @torch.compiler.disable  # each batch applies the operations to other samples
     @torch.no_grad()
     def forward(self, view: View) -> Tensor:
-        """``(B, 3, H, W)`` float32, normalised, in the detector's channel order."""
+        """The view's images as ``(B, 3, H, W)`` float32, in the detector's order and normalised."""
         with torch.autocast(view.images.device.type, enabled=False):
             images = view.images.to(self.pixel_mean.device).float() / 255
             images = apply_photometry(images, view.photometry) * 255

@@ -1,86 +1,72 @@
-"""Features of a backbone for views of any size."""
+"""Backbone features of views of any size, and of the pyramid levels a method reads."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 
 import torch.nn.functional as F
 from detectron2.modeling.backbone import FPN, Backbone
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     """Run a detector's backbone on a batch of views.
 
-    Detectron2's FPN doubles the coarser map and so needs sides that divide by 32, for which the
-    detector pads its images. A view of 112 pixels is not padded: its maps are 28, 14, 7 and 4
-    pixels wide and the coarser map is brought to the finer one's size. Where sides do divide,
-    this is ``backbone(images)`` itself, and every other backbone is called as it is.
+    Detectron2's FPN upsamples the coarser map by two, so sides must be divisible by 32; the
+    detector pads its images to that. A view of 112 pixels is not padded: its maps are 28, 14, 7
+    and 4 pixels wide, and the coarser map is resized to the finer one. If the sides are divisible,
+    or the backbone has no FPN, this is ``backbone(images)`` itself.
 
     Args:
-        backbone: the detector's own.
+        backbone: the detector's.
         images: ``(B, 3, H, W)``, normalised.
 
     Returns:
-        Maps by the backbone's names, finest first, without those of an FPN's top block when the
-        sides do not divide.
+        Maps by the backbone's names, finest first, without those of an FPN's top block if the
+        sides are not divisible.
     """
     divides = all(side % max(backbone.size_divisibility, 1) == 0 for side in images.shape[-2:])
     if divides or not isinstance(backbone, FPN):
         return backbone(images)
-    return _pyramid(backbone, backbone.bottom_up(images))
+    return trunk_and_pyramid_features(backbone, images)[1]
 
 
 def trunk_and_pyramid_features(
     backbone: FPN, images: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run a detector's FPN on a batch of views, and keep what its trunk gave.
+    """Run a detector's FPN on a batch of views, and keep the trunk's maps as well.
 
     Args:
-        backbone: the detector's own.
-        images: ``(B, 3, H, W)``, normalised; the sides need not divide by 32.
+        backbone: the detector's.
+        images: ``(B, 3, H, W)``, normalised; the sides need not be divisible by 32.
 
     Returns:
         The maps of the trunk (``res2``, ...), and those of :func:`pyramid_features` without the
         top block's, both by the backbone's names, finest first.
     """
     bottom_up = backbone.bottom_up(images)
-    return bottom_up, _pyramid(backbone, bottom_up)
-
-
-def _pyramid(backbone: FPN, bottom_up: dict[str, Tensor]) -> dict[str, Tensor]:
-    # lateral_convs and output_convs are ordered from the coarsest level to the finest.
-    names = list(reversed(backbone.in_features))
-    features: list[Tensor] = []
-    top_down = None
-    for name, lateral, output in zip(
-        names, backbone.lateral_convs, backbone.output_convs, strict=True
-    ):
-        here = lateral(bottom_up[name])
-        if top_down is not None:
-            here = here + F.interpolate(top_down, size=here.shape[-2:], mode="nearest")
-            if backbone._fuse_type == "avg":
-                here = here / 2
-        top_down = here
-        features.insert(0, output(here))
-    return dict(zip(backbone._out_features, features, strict=False))
+    reads = dict.fromkeys(pyramid_names(backbone), slice(0, len(images)))
+    return bottom_up, _top_down(backbone, bottom_up, reads)
 
 
 def pyramid_maps(
     backbone: Backbone, images: Tensor, reads: Mapping[str, slice]
 ) -> dict[str, Tensor]:
-    """Only those maps of a pyramid that are read, of only those images that they are read of.
+    """Compute only the pyramid maps that are read, and each only for the images it is read for.
 
     An FPN's lateral and output convolutions are most of its work on the finer levels. Lateral
-    convolutions run on the images of which their own or a finer map is read, output convolutions
-    on those of which their own is; finer levels than the finest that is read are left out. In
-    training mode the statistics of their norms are those of the images that they see.
+    convolutions run on the images whose map of that level or a finer one is read, output
+    convolutions on those whose map of that level is; levels finer than all that are read are
+    skipped. In training mode their norms see these images only.
 
     Args:
-        backbone: the detector's own; another one than Detectron2's FPN is run as it is.
-        images: ``(B, 3, H, W)``, normalised; sides divide by the backbone's size divisibility.
-        reads: for each map's name the images to give, as a slice with bounds and step 1. Not those
-            of an FPN's top block.
+        backbone: the detector's. One that is not Detectron2's FPN runs completely.
+        images: ``(B, 3, H, W)``, normalised; sides divisible by the backbone's size divisibility.
+        reads: map name -> images to return, a slice with bounds and step 1. Maps of an FPN's top
+            block cannot be read.
 
     Returns:
         For each name in ``reads`` the map of ``images[reads[name]]``.
@@ -88,12 +74,17 @@ def pyramid_maps(
     if not isinstance(backbone, FPN):
         maps = backbone(images)
         return {name: maps[name][span] for name, span in reads.items()}
-    bottom_up = backbone.bottom_up(images)
-    names = pyramid_names(backbone)[::-1]  # coarsest first, as the convolutions are
+    return _top_down(backbone, backbone.bottom_up(images), reads)
+
+
+def _top_down(
+    backbone: FPN, bottom_up: Mapping[str, Tensor], reads: Mapping[str, slice]
+) -> dict[str, Tensor]:
+    names = pyramid_names(backbone)[::-1]  # coarsest first, like the convolutions
     sources = reversed(backbone.in_features)
     layers = zip(names, sources, backbone.lateral_convs, backbone.output_convs, strict=True)
     found: dict[str, Tensor] = {}
-    top_down, low = None, 0
+    top_down, low = None, 0  # `top_down` is of the images from `low` on
     for k, (name, source, lateral, output) in enumerate(layers):
         ahead = [reads[n] for n in names[k:] if n in reads]
         if not ahead:
@@ -109,35 +100,36 @@ def pyramid_maps(
         if name in reads:
             span = reads[name]
             found[name] = output(here[span.start - low : span.stop - low])
-    return found
+    return {name: found[name] for name in reads}
 
 
 def freeze_unread(backbone: Backbone, names: Collection[str]) -> list[str]:
-    """Take the gradient from those of an FPN's convolutions that no map of interest needs.
+    """Freeze those of an FPN's convolutions that none of the maps that are read depends on.
 
-    :func:`pyramid_maps` does not run them, and a parameter that waits for a gradient in vain stops
-    a run of several processes.
+    :func:`pyramid_maps` does not run them, and DDP would wait for their gradients.
 
     Args:
-        backbone: the detector's own; of another one than Detectron2's FPN nothing is frozen.
-        names: of the maps that are read.
+        backbone: the detector's. Of one that is not Detectron2's FPN nothing is frozen.
+        names: maps that are read.
 
     Returns:
-        The convolutions' names in the backbone, such as ``fpn_output2``.
+        Names of the frozen convolutions in the backbone, such as ``fpn_output2``.
     """
     if not isinstance(backbone, FPN):
         return []
-    levels = pyramid_names(backbone)
-    finest = min(levels.index(name) for name in names)
-    frozen = []
-    for name, module in backbone.named_children():
-        if not name.startswith(("fpn_lateral", "fpn_output")):
-            continue
-        convs = backbone.lateral_convs if "lateral" in name else backbone.output_convs
-        level = len(levels) - 1 - list(convs).index(module)  # they are ordered coarsest first
-        if level < finest or ("output" in name and levels[level] not in names):
-            module.requires_grad_(False)
-            frozen.append(name)
+    coarsest_first = pyramid_names(backbone)[::-1]  # like the convolutions
+    finest = max(coarsest_first.index(name) for name in names)
+    outputs = zip(coarsest_first, backbone.output_convs, strict=True)
+    unread = [
+        *backbone.lateral_convs[finest + 1 :],
+        *(output for name, output in outputs if name not in names),
+    ]
+    for convolution in unread:
+        convolution.requires_grad_(False)
+    frozen = [name for name, module in backbone.named_children() if module in unread]
+    if frozen:
+        read = ", ".join(sorted(set(names)))
+        logger.info("only %s of the FPN is read: %s are not trained", read, ", ".join(frozen))
     return frozen
 
 

@@ -11,20 +11,19 @@ from region_pretrain.modeling.gather import gather_rows
 
 
 class KeyQueue(nn.Module):
-    """The newest keys of all processes, the same and in the same place on each of them.
+    """The newest keys of all processes, identical on each of them.
 
-    Starts full of random unit vectors (MoCo, arXiv 1911.05722, section 3.2 and its release). It is
-    a ring: keys that reach its end go on at its beginning, so none is ever dropped, whatever
-    their number. Keys and pointer are buffers, so a checkpoint holds them, and nothing here
-    waits for the device.
+    It starts full of random unit vectors (MoCo, arXiv 1911.05722, section 3.2 and its release). It
+    is a ring buffer: keys wrap around its end, so none is dropped whatever their number. Keys and
+    pointer are buffers, so checkpoints contain them. Nothing here synchronises with the device.
 
     Attributes:
         keys: ``(length, dim)`` float32.
-        pointer: ``()`` int64, where the next key goes.
+        pointer: ``()`` int64, the position of the next key.
 
     Args:
         length: number of keys.
-        dim: channels of a key.
+        dim: channels per key.
 
     Raises:
         UserError: a length or dimension below 1.
@@ -33,7 +32,7 @@ class KeyQueue(nn.Module):
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
         if length < 1 or dim < 1:
-            raise UserError(f"a queue of {length} keys of {dim} channels: both are at least 1")
+            raise UserError(f"a queue with length={length} and dim={dim}: both must be at least 1")
         self.register_buffer("keys", F.normalize(torch.randn(length, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
@@ -41,19 +40,19 @@ class KeyQueue(nn.Module):
         return len(self.keys)
 
     def negatives(self) -> Tensor:
-        """``(length, dim)``: the keys as they are now, for a loss whose backward comes later."""
+        """A copy of the keys, ``(length, dim)``: enqueuing before the backward pass is safe."""
         return self.keys.clone()
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, valid: Tensor | None = None) -> None:
-        """Add the keys of all processes, rank by rank; every process calls it together.
+        """Add the keys of all processes, rank by rank; a collective call.
 
-        Processes with different numbers of keys give tensors of one size, in which ``valid`` says
-        what is a key. Of more keys than the queue is long, the last ones stay.
+        Processes with different numbers of keys pad them to the same size and mark the keys in
+        ``valid``. If there are more keys than the queue is long, the last ones are kept.
 
         Args:
             keys: ``(N, dim)``; N is the same on every process.
-            valid: ``(N,)`` bool, on the device of the keys; all of them where left out.
+            valid: ``(N,)`` bool, on the keys' device; all True by default.
         """
         keys = gather_rows(keys.to(self.keys.dtype))
         if valid is None:
@@ -61,8 +60,8 @@ class KeyQueue(nn.Module):
         else:
             valid = gather_rows(valid.to(torch.uint8)).bool()
         total = valid.sum()
-        # What is no key comes first, then the keys in order; the last `rows` of them are written.
-        # The places before the pointer, where the former would go, get what they hold already.
+        # Sorted: padding first, then the keys in order; the last `rows` of all are written. Padding
+        # falls on the places before the pointer, which are written with their own content.
         rows = min(len(keys), len(self))
         order = torch.argsort(valid.to(torch.uint8), stable=True)[len(keys) - rows :]
         places = self.pointer + total - rows + torch.arange(rows, device=keys.device)

@@ -1,4 +1,4 @@
-"""Region features: boxes to pyramid levels, and the detector's own pooler on those levels."""
+"""Region features: level assignment, and RoIAlign by the detector's own pooler."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ UNASSIGNED = -1
 
 
 def assign_levels(boxes: Tensor, max_scales: Sequence[float]) -> Tensor:
-    """Scale-aware level assignment.
+    """Assign boxes to pyramid levels by their scale.
 
-    A box of scale ``s = sqrt(w h)`` goes to the first level whose bound is not below ``s``. Unlike
-    Detectron2's canonical rule (224 pixels to P4) the bounds are in the view's own pixels, so one
-    object lands on different levels in views of different resolution.
+    A box of scale ``s = sqrt(w h)`` goes to the first level whose bound is at least ``s``. Unlike
+    in Detectron2's canonical rule (224 pixels to P4), bounds are in view pixels, so the same object
+    is assigned to different levels in views of different resolution.
 
     Args:
         boxes: ``(..., 4)`` XYXY in view pixels, half-open.
-        max_scales: largest scale of each level in pixels, increasing, e.g. (48, 96, 192, 224).
+        max_scales: largest scale of each level in pixels, ascending, e.g. (48, 96, 192, 224).
 
     Returns:
-        ``(...)`` int64 level indices; :data:`UNASSIGNED` above the last bound.
+        ``(...)`` int64 level indices; :data:`UNASSIGNED` for boxes above the last bound.
     """
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     scale = (width * height).sqrt()
     level = torch.zeros_like(scale, dtype=torch.int64)
     for bound in max_scales:
-        # The tolerance keeps a whole-view box on its level when its sides carry rounding error.
+        # The tolerance absorbs rounding errors in a box that covers the view.
         level += scale > bound * (1 + 1e-5)
     return torch.where(level == len(max_scales), UNASSIGNED, level)
 
@@ -41,14 +41,14 @@ def pool_regions(
     pooler: ROIPooler,
     view_size: tuple[int, int],
 ) -> Tensor:
-    """RoIAlign the boxes of each image of a batch: :func:`pool_boxes` on ``(B, K)`` slots.
+    """RoIAlign a batch's ``(B, K)`` region slots with :func:`pool_boxes`.
 
     Args:
-        features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
+        features: one ``(B, C, H_l, W_l)`` per level, in the pooler's order.
         boxes: ``(B, K, 4)`` XYXY in view pixels, on the CPU.
-        levels: ``(B, K)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
-            the last level.
-        pooler: the detector's ``box_pooler``; its level poolers are used as they are.
+        levels: ``(B, K)`` level indices on the CPU, or one for all boxes; those
+            :data:`UNASSIGNED` are pooled from the last level.
+        pooler: the detector's ``box_pooler``.
         view_size: ``(height, width)`` of the view in pixels.
 
     Returns:
@@ -59,7 +59,7 @@ def pool_regions(
     return pool_boxes(features, boxes.reshape(-1, 4), image, levels, pooler, view_size)
 
 
-@torch.compiler.disable  # which box goes where differs from batch to batch
+@torch.compiler.disable  # each batch assigns other boxes to the levels
 def pool_boxes(
     features: Sequence[Tensor],
     boxes: Tensor,
@@ -70,18 +70,19 @@ def pool_boxes(
 ) -> Tensor:
     """RoIAlign each box on its level with the detector's pooler.
 
-    Boxes are scaled by the map's own size over the view's, which is the pooler's spatial scale
-    where the view's sides divide by the stride (P5 of a 112 view is 4 wide, not 3.5).
+    Boxes are scaled by the ratio of the map's size to the view's. This is the pooler's spatial
+    scale if the view's sides are divisible by the stride (P5 of a 112-pixel view is 4 pixels wide,
+    not 3.5).
 
-    Boxes are sorted by level on the CPU and travel in one copy, so nothing waits for the device.
+    Boxes are sorted by level on the CPU and copied at once, without synchronising the device.
 
     Args:
-        features: one ``(B, C, H_l, W_l)`` a level, in the pooler's order.
+        features: one ``(B, C, H_l, W_l)`` per level, in the pooler's order.
         boxes: ``(R, 4)`` XYXY in view pixels, on the CPU; R may be 0.
-        image: ``(R,)`` int64 on the CPU: which image of the batch each box is of.
-        levels: ``(R,)`` level indices on the CPU, or one for all; :data:`UNASSIGNED` pools from
-            the last level.
-        pooler: the detector's ``box_pooler``; its level poolers are used as they are.
+        image: ``(R,)`` int64 on the CPU, the index of each box's image in the batch.
+        levels: ``(R,)`` level indices on the CPU, or one for all boxes; those
+            :data:`UNASSIGNED` are pooled from the last level.
+        pooler: the detector's ``box_pooler``.
         view_size: ``(height, width)`` of the view in pixels.
 
     Returns:
@@ -90,13 +91,14 @@ def pool_boxes(
     image, device = image[:, None].to(boxes.dtype), features[0].device
     ratios = boxes.new_tensor(
         [
-            [feature.shape[-1] / view_size[1] / level_pooler.spatial_scale]
-            + [feature.shape[-2] / view_size[0] / level_pooler.spatial_scale]
+            [
+                feature.shape[-1] / view_size[1] / level_pooler.spatial_scale,
+                feature.shape[-2] / view_size[0] / level_pooler.spatial_scale,
+            ]
             for feature, level_pooler in zip(features, pooler.level_poolers, strict=True)
         ]
-    ).repeat(
-        1, 2
-    )  # (L, 4)
+    )
+    ratios = ratios.repeat(1, 2)  # (L, 4)
     if len(features) == 1:
         levels = 0
     if isinstance(levels, int):
@@ -107,7 +109,7 @@ def pool_boxes(
     order = torch.argsort(levels, stable=True)
     rois = torch.cat([image, boxes * ratios[levels]], dim=1)[order].to(device, non_blocking=True)
     parts = rois.split(torch.bincount(levels, minlength=len(features)).tolist())
-    # Levels without a box still take part, so that every parameter has a gradient on every rank.
+    # Levels without boxes take part too, so that every parameter has a gradient on every rank.
     pooled = [
         level_pooler(feature.float(), part)
         for feature, level_pooler, part in zip(features, pooler.level_poolers, parts, strict=True)

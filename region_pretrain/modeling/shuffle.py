@@ -1,79 +1,129 @@
-"""Images dealt to other processes, so that a batch norm cannot tell which belong together.
+"""Shuffling batch norm (MoCo, arXiv 1911.05722, section 3.3).
 
-With batch norm per process, a query and its positive key see the statistics of the same images,
-and the loss can be lowered by that alone. MoCo (arXiv 1911.05722, section 3.3) therefore embeds the
-keys in another order over the processes. Here, images and what goes with them (boxes) travel to
-where they are embedded, and only vectors come back.
+With batch norm per process, a query and its positive key share the statistics of the same images,
+and the network can lower the loss through that alone. MoCo therefore embeds the keys in another
+order over the processes. Images, and the boxes that belong to them, travel to the process that
+embeds them; only vectors travel back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+
+from region_pretrain.data.batch import View
+from region_pretrain.modeling.norms import use_local_batchnorm
+
+
+class ShufflingBatchNorm:
+    """Whether and how a method shuffles the images of its key network.
+
+    Args:
+        enabled: if False, the detector's own norms (which should be SyncBN) and the images' order
+            are kept.
+        seed: seed of the permutations; None is 0.
+    """
+
+    def __init__(self, enabled: bool, seed: int | None) -> None:
+        self.enabled, self.seed = enabled, seed or 0
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """Give a network batch norms per process if shuffling is enabled; in place."""
+        return use_local_batchnorm(network) if self.enabled else network
+
+    def permutation(self, batch_size: int, *key: int) -> ImageShuffle:
+        """The permutation of one pass of the key network.
+
+        Args:
+            batch_size: images per process, the same on all of them.
+            key: integers that identify the pass, such as the iteration.
+        """
+        return ImageShuffle(batch_size, (self.seed, *key) if self.enabled else None)
 
 
 class ImageShuffle:
-    """A permutation of the images of all processes, known to each of them without a message.
+    """A permutation of the images of all processes, computed by each of them without communication.
+
+    A single process keeps its images in order.
 
     Args:
-        batch_size: images of a process, the same on all.
-        key: whole numbers that the permutation is a function of, such as (seed, iteration).
+        batch_size: images per process, the same on all of them.
+        key: integers that determine the permutation, such as (seed, iteration); None keeps the
+            images in order.
     """
 
-    def __init__(self, batch_size: int, key: Sequence[int]) -> None:
+    def __init__(self, batch_size: int, key: Sequence[int] | None) -> None:
         self.batch_size = batch_size
-        self.world, self.rank = comm.get_world_size(), comm.get_rank()
-        order = np.random.default_rng(list(key)).permutation(self.world * batch_size)
-        # Position p (rank by rank) holds image order[p]; image i is at position place[i].
-        self._order, self._place = order, np.argsort(order)
+        self.world = 1 if key is None else comm.get_world_size()
+        if self.world > 1:
+            self.rank = comm.get_rank()
+            # Position p (rank by rank) receives image order[p]; image i goes to position place[i].
+            self._order = np.random.default_rng(list(key)).permutation(self.world * batch_size)
+            self._place = np.argsort(self._order)
 
     @torch.no_grad()
-    def deal(self, images: Tensor) -> Tensor:
-        """Give away this process's rows, one an image, and take those dealt to it.
+    def shuffle(self, rows: Tensor) -> Tensor:
+        """Send this process's rows, one per image, and receive those of its shuffled images.
 
         Args:
-            images: ``(B, ...)``, on the device, or small and on the CPU.
+            rows: ``(B, ...)`` on the device, or small and on the CPU.
 
         Returns:
-            ``(B, ...)``: of other images.
+            ``(B, ...)`` of other images.
         """
-        ones = np.ones(self.batch_size, np.int64)
-        return self._exchange(images, self._place, self._order, ones, ones)
+        ones = torch.ones(self.batch_size, dtype=torch.int64)
+        return (
+            rows if self.world == 1 else self._exchange(rows, self._place, self._order, ones, ones)
+        )
+
+    def shuffle_view(self, view: View) -> View:
+        """A view whose images and photometric parameters are shuffled, and nothing else."""
+        if self.world == 1:
+            return view
+        return replace(
+            view, images=self.shuffle(view.images), photometry=self.shuffle(view.photometry)
+        )
 
     @torch.no_grad()
-    def collect(self, rows: Tensor, counts: Tensor, own_counts: Tensor) -> Tensor:
-        """Send back what was computed of the dealt images.
+    def unshuffle(
+        self, rows: Tensor, counts: Tensor | None = None, own_counts: Tensor | None = None
+    ) -> Tensor:
+        """Return what was computed from the shuffled images to the processes that own them.
 
         Args:
-            rows: ``(sum(counts), ...)``: those of the first dealt image, of the second, ...
-            counts: ``(B,)`` int64 on the CPU, rows of each dealt image.
-            own_counts: ``(B,)`` int64 on the CPU, rows of each of this process's own images.
+            rows: ``(sum(counts), ...)``: those of the first shuffled image, of the second, ...
+            counts: ``(B,)`` int64 on the CPU, rows of each shuffled image; one each by default.
+            own_counts: the same for this process's own images.
 
         Returns:
-            ``(sum(own_counts), ...)``: those of this process's own images, in their order.
+            ``(sum(own_counts), ...)``: the rows of this process's own images, in their order.
         """
-        return self._exchange(rows, self._order, self._place, counts.numpy(), own_counts.numpy())
+        if self.world == 1:
+            return rows
+        ones = torch.ones(self.batch_size, dtype=torch.int64)
+        counts, own_counts = (ones if c is None else c for c in (counts, own_counts))
+        return self._exchange(rows, self._order, self._place, counts, own_counts)
 
     def _exchange(
         self,
         rows: Tensor,
         to: np.ndarray,
         origin: np.ndarray,
-        counts_out: np.ndarray,
-        counts_in: np.ndarray,
+        counts_out: Tensor,
+        counts_in: Tensor,
     ) -> Tensor:
         """Item i of the global order goes to position ``to[i]``; position p gets ``origin[p]``."""
-        if self.world == 1:
-            return rows.index_select(0, _rows_of(counts_out, origin).to(rows.device))
+        counts_out, counts_in = counts_out.numpy(), counts_in.numpy()
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         to, origin = to[mine], origin[mine]
-        sending = np.argsort(to)  # by receiver, and within it by position
-        arriving = np.argsort(origin // self.batch_size, kind="stable")  # by sender, the same
+        sending = np.argsort(to)  # by receiver, then by position there
+        arriving = np.argsort(origin // self.batch_size, kind="stable")  # by sender, then position
         splits_out = np.bincount(to // self.batch_size, counts_out, self.world).astype(int)
         splits_in = np.bincount(origin // self.batch_size, counts_in, self.world).astype(int)
 
@@ -90,7 +140,7 @@ class ImageShuffle:
 
 
 def _rows_of(counts: np.ndarray, items: np.ndarray) -> Tensor:
-    """Indices of the rows of ``items``, in their order, where item i has ``counts[i]`` rows."""
+    """Indices of the rows of ``items``, in that order, where item i has ``counts[i]`` rows."""
     starts = np.cumsum(counts) - counts
     parts = [np.arange(starts[i], starts[i] + counts[i]) for i in items]
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))

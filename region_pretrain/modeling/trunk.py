@@ -1,4 +1,4 @@
-"""The trunk of a detector: below its feature pyramid, and the most of the work."""
+"""The trunk of a detector: its backbone below the feature pyramid."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ logger = logging.getLogger(__name__)
 
 
 class Trunk(nn.Module):
-    """The trunk below a detector's FPN, for methods that look at whole images or at its last map.
+    """The trunk below a detector's FPN, for methods that read its last map or an average of it.
 
-    A model that holds it as ``backbone`` writes checkpoints of ``backbone.bottom_up.*`` and of
-    nothing else: FPN, RPN and heads of the detector start anew, which the log says.
+    As a model's ``backbone`` it trains ``backbone.bottom_up.*`` and nothing else: the detector's
+    FPN, RPN and heads keep their random initialisation, which the log states.
 
     Args:
         bottom_up: the detector's ``backbone.bottom_up``.
-        feature: name of its last map.
+        feature: name of the last map.
 
     Raises:
-        UserError: the trunk has no such map.
+        UserError: the trunk has no map of this name.
     """
 
     def __init__(self, bottom_up: Backbone, feature: str = "res5") -> None:
         super().__init__()
         maps = bottom_up.output_shape()
         if feature not in maps:
-            raise UserError(f"model.backbone.feature={feature}: the trunk gives {', '.join(maps)}")
+            raise UserError(f"model.backbone.feature={feature} must be one of {', '.join(maps)}")
         self.bottom_up = bottom_up
         self.feature = feature
         logger.info(
-            "this method trains backbone.bottom_up only; FPN, RPN and all heads start anew in the "
-            "detector"
+            "this method trains backbone.bottom_up only: the detector's FPN, RPN and heads will "
+            "start from random weights"
         )
 
     def last_map(self, images: Tensor) -> Tensor:
-        """``(B, C, h, w)``: the last map of ``(B, 3, H, W)`` images."""
+        """``(B, 3, H, W)`` images to their last map ``(B, C, h, w)``."""
         return self.bottom_up(images)[self.feature]
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, C)``: the last map of ``(B, 3, H, W)`` images, averaged over space."""
+        """``(B, 3, H, W)`` images to their last map averaged over space, ``(B, C)``."""
         return self.last_map(images).mean(dim=(2, 3))
 
 
 def compile_trunks(model: nn.Module) -> None:
-    """``torch.compile`` the trunks of a model in place; names in its state dict stay.
+    """``torch.compile`` the trunks of a model in place, without renaming its state dict's entries.
 
-    Nearly all the work is theirs, and their shapes hardly ever change, while what goes on around
-    them (which box goes on which level, which pairs match) does from batch to batch. A model
-    without a Detectron2 backbone is compiled whole.
+    They do nearly all the work and their shapes hardly ever change, while the code around them
+    (which box is pooled from which level, which pairs match) depends on the batch. A model without
+    a Detectron2 backbone is compiled completely.
     """
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
     outer = {b for b in backbones for c in b.modules() if c is not b and isinstance(c, Backbone)}

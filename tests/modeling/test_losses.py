@@ -1,4 +1,4 @@
-"""InfoNCE against numbers and a slow restatement."""
+"""InfoNCE against known values and a slow restatement."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_info_nce_against_a_slow_restatement_and_cross_entropy():
     assert found.mean().item() == pytest.approx(stock.item(), abs=1e-9)
 
 
-def test_keys_get_no_gradient_and_mixed_precision_no_say():
+def test_keys_receive_no_gradient_and_mixed_precision_changes_nothing():
     q, k, n = (F.normalize(torch.randn(m, 8), dim=1).requires_grad_() for m in (3, 3, 6))
     with torch.autocast("cpu", torch.bfloat16):
         mixed = info_nce(q, k, n, 0.2)
@@ -45,7 +45,7 @@ def test_keys_get_no_gradient_and_mixed_precision_no_say():
     assert k.grad is None and n.grad is None and q.grad.abs().sum() > 0
 
 
-def test_no_query_at_all_is_a_zero_that_is_connected():
+def test_without_queries_the_loss_is_zero_and_connected():
     weight = torch.ones(4, 8, requires_grad=True)
     query = torch.zeros(0, 4) @ weight
     loss = mean_over_ranks(info_nce(query, torch.zeros(0, 8), torch.zeros(6, 8), 0.2).sum(), 0)
@@ -53,7 +53,7 @@ def test_no_query_at_all_is_a_zero_that_is_connected():
     assert loss.item() == 0 and weight.grad.abs().sum() == 0
 
 
-def test_one_process_has_its_own_mean_and_rows():
+def test_a_single_process_has_its_own_mean_and_rows():
     assert mean_over_ranks(torch.tensor([6.0, 3.0]), 3).tolist() == [2, 1]
     rows = torch.randn(3, 2, requires_grad=True)
     assert torch.equal(gather_rows(rows), rows) and not gather_rows(rows).requires_grad

@@ -1,4 +1,4 @@
-"""What the engine expects of a pre-training method, and how it is refused."""
+"""The contract of a pre-training method, and what happens to a method that breaks it."""
 
 import copy
 
@@ -18,7 +18,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.norms import CpuSyncBatchNorm, use_cpu_sync_batchnorm
 
 
-class Whole(PretrainingModel):
+class Minimal(PretrainingModel):
     detector_modules = ("backbone",)
 
     def __init__(self) -> None:
@@ -32,57 +32,57 @@ class Whole(PretrainingModel):
 
 
 @pytest.mark.parametrize("name", ["before_steps", "befor_step", "after_stpe", "on_weight_loaded"])
-def test_a_misspelt_hook_is_refused_when_the_class_is_defined(name):
-    with pytest.raises(TypeError, match=rf"{name} is never called: if it is meant to be \w+_\w+"):
-        type("Misspelt", (Whole,), {name: lambda self, iteration, max_iter: None})
+def test_a_misspelt_hook_is_an_error_when_the_class_is_defined(name):
+    with pytest.raises(TypeError, match=rf"{name} would never be called: rename it to \w+_\w+ if"):
+        type("Misspelt", (Minimal,), {name: lambda self, iteration, max_iter: None})
 
 
-def test_a_hook_with_other_arguments_is_refused_when_the_class_is_defined():
-    with pytest.raises(TypeError, match="must take the arguments of before_step"):
-        type("Short", (Whole,), {"before_step": lambda self, iteration: None})
-    with pytest.raises(TypeError, match="must take the arguments of __call__"):
+def test_a_hook_with_other_arguments_is_an_error_when_the_class_is_defined():
+    with pytest.raises(TypeError, match="must accept the arguments of before_step"):
+        type("Short", (Minimal,), {"before_step": lambda self, iteration: None})
+    with pytest.raises(TypeError, match="must accept the arguments of __call__"):
         type("Views", (ViewSampler,), {"__call__": lambda self, width, height, boxes: []})
 
 
-def test_methods_of_a_subclass_s_own_may_have_any_other_name():
+def test_other_methods_may_have_any_other_name():
     own = {"embed": lambda self: None, "_before_steps": lambda self: None, "step": lambda s: None}
-    assert isinstance(type("Own", (Whole,), own)(), Whole)
+    assert isinstance(type("Own", (Minimal,), own)(), Minimal)
 
 
 @pytest.mark.parametrize("missing", ["forward", "detector_modules"])
-def test_a_model_that_lacks_a_part_of_the_contract_cannot_be_built(missing):
+def test_an_incomplete_model_cannot_be_built(missing):
     members = {"forward": lambda self, batch: {}, "detector_modules": ("backbone",)}
     members.pop(missing)
     with pytest.raises(TypeError, match=missing):
         type("Lacking", (PretrainingModel,), members)()
 
 
-def test_what_is_no_pretraining_model_is_refused_by_its_name():
-    assert isinstance(check_contract(Whole()), Whole)
+def test_a_model_that_cannot_be_pretrained_is_an_error_that_names_it():
+    assert isinstance(check_contract(Minimal()), Minimal)
     with pytest.raises(UserError, match="builds a Linear, which is not a PretrainingModel"):
         check_contract(nn.Linear(2, 2))
-    model = Whole()
+    model = Minimal()
     for wrong in (("backbone", "roi_head"), ()):
         model.detector_modules = wrong
         with pytest.raises(UserError, match="must name submodules of the model, which has back"):
             check_contract(model)
 
 
-def test_loading_weights_renews_every_momentum_copy_and_then_tells_the_model():
-    told = []
+def test_loading_weights_renews_every_momentum_copy_and_then_notifies_the_model():
+    notified = []
 
-    class Told(Whole):
+    class Notified(Minimal):
         def on_weights_loaded(self) -> None:
-            told.append(torch.equal(self.target["head"].weight, self.head.weight))
+            notified.append(torch.equal(self.target["head"].weight, self.head.weight))
 
-    model = Told()
+    model = Notified()
     model.nested = nn.ModuleDict({"copy": MomentumCopy({"head": model.head})})
     with torch.no_grad():
         for parameter in [*model.backbone.parameters(), *model.head.parameters()]:
             parameter.add_(1.0)
     assert not torch.equal(model.target["head"].weight, model.head.weight)
     renew_momentum_copies(model)
-    assert told == [True]
+    assert notified == [True]
     for name, module in (("backbone", model.backbone), ("head", model.head)):
         for mine, online in zip(model.target[name].parameters(), module.parameters(), strict=True):
             assert torch.equal(mine, online)
@@ -90,7 +90,7 @@ def test_loading_weights_renews_every_momentum_copy_and_then_tells_the_model():
 
 
 def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
-    model = Whole()
+    model = Minimal()
     assert set(model.target.state_dict()) == {
         f"{name}.{key}"
         for name in ("backbone", "head")
@@ -99,7 +99,7 @@ def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
     detector, rest = split_state(model)
     assert set(detector) == {f"backbone.{key}" for key in model.backbone.state_dict()}
     assert len(rest) == len(model.state_dict()) - len(detector)
-    # It follows a copy of the whole model, and norms that are replaced in the online network.
+    # It follows in a deep copy of the model, and when norms are replaced in the online network.
     twin = use_cpu_sync_batchnorm(copy.deepcopy(model))
     assert type(twin.backbone[1]) is CpuSyncBatchNorm
     before = twin.target["backbone"][1].weight.clone()
@@ -110,5 +110,5 @@ def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
         twin.target["backbone"][1].weight, 0.75 * before + 0.25 * twin.backbone[1].weight
     )
     assert torch.equal(model.target["backbone"][1].weight, before)
-    with pytest.raises(ValueError, match="a momentum copy of norm, a bare SyncBatchNorm"):
+    with pytest.raises(ValueError, match="norm is a bare SyncBatchNorm: wrap it in nn.Sequential"):
         MomentumCopy({"norm": nn.SyncBatchNorm(2)})

@@ -1,4 +1,4 @@
-"""Batch norm over the processes of a CPU run, against one process that holds the whole batch."""
+"""Batch norm over the processes of a CPU run against one process with the whole batch."""
 
 import copy
 
@@ -26,7 +26,7 @@ def make_norm(affine: bool, momentum: float | None) -> nn.SyncBatchNorm:
 
 
 def run(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor, steps: int) -> dict:
-    """Some training steps on the same input, then one backward pass."""
+    """Several forward passes in training mode on the same input, then one backward pass."""
     x = x.clone().requires_grad_()
     for _ in range(steps):
         output = norm(x)
@@ -78,7 +78,7 @@ def two_processes(tmp_path_factory):
 
 
 def as_samples(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, ...) to (N', C): batch norm does not care for the arrangement of samples."""
+    """(N, C, ...) to (N', C): batch norm does not depend on the arrangement of samples."""
     return x.movedim(1, -1).reshape(-1, CHANNELS)
 
 
@@ -102,8 +102,8 @@ def test_two_processes_equal_one_with_the_whole_batch(two_processes, name):
             torch.testing.assert_close(rank[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
-def test_pytorch_itself_refuses(two_processes):
-    """If this fails, PyTorch has learnt it, and this module can go."""
+def test_pytorch_itself_raises(two_processes):
+    """If this fails, PyTorch supports it and ``CpuSyncBatchNorm`` can be removed."""
     assert all("expected input tensor to be on GPU" in refused for _, refused in two_processes)
 
 
@@ -119,7 +119,7 @@ def make_model() -> nn.Module:
     )
 
 
-def test_conversion_keeps_everything_but_the_class():
+def test_conversion_changes_only_the_class():
     model = make_model()
     model["conv"].norm.eval()
     before = {k: v for k, v in model.state_dict(keep_vars=True).items()}

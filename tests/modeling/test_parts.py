@@ -1,4 +1,4 @@
-"""Heads, pyramids and local norms."""
+"""Heads, pyramids, pooling and local norms."""
 
 import torch
 from detectron2.config import instantiate
@@ -11,7 +11,7 @@ from region_pretrain.modeling.pyramid import pyramid_features, trunk_and_pyramid
 from region_pretrain.modeling.regions import pool_boxes, pool_regions
 
 
-def test_dropout_comes_before_the_nonlinearity_and_the_first_weights_are_as_asked():
+def test_dropout_precedes_the_nonlinearity_and_init_std_sets_the_weights():
     torch.manual_seed(0)
     head = MLPHead(300, 400, 200, norm="", dropout=0.25, init_std=0.01)
     assert [type(m) for m in head] == [nn.Linear, nn.Dropout, nn.ReLU, nn.Linear]
@@ -37,7 +37,7 @@ def test_trunk_and_pyramid_are_the_detectors_own():
                 torch.testing.assert_close(trunk[name], value)
 
 
-def test_boxes_in_any_order_are_pooled_as_slots_are():
+def test_boxes_in_any_order_are_pooled_like_slots():
     torch.manual_seed(0)
     pooler = instantiate(get_config("common/models/mask_rcnn_fpn_small.py").model.roi_heads)
     pooler = pooler.box_pooler
@@ -52,7 +52,7 @@ def test_boxes_in_any_order_are_pooled_as_slots_are():
     assert none.shape == (0, 4, 7, 7)
 
 
-def test_local_norms_hold_the_same_tensors():
+def test_local_norms_keep_the_same_tensors():
     norm = nn.SyncBatchNorm(4)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Sequential(norm)).eval()
     names = list(model.state_dict())

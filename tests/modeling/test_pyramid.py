@@ -1,11 +1,14 @@
-"""Maps that are read, and no others, are what the whole pyramid has there."""
+"""Pyramid maps that are read equal those of the complete pyramid; the others cost nothing."""
+
+import copy
+import logging
 
 import pytest
 import torch
 from detectron2.config import instantiate
 
 from region_pretrain.config import get_config
-from region_pretrain.modeling.pyramid import pyramid_maps, pyramid_names
+from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps, pyramid_names
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def fpn():
         {"p3": slice(1, 3), "p4": slice(4, 6)},  # the finer map of earlier images
     ],
 )
-def test_maps_are_those_of_the_whole_pyramid(fpn, reads, fuse):
+def test_maps_are_those_of_the_complete_pyramid(fpn, reads, fuse):
     fpn._fuse_type = fuse
     images = torch.randn(6, 3, 64, 64)
     with torch.no_grad():
@@ -35,7 +38,7 @@ def test_maps_are_those_of_the_whole_pyramid(fpn, reads, fuse):
         torch.testing.assert_close(ours[name], whole[name][span])
 
 
-def test_unread_work_is_left_out(fpn):
+def test_unread_maps_are_not_computed(fpn):
     calls = {}
     for name in ("fpn_lateral5", "fpn_output5", "fpn_lateral4", "fpn_output4", "fpn_lateral3"):
         getattr(fpn, name).register_forward_hook(
@@ -46,10 +49,25 @@ def test_unread_work_is_left_out(fpn):
     assert calls == {"fpn_lateral5": 6, "fpn_output5": 4, "fpn_lateral4": 2, "fpn_output4": 2}
 
 
-def test_another_backbone_is_run_as_it_is(fpn):
+def test_a_backbone_without_fpn_runs_completely(fpn):
     images = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         maps = pyramid_maps(fpn.bottom_up, images, {"res5": slice(1, 3)})
         torch.testing.assert_close(maps["res5"], fpn.bottom_up(images)["res5"][1:3])
     assert pyramid_names(fpn) == ["p2", "p3", "p4", "p5"]
     assert pyramid_names(fpn.bottom_up) == ["res2", "res3", "res4", "res5"]
+
+
+def test_exactly_the_unread_convolutions_are_frozen(fpn, caplog):
+    for name in ("p2", "p4"):
+        backbone = copy.deepcopy(fpn).train()
+        with caplog.at_level(logging.INFO):
+            frozen = freeze_unread(backbone, [name])
+        maps = pyramid_maps(backbone, torch.randn(2, 3, 64, 64), {name: slice(0, 2)})
+        maps[name].square().sum().backward()
+        for parameter_name, parameter in backbone.named_parameters():
+            read = parameter_name.split(".")[0] not in frozen
+            assert read == parameter.requires_grad == (parameter.grad is not None)
+    assert frozen == ["fpn_lateral2", "fpn_output2", "fpn_lateral3", "fpn_output3", "fpn_output5"]
+    assert f"only p4 of the FPN is read: {', '.join(frozen)} are not trained" in caplog.text
+    assert freeze_unread(backbone.bottom_up, ["res5"]) == []

@@ -1,4 +1,4 @@
-"""The queue of keys, against a list that is written one by one."""
+"""The key queue against a list that is written key by key."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ def numbered(start: int, count: int) -> torch.Tensor:
     return torch.arange(start, start + count, dtype=torch.float32)[:, None].expand(-1, 2)
 
 
-def test_starts_full_of_unit_vectors():
+def test_it_starts_full_of_unit_vectors():
     queue = KeyQueue(500, 16)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(500))
     assert queue.keys.mean().abs() < 0.02 and queue.pointer == 0 and len(queue) == 500
 
 
 def test_wraps_without_dropping_keys():
-    """Length 10, pointer 8, five keys: the released code writes 2 of them."""
+    """Length 10, pointer 8, five keys: MoCo's released code would write only two of them."""
     queue = KeyQueue(10, 2)
     queue.enqueue(numbered(100, 8))
     queue.enqueue(numbered(200, 5))
@@ -28,7 +28,7 @@ def test_wraps_without_dropping_keys():
 
 
 @pytest.mark.parametrize("length", [1, 7, 30])
-def test_any_numbers_of_keys_are_as_written_one_by_one(length):
+def test_any_number_of_keys_equals_writing_one_by_one(length):
     rng = np.random.default_rng(length)
     queue = KeyQueue(length, 2)
     slow, place = queue.keys[:, 0].tolist(), 0
@@ -44,7 +44,7 @@ def test_any_numbers_of_keys_are_as_written_one_by_one(length):
         assert queue.keys[:, 0].tolist() == slow and queue.pointer == place
 
 
-def test_a_loss_may_go_backward_after_the_queue_has_moved():
+def test_backward_works_after_the_queue_has_changed():
     queue, query = KeyQueue(4, 2), torch.ones(3, 2, requires_grad=True)
     expected = queue.keys.sum(dim=0).expand(3, 2).clone()
     loss = (query @ queue.negatives().T).sum()
@@ -62,6 +62,6 @@ def test_its_state_is_in_the_state_dict():
     assert torch.equal(queue.keys, other.keys) and other.pointer == 2
 
 
-def test_a_length_of_zero_is_refused():
-    with pytest.raises(UserError, match="at least 1"):
+def test_a_length_of_zero_is_an_error():
+    with pytest.raises(UserError, match="length=0 and dim=128: both must be at least 1"):
         KeyQueue(0, 128)

@@ -1,4 +1,4 @@
-"""The C4 head's last stage with a norm behind it."""
+"""The C4 head's last stage followed by a norm."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_is_the_stage_and_then_the_norm():
     torch.testing.assert_close(res5(x), norm(stage(x)), rtol=0, atol=0)
 
 
-def test_weights_of_a_plain_res5_fill_all_but_the_norm():
+def test_a_plain_res5_provides_all_weights_but_the_norms():
     stage = nn.Sequential(*ResNet.make_stage(**STAGE))
     result = res5_stage_with_norm(**STAGE).load_state_dict(stage.state_dict(), strict=False)
     entries = "weight", "bias", "running_mean", "running_var"
@@ -51,7 +51,7 @@ def test_weights_of_a_plain_res5_fill_all_but_the_norm():
     assert result.unexpected_keys == []
 
 
-def test_survives_a_saved_config(tmp_path):
+def test_a_saved_config_builds_it(tmp_path):
     LazyConfig.save(
         DictConfig({"res5": L(res5_stage_with_norm)(**STAGE)}), str(tmp_path / "c.yaml")
     )

@@ -1,4 +1,4 @@
-"""What the tests of several projects do alike."""
+"""Helpers for the tests of several projects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stop(Exception):
 
 @contextmanager
 def stopped_in_step(number: int) -> Iterator[None]:
-    """The run in this context must end before its so-manyth step (from 1) changes anything."""
+    """Stop the run in this context before step ``number`` (from 1) changes anything."""
     zero_grad, calls = torch.optim.Optimizer.zero_grad, []
 
     def stop(self, *args, **kwargs):
@@ -41,11 +41,11 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["iteration"]: line["total_loss"] for line in lines if "total_loss" in line}
 
 
-def check_stopped_run_goes_on(run: Callable[..., Path]) -> None:
-    """A run of six steps, stopped in the fifth and resumed, is the run that was not.
+def check_stopped_run_resumes(run: Callable[..., Path]) -> None:
+    """Check that a run of six steps, stopped in the fifth and resumed, equals one in one go.
 
     Args:
-        run: ``run(name, resume=False)`` trains six steps and returns the folder.
+        run: ``run(name, resume=False)`` trains six steps and returns the output folder.
     """
     whole = run("whole")
     with stopped_in_step(5):

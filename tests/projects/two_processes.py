@@ -1,4 +1,4 @@
-"""Two gloo processes against one with the same global batch, for the tests of projects."""
+"""Comparison of two gloo processes with one that has the same global batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 
 
 class Step(NamedTuple):
-    """What one step says and leaves behind: outputs, gradients, and the state that it moved."""
+    """Outputs and gradients of one step, and the state after it."""
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
@@ -32,14 +32,14 @@ def step(
     state: Sequence[str],
     module: nn.Module | None = None,
 ) -> Step:
-    """Step 6 of 10, backward included.
+    """Run step 6 of 10, backward pass included.
 
     Args:
-        model: in its ``DistributedDataParallel``, where there are several processes.
-        batch: of this process.
-        outputs: beginnings of the outputs' names that count.
-        state: parts of the names in ``state_dict`` that count.
-        module: the model itself.
+        model: the model, in ``DistributedDataParallel`` if there are several processes.
+        batch: this process's batch.
+        outputs: prefixes of the outputs to return.
+        state: substrings of the state-dict entries to return.
+        module: the unwrapped model, if ``model`` is wrapped.
     """
     module = model if module is None else module
     with EventStorage():
@@ -70,7 +70,7 @@ def _rank(rank: int, folder: str, names: Sequence[str], outputs: Any, state: Any
 
 
 def with_fixed_statistics(model: nn.Module) -> nn.Module:
-    """A model that has the same norms wherever an image is dealt to."""
+    """Freeze a model's batch-norm statistics, so that results do not depend on the process."""
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eval()
         norm.running_var.fill_(2.0)
@@ -83,12 +83,15 @@ def one_and_two_processes(
     outputs: Sequence[str],
     state: Sequence[str],
 ) -> dict[str, tuple[Step, list[Step]]]:
-    """For each case what one process found, and what each of two did, outputs averaged.
+    """Run each case in one process and in two.
 
     Args:
         cases: name -> model and global batch.
-        folder: empty.
-        outputs, state: of :func:`step`.
+        folder: an empty folder.
+        outputs, state: arguments of :func:`step`.
+
+    Returns:
+        For each case the step of one process, and both processes' with averaged outputs.
     """
     one = {}
     for name, (model, batch) in cases.items():
@@ -100,7 +103,7 @@ def one_and_two_processes(
 
 
 def check_two_are_one(one: Step, two: Sequence[Step]) -> None:
-    """Outputs, gradients and state of each of two processes are those of one."""
+    """Check that outputs, gradients and state of both processes are those of one."""
     norm = torch.stack([g.norm() for g in one.gradients.values()]).norm()
     for other in two:
         assert other.outputs.keys() == one.outputs.keys() and one.outputs
@@ -110,5 +113,5 @@ def check_two_are_one(one: Step, two: Sequence[Step]) -> None:
         for name, value in one.gradients.items():
             difference = (other.gradients[name] - value).norm()
             assert difference <= 5e-3 * value.norm() + 1e-4 * norm, name
-        for name, value in one.state.items():  # keys in the same places
+        for name, value in one.state.items():  # keys at the same positions
             torch.testing.assert_close(other.state[name], value, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""How far a positive may be from its region, and how that grows during training."""
+"""How far a positive may be from its region, and how this grows during training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from region_pretrain.errors import UserError
 
 
 class Difficulty(NamedTuple):
-    """How candidates are drawn, and which of them count.
+    """How candidates are drawn, and which of them are valid.
 
     Attributes:
-        center: full range of a centre's shift, in widths and heights of the box.
-        log_size: full range of the logarithm of a side's change.
-        iou_floor: a candidate counts if its IoU with the region is at least this.
+        center: full range of the centre's shift, in widths and heights of the box.
+        log_size: full range of the logarithm of a side's scaling.
+        iou_floor: minimum IoU of a valid candidate with the region.
     """
 
     center: float
@@ -27,15 +27,15 @@ class Difficulty(NamedTuple):
 
 
 class Feedback(NamedTuple):
-    """Closed loop: difficulty rises while positives are too similar, and falls while too little.
+    """Closed-loop control: difficulty rises while positives are too similar, and falls otherwise.
 
-    Every ``period`` steps the level moves by ``gain * (similarity - set_point)``, where the
-    similarity is the mean over the positives that were chosen since the last move.
+    Every ``period`` steps the level changes by ``gain * (similarity - set_point)``, where the
+    similarity is averaged over the positives chosen since the last change.
 
     Attributes:
-        set_point: cosine similarity of query and positive that is aimed at, in [-1, 1].
-        gain: change of the level, which is in [0, 1], for a difference of 1.
-        period: steps; each move waits for the device once.
+        set_point: target cosine similarity of query and positive, in [-1, 1].
+        gain: change of the level, which is in [0, 1], per unit of similarity.
+        period: steps between changes; each change synchronises with the device.
     """
 
     set_point: float = 0.8
@@ -46,17 +46,16 @@ class Feedback(NamedTuple):
 class Curriculum(nn.Module):
     """The spatial-noise curriculum of CCOP (released code; arXiv 2111.13651).
 
-    Noise ranges and IoU floor lie between their two ends by a level in [0, 1]: open-loop, as
-    released, the share of training that is done; with ``feedback``, what the similarity of the
-    positives asks for. The state is in the model's state dict, and kept on the CPU: boxes are
-    jittered there.
+    A level in [0, 1] interpolates noise ranges and IoU floor between their two ends. Open-loop, as
+    released, the level is the fraction of training done; with ``feedback`` the similarity of the
+    positives controls it. The state is part of the model's state dict.
 
     Args:
-        center, log_size, iou_floor: of :class:`Difficulty`, at level 0 and at level 1.
-        feedback: None for the open loop.
+        center, log_size, iou_floor: the fields of :class:`Difficulty` at level 0 and at level 1.
+        feedback: closed-loop control; None for the open loop.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value is out of range.
     """
 
     def __init__(
@@ -72,21 +71,21 @@ class Curriculum(nn.Module):
             high = 1.0 if name == "iou_floor" else float("inf")
             if len(values) != 2 or any(not 0 <= value <= high for value in values):
                 raise UserError(
-                    f"curriculum.{name}={list(values)}: its values at the start and at the end, "
-                    f"both in [0, {high:g}]"
+                    f"curriculum.{name}={list(values)} must be two values in [0, {high:g}], for "
+                    "the start and the end of training"
                 )
         if feedback is not None and (
             feedback.period < 1 or feedback.gain < 0 or not -1 <= feedback.set_point <= 1
         ):
             raise UserError(
-                f"curriculum.feedback={feedback}: set_point in [-1, 1], gain at least 0, "
-                "period at least 1"
+                f"curriculum.feedback={feedback} needs set_point in [-1, 1], gain >= 0 and "
+                "period >= 1"
             )
         self._ends = [tuple(map(float, values)) for values in ends.values()]
         self.feedback = feedback
         self.level = 0.0
         self.iteration = 0
-        # Sum of the similarities of positives since the last move, and their number.
+        # Sum of the positives' similarities since the last change of the level, and their number.
         self.register_buffer("measured", torch.zeros(2, dtype=torch.float64))
 
     def at(self, level: float) -> Difficulty:
@@ -103,9 +102,9 @@ class Curriculum(nn.Module):
         """Begin a step.
 
         Args:
-            iteration: from 0; the release counts before its forward pass, so the first step is at
-                ``1 / max_iter`` and the last at 1.
-            max_iter: the run's length.
+            iteration: number of the iteration, from 0. As in the released code, the first step is
+                at level ``1 / max_iter`` and the last at 1.
+            max_iter: number of iterations of the run.
         """
         self.iteration = iteration
         if self.feedback is None:
@@ -120,10 +119,10 @@ class Curriculum(nn.Module):
 
     @torch.no_grad()
     def measure(self, similarity: Tensor) -> None:
-        """Take note of the similarity of the step's positives; every process calls it together.
+        """Record the similarities of the step's positives; a collective call.
 
         Args:
-            similarity: ``(R,)``; R may differ between processes and be 0.
+            similarity: ``(R,)``; R may differ between processes, and may be 0.
         """
         if self.feedback is not None:
             total = similarity.double().sum()

@@ -10,12 +10,12 @@ ANCHORS = ("column", "row")
 
 
 def distinct_pairs(boxes: Tensor, valid: Tensor, max_iou: float) -> Tensor:
-    """Which pairs of regions of an image are two different things.
+    """Which pairs of an image's regions hardly overlap.
 
     Args:
         boxes: ``(B, K, 4)`` XYXY.
         valid: ``(B, K)`` bool.
-        max_iou: a pair counts if its IoU is below this.
+        max_iou: pairs with an IoU below this are distinct.
 
     Returns:
         ``(B, K, K)`` bool, symmetric, false on the diagonal.
@@ -25,8 +25,7 @@ def distinct_pairs(boxes: Tensor, valid: Tensor, max_iou: float) -> Tensor:
     intersection = (hi - lo).clamp(min=0).prod(dim=-1)
     area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
     union = area[:, :, None] + area[:, None, :] - intersection
-    apart = intersection < max_iou * union
-    # Two boxes without area: nothing to tell apart.
+    apart = intersection < max_iou * union  # strict: never of two boxes without area
     pairs = apart & valid[:, :, None] & valid[:, None, :]
     return pairs & ~torch.eye(boxes.shape[1], dtype=torch.bool, device=boxes.device)
 
@@ -40,19 +39,19 @@ def intra_image_margin(
 
     .. math:: \sum_{(i, j) \in P} \max(0, S_{ij} - S_{jj} + m)
 
-    as released: key j must be nearer to its own query than to query i, by the margin. With
-    ``anchor="row"`` it is :math:`S_{ii}` that is subtracted: query i must be nearer to its own key
+    as released: key j must be closer to its own query than to query i by the margin. With
+    ``anchor="row"``, :math:`S_{ii}` replaces :math:`S_{jj}`: query i must be closer to its own key
     than to key j.
 
     Args:
-        query: ``(B, K, D)``, unit vectors.
-        key: ``(B, K, D)``, unit vectors of the same regions; gets no gradient.
+        query: ``(B, K, D)`` unit vectors.
+        key: ``(B, K, D)`` unit vectors of the same regions; receives no gradient.
         pairs: ``(B, K, K)`` bool, P.
         margin: m.
         anchor: ``"column"`` or ``"row"``.
 
     Returns:
-        Scalar; 0, connected to the graph, where there is no pair.
+        Scalar; without pairs 0, connected to the graph.
     """
     with torch.autocast(query.device.type, enabled=False):
         similarity = torch.einsum("bid,bjd->bij", query, key.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
@@ -23,17 +22,17 @@ from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.modeling.losses import embedding_std, info_nce
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
-from region_pretrain.modeling.norms import use_local_batchnorm
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import trunk_and_pyramid_features
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.regions import assign_levels, pool_boxes
-from region_pretrain.modeling.shuffle import ImageShuffle
+from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.projects.ccop.candidates import (
     Candidates,
+    choose_positives,
     draw_candidates,
     draw_noise,
-    hardest_valid,
+    to_slots,
 )
 from region_pretrain.projects.ccop.curriculum import Curriculum, Difficulty
 from region_pretrain.projects.ccop.losses import ANCHORS, distinct_pairs, intra_image_margin
@@ -44,30 +43,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Keys:
-    """What the key network says of a key view: of the images, of candidates, of the regions."""
+    """Unit vectors of a key view."""
 
     image: Tensor  # (B, D)
-    candidates: Tensor  # (C, D), of the valid candidates in the order of (image, slot, candidate)
-    regions: Tensor  # (R, D), of the regions themselves, with another draw of the heads' dropout
-
-
-@dataclass
-class _Choice:
-    """The positives of a batch's regions."""
-
-    index: Tensor  # (R,) which candidate
-    vectors: Tensor  # (R, D)
-    similarity: Tensor  # (R,) with the query
-    iou: Tensor  # (R,) with the region
+    candidates: Tensor  # (C, D): of the valid candidates, ordered by (image, slot, candidate)
+    regions: Tensor  # (R, D): of the regions themselves, with another draw of the head's dropout
 
 
 @META_ARCH_REGISTRY.register()
 class CCOP(PretrainingModel):
-    """MoCo v2 on images, and on their regions against other images' and each other.
+    """MoCo v2 on images, plus contrast of regions across images and within an image.
 
-    A query region must resemble the hardest of several boxes drawn around the same region in the
-    key view, more than keys of other images (InfoNCE), and each region's key must be nearer to its
-    own query than to other regions' of the image (margin). What is trained is trunk and FPN.
+    A query region is trained to match the hardest of several boxes jittered around the same region
+    in the key view, against regions of other images (InfoNCE). Within an image, each region's key
+    must be closer to its own query than to other regions' queries (margin). Trunk and FPN are
+    trained.
 
     Args:
         backbone: the detector's FPN.
@@ -75,26 +65,27 @@ class CCOP(PretrainingModel):
         pooler: the detector's box pooler.
         image_head: from the trunk's last map, averaged over space, to D channels.
         region_head: from a pooled region, flattened, to D channels.
-        image_queue, region_queue: keys of other images, and of other images' regions, D channels.
+        image_queue, region_queue: keys of other images and of their regions, D channels.
         curriculum: noise ranges and IoU floor of the candidates.
-        momentum: schedule of the EMA momentum over the run, from 0 to 1.
-        temperature: of both InfoNCE losses.
-        image_weight, inter_weight, intra_weight: of the three losses; 0 switches one off.
-        margin: of the intra-image loss.
-        max_pair_iou: two regions of an image are told apart if their IoU is below this.
+        momentum: schedule of the EMA momentum over the run, a function of its progress in [0, 1].
+        temperature: temperature of both InfoNCE losses.
+        image_weight, inter_weight, intra_weight: weights of the three losses; 0 switches one off.
+        margin: margin of the intra-image loss.
+        max_pair_iou: the intra-image loss compares regions whose IoU is below this.
         anchor: ``"column"`` as released, or ``"row"``
             (:func:`~region_pretrain.projects.ccop.losses.intra_image_margin`).
-        num_candidates: jittered boxes around each key region, besides itself.
-        hardest: the positive is the valid candidate least similar to the query; ``False``: any.
+        num_candidates: number of jittered boxes per key region, in addition to the region itself.
+        hardest: the positive is the valid candidate least similar to the query, otherwise a random
+            one.
         level_scales: largest region scale of each level in view pixels
             (:func:`~region_pretrain.modeling.regions.assign_levels`).
-        shuffle: batch norm in the backbone per process, as released, and key images dealt to
-            other processes. ``False``: the detector's own norms, which should be SyncBN.
-        seed: of the candidates' noise and of the shuffle.
+        shuffle: use batch norm per process in the backbone, as released, with key images shuffled
+            over processes. False keeps the detector's own norms, which should be SyncBN.
+        seed: seed of the candidates' noise and of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: a value that makes no sense, or a detector without an FPN.
+        UserError: a value is out of range, or the detector has no FPN.
     """
 
     detector_modules = ("backbone",)
@@ -130,26 +121,28 @@ class CCOP(PretrainingModel):
         super().__init__()
         if not isinstance(backbone, FPN):
             raise UserError(
-                f"CCOP pools regions from a feature pyramid, and the detector's backbone is a "
-                f"{type(backbone).__name__}: take a detector with an FPN"
+                "CCOP needs a detector with an FPN, and the detector's backbone is a "
+                f"{type(backbone).__name__}"
             )
         if anchor not in ANCHORS:
-            raise UserError(f"model.anchor={anchor!r}: it is one of {', '.join(ANCHORS)}")
+            raise UserError(f"model.anchor={anchor!r} must be one of {', '.join(ANCHORS)}")
         if temperature <= 0 or num_candidates < 0:
             raise UserError(
-                f"model.temperature={temperature} and model.num_candidates={num_candidates}: "
-                "more than 0, and at least 0"
+                f"model.temperature={temperature} must be positive and "
+                f"model.num_candidates={num_candidates} at least 0"
             )
         self.weights = {"image": image_weight, "inter": inter_weight, "intra": intra_weight}
         for name, weight in self.weights.items():
             if weight < 0:
-                raise UserError(f"model.{name}_weight={weight}: at least 0")
+                raise UserError(f"model.{name}_weight={weight} must be at least 0")
         if len(level_scales) != len(in_features):
             raise UserError(
-                f"model.level_scales={list(level_scales)}: one for each of {list(in_features)}"
+                f"model.level_scales={list(level_scales)} must have one scale per map of "
+                f"{list(in_features)}"
             )
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
-        self.backbone = use_local_batchnorm(backbone) if shuffle else backbone
+        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.backbone = self.shuffling.prepare(backbone)
         self.roi_heads = nn.Module()
         self.roi_heads.add_module("box_pooler", pooler)
         self.image_head = image_head
@@ -164,11 +157,10 @@ class CCOP(PretrainingModel):
         self.margin, self.max_pair_iou, self.anchor = margin, max_pair_iou, anchor
         self.num_candidates = num_candidates
         self.hardest = hardest
-        self.shuffle = shuffle
         self.seed = seed or 0
         logger.info(
-            "CCOP trains the detector's backbone with its FPN; box and mask heads, RPN and "
-            "predictors start anew in the detector"
+            "CCOP trains the detector's backbone and FPN: its RPN, heads and predictors will start "
+            "from random weights"
         )
 
     @property
@@ -181,7 +173,7 @@ class CCOP(PretrainingModel):
         }
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Move key network and curriculum; the engine calls it before each step's forward."""
+        """Update the key network and the curriculum."""
         self.key.ema_update(self.momentum(iteration / max_iter))
         difficulty = self.curriculum.step(iteration, max_iter)
         get_event_storage().put_scalars(
@@ -198,8 +190,9 @@ class CCOP(PretrainingModel):
         """Losses of a batch from :class:`~region_pretrain.projects.ccop.CCOPViews`.
 
         Returns:
-            ``loss_image``, ``loss_inter``, ``loss_intra``, weighted; of the candidates the share of
-            valid ones, IoU and similarity of the chosen ones; and ``*embedding_std``.
+            ``loss_image``, ``loss_inter`` and ``loss_intra``, weighted; ``curriculum/*``: the
+            fraction of valid candidates, and IoU and similarity of the positives;
+            ``image_embedding_std`` and ``region_embedding_std``.
         """
         query_view, key_view = batch.views
         valid = key_view.valid  # (B, K), the same in both views
@@ -208,15 +201,15 @@ class CCOP(PretrainingModel):
         with torch.no_grad():
             keys = self._keys(key_view, candidates)
             mine = candidates.of(valid)
-            positive = self._choose(query, keys.candidates, mine)
+            positive = choose_positives(query, keys.candidates, mine, self.hardest)
 
         negatives = self.region_queue.negatives()
         inter = info_nce(query, positive.vectors, negatives, self.temperature)
         pairs = distinct_pairs(key_view.boxes, valid, self.max_pair_iou)
         slots = valid.flatten().nonzero().squeeze(1).to(query.device, non_blocking=True)
         intra = intra_image_margin(
-            _to_slots(query, slots, valid.shape),
-            _to_slots(keys.regions, slots, valid.shape),
+            to_slots(query, slots, valid.shape),
+            to_slots(keys.regions, slots, valid.shape),
             pairs.to(query.device, non_blocking=True),
             self.margin,
             self.anchor,
@@ -236,25 +229,25 @@ class CCOP(PretrainingModel):
         outputs["image_embedding_std"] = embedding_std(keys.image)
         if len(query) > 1:
             outputs["region_embedding_std"] = embedding_std(keys.regions)
-        share = mine.valid[:, :-1].float().mean(dim=1).nan_to_num().sum()
-        share = share.to(query.device, non_blocking=True)
-        sums = torch.stack([share, positive.iou.sum(), positive.similarity.sum()])
-        names = ("valid_share", "chosen_iou", "chosen_similarity")
+        fraction = mine.valid[:, :-1].float().mean(dim=1).nan_to_num().sum()
+        fraction = fraction.to(query.device, non_blocking=True)
+        sums = torch.stack([fraction, positive.iou.sum(), positive.similarity.sum()])
+        names = ("valid_fraction", "chosen_iou", "chosen_similarity")
         for name, value in zip(names, mean_over_ranks(sums, len(query)), strict=True):
             outputs[f"curriculum/{name}"] = value
         return outputs
 
     @torch.no_grad()
     def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]]:
-        """Candidates of one region of each image at the start, middle and end of the curriculum.
+        """Draw one region's candidates per image at the curriculum's start, middle and end.
 
         Args:
             batch: from :class:`~region_pretrain.projects.ccop.CCOPViews`.
 
         Returns:
-            For each image three (H, W, 3) uint8 RGB pictures of its key view: the region is white,
-            valid candidates are blue, others grey, and the chosen one is yellow, with its cosine
-            similarity to the query.
+            For each image three (H, W, 3) uint8 RGB pictures of its key view. The region is white,
+            valid candidates are blue, invalid ones grey, and the chosen one is yellow and labelled
+            with its cosine similarity to the query.
         """
         query_view, key_view = batch.views
         _, query = self._queries(query_view)
@@ -262,9 +255,10 @@ class CCOP(PretrainingModel):
         for level in (0.0, 0.5, 1.0):
             candidates = self._candidates(key_view, batch.indices, self.curriculum.at(level))
             mine = candidates.of(key_view.valid)
-            choice = self._choose(query, self._keys(key_view, candidates).candidates, mine)
+            vectors = self._keys(key_view, candidates).candidates
+            chosen = choose_positives(query, vectors, mine, self.hardest)
             columns.append(
-                draw_choices(key_view, mine, choice.index.tolist(), choice.similarity.tolist())
+                draw_choices(key_view, mine, chosen.index.tolist(), chosen.similarity.tolist())
             )
         return [list(row) for row in zip(*columns, strict=True)]
 
@@ -276,31 +270,27 @@ class CCOP(PretrainingModel):
         return image, _unit(network["region_head"](pooled))
 
     def _keys(self, view: View, candidates: Candidates) -> _Keys:
-        """The key network on a view, its images dealt to other processes where that is asked."""
+        """The key network on a view and its candidates, with shuffled images."""
         valid = candidates.valid & view.valid[..., None]  # (B, K, n + 1)
-        if not self.shuffle or comm.get_world_size() == 1:
-            return self._embed_keys(view, candidates.boxes, valid)
-        shuffle = ImageShuffle(len(valid), (self.seed, self.curriculum.iteration))
-        images, photometry = shuffle.deal(view.images), shuffle.deal(view.photometry)
-        dealt = shuffle.deal(valid.to(torch.uint8)).bool()
+        permutation = self.shuffling.permutation(len(valid), self.curriculum.iteration)
+        shuffled = permutation.shuffle(valid.to(torch.uint8)).bool()
         keys = self._embed_keys(
-            replace(view, images=images, photometry=photometry),
-            shuffle.deal(candidates.boxes),
-            dealt,
+            permutation.shuffle_view(view), permutation.shuffle(candidates.boxes), shuffled
         )
-        one = torch.ones(len(valid), dtype=torch.int64)
+        counts, own_counts = shuffled.sum(dim=(1, 2)), valid.sum(dim=(1, 2))
+        # The region itself is the last candidate, and valid wherever there is a region.
+        regions, own_regions = shuffled[..., -1].sum(dim=1), valid[..., -1].sum(dim=1)
         return _Keys(
-            shuffle.collect(keys.image, one, one),
-            shuffle.collect(keys.candidates, dealt.sum(dim=(1, 2)), valid.sum(dim=(1, 2))),
-            # The region itself is the last candidate, and valid wherever there is a region.
-            shuffle.collect(keys.regions, dealt[..., -1].sum(dim=1), valid[..., -1].sum(dim=1)),
+            permutation.unshuffle(keys.image),
+            permutation.unshuffle(keys.candidates, counts, own_counts),
+            permutation.unshuffle(keys.regions, regions, own_regions),
         )
 
     def _embed_keys(self, view: View, boxes: Tensor, valid: Tensor) -> _Keys:
-        """The key network on the images of a view, and on boxes ``(B, K, n + 1, 4)`` of them."""
+        """The key network on a view's images and on valid ones of ``(B, K, n + 1, 4)`` boxes."""
         image, maps, size = self._features(self.key, view)
         of, _, candidate = valid.nonzero().unbind(dim=1)
-        # Boxes that cannot be chosen are not even pooled: about half of them.
+        # About half of the boxes are invalid; these are not even pooled.
         pooled = self._pool(maps, boxes[valid], of, size)
         regions = (candidate == self.num_candidates).nonzero().squeeze(1)
         regions = pooled.index_select(0, regions.to(pooled.device, non_blocking=True))
@@ -310,7 +300,7 @@ class CCOP(PretrainingModel):
     def _features(
         self, network: Mapping[str, nn.Module], view: View
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
-        """Image vectors ``(B, D)``, the maps that regions are pooled from, the view's size."""
+        """Image vectors ``(B, D)``, the maps to pool regions from, and the view's size."""
         images = self.preprocess(view)
         backbone = network["backbone"]
         trunk, pyramid = trunk_and_pyramid_features(backbone, images)
@@ -321,7 +311,7 @@ class CCOP(PretrainingModel):
     def _pool(
         self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, size: tuple[int, int]
     ) -> Tensor:
-        """``(R, C S S)`` of boxes ``(R, 4)`` on their levels."""
+        """Pool ``(R, 4)`` boxes from their levels to ``(R, C S S)``."""
         levels = assign_levels(boxes, self.level_scales)
         pooler = self.roi_heads.box_pooler
         return pool_boxes(maps, boxes, image, levels, pooler, size).flatten(1)
@@ -331,44 +321,14 @@ class CCOP(PretrainingModel):
         noise = draw_noise(self.seed, self.curriculum.iteration, indices.tolist(), shape)
         return draw_candidates(view.boxes, noise, difficulty, tuple(view.images.shape[-2:]))
 
-    def _choose(self, query: Tensor, vectors: Tensor, candidates: Candidates) -> _Choice:
-        """The positive of each region.
-
-        Args:
-            query: ``(R, D)``.
-            vectors: ``(C, D)`` of the valid candidates, region by region.
-            candidates: ``(R, n + 1)`` of them.
-        """
-        device = query.device
-        slots = candidates.valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        vectors = _to_slots(vectors, slots, candidates.valid.shape)  # (R, n + 1, D)
-        similarity = torch.einsum("rd,rnd->rn", query, vectors)
-        valid = candidates.valid.to(device, non_blocking=True)
-        order = similarity if self.hardest else torch.rand_like(similarity)
-        index = hardest_valid(order, valid)
-        pick = index[:, None]
-        iou = candidates.iou.to(device, non_blocking=True)
-        return _Choice(
-            index,
-            vectors.gather(1, pick[..., None].expand(-1, -1, vectors.shape[-1])).squeeze(1),
-            similarity.gather(1, pick).squeeze(1),
-            iou.gather(1, pick).squeeze(1),
-        )
-
     def _enqueue(self, image_keys: Tensor, region_keys: Tensor, slots: int) -> None:
         self.image_queue.enqueue(image_keys)
-        # Processes have different numbers of regions, and the same number of slots.
+        # Processes have different numbers of regions, but the same number of slots.
         rows = torch.arange(len(region_keys), device=region_keys.device)
-        padded = _to_slots(region_keys, rows, (slots,))
+        padded = to_slots(region_keys, rows, (slots,))
         is_key = torch.arange(slots, device=region_keys.device) < len(region_keys)
         self.region_queue.enqueue(padded, is_key)
 
 
 def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors.float(), dim=1)
-
-
-def _to_slots(vectors: Tensor, slots: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``(N, D)`` vectors into ``(*shape, D)``, zero where none goes; ``slots``: flat positions."""
-    flat = vectors.new_zeros((int(np.prod(shape)), vectors.shape[1]))
-    return flat.index_copy(0, slots, vectors).view(*shape, vectors.shape[1])

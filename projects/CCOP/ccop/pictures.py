@@ -1,4 +1,4 @@
-"""The candidates of a region, and which one was chosen."""
+"""Pictures of a region's candidates and of the chosen one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ REGION, VALID, INVALID, CHOSEN = (255, 255, 255), (85, 150, 255), (150, 150, 150
 def draw_choices(
     view: View, candidates: Candidates, chosen: Sequence[int], similarity: Sequence[float]
 ) -> list[np.ndarray]:
-    """Draw the candidates of one region of each image, the one of median area.
+    """Draw the candidates of one region per image, the one of median area.
 
     Args:
         view: the key view.
-        candidates: ``(R, n + 1, ...)`` of the valid regions, in the order of (image, slot).
+        candidates: ``(R, n + 1)`` candidates of the valid regions, in the order of (image, slot).
         chosen: R indices of candidates.
-        similarity: R cosine similarities of the chosen ones with their query.
+        similarity: R cosine similarities of the chosen candidates with their query.
 
     Returns:
-        One (H, W, 3) uint8 RGB picture an image; without a region, the view alone.
+        One (H, W, 3) uint8 RGB picture per image; an image without regions shows the view only.
     """
     owner = view.valid.nonzero()[:, 0].numpy()
     sides = (candidates.boxes[:, -1, 2:] - candidates.boxes[:, -1, :2]).numpy()
@@ -41,7 +41,7 @@ def draw_choices(
         boxes = candidates.boxes[region].numpy()
         valid = candidates.valid[region].numpy()
         last, best = len(boxes) - 1, chosen[region]
-        # From the bottom to the top: what cannot be chosen, what can, the region, the choice.
+        # Bottom to top: invalid candidates, valid ones, the region, the choice.
         order = [*np.flatnonzero(~valid), *np.flatnonzero(valid[:-1]), last, best]
         colours = [VALID if ok else INVALID for ok in valid[order[:-2]]] + [REGION, CHOSEN]
         labels = [""] * (len(order) - 1) + [f"{similarity[region]:.2f}"]

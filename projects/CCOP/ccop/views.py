@@ -1,4 +1,4 @@
-"""CCOP's views: two independent crops, and the regions that enough is left of in both."""
+"""CCOP's views: two independent crops, and the regions that are visible enough in both."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
-_ATTEMPTS = 10  # crops are drawn again when no region survives in them
+_ATTEMPTS = 10  # a crop is redrawn up to this often until a region survives in it
 
 
-def surviving_share(geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
-    """How much of each region's area a crop leaves.
+def visible_fraction(geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
+    """The fraction of each region's area that is inside a crop.
 
     Args:
         geometry: the crop.
@@ -39,24 +39,24 @@ def _area(boxes: np.ndarray) -> np.ndarray:
 
 
 class CCOPViews(ViewSampler):
-    """Draws a query view and a key view of one image, with the regions that live in both.
+    """Draws a query view and a key view of one image, with the regions that survive in both.
 
-    Each view is a random resized crop of the whole image, drawn again up to ten times until a
-    region survives in it: more than ``min_visible`` of its area is inside. A region is kept if it
-    survives in both views and is larger than ``min_area`` in both. It has the same slot in both;
-    slots without a region are not valid.
+    Each view is a random resized crop of the image, drawn up to ten times until a region survives
+    in it, i.e. more than ``min_visible`` of its area is inside. Regions that survive in both views
+    and are larger than ``min_area`` in both are kept. A region has the same slot in both views;
+    empty slots are not valid.
 
     Args:
-        size: side of both views in pixels.
-        photometry: of both views.
-        num_regions: slots. Of more regions that are kept, so many are drawn.
-        crop_areas: for each of the two views, range of the crop's share of the image. Which of the
-            two is the query is drawn for each image.
-        min_visible: share of a region's area that must lie inside a crop, exceeded.
-        min_area: area in square pixels that a region must exceed in both views.
+        size: side length of both views in pixels.
+        photometry: photometric augmentation of both views.
+        num_regions: number of slots. If more regions are kept, a random subset is used.
+        crop_areas: range of the crop's fraction of the image, for each of the two crops. Which crop
+            is the query is random.
+        min_visible: fraction of its area that a region needs inside a crop, exclusive.
+        min_area: area in square view pixels that a region needs in both views, exclusive.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: a value is out of range.
     """
 
     def __init__(
@@ -70,15 +70,13 @@ class CCOPViews(ViewSampler):
     ) -> None:
         areas = [tuple(area) for area in crop_areas]
         if len(areas) != 2 or any(len(a) != 2 or not 0 < a[0] <= a[1] <= 1 for a in areas):
-            raise UserError(
-                f"views.crop_areas={areas}: one range within (0, 1] for each of the two views"
-            )
+            raise UserError(f"views.crop_areas={areas} must be one range within (0, 1] per view")
         if not 0 <= min_visible < 1:
-            raise UserError(f"views.min_visible={min_visible}: a share, at least 0 and below 1")
+            raise UserError(f"views.min_visible={min_visible} must be in [0, 1)")
         if size < 2 or num_regions < 1 or min_area < 0:
             raise UserError(
-                f"views.size={size}, num_regions={num_regions}, min_area={min_area}: at least 2, "
-                "1 and 0"
+                f"views.size={size}, num_regions={num_regions} and min_area={min_area} must be at "
+                "least 2, 1 and 0"
             )
         self.size = (size, size)
         self.photometry = photometry
@@ -111,16 +109,16 @@ class CCOPViews(ViewSampler):
     def match(
         self, geometries: Sequence[ViewGeometry], boxes: np.ndarray, survives: np.ndarray
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The regions that are kept, and where each view shows them.
+        """Find the regions that are kept, and their boxes in each view.
 
         Args:
-            geometries: of the two views.
+            geometries: geometries of the two views.
             boxes: ``(N, 4)`` XYXY in original pixels.
-            survives: ``(N,)`` bool: in both crops.
+            survives: ``(N,)`` bool, survives in both crops.
 
         Returns:
             ``(M,)`` int64 indices, and ``(M, 4)`` float32 XYXY for each view. The released code
-            clamps coordinates to the last pixel's index: a box at the border ends at ``size - 1``.
+            clamps coordinates to the last pixel's index, so boxes end at ``size - 1`` at most.
         """
         seen = [boxes_in_view(geometry, boxes) for geometry in geometries]
         large = np.all([_area(b) > self.min_area for b in seen], axis=0)
@@ -136,10 +134,10 @@ class CCOPViews(ViewSampler):
         area: tuple[float, float],
         rng: np.random.Generator,
     ) -> tuple[ViewGeometry, np.ndarray]:
-        """A crop and which regions survive in it; the last one where none ever does."""
+        """A crop, and which regions survive in it; the last crop drawn if none ever does."""
         for _ in range(_ATTEMPTS):
             geometry = random_resized_crop(width, height, self.size, rng, area)
-            survives = surviving_share(geometry, boxes) > self.min_visible
+            survives = visible_fraction(geometry, boxes) > self.min_visible
             if survives.any() or not len(boxes):
                 break
         return geometry, survives

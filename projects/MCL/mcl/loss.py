@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.contrast import Contrast, gathered_info_nce
+from region_pretrain.projects.mcl.contrast import Contrast, gathered_info_nce
 
 PAIRINGS = ("top", "same", "adjacent", "all")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
 
@@ -16,10 +15,8 @@ from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.preprocess import Preprocess
-from region_pretrain.modeling.pyramid import pyramid_maps, pyramid_names
+from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps, pyramid_names
 from region_pretrain.projects.mcl.montage import SHRINKS, Montage, cut_windows
-
-logger = logging.getLogger(__name__)
 
 COMPUTE = ("all", "windows", "maps")
 
@@ -111,7 +108,7 @@ class TileModel(PretrainingModel):
         self.compute = compute
         self.window = pooler.output_size[0]
         self.names = _level_names(neck if neck is not None else backbone, montage, self.window)
-        _leave_unread_maps(backbone, self.names)
+        freeze_unread(backbone, self.names)
         # Into the checkpoint: weights from aliased and from averaged tiles are not the same thing.
         self.register_buffer("shrink_filter", torch.tensor(SHRINKS.index(montage.shrink)))
         if len(level_weights) != len(self.names):
@@ -223,24 +220,3 @@ def _level_names(shapes: nn.Module, montage: Montage, window: int) -> list[str]:
             )
         found.append(strides[stride])
     return found
-
-
-def _leave_unread_maps(backbone: Backbone, names: Sequence[str]) -> None:
-    """No gradient for an FPN's layers behind which no level is: DDP and weight decay know them."""
-    if not isinstance(backbone, FPN):
-        return
-    coarse_first = pyramid_names(backbone)[::-1]
-    finest = max(coarse_first.index(name) for name in names)
-    unread = [
-        *backbone.lateral_convs[finest + 1 :],
-        *(
-            output
-            for name, output in zip(coarse_first, backbone.output_convs, strict=True)
-            if name not in names
-        ),
-    ]
-    for module in unread:
-        module.requires_grad_(False)
-    if unread:
-        left = [name for name in coarse_first if name not in names]
-        logger.info("no tiles on %s: their FPN convolutions keep their values", ", ".join(left))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -16,10 +13,9 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.losses import embedding_std, info_nce
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
-from region_pretrain.modeling.norms import use_local_batchnorm
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.queue import KeyQueue
-from region_pretrain.modeling.shuffle import ImageShuffle
+from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.modeling.trunk import Trunk
 
 
@@ -27,22 +23,22 @@ from region_pretrain.modeling.trunk import Trunk
 class MoCo(PretrainingModel):
     """Momentum contrast of whole images, the baseline of the region-level methods.
 
-    The query of one crop must be told from a queue of other images' keys by its nearness to the key
-    that the momentum copy gives the other crop.
+    The query of one crop is trained to match the key that the momentum network computes of the
+    other crop, against a queue of other images' keys.
 
     Args:
         backbone: the detector's trunk.
         head: from the trunk's channels to D.
         queue: keys of other images.
-        momentum: schedule of the EMA momentum over the run, from 0 to 1.
-        temperature: of the loss.
-        shuffle: batch norm in the trunk per process, as released, and key images dealt to other
-            processes. ``False``: the detector's own norms, which should be SyncBN.
-        seed: of the shuffle.
+        momentum: schedule of the EMA momentum over the run, a function of its progress in [0, 1].
+        temperature: temperature of the loss.
+        shuffle: use batch norm per process in the trunk, as released, with key images shuffled over
+            processes. False keeps the detector's own norms, which should be SyncBN.
+        seed: seed of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: a temperature that is not positive.
+        UserError: the temperature is not positive.
     """
 
     detector_modules = ("backbone",)
@@ -63,16 +59,15 @@ class MoCo(PretrainingModel):
     ) -> None:
         super().__init__()
         if temperature <= 0:
-            raise UserError(f"model.temperature={temperature}: it is more than 0")
+            raise UserError(f"model.temperature={temperature} must be positive")
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
-        self.backbone = use_local_batchnorm(backbone) if shuffle else backbone
+        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.backbone = self.shuffling.prepare(backbone)
         self.head = head
         self.key = MomentumCopy(self.query)
         self.queue = queue
         self.momentum = momentum
         self.temperature = temperature
-        self.shuffle = shuffle
-        self.seed = seed or 0
         self.iteration = 0
 
     @property
@@ -81,15 +76,18 @@ class MoCo(PretrainingModel):
         return {"backbone": self.backbone, "head": self.head}
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Move the key network; the engine calls it before each optimiser step's forward."""
+        """Update the key network."""
         self.iteration = iteration
         self.key.ema_update(self.momentum(iteration / max_iter))
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """``loss_image``, the InfoNCE of the first view against the second; and ``embedding_std``.
+        """Contrast the first view of each image with the second.
 
         Args:
             batch: from :class:`~region_pretrain.data.two_crops.TwoCrops`.
+
+        Returns:
+            ``loss_image`` (InfoNCE) and ``embedding_std``.
         """
         query_view, key_view = batch.views
         query = F.normalize(self.head(self.backbone(self.preprocess(query_view))).float(), dim=1)
@@ -102,15 +100,7 @@ class MoCo(PretrainingModel):
         return outputs
 
     def _keys(self, view: View) -> Tensor:
-        """``(B, D)`` unit vectors of the key view, embedded in another order if that is asked."""
-        if not self.shuffle or comm.get_world_size() == 1:
-            return self._embed_key(view)
-        shuffle = ImageShuffle(len(view.images), (self.seed, self.iteration))
-        images, photometry = shuffle.deal(view.images), shuffle.deal(view.photometry)
-        one = torch.ones(len(images), dtype=torch.int64)
-        key = self._embed_key(replace(view, images=images, photometry=photometry))
-        return shuffle.collect(key, one, one)
-
-    def _embed_key(self, view: View) -> Tensor:
-        images = self.preprocess(view)
-        return F.normalize(self.key["head"](self.key["backbone"](images)).float(), dim=1)
+        """``(B, D)`` unit vectors of the key view."""
+        permutation = self.shuffling.permutation(len(view.images), self.iteration)
+        features = self.key["backbone"](self.preprocess(permutation.shuffle_view(view)))
+        return permutation.unshuffle(F.normalize(self.key["head"](features).float(), dim=1))

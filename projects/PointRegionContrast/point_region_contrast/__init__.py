@@ -1,10 +1,8 @@
-"""Point-level region contrast: points in regions of two views (arXiv 2202.04639)."""
+"""Point-level region contrast (arXiv 2202.04639)."""
 
+from region_pretrain.projects.point_region_contrast.affinity_head import AffinityHead
 from region_pretrain.projects.point_region_contrast.contrast import PointContrast
-from region_pretrain.projects.point_region_contrast.distillation import (
-    AffinityDistillation,
-    AffinityHead,
-)
+from region_pretrain.projects.point_region_contrast.distillation import AffinityDistillation
 from region_pretrain.projects.point_region_contrast.meta_arch import PointRegionContrast
 from region_pretrain.projects.point_region_contrast.views import PointRegionViews
 

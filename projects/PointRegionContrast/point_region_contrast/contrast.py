@@ -1,4 +1,4 @@
-"""The contrast of points: the four levels of the paper's figure 2 are settings of this one loss."""
+"""The contrast of points; the four levels of the paper's figure 2 are settings of this loss."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import gather_rows
 from region_pretrain.modeling.queue import KeyQueue
-from region_pretrain.modeling.recompute import recomputed_sum
+from region_pretrain.projects.point_region_contrast.recompute import recomputed_sum
 
 OTHERS = ("none", "local", "gathered", "queue")
 LOGS = ("outside", "inside")
-#: Similarities at a time; some tensors of this size are there while the loss is worked out.
+#: Similarities computed at once; a few tensors of this size exist while the loss is computed.
 _AT_ONCE = 1 << 22
-_NEVER = -1e4  # a logit that has no share in a softmax, and that no infinity comes from
+_NEVER = -1e4  # a logit with no weight in a softmax; finite, so that it causes no NaN
 
 
 class Points(NamedTuple):
-    """Points of a batch's views.
+    """Points of one view of each image of a batch.
 
     Attributes:
         vectors: ``(B, S, D)`` features, not normalised.
-        ids: ``(B, S)`` int64 on the CPU; within an image, equal ids are positives of each other.
+        ids: ``(B, S)`` int64 on the CPU; points of an image with equal ids are positives.
         valid: ``(B, S)`` bool on the CPU.
     """
 
@@ -36,7 +36,7 @@ class Points(NamedTuple):
 
 
 class PointContrast(nn.Module):
-    r"""Contrast of points with the points of the same region, of others, and of other images.
+    r"""Contrast of points with those of the same region, other regions and other images.
 
     With unit vectors :math:`f_a` of the query view's points, :math:`g_c` of the key view's, and P
     the points of the key view with the id of a,
@@ -45,23 +45,24 @@ class PointContrast(nn.Module):
               \log \frac{e^{\langle f_a, g_p \rangle / \tau}}
                         {\sum_{c \in C} e^{\langle f_a, g_c \rangle / \tau}}
 
-    where C are P, the image's other points (``in_image``) and those of other images (``others``).
-    Averaged over all points of all images that have a positive. (Point-level region contrast, arXiv
-    2202.04639; the equation is read out of the abstract and figure 2.)
+    where C consists of P, the image's other points (``in_image``) and those of other images
+    (``others``). The loss is averaged over all points that have a positive. (Point-level region
+    contrast, arXiv 2202.04639; the equation follows from the abstract and figure 2.)
 
     Args:
         temperature: tau.
-        in_image: points of other regions of the same image are negatives.
-        others: which other images' points are: ``"none"``, ``"local"`` (this process's batch),
-            ``"gathered"`` (all processes' batches) or ``"queue"`` (of earlier batches).
-        pool: so many consecutive points are averaged first; 1: none. With all points of a region
-            this is the contrast of regions.
-        log: ``"outside"``: as above; ``"inside"``: of the positives' summed share instead.
-        same_view: points of the query view are positives and negatives as well.
-        queue_length, dim: of the queue, where there is one.
+        in_image: use points of the image's other regions as negatives.
+        others: points of other images to use as negatives: ``"none"``, ``"local"`` (this process's
+            batch), ``"gathered"`` (all processes' batches) or ``"queue"`` (earlier batches).
+        pool: number of consecutive points to average first. With all points of a region this is the
+            contrast of regions.
+        log: ``"outside"`` as above; ``"inside"``: the negative log of the positives' summed
+            probability.
+        same_view: use points of the query view as positives and negatives as well.
+        queue_length, dim: size of the queue of ``others="queue"``.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: a value is out of range.
     """
 
     def __init__(
@@ -78,16 +79,16 @@ class PointContrast(nn.Module):
         super().__init__()
         for name, value, known in (("others", others, OTHERS), ("log", log, LOGS)):
             if value not in known:
-                raise UserError(f"model.contrast.{name}={value!r}: it is one of {', '.join(known)}")
+                raise UserError(
+                    f"model.contrast.{name}={value!r} must be one of {', '.join(known)}"
+                )
         if temperature <= 0 or pool < 1:
             raise UserError(
-                f"model.contrast.temperature={temperature} and pool={pool}: more than 0, and at "
+                f"model.contrast.temperature={temperature} must be positive and pool={pool} at "
                 "least 1"
             )
         if others == "none" and not in_image:
-            raise UserError(
-                "model.contrast.in_image=False and others=none: there is no negative left"
-            )
+            raise UserError("model.contrast.in_image=False with others=none leaves no negatives")
         self.temperature = temperature
         self.in_image, self.others = in_image, others
         self.pool = pool
@@ -95,16 +96,16 @@ class PointContrast(nn.Module):
         self.queue = KeyQueue(queue_length, dim) if others == "queue" else None
 
     def forward(self, query: Points, key: Points) -> tuple[Tensor, int, Tensor]:
-        """The loss of this process's points, and of how many.
+        """Sum the loss over this process's points.
 
         Args:
-            query: of the query view.
-            key: of the key view; gets no gradient. ``gathered`` and ``queue`` want the same number
-                of slots on every process.
+            query: points of the query view.
+            key: points of the key view; receive no gradient. ``gathered`` and ``queue`` need the
+                same number of slots on every process.
 
         Returns:
-            Sum over the query view's points that have a positive; 0, connected to the graph, where
-            none has. Their number. The mean cosine of positives, 0 where there is none.
+            The sum over the query view's points that have a positive (0, connected to the graph, if
+            none has), their number, and the mean cosine of positives (0 if there are none).
         """
         query, key = self._pooled(query), self._pooled(key._replace(vectors=key.vectors.detach()))
         bank, bank_ids, bank_valid = key
@@ -146,28 +147,29 @@ class PointContrast(nn.Module):
         return loss, count, similarity
 
     def _pooled(self, points: Points) -> Points:
-        """Unit vectors, one a group of ``pool`` points."""
+        """Unit vectors, one per group of ``pool`` points."""
         vectors, ids, valid = points.vectors.float(), points.ids, points.valid
         if self.pool > 1:
             if ids.shape[1] % self.pool:
                 raise UserError(
                     f"model.contrast.pool={self.pool} does not divide the {ids.shape[1]} points "
-                    "of a view: it is dataloader.train.dataset.views.points"
+                    "of a view: set it to dataloader.train.dataset.views.points"
                 )
             vectors = vectors.unflatten(1, (-1, self.pool)).mean(dim=2)
             ids, valid = (t.unflatten(1, (-1, self.pool)) for t in (ids, valid))
             if (ids != ids[..., :1]).any():
                 raise UserError(
-                    f"model.contrast.pool={self.pool} averages points of several ids: it is "
-                    "dataloader.train.dataset.views.points, with views.positives=region"
+                    f"model.contrast.pool={self.pool} averages points with different ids: set it "
+                    "to dataloader.train.dataset.views.points, with views.positives=region"
                 )
             ids, valid = ids[..., 0], valid.all(dim=2)
         return Points(F.normalize(vectors, dim=2), ids, valid)
 
     def _others(self, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """``(M, D)`` vectors that are negatives, and ``(M,)`` of which of our images each is.
+        """``(M, D)`` vectors of other images' points, and ``(M,)`` the image each belongs to.
 
-        -1 is none of this process's images, -2 no point at all.
+        Images are numbered within this process; -1 is an image of another process or an earlier
+        batch, -2 an empty slot.
         """
         images, slots = valid.shape
         device = bank.device
@@ -183,7 +185,7 @@ class PointContrast(nn.Module):
         vectors = bank.flatten(0, 1)
         if self.others == "gathered" and comm.get_world_size() > 1:
             offset = comm.get_rank() * images
-            # Numbered over all processes, then seen from this one.
+            # Number images over all processes, then relative to this one.
             everywhere = gather_rows(torch.where(image < 0, image, image + offset))
             mine = (everywhere >= offset) & (everywhere < offset + images)
             image = torch.where(mine, everywhere - offset, everywhere.clamp(max=-1))
@@ -201,7 +203,7 @@ class PointContrast(nn.Module):
         others: Tensor,
         image_of_other: Tensor,
     ) -> Tensor:
-        """Sum over the anchors of some images; shapes as in :meth:`forward`."""
+        """Sum over the anchors of a slice of images; shapes as in :meth:`forward`."""
         query, positive, anchors = query[images], positive[images], anchors[images]
         own = torch.einsum("bid,bjd->bij", query, bank[images]) / self.temperature
         far = query @ others.T / self.temperature  # (b, S, M)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
-from detectron2.utils import comm
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -22,27 +21,26 @@ from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, info_nce
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
-from region_pretrain.modeling.norms import use_local_batchnorm
-from region_pretrain.modeling.points import bilinear_weights
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.queue import KeyQueue
-from region_pretrain.modeling.shuffle import ImageShuffle
+from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.projects.point_region_contrast.affinity_head import AffinityHead
 from region_pretrain.projects.point_region_contrast.contrast import PointContrast, Points
 from region_pretrain.projects.point_region_contrast.distillation import (
     AffinityDistillation,
-    AffinityHead,
     Described,
 )
 from region_pretrain.projects.point_region_contrast.pictures import draw_affinities
+from region_pretrain.projects.point_region_contrast.points import bilinear_weights
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Maps:
-    """What the heads say of every place of a view's map, row by row."""
+    """The heads' outputs at every location of a view's map, row-major."""
 
     contrast: Tensor | None  # (B, h * w, D)
     affinity: Tensor | None  # (B, h * w, E), unit vectors
@@ -58,31 +56,32 @@ class _Maps:
 class PointRegionContrast(PretrainingModel):
     """MoCo v2 on images, contrast of points in regions, and distillation of points' affinities.
 
-    What is trained is the detector's trunk, up to the map that points are looked up in, or its FPN
-    up to one of its levels.
+    The detector's trunk is trained up to the map that points are read from, or its FPN up to one of
+    its levels.
 
     Args:
         backbone: the detector's :class:`~region_pretrain.modeling.trunk.Trunk`, its FPN, or the
             backbone of a C4 detector.
-        feature: name of the backbone's map; with a :class:`Trunk` its own.
-        res5: of a C4 detector: the stage behind that map, run on all of it.
-        head: from the map's channels to D, at every place.
+        feature: name of the backbone's map that points are read from; a :class:`Trunk` has its own.
+        res5: with a C4 detector, the stage after that map, run on the complete map.
+        head: from the map's channels to D, at every location.
         affinity_head: the same for affinities.
         queue: keys of other images, D channels.
-        contrast: of points.
-        distillation: of affinities.
-        momentum: schedule of the EMA momentum over the run, from 0 to 1.
-        temperature: of the image loss.
-        image_weight, point_weight, affinity_weight: of the losses. 0 switches one off; without the
-            affinities their head and the third view go, too.
-        zero_init: the scale of the last norm of each residual block starts at 0.
-        shuffle: batch norm in the backbone per process, as released, and images of the key network
-            dealt to other processes. ``False``: the detector's own norms, which should be SyncBN.
-        seed: of the shuffle.
+        contrast: the contrast of points.
+        distillation: the distillation of affinities.
+        momentum: schedule of the EMA momentum over the run, a function of its progress in [0, 1].
+        temperature: temperature of the image loss.
+        image_weight, point_weight, affinity_weight: weights of the losses; 0 switches one off.
+            Without affinities their head and the third view are not used either.
+        zero_init: initialise the scale of the last norm in each residual block with 0.
+        shuffle: use batch norm per process in the backbone, as released, with the key network's
+            images shuffled over processes. False keeps the detector's own norms, which should be
+            SyncBN.
+        seed: seed of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: a value is out of range.
     """
 
     detector_modules: tuple[str, ...] = ("backbone",)
@@ -112,28 +111,28 @@ class PointRegionContrast(PretrainingModel):
     ) -> None:
         super().__init__()
         if temperature <= 0:
-            raise UserError(f"model.temperature={temperature}: it is more than 0")
+            raise UserError(f"model.temperature={temperature} must be positive")
         self.weights = {"image": image_weight, "point": point_weight, "affinity": affinity_weight}
         for name, weight in self.weights.items():
             if weight < 0:
-                raise UserError(f"model.{name}_weight={weight}: at least 0")
+                raise UserError(f"model.{name}_weight={weight} must be at least 0")
         if not image_weight and not point_weight:
-            raise UserError("model.image_weight=0 and point_weight=0: one of them is more than 0")
+            raise UserError("one of model.image_weight and model.point_weight must be positive")
         if not isinstance(backbone, Trunk) and feature not in backbone.output_shape():
             known = ", ".join(backbone.output_shape())
-            raise UserError(f"model.feature={feature}: the backbone gives {known}")
+            raise UserError(f"model.feature={feature} must be one of {known}")
         if zero_init:
             for module in filter(None, (backbone, res5)):
                 zero_init_residual(module)
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.feature = feature
-        self.backbone = use_local_batchnorm(backbone) if shuffle else backbone
+        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.backbone = self.shuffling.prepare(backbone)
         self.roi_heads = nn.Module()
         if res5 is not None:
-            self.roi_heads.add_module("res5", use_local_batchnorm(res5) if shuffle else res5)
+            self.roi_heads.add_module("res5", self.shuffling.prepare(res5))
             self.detector_modules = ("backbone", "roi_heads")
-        if frozen := freeze_unread(backbone, [feature]):
-            logger.info("%s is all that is looked at: %s keep their weights", feature, frozen)
+        freeze_unread(backbone, [feature])
         self.head = head
         self.affinity_head = affinity_head if affinity_weight else None
         self.contrast = contrast
@@ -142,9 +141,7 @@ class PointRegionContrast(PretrainingModel):
         self.queue = queue
         self.momentum = momentum
         self.temperature = temperature
-        self.shuffle = shuffle
-        self.seed = seed or 0
-        self.iteration, self.done = 0, 0.0
+        self.iteration, self.progress = 0, 0.0
         self._pending_momentum: float | None = None
         self._warned = False
 
@@ -159,21 +156,21 @@ class PointRegionContrast(PretrainingModel):
         return modules
 
     def before_step(self, iteration: int, max_iter: int) -> None:
-        """Take note of where the training is; the engine calls it before each step's forward.
+        """Record the progress and the momentum of the step's update.
 
-        The key network moves in the forward pass: it sees the partner of the query view before it
-        moves, and the key view after.
+        The key network is updated in the forward pass: it embeds the query view's partner before
+        the update, and the key view after it.
         """
-        self.iteration, self.done = iteration, iteration / max_iter
-        self._pending_momentum = self.momentum(self.done)
+        self.iteration, self.progress = iteration, iteration / max_iter
+        self._pending_momentum = self.momentum(self.progress)
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Losses of a batch from :class:`~region_pretrain.projects.point_region_contrast.views`.
 
         Returns:
-            ``loss_image``, ``loss_point`` and ``loss_affinity``, weighted, those that are not
-            switched off; ``embedding_std``; the mean cosine of points of the same region; how many
-            points an image has that are contrasted, and how many places; the teacher's temperature.
+            ``loss_image``, ``loss_point`` and ``loss_affinity``, weighted, unless switched off;
+            ``embedding_std``; the mean cosine of points of the same region; the numbers of
+            contrasted points and of shared places per image; the teacher's temperature.
         """
         query_view, key_view = batch.views[:2]
         query = self._describe(self.query, query_view)
@@ -181,7 +178,7 @@ class PointRegionContrast(PretrainingModel):
             partner = None
             if self.distillation is not None:
                 partner = self._keys(self._partner(batch), affinity_only=True)
-            self._move_key_network()
+            self._update_key_network()
             key = self._keys(key_view)
 
         outputs = {}
@@ -201,36 +198,36 @@ class PointRegionContrast(PretrainingModel):
             if not count and self.training and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "no image of a batch has a region that both views see; if this goes on, only "
+                    "no image of this batch has a region in both views. If this persists, only "
                     "images are contrasted (views.maps.kind=boxes needs dataset.regions)"
                 )
             outputs["loss_point"] = self.weights["point"] * mean_over_ranks(total, count)
             outputs["points/similarity"] = similarity
-            outputs["points/an_image"] = torch.tensor(count / len(batch))
+            outputs["points/per_image"] = torch.tensor(count / len(batch))
         if self.distillation is not None:
             total, count = self._distil(batch, query, partner, key)
             outputs["loss_affinity"] = self.weights["affinity"] * mean_over_ranks(total, count)
-            outputs["places/an_image"] = torch.tensor(count / len(batch))
-            temperature = self.distillation.temperature_at(self.done)
+            outputs["places/per_image"] = torch.tensor(count / len(batch))
+            temperature = self.distillation.temperature_at(self.progress)
             outputs["places/teacher_temperature"] = torch.tensor(temperature)
         return outputs
 
     @torch.no_grad()
     def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]]:
-        """Draw to which places of the key view a point of the query view is alike.
+        """Draw the affinities of a point of the query view with the places of the key view.
 
         Args:
             batch: from :class:`~region_pretrain.projects.point_region_contrast.views`.
 
         Returns:
             For each image the query view with a point, and the key view coloured by the point's
-            affinities, as the student has them and as the teacher does: (H, W, 3) uint8 RGB.
+            affinities according to student and teacher: (H, W, 3) uint8 RGB.
 
         Raises:
-            UserError: the affinities are switched off.
+            UserError: affinities are switched off.
         """
         if self.distillation is None:
-            raise UserError("model.affinity_weight=0: there are no affinities to draw")
+            raise UserError("model.affinity_weight=0 leaves no affinities to draw")
         partner_view, (query_view, key_view) = self._partner(batch), batch.views[:2]
         query = self._describe(self.query, query_view)
         partner, key = (self._describe(self.key, view) for view in (partner_view, key_view))
@@ -247,13 +244,13 @@ class PointRegionContrast(PretrainingModel):
     def _partner(self, batch: ViewBatch) -> View:
         if len(batch.views) < 3:
             raise UserError(
-                "dataloader.train.dataset.views.pairs=0 leaves nothing to distil: set "
-                "model.affinity_weight=0 as well, or pairs above 0"
+                "dataloader.train.dataset.views.pairs=0 leaves nothing to distil: make it positive "
+                "or set model.affinity_weight=0"
             )
         return batch.views[2]
 
-    def _move_key_network(self) -> None:
-        """Once a step, however many micro-batches it has."""
+    def _update_key_network(self) -> None:
+        """Once per step, however many micro-batches it has."""
         if self._pending_momentum is not None:
             self.key.ema_update(self._pending_momentum)
             self._pending_momentum = None
@@ -268,22 +265,22 @@ class PointRegionContrast(PretrainingModel):
             self._places(batch, query.size),
             self._partner(batch).valid,
             query.size,
-            self.done,
+            self.progress,
         )
 
     def _place_points(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
-        """``(B, M, 2)`` on the CPU: the places that query view and partner share, in each."""
+        """The places that query view and partner share, ``(B, M, 2)`` in each, on the CPU."""
         query, key, partner = batch.views
         return query.boxes[:, key.boxes.shape[1] :, :2], partner.boxes[..., :2]
 
     def _places(self, batch: ViewBatch, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Their weights in the maps, ``(B, M, h * w)``."""
+        """The shared places' weights in both maps, ``(B, M, h * w)``."""
         views = (batch.views[0], batch.views[2])
         both = zip(self._place_points(batch), views, strict=True)
         return tuple(self._weights(xy, view, size) for xy, view in both)
 
     def _points(self, view: View, maps: _Maps, slots: int) -> Points:
-        """The points of regions: the view's first slots."""
+        """The points of regions, which are the view's first slots."""
         weights = self._weights(view.boxes[:, :slots, :2], view, maps.size)
         with torch.autocast(weights.device.type, enabled=False):
             vectors = weights @ maps.contrast
@@ -294,19 +291,13 @@ class PointRegionContrast(PretrainingModel):
         return bilinear_weights(xy, tuple(view.images.shape[-2:]), size)
 
     def _keys(self, view: View, affinity_only: bool = False) -> _Maps:
-        """The key network on a view, its images dealt to other processes where that is asked."""
-        if not self.shuffle or comm.get_world_size() == 1:
-            return self._describe(self.key, view, affinity_only)
-        shuffle = ImageShuffle(len(view.images), (self.seed, self.iteration, int(affinity_only)))
-        images, photometry = shuffle.deal(view.images), shuffle.deal(view.photometry)
-        dealt = replace(view, images=images, photometry=photometry)
-        maps = self._describe(self.key, dealt, affinity_only)
-        one = torch.ones(len(images), dtype=torch.int64)
-        there = [m for m in (maps.contrast, maps.affinity) if m is not None]
-        back = shuffle.collect(torch.cat(there, dim=2), one, one)
-        parts = iter(back.split([m.shape[2] for m in there], dim=2))
+        """The key network on a view, with shuffled images."""
+        key = self.iteration, int(affinity_only)
+        permutation = self.shuffling.permutation(len(view.images), *key)
+        maps = self._describe(self.key, permutation.shuffle_view(view), affinity_only)
         contrast, affinity = (
-            None if m is None else next(parts) for m in (maps.contrast, maps.affinity)
+            None if rows is None else permutation.unshuffle(rows)
+            for rows in (maps.contrast, maps.affinity)
         )
         return _Maps(contrast, affinity, maps.size)
 
@@ -317,8 +308,8 @@ class PointRegionContrast(PretrainingModel):
         if isinstance(backbone, Trunk):
             features = backbone.last_map(images)
         else:
-            everything = {self.feature: slice(0, len(images))}
-            features = pyramid_maps(backbone, images, everything)[self.feature]
+            reads = {self.feature: slice(0, len(images))}
+            features = pyramid_maps(backbone, images, reads)[self.feature]
         if "res5" in network:
             features = network["res5"](features)
         size = tuple(features.shape[-2:])

@@ -1,4 +1,4 @@
-"""Points of regions in their views, and what a point is alike to."""
+"""Pictures of the points of regions, and of a point's affinities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.reporting.pictures import view_pixels
 from region_pretrain.reporting.plots import draw_boxes
 
-_SHOWN = 12  # places of each pair of views
+_SHOWN = 12  # places per pair of views
 _COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(int).tolist()
 _HEAT = colormaps["inferno"]
 _POINT = (0, 235, 235)
@@ -28,22 +28,22 @@ def draw_points(
     """Draw points and their labels.
 
     Args:
-        image: (H, W, 3) uint8 RGB. A small one is enlarged.
-        points: (N, 2) x and y in its pixels.
+        image: (H, W, 3) uint8 RGB; a small image is enlarged.
+        points: (N, 2) x and y in pixels of the image.
         colours: N RGB colours in 0-255.
         labels: N short texts.
 
     Returns:
-        (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
+        (H', W', 3) uint8 RGB; H' / H = W' / W is an integer.
     """
     picture = draw_boxes(image, np.zeros((0, 4)))
     scale = picture.shape[1] / image.shape[1]
-    centres = np.rint(points * scale).astype(int).tolist()
-    for i, (centre, colour) in enumerate(zip(centres, colours, strict=True)):
-        cv2.circle(picture, centre, 5, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
-        cv2.circle(picture, centre, 4, tuple(map(int, colour)), cv2.FILLED, cv2.LINE_AA)
+    centers = np.rint(points * scale).astype(int).tolist()
+    for i, (center, colour) in enumerate(zip(centers, colours, strict=True)):
+        cv2.circle(picture, center, 5, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+        cv2.circle(picture, center, 4, tuple(map(int, colour)), cv2.FILLED, cv2.LINE_AA)
         if labels is not None:
-            _write(picture, labels[i], (centre[0] + 6, centre[1] + 4))
+            _write(picture, labels[i], (center[0] + 6, center[1] + 4))
     return picture
 
 
@@ -58,13 +58,13 @@ def draw_views(batch: ViewBatch, slots: int) -> list[list[np.ndarray]]:
     """Draw the points of each image of a batch.
 
     Args:
-        batch: of :class:`~region_pretrain.projects.point_region_contrast.views.PointRegionViews`.
-        slots: number of those that are points of regions.
+        batch: from :class:`~region_pretrain.projects.point_region_contrast.PointRegionViews`.
+        slots: number of slots that are points of regions.
 
     Returns:
-        For each image a row of (H, W, 3) uint8 RGB: the points of regions in query and key view, a
-        colour a region; and where there is a partner, query view and partner with places that both
-        see, a colour and a number a place.
+        For each image a row of (H, W, 3) uint8 RGB: query and key view with the points of regions,
+        one colour per region; and if there is a partner, query view and partner with some of their
+        shared places, one colour and number per place.
     """
     pixels = [view_pixels(view) for view in batch.views]
     rows = []
@@ -97,18 +97,18 @@ def draw_affinities(
     student: Tensor,
     teacher: Tensor,
 ) -> list[list[np.ndarray]]:
-    """Draw a point of each image and what it is alike to.
+    """Draw one point per image and its affinities.
 
     Args:
-        query_view, key_view: of the images.
-        places: ``(B, M, 2)`` points of the query view in pixels.
+        query_view, key_view: the images' views.
+        places: ``(B, M, 2)`` points in pixels of the query view.
         valid: ``(B, M)`` bool.
         student, teacher: ``(B, M, cells, cells)`` affinities to the key view's cells, summing to 1.
 
     Returns:
-        For each image the query view with that of its points that is nearest to its middle, and the
-        key view under each affinity map: the brighter, the more alike; the number says how many
-        times the highest affinity is that of an even map.
+        For each image the query view with the point closest to its middle, and the key view under
+        the affinity maps of student and teacher: the brighter, the higher. The number is the ratio
+        of the highest affinity to that of a uniform map.
     """
     queries, keys = view_pixels(query_view), view_pixels(key_view)
     rows = []

@@ -22,40 +22,41 @@ from region_pretrain.projects.point_region_contrast.maps import NO_REGION, MapSo
 from region_pretrain.projects.point_region_contrast.pictures import draw_views
 
 POSITIVES = ("region", "location")
-#: Ids of the places that query view and partner share begin here, above all regions' labels.
+#: First id of the places that query view and partner share, above the labels of all regions.
 PLACE_IDS = 1 << 20
 
 
 class PointRegionViews(ViewSampler):
     """Draws a query view, a key view and, for the affinities, a partner of the query view.
 
-    The partner is a second crop that overlaps the query's: both are drawn again until their
+    The partner is a second crop that overlaps the query's: both are redrawn until their
     intersection is at least ``min_overlap`` of the larger. The key view is independent.
 
-    A point is a box without extent, so that it goes wherever boxes go. The first ``num_regions *
-    points`` slots of query and key view are points of the regions that both views see, the points
-    of a region side by side; slots with the same id are positives of each other. Points are
-    centres of a view's cells, drawn uniformly with replacement from the cells of their region. The
-    query's last ``pairs`` slots and those of the partner are places that both of these see, one id
-    a place.
+    A point is a box without extent, so it passes through the code for boxes. The first
+    ``num_regions * points`` slots of query and key view are points of the regions visible in both
+    views, with the points of a region next to each other; slots with the same id are positives.
+    Points are centres of a view's cells, drawn uniformly with replacement from the cells of their
+    region. The last ``pairs`` slots of the query, and all slots of the partner, are places visible
+    in both, one id per place.
 
     Args:
-        size: side of all views in pixels.
-        photometry: of all views.
-        maps: where regions are.
-        num_regions: of more regions that are in both views, so many are drawn.
-        points: for each region and view.
-        positives: ``"region"``: points are drawn in each view by itself, and have the label of
-            their region for id. ``"location"``: a key's point is where the query's is in the
-            image, and has an id of its own.
-        cells: a side, on which the regions are looked up and places are matched.
-        pairs: places that query and partner share; 0: there is no partner.
-        crop_area: range of a crop's share of the image.
-        min_overlap: of query and partner.
-        max_draws: of the two; the last is kept.
+        size: side length of all views in pixels.
+        photometry: photometric augmentation of all views.
+        maps: source of the region maps.
+        num_regions: number of regions; if both views see more, a random subset is used.
+        points: number of points per region and view.
+        positives: ``"region"``: points are drawn independently in each view, and their id is the
+            region's label. ``"location"``: a key point is at the query point's location in the
+            image, and their id is the location.
+        cells: number of cells per side of the grid on which regions are looked up and places are
+            matched.
+        pairs: number of places that query and partner share; 0: no partner.
+        crop_area: range of a crop's fraction of the image.
+        min_overlap: minimum overlap of query and partner.
+        max_draws: maximum number of draws of query and partner; the last one is kept.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: a value is out of range.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class PointRegionViews(ViewSampler):
     ) -> None:
         area = checked_crop_area(size, crop_area)
         if positives not in POSITIVES:
-            raise UserError(f"views.positives={positives!r}: it is one of {', '.join(POSITIVES)}")
+            raise UserError(f"views.positives={positives!r} must be one of {', '.join(POSITIVES)}")
         counts = dict(num_regions=num_regions, points=points, cells=cells, max_draws=max_draws)
         for name, value in {**counts, "pairs": pairs}.items():
             if value < (name in counts):
-                raise UserError(f"views.{name}={value}: at least {int(name in counts)}")
+                raise UserError(f"views.{name}={value} must be at least {int(name in counts)}")
         if not 0 <= min_overlap <= 1:
-            raise UserError(f"views.min_overlap={min_overlap}: a share within [0, 1]")
+            raise UserError(f"views.min_overlap={min_overlap} must be in [0, 1]")
         self.size = (size, size)
         self.photometry = photometry
         self.maps = maps
@@ -89,16 +90,16 @@ class PointRegionViews(ViewSampler):
         self.cells = cells
         self.crop_area = area
         self.min_overlap, self.max_draws = min_overlap, max_draws
-        centres = (np.arange(cells) + 0.5) * (size / cells)
+        centers = (np.arange(cells) + 0.5) * (size / cells)
         #: (cells * cells, 2) x and y in view pixels.
-        self.centres = np.stack(np.meshgrid(centres, centres), axis=-1).reshape(-1, 2)
+        self.centers = np.stack(np.meshgrid(centers, centers), axis=-1).reshape(-1, 2)
 
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> list[ViewSample]:
         """See :class:`~region_pretrain.data.views.ViewSampler`.
 
-        Where the region maps need pixels, points of regions come with :meth:`complete` only.
+        If the region maps need pixels, :meth:`complete` adds the points of regions.
         """
         query, partner, key = self._draw_crops(width, height, rng)
         no_points = _Points.none(self.num_regions * self.points)
@@ -132,19 +133,19 @@ class PointRegionViews(ViewSampler):
         """Draw the points of each image.
 
         Args:
-            batch: of these views.
+            batch: a batch of these views.
 
         Returns:
-            For each image its query and key view with the points of their regions, one colour a
-            region, and its query and partner with some of the places that both see, one colour and
-            number a place: (H, W, 3) uint8 RGB.
+            For each image query and key view with the points of their regions, one colour per
+            region, and query and partner with some of their shared places, one colour and number
+            per place: (H, W, 3) uint8 RGB.
         """
         return draw_views(batch, self.num_regions * self.points)
 
     def _draw_crops(
         self, width: int, height: int, rng: np.random.Generator
     ) -> tuple[ViewGeometry, ViewGeometry, ViewGeometry]:
-        """Query, partner and key."""
+        """Draw the crops of query, partner and key."""
         key = random_resized_crop(width, height, self.size, rng, self.crop_area)
         for _ in range(self.max_draws if self.pairs else 1):
             query, partner = (
@@ -157,14 +158,14 @@ class PointRegionViews(ViewSampler):
     def _draw_places(
         self, query: ViewGeometry, partner: ViewGeometry, rng: np.random.Generator
     ) -> tuple[_Points, _Points]:
-        """Some of the places that both see, in either view."""
+        """Draw places that query and partner share, in each view."""
         matched = match_cells(view_window(query), view_window(partner), self.cells)
         if len(matched) > self.pairs:
             matched = matched[np.sort(rng.choice(len(matched), self.pairs, replace=False))]
         found = []
         for column in matched.T:
             points = _Points.none(self.pairs)
-            points.xy[: len(matched)] = self.centres[column]
+            points.xy[: len(matched)] = self.centers[column]
             points.ids[:] = PLACE_IDS + np.arange(self.pairs)
             points.valid[: len(matched)] = True
             found.append(points)
@@ -185,11 +186,11 @@ class PointRegionViews(ViewSampler):
             slots = slice(k * self.points, (k + 1) * self.points)
             if self.positives == "location":
                 cell = rng.choice(cells[region][0], self.points)
-                drawn = [self.centres[cell]]
+                drawn = [self.centers[cell]]
                 drawn.append(map_points(key.affine, query.original_points(drawn[0])))
-                ids = 1 + cell  # a place that is drawn twice is no negative of itself
+                ids = 1 + cell  # a cell that is drawn twice is not its own negative
             else:
-                drawn = [self.centres[rng.choice(mine, self.points)] for mine in cells[region]]
+                drawn = [self.centers[rng.choice(mine, self.points)] for mine in cells[region]]
                 ids = region
             for mine, xy in zip(points, drawn, strict=True):
                 mine.xy[slots], mine.ids[slots], mine.valid[slots] = xy, ids, True
@@ -201,11 +202,11 @@ class PointRegionViews(ViewSampler):
     def _cells_of_regions(
         self, query: ViewGeometry, key: ViewGeometry, region_map: RegionMap
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Of each region that both views see its cells in either.
+        """The cells of each region that both views see, in each view.
 
-        Where positives are locations, only the query's cells count, those that the key view shows.
+        If positives are locations, these are the query's cells that the key view shows.
         """
-        places = query.original_points(self.centres), key.original_points(self.centres)
+        places = query.original_points(self.centers), key.original_points(self.centers)
         labels = [region_map(xy) for xy in places]
         if self.positives == "location":
             x0, y0, x1, y1 = key.crop_box
@@ -221,7 +222,7 @@ class PointRegionViews(ViewSampler):
 
     def _sample(self, geometry: ViewGeometry, points: _Points) -> ViewSample:
         boxes = np.tile(points.xy, 2).astype(np.float32)
-        # Copies: regions are filled in later, in each view by itself.
+        # Copies, as regions are filled in later for each view separately.
         return ViewSample(geometry, self.photometry, boxes, points.ids.copy(), points.valid.copy())
 
 

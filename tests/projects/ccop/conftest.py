@@ -46,7 +46,7 @@ def small_ccop():
 
 @pytest.fixture(scope="session")
 def make_batch():
-    """Random images and boxes: ``make_batch(counts)`` has so many regions in each image."""
+    """``make_batch(counts)``: random images with ``counts`` random regions."""
 
     def make(counts=(3, 5, 1, 2), size: int = 64, slots: int = 6, seed: int = 0) -> ViewBatch:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Facts of the recipes."""
+"""Values of the recipes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONFIGS = CONFIG_ROOT.parent / "projects/CCOP/configs"
         ("ccop_r50-fpn_8xb32-200ep_coco", 200, 92_400),
     ],
 )
-def test_facts_of_the_coco_recipes(name, epochs, iterations):
+def test_values_of_the_coco_recipes(name, epochs, iterations):
     cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
     batch = cfg.dataloader.train.total_batch_size
     assert batch == 8 * 32 and 118_287 // batch * epochs == iterations
@@ -43,7 +43,7 @@ def test_facts_of_the_coco_recipes(name, epochs, iterations):
     assert tuple(light.blur_sigma) == (0.1, 2.0) and "solarize_prob" not in light
 
 
-def test_learning_rate_of_the_facts():
+def test_the_learning_rate():
     cfg = LazyConfig.load(str(CONFIGS / "ccop_r50-fpn_8xb32-800ep_coco.py"))
     multiplier = instantiate(cfg.lr_multiplier)
 

@@ -1,4 +1,4 @@
-"""Curriculum and candidates: the facts of the method."""
+"""Curriculum and candidates: the method's values."""
 
 import math
 
@@ -29,11 +29,11 @@ START = Difficulty(0.15, 0.35, 0.8)
         (400_000, 0.4, 0.6, 1.4),  # beyond the end it stays
     ],
 )
-def test_ranges_and_floor_of_the_facts(t, iou_floor, center, log_size):
+def test_ranges_and_iou_floor(t, iou_floor, center, log_size):
     assert Curriculum().at(t / 369_600) == pytest.approx((center, log_size, iou_floor))
 
 
-def test_steps_count_from_one_to_the_runs_real_length():
+def test_levels_go_from_the_first_step_to_the_runs_length():
     curriculum = Curriculum()
     curriculum.step(0, 8)
     assert curriculum.level == 1 / 8
@@ -54,7 +54,7 @@ def test_extremes_of_shift_and_scale(p, shift, low, high):
     assert (y2 - y1) / 20 == pytest.approx(high, abs=1e-3)
 
 
-def test_jitter_of_the_fact():
+def test_a_jittered_box():
     box = torch.tensor([50.0, 50.0, 150.0, 150.0])
     found = draw_candidates(box, torch.full((1, 4), 0.5), START, VIEW)
     expected = [47.9377, 47.9377, 167.0623, 167.0623]
@@ -76,7 +76,7 @@ def test_validity_of_a_pure_shift(shift, iou, at_08, at_07):
         assert found.valid[0].item() is valid
 
 
-def test_candidates_are_clipped_before_the_overlap_is_taken():
+def test_candidates_are_clipped_before_their_iou_is_computed():
     box = torch.tensor([150.0, 100.0, 220.0, 170.0])
     found = draw_candidates(box, torch.tensor([[0.5, 0, 0, 0]]), Difficulty(0.6, 1.4, 0.4), VIEW)
     assert found.boxes[0].tolist() == pytest.approx([171, 100, 224, 170], abs=1e-3)
@@ -118,14 +118,14 @@ def test_candidates_against_a_slow_restatement():
 
 
 @pytest.mark.parametrize(
-    ("p", "share", "iou"),
+    ("p", "fraction", "iou"),
     [(0, 0.55, 0.81), (0.25, 0.44, 0.70), (0.5, 0.45, 0.60), (0.75, 0.54, 0.52), (1, 0.66, 0.45)],
 )
-def test_share_of_valid_candidates_over_the_curriculum(p, share, iou):
+def test_fraction_of_valid_candidates_over_the_curriculum(p, fraction, iou):
     box = torch.tensor([[450.0, 450.0, 550.0, 550.0]])  # far from any border
     noise = draw_noise(0, 0, [0], (1, 20_000, 4))[0]
     found = draw_candidates(box, noise, Curriculum().at(p), (1000, 1000))
-    assert found.valid[0, :-1].float().mean().item() == pytest.approx(share, abs=0.012)
+    assert found.valid[0, :-1].float().mean().item() == pytest.approx(fraction, abs=0.012)
     assert found.iou[0, :-1].mean().item() == pytest.approx(iou, abs=0.01)
 
 
@@ -144,7 +144,7 @@ def test_the_hardest_valid_candidate(similarity, valid, chosen):
     assert found.tolist() == [chosen]
 
 
-def test_noise_is_of_image_and_iteration_and_of_nothing_else():
+def test_noise_depends_on_seed_image_and_iteration_only():
     both = draw_noise(3, 7, [11, 12], (50, 10, 4))
     assert torch.equal(both[1], draw_noise(3, 7, [12], (50, 10, 4))[0])
     assert both.min() >= -0.5 and both.max() < 0.5
@@ -153,8 +153,8 @@ def test_noise_is_of_image_and_iteration_and_of_nothing_else():
         assert not torch.equal(both[:1], other)
 
 
-def test_closed_loop_follows_the_similarity_to_the_set_point():
-    """Positives that get less similar with the level: it settles where they meet the set point."""
+def test_the_closed_loop_settles_at_the_set_point():
+    """Positives become less similar with the level, which settles where they meet the set point."""
     curriculum = Curriculum(feedback=Feedback(set_point=0.7, gain=0.5, period=2))
     levels = []
     for iteration in range(60):
@@ -170,12 +170,12 @@ def test_closed_loop_follows_the_similarity_to_the_set_point():
     assert curriculum.level == 0  # clamped
     before = curriculum.level
     curriculum.measured.zero_()
-    curriculum.step(102, 60)  # no positive since the last move: it stays
+    curriculum.step(102, 60)  # no positive since the last change: it stays
     assert curriculum.level == before
 
 
 @pytest.mark.parametrize("feedback", [None, Feedback(-0.3, 0.3, 3)])
-def test_a_curriculum_resumed_goes_on_exactly(feedback):
+def test_a_resumed_curriculum_continues_exactly(feedback):
     def run(curriculum, start, stop):
         found = []
         for iteration in range(start, stop):
@@ -202,6 +202,6 @@ def test_a_curriculum_resumed_goes_on_exactly(feedback):
         {"feedback": Feedback(set_point=2)},
     ],
 )
-def test_values_that_make_no_sense_are_named(wrong):
+def test_errors_name_the_wrong_value(wrong):
     with pytest.raises(UserError, match=f"curriculum.{next(iter(wrong))}"):
         Curriculum(**wrong)

@@ -11,7 +11,7 @@ SPREAD = torch.tensor([[[0, 0, 9, 9], [20, 0, 29, 9], [40, 0, 49, 9.0]]])
 
 
 def from_similarity(similarity, pairs, anchor="column"):
-    """Mean loss with a given S: keys are the axes, queries the rows of S."""
+    """Mean loss for a given S: keys are unit axes, queries the rows of S."""
     query = torch.tensor([similarity], requires_grad=True)
     key = torch.eye(query.shape[1])[None]
     total = intra_image_margin(query, key, pairs, 0.4, anchor)
@@ -26,7 +26,7 @@ def test_two_disjoint_regions(anchor, loss):
     assert found.item() == pytest.approx(loss, abs=1e-6)
 
 
-def test_overlapping_regions_are_no_pair():
+def test_overlapping_regions_are_not_a_pair():
     boxes = SPREAD.clone()
     boxes[0, 1] = torch.tensor([0, 0, 9, 4.0])
     pairs = distinct_pairs(boxes, torch.ones(1, 3).bool(), 0.05)
@@ -36,7 +36,7 @@ def test_overlapping_regions_are_no_pair():
     assert found.item() == pytest.approx(0.0875, abs=1e-6)
 
 
-def test_the_bound_of_overlap_is_strict():
+def test_the_iou_bound_is_exclusive():
     """Squares of 10 that are 6 apart overlap by 4 / 16."""
     boxes = torch.tensor([[[0, 0, 10, 10], [6, 0, 16, 10.0]]])
     both = torch.ones(1, 2).bool()
@@ -44,7 +44,7 @@ def test_the_bound_of_overlap_is_strict():
     assert distinct_pairs(boxes, both, 0.2501).sum() == 2
 
 
-def test_slots_without_a_region_and_regions_without_area_are_no_pair():
+def test_empty_slots_and_regions_without_area_are_not_pairs():
     boxes = SPREAD.clone()
     pairs = distinct_pairs(boxes, torch.tensor([[True, True, False]]), 0.05)
     assert pairs.sum() == 2 and not pairs[0, 2].any() and not pairs[0, :, 2].any()
@@ -82,7 +82,7 @@ def test_gradient_reaches_both_queries_and_no_key():
     torch.testing.assert_close(query.grad[0, 1], -key[0, 1].detach())  # S_11 falls with q_1
 
 
-def test_without_a_pair_it_is_a_zero_that_is_connected():
+def test_without_pairs_the_loss_is_zero_and_connected():
     query = F.normalize(torch.randn(2, 3, 8), dim=-1).requires_grad_()
     loss = intra_image_margin(query, query.detach(), torch.zeros(2, 3, 3).bool(), 0.4)
     loss.backward()

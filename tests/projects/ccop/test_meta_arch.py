@@ -1,4 +1,4 @@
-"""The meta-architecture: what it computes, what it trains, what it keeps."""
+"""The meta-architecture: losses, gradients and state."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def slow_ccop(model, batch):
 @pytest.mark.parametrize("level", [0.1, 1.0])
 def test_losses_against_a_slow_restatement(small_ccop, make_batch, level):
     model = small_ccop().eval()
-    with torch.no_grad():  # the copies differ, so that it shows which network saw what
+    with torch.no_grad():  # make the networks differ, to show which one saw what
         for parameter in model.key.parameters():
             parameter.mul_(1.02)
     batch = make_batch((3, 5, 0, 2), seed=3)
@@ -123,7 +123,7 @@ def test_the_hardest_candidate_is_harder_than_any(small_ccop, make_batch):
 
 
 def test_dropout_makes_two_keys_of_one_region(small_ccop, make_batch):
-    """The key that a query must meet and the one of the margin loss are two draws."""
+    """The positive and the key of the margin loss are two draws."""
     batch = make_batch((1, 1, 1, 1))
     for dropout, same in ((0.5, False), (0.0, True)):
         model = small_ccop(dropout=dropout, num_candidates=0).train()
@@ -133,7 +133,7 @@ def test_dropout_makes_two_keys_of_one_region(small_ccop, make_batch):
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 6, 0, 1)])
-def test_images_without_regions_are_no_hazard(small_ccop, make_batch, counts):
+def test_images_without_regions_train(small_ccop, make_batch, counts):
     model = small_ccop().train()
     outputs = step(model, make_batch(counts))
     assert all(value.isfinite() for value in outputs.values())
@@ -146,7 +146,7 @@ def test_images_without_regions_are_no_hazard(small_ccop, make_batch, counts):
     assert model.region_queue.pointer == sum(counts) and model.image_queue.pointer == 4
 
 
-def test_what_learns_and_what_does_not(small_ccop, make_batch):
+def test_query_networks_learn_and_key_networks_do_not(small_ccop, make_batch):
     model = small_ccop().train()
     batch = make_batch()
     for slot, side in enumerate((12.0, 25.0, 50.0, 61.0)):  # one region on each level
@@ -179,7 +179,7 @@ def test_key_network_moves_before_the_forward_and_keeps_its_own_statistics(small
     assert key_norm.weight is not norm.weight
 
 
-def test_keys_of_a_step_are_in_the_queues_after_it(small_ccop, make_batch):
+def test_the_keys_of_a_step_are_enqueued(small_ccop, make_batch):
     model = small_ccop().train()
     start = model.region_queue.keys.clone()
     step(model, make_batch((3, 5, 1, 2)))
@@ -192,7 +192,7 @@ def test_keys_of_a_step_are_in_the_queues_after_it(small_ccop, make_batch):
     assert model.region_queue.pointer == 11  # only training fills it
 
 
-def test_the_curriculum_is_reported(small_ccop, make_batch):
+def test_the_curriculum_is_logged(small_ccop, make_batch):
     model = small_ccop()
     with EventStorage() as storage:
         model.before_step(4, 10)
@@ -206,12 +206,12 @@ def test_the_curriculum_is_reported(small_ccop, make_batch):
         }
     )
     outputs = model(make_batch())
-    assert 0.1 < outputs["curriculum/valid_share"] < 0.9
+    assert 0.1 < outputs["curriculum/valid_fraction"] < 0.9
     assert 0.6 <= outputs["curriculum/chosen_iou"] <= 1
     assert -1 <= outputs["curriculum/chosen_similarity"] <= 1
 
 
-def test_shuffling_keeps_norms_per_process_and_the_switch_keeps_the_detectors(small_ccop):
+def test_norms_are_per_process_only_if_shuffling_is_enabled(small_ccop):
     shuffled, synced = small_ccop(shuffle=True), small_ccop(shuffle=False)
     for model, kind in ((shuffled, nn.BatchNorm2d), (synced, nn.SyncBatchNorm)):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -259,14 +259,14 @@ def test_names_and_sizes_of_the_full_model():
         {"intra_weight": -1.0},
     ],
 )
-def test_values_that_make_no_sense_are_named(small_ccop, wrong):
+def test_errors_name_the_wrong_value(small_ccop, wrong):
     with pytest.raises(UserError, match=f"model.{next(iter(wrong))}"):
         small_ccop(**wrong)
 
 
-def test_a_detector_without_a_pyramid_is_refused(small_ccop):
+def test_a_detector_without_fpn_is_an_error(small_ccop):
     c4 = get_config("common/models/mask_rcnn_c4.py").model
     with torch.device("meta"):
         backbone = instantiate(c4.backbone)
-    with pytest.raises(UserError, match="FPN"):
+    with pytest.raises(UserError, match="CCOP needs a detector with an FPN"):
         small_ccop(backbone=backbone)

@@ -1,4 +1,4 @@
-"""Whole runs: into stock Detectron2, stopped and resumed, refused, drawn."""
+"""Complete runs: loading into stock Detectron2, resuming, errors, pictures."""
 
 import json
 import runpy
@@ -64,7 +64,7 @@ def metrics(folder) -> dict[int, dict]:
 
 
 @pytest.mark.parametrize("closed_loop", [False, True])
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, closed_loop):
+def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, closed_loop):
     def start(name: str, resume: bool = False):
         cfg = config(name)
         if closed_loop:
@@ -81,7 +81,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, closed_loop):
         assert levels[:2] == [0, 0] and levels[2] == levels[3] > 0 and levels[4] != levels[3]
     else:
         assert levels == pytest.approx(np.arange(1, 7) / 6)
-    for name in ("valid_share", "chosen_iou", "chosen_similarity", "center_range", "iou_floor"):
+    for name in ("valid_fraction", "chosen_iou", "chosen_similarity", "center_range", "iou_floor"):
         assert all(f"curriculum/{name}" in line for line in whole.values())
     first, second = (
         torch.load(tmp_path / name / "model_final.pth", weights_only=True)["pretraining"]
@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, closed_loop):
 
 
 def test_stock_detectron2_fills_backbone_and_pyramid(config, tmp_path):
-    """A separate process that cannot import this project loads the file into the detector."""
+    """A process that cannot import this project loads the file into the detector."""
     do_pretrain(config("stock"))
     path = str(tmp_path / "stock/model_final.pth")
     code = f"""
@@ -117,7 +117,7 @@ def test_stock_detectron2_fills_backbone_and_pyramid(config, tmp_path):
         cfg.update(norm="BN", out_channels=48)
         detector = torch.nn.Module()
         detector.backbone = instantiate(cfg)
-        detector.roi_heads = torch.nn.Linear(2, 3)  # stands for what starts anew
+        detector.roi_heads = torch.nn.Linear(2, 3)  # stands for what the file does not contain
         checkpointer = DetectionCheckpointer(detector)
         incompatible = []
         checkpointer._log_incompatible_keys = incompatible.append
@@ -148,7 +148,7 @@ def test_stock_detectron2_fills_backbone_and_pyramid(config, tmp_path):
     assert {n.split(".")[0] for n in report.missing} == {"proposal_generator", "roi_heads"}
 
 
-def test_annotated_boxes_are_used_on_purpose_only(config, region_folder, tmp_path, caplog):
+def test_annotated_boxes_must_be_allowed(config, region_folder, tmp_path, caplog):
     store = RegionStore.open(region_folder.store)
     path = str(tmp_path / "labels.arrow")
     rows = [(key, *store.size(key), boxes) for key, boxes in region_folder.boxes.items()]
@@ -184,7 +184,7 @@ def test_the_picture_of_the_candidates(config, tmp_path):
         model_pictures(cfg, batch, str(tmp_path / "none.pth"))
 
 
-def test_methods_without_a_picture_say_so():
+def test_a_method_without_pictures_is_an_error():
     soco = LazyConfig.load(str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"))
     with pytest.raises(UserError, match="SoCo draws no pictures of its own"):
         model_pictures(soco, None)

@@ -1,4 +1,4 @@
-"""Two gloo processes against one with the same global batch, and different numbers of regions."""
+"""Two gloo processes with different numbers of regions against one with the same global batch."""
 
 import pytest
 from two_processes import check_two_are_one, one_and_two_processes, with_fixed_statistics
@@ -7,8 +7,8 @@ from region_pretrain.projects.ccop import Feedback
 
 CASES = {
     "batch norm over both": (False, (1, 2, 6, 4)),
-    "one of them has no region": (False, (0, 0, 3, 5)),
-    # Images dealt to the other process: with statistics that are fixed nothing else changes.
+    "one process has no region": (False, (0, 0, 3, 5)),
+    # Images shuffled over both processes: with fixed statistics the results are the same.
     "shuffled": (True, (1, 2, 6, 4)),
 }
 

@@ -9,7 +9,7 @@ from region_pretrain.data.geometry import ViewGeometry, boxes_in_view
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
 from region_pretrain.projects.ccop import CCOPViews
-from region_pretrain.projects.ccop.views import surviving_share
+from region_pretrain.projects.ccop.views import visible_fraction
 
 WHOLE = ViewGeometry(0, 0, 200, 100, (224, 224))
 BOX = np.array([[50, 20, 150, 80]], np.float32)
@@ -25,11 +25,11 @@ def random_boxes(count: int, seed: int, width: int = 200, height: int = 100) -> 
     return np.minimum(boxes, (width, height) * 2).astype(np.float32)
 
 
-@pytest.mark.parametrize(("left", "share", "kept"), [(100, 0.5, 0), (80, 0.7, 1), (90, 0.6, 0)])
-def test_survival_is_strictly_more_than_the_share(left, share, kept):
+@pytest.mark.parametrize(("left", "fraction", "kept"), [(100, 0.5, 0), (80, 0.7, 1), (90, 0.6, 0)])
+def test_survival_needs_more_than_the_visible_fraction(left, fraction, kept):
     crop = ViewGeometry(left, 0, 100, 100, (224, 224))
-    assert surviving_share(crop, BOX) == pytest.approx([share])
-    survives = surviving_share(crop, BOX) > make_views().min_visible
+    assert visible_fraction(crop, BOX) == pytest.approx([fraction])
+    survives = visible_fraction(crop, BOX) > make_views().min_visible
     indices, _ = make_views().match([crop, WHOLE], BOX, survives)
     assert len(indices) == kept
 
@@ -41,7 +41,7 @@ def test_survival_is_strictly_more_than_the_share(left, share, kept):
         (True, (67.2, 44.8, 224, 179.2), (67.2, 44.8, 223, 179.2)),
     ],
 )
-def test_mapping_flip_and_clamp_of_the_facts(flip, mapped, clamped):
+def test_mapping_flip_and_clamp(flip, mapped, clamped):
     crop = ViewGeometry(80, 0, 100, 100, (224, 224), flip)
     np.testing.assert_allclose(boxes_in_view(crop, BOX)[0], mapped, atol=1e-4)
     _, (seen, _) = make_views().match([crop, WHOLE], BOX, np.array([True]))
@@ -61,7 +61,7 @@ def test_area_filter_at_view_scale(side, kept):
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 70), st.integers(0, 2**32 - 1))
-def test_slots_of_both_views_are_the_regions_that_survive_in_both(count, seed):
+def test_both_views_have_the_regions_that_survive_in_both(count, seed):
     boxes = random_boxes(count, seed)
     query, key = make_views()(200, 100, boxes, np.random.default_rng(seed))
     assert query.boxes.shape == key.boxes.shape == (50, 4)
@@ -86,7 +86,7 @@ def test_slots_of_both_views_are_the_regions_that_survive_in_both(count, seed):
         assert not view.boxes[~view.valid].any() and not view.region_ids[~view.valid].any()
 
 
-def test_of_too_many_regions_a_random_subset_is_taken():
+def test_too_many_regions_are_subsampled_at_random():
     boxes = np.tile(np.array([[5, 5, 195, 95]], np.float32), (20, 1))
     views = make_views(num_regions=4, crop_areas=[(0.95, 1.0)] * 2)
     seen = {
@@ -96,13 +96,13 @@ def test_of_too_many_regions_a_random_subset_is_taken():
     assert all(list(ids) == sorted(set(ids)) for ids in seen)
 
 
-def test_crops_are_drawn_again_until_a_region_survives(monkeypatch):
+def test_crops_are_redrawn_until_a_region_survives(monkeypatch):
     boxes = np.array([[60, 60, 110, 110]], np.float32)
     views, rng = make_views(), np.random.default_rng(0)
 
     def survives():
         geometry, flags = views._draw_crop(400, 400, boxes, (0.05, 0.2), rng)
-        assert (flags == (surviving_share(geometry, boxes) > 0.6)).all()
+        assert (flags == (visible_fraction(geometry, boxes) > 0.6)).all()
         return flags.any()
 
     ten = np.mean([survives() for _ in range(300)])
@@ -112,7 +112,7 @@ def test_crops_are_drawn_again_until_a_region_survives(monkeypatch):
     assert ten == pytest.approx(1 - (1 - once) ** 10, abs=0.1)
 
 
-def test_which_crop_is_the_query_is_drawn():
+def test_either_crop_may_be_the_query():
     views = make_views(crop_areas=[(1.0, 1.0), (0.1, 0.2)])
     none = np.zeros((0, 4), np.float32)
     wide = [
@@ -135,6 +135,6 @@ def test_an_image_without_regions_has_no_valid_slot():
         {"num_regions": 0},
     ],
 )
-def test_values_that_make_no_sense_are_named(wrong):
+def test_errors_name_the_wrong_value(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         make_views(**wrong)

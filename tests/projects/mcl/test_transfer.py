@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_goes_on, losses
+from project_runs import check_stopped_run_resumes, losses
 from stock_detector import load_into_stock_detectron2
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
@@ -47,7 +47,7 @@ def run(region_folder, tmp_path):
 
 
 def test_a_resumed_run_is_bit_for_bit_the_same(run):
-    check_stopped_run_goes_on(run)
+    check_stopped_run_resumes(run)
 
 
 def get_detector():

@@ -1,4 +1,4 @@
-"""MoCo v2: its loss, its parts under two processes, its recipes and its checkpoints."""
+"""MoCo v2: loss, two processes, recipes and checkpoints."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def test_loss_against_stock_cross_entropy():
         assert model.queue.pointer == 0  # only training fills it
 
 
-def test_queries_learn_and_keys_follow():
+def test_queries_learn_and_the_key_network_follows():
     model = small_moco().train()
     start = {n: p.clone() for n, p in model.key.named_parameters()}
     with torch.no_grad():
@@ -103,7 +103,7 @@ def _rank(rank: int, folder: str) -> None:
         found[shuffle] = (loss / 2, *rest)
     own = small_moco().train()  # statistics per process
     found["shuffled"] = own._keys(two_view_batch(8).chunk(2)[rank].views[1])
-    own.shuffle = False
+    own.shuffling.enabled = False
     found["straight"] = own._keys(two_view_batch(8).chunk(2)[rank].views[1])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -130,7 +130,7 @@ def test_two_processes_are_one_with_shared_or_fixed_statistics(tmp_path):
                 assert difference <= 5e-3 * value.norm() + 1e-4 * norm, name
             torch.testing.assert_close(found[shuffle][2], keys, rtol=1e-3, atol=1e-4)
             assert found[shuffle][3] == pointer == 8
-    for found in two:  # other images beside it, other statistics, another key
+    for found in two:  # a batch of other images has other statistics, hence another key
         assert not torch.allclose(found["shuffled"], found["straight"], atol=1e-3)
 
 
@@ -141,7 +141,7 @@ def test_two_processes_are_one_with_shared_or_fixed_statistics(tmp_path):
         ("moco-v2_r50_8xb32-800ep_coco", 800, 0.3, 369_600),
     ],
 )
-def test_facts_of_the_recipes(name, epochs, lr, iterations):
+def test_values_of_the_recipes(name, epochs, lr, iterations):
     cfg = LazyConfig.load(str(CONFIGS / f"{name}.py"))
     batch = cfg.dataloader.train.total_batch_size
     assert (cfg.train.epochs, batch, cfg.optimizer.lr) == (epochs, 256, lr)
@@ -189,7 +189,7 @@ def run(region_folder, tmp_path):
     return start
 
 
-def test_a_checkpoint_holds_the_trunk_and_says_so(run, caplog):
+def test_a_checkpoint_contains_the_trunk_and_the_log_says_so(run, caplog):
     with caplog.at_level(logging.INFO):
         folder = run("contract")
     assert "backbone.bottom_up only" in caplog.text + (folder / "log.txt").read_text()
@@ -205,7 +205,7 @@ def test_a_checkpoint_holds_the_trunk_and_says_so(run, caplog):
     assert {"queue.keys", "queue.pointer", "head.0.weight"} <= set(saved["pretraining"])
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(run):
+def test_a_stopped_run_resumes_bit_for_bit(run):
     def losses(folder):
         lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
         return {line["iteration"]: line["total_loss"] for line in lines}
@@ -220,8 +220,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(run):
     assert losses(parts) == whole and len(whole) == 4
 
 
-def test_values_that_make_no_sense_are_named():
-    with pytest.raises(UserError, match="model.temperature"):
+def test_errors_name_the_wrong_value():
+    with pytest.raises(UserError, match="model.temperature=0.0 must be positive"):
         small_moco(temperature=0.0)
     with pytest.raises(UserError, match="model.backbone.feature=res6"):
         Trunk(small_moco().backbone.bottom_up, "res6")

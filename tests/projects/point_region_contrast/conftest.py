@@ -1,4 +1,4 @@
-"""A small model, and batches of its own views."""
+"""A small model, and batches of its views."""
 
 import cv2
 import numpy as np
@@ -56,7 +56,7 @@ def make_views():
 
 @pytest.fixture(scope="session")
 def make_batch(noise_folder, make_views):
-    """``make_batch(count, **settings of the views)``: of the folder's first images."""
+    """``make_batch(count, **settings of the views)``: a batch of the folder's first images."""
 
     def make(count: int = 4, **overrides):
         dataset = PretrainDataset(f"folder://{noise_folder}", make_views(**overrides))

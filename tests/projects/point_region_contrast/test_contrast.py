@@ -1,4 +1,4 @@
-"""The contrast of points against a slow restatement, and its facts."""
+"""The contrast of points against a slow restatement and known values."""
 
 import itertools
 import math
@@ -43,7 +43,7 @@ def random_points(seed: int = 0, images: int = 3) -> tuple[Points, Points]:
 
 
 def slowly(query, key, in_image=True, others=True, log="outside", same_view=False, tau=0.2):
-    """One point after the other, as the equation says; ``others``: of the same batch."""
+    """The equation point by point; ``others`` are of the same batch."""
     f, g = (F.normalize(p.vectors.detach().double(), dim=2) for p in (query, key))
     everything = []  # (vector, image, id, which point of the query view)
     for b, s in itertools.product(*map(range, key.ids.shape)):
@@ -101,7 +101,7 @@ def test_against_the_slow_restatement(monkeypatch, chunk, same_view, log, in_ima
     assert float(query.vectors.grad[b, s, 0]) == pytest.approx(slope, rel=1e-2, abs=1e-4)
 
 
-def test_facts_of_the_intended_form():
+def test_values_of_the_papers_form():
     ids = [[1, 1, 2, 2]]
     alone = PointContrast(others="none")
     perfect = points(basis(ids), ids)
@@ -113,9 +113,9 @@ def test_facts_of_the_intended_form():
 @pytest.mark.parametrize(
     ("batch", "equal", "perfect"), [(2, 11.8375, 9.8312), (32, 19.8014, 10.3692)]
 )
-def test_facts_of_the_released_form(batch, equal, perfect):
-    """32 points of one region an image, both views, negatives of other images, times 0.2 / 0.07."""
-    ids = torch.ones(batch, 16, dtype=torch.int64)
+def test_values_of_the_released_form(batch, equal, perfect):
+    """One region per image, 32 points in both views, other images as negatives."""
+    ids = torch.ones(batch, 16, dtype=torch.int64)  # the released loss has a factor 0.2 / 0.07
     released = PointContrast(in_image=False, others="local", same_view=True)
     alike = points(torch.ones(batch, 16, 4), ids)
     apart = points(torch.eye(batch)[:, None].expand(-1, 16, -1), ids)
@@ -132,11 +132,11 @@ def test_pooled_points_are_regions():
     assert found == pytest.approx(np.divide(*slowly(*pooled)), rel=1e-5)
     with pytest.raises(UserError, match="pool=4 does not divide the 6 points"):
         PointContrast(pool=4)(query, key)
-    with pytest.raises(UserError, match="averages points of several ids"):
+    with pytest.raises(UserError, match="averages points with different ids"):
         PointContrast(pool=6)(query, key)
 
 
-def test_a_queue_holds_other_images_points():
+def test_a_queue_contains_other_images_points():
     query, key = random_points(2)
     contrast = PointContrast(others="queue", queue_length=40, dim=5).train()
     f, bank = F.normalize(query.vectors, dim=2), contrast.queue.keys.clone()
@@ -168,12 +168,12 @@ def test_no_positive_is_a_connected_zero():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"others": "cue"}, "contrast.others='cue': it is one of none, local, gathered, queue"),
+        ({"others": "cue"}, "contrast.others='cue' must be one of none, local, gathered, queue"),
         ({"log": "both"}, "contrast.log='both'"),
-        ({"temperature": 0.0}, "contrast.temperature=0.0"),
-        ({"in_image": False, "others": "none"}, "no negative left"),
+        ({"temperature": 0.0}, "contrast.temperature=0.0 must be positive"),
+        ({"in_image": False, "others": "none"}, "leaves no negatives"),
     ],
 )
-def test_values_that_make_no_sense_are_named(settings, named):
+def test_errors_name_the_wrong_value(settings, named):
     with pytest.raises(UserError, match=named):
         PointContrast(**settings)

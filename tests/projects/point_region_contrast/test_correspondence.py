@@ -79,7 +79,7 @@ def test_window_of_a_mirrored_view():
     assert corners.tolist() == [[40, 20], [10, 60]]
 
 
-def test_query_and_partner_overlap_and_the_key_is_free(make_views):
+def test_query_and_partner_overlap_and_the_key_is_independent(make_views):
     views = make_views(max_draws=101)
     none = np.zeros((0, 4), np.float32)
     near, far = [], []
@@ -94,7 +94,7 @@ def test_query_and_partner_overlap_and_the_key_is_free(make_views):
     assert min(crop_overlap(a.geometry.crop_box, c.geometry.crop_box) for a, _, c in first) < 0.5
 
 
-def test_a_sample_is_its_generators(make_views):
+def test_a_sample_depends_on_its_generator_only(make_views):
     for kind in ("grid", "kmeans"):
         views = make_views(kind=kind)
         image = np.random.default_rng(5).integers(0, 256, (200, 300, 3), dtype=np.uint8)
@@ -130,13 +130,13 @@ def test_more_regions_than_slots_and_images_without_any(make_views):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"positives": "point"}, "positives='point': it is one of region, location"),
+        ({"positives": "point"}, "positives='point' must be one of region, location"),
         ({"crop_area": (0.5, 0.2)}, "crop_area"),
-        ({"points": 0}, "points=0: at least 1"),
-        ({"pairs": -1}, "pairs=-1: at least 0"),
-        ({"min_overlap": 1.5}, "min_overlap"),
+        ({"points": 0}, "points=0 must be at least 1"),
+        ({"pairs": -1}, "pairs=-1 must be at least 0"),
+        ({"min_overlap": 1.5}, r"min_overlap=1.5 must be in \[0, 1\]"),
     ],
 )
-def test_values_that_make_no_sense_are_named(make_views, settings, named):
+def test_errors_name_the_wrong_value(make_views, settings, named):
     with pytest.raises(UserError, match=named):
         make_views(**settings)

@@ -1,14 +1,14 @@
-"""The distillation of affinities against its long form, and its facts."""
+"""The distillation of affinities against a direct computation and known values."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.points import bilinear_weights
 from region_pretrain.projects.point_region_contrast import AffinityDistillation, AffinityHead
 from region_pretrain.projects.point_region_contrast import distillation as distillation_module
 from region_pretrain.projects.point_region_contrast.distillation import Described
+from region_pretrain.projects.point_region_contrast.points import bilinear_weights
 
 
 def vectors(seed: int, batch: int = 2, places: int = 49, dim: int = 8) -> torch.Tensor:
@@ -17,8 +17,8 @@ def vectors(seed: int, batch: int = 2, places: int = 49, dim: int = 8) -> torch.
 
 
 @pytest.mark.parametrize(("teacher_temperature", "loss"), [(0.07, 0.07475), (0.04, 0.00952)])
-def test_facts_of_one_row(teacher_temperature, loss):
-    """Three places of the key view, whose affinities are what the vectors are made to give."""
+def test_values_of_one_row(teacher_temperature, loss):
+    """Three places of the key view, with given affinities."""
     distillation = AffinityDistillation(1, 0.1, (teacher_temperature, teacher_temperature))
     distillation._spread = lambda size: torch.eye(3)
     key = torch.eye(3)[None]
@@ -39,9 +39,9 @@ def test_facts_of_one_row(teacher_temperature, loss):
     assert count == 1 and float(total) == pytest.approx(loss, abs=1e-5)
 
 
-def test_the_short_way_is_the_long_one(monkeypatch):
-    """Features brought to 56 x 56 first, every affinity worked out, places read off."""
-    monkeypatch.setattr(distillation_module, "_AT_ONCE", 1)  # each image by itself
+def test_it_equals_the_direct_computation(monkeypatch):
+    """Upsample to 56 x 56 first, compute every affinity, then select the places."""
+    monkeypatch.setattr(distillation_module, "_AT_ONCE", 1)  # one image at a time
     size, cells = (7, 7), 56
     student, teacher, key = (vectors(seed) for seed in range(3))
     student.requires_grad_()
@@ -78,7 +78,7 @@ def test_the_short_way_is_the_long_one(monkeypatch):
     torch.testing.assert_close(shown[1].flatten(2), (rows[1] / 0.1).softmax(dim=2))
 
 
-def test_no_place_is_a_connected_zero():
+def test_without_places_the_loss_is_zero_and_connected():
     student = vectors(0).requires_grad_()
     weights = torch.zeros(2, 4, 49)
     total, count = AffinityDistillation(cells=7)(
@@ -95,18 +95,18 @@ def test_no_place_is_a_connected_zero():
     assert (student.grad == 0).all()
 
 
-def test_temperature_of_the_teacher():
+def test_the_teachers_temperature():
     released = AffinityDistillation(warmup=0.29)  # a table of 30 entries, 0 to 29, of 100 epochs
     assert released.temperature_at(0.0) == 0.04
     assert released.temperature_at(0.15) == pytest.approx(0.05552, abs=1e-5)
     assert released.temperature_at(0.29) == released.temperature_at(0.99) == 0.07
     assert AffinityDistillation().temperature_at(0.15) == pytest.approx(0.055)
-    # A share of the training: 200 or 800 epochs have no end of a table to run over.
+    # It is a fraction of the training: longer runs do not overrun a table.
     assert [AffinityDistillation().temperature_at(e / 800) for e in (240, 799)] == [0.07, 0.07]
     assert AffinityDistillation(warmup=0.0).temperature_at(0.0) == 0.07
 
 
-def test_prototypes_are_distilled_less_their_centre():
+def test_the_center_is_subtracted_from_the_prototypes():
     torch.manual_seed(0)
     heads = [AffinityHead(8, 16, 8, norm="", prototypes=6) for _ in range(2)]
     student, teacher, key = (vectors(seed, places=4) for seed in range(3))
@@ -117,31 +117,31 @@ def test_prototypes_are_distilled_less_their_centre():
     at = torch.eye(4)[None].expand(2, -1, -1)
     valid = torch.ones(2, 4, dtype=torch.bool)
     distillation = AffinityDistillation(2, 0.1, (0.05, 0.05), prototypes=6).train()
-    distillation.centre.copy_(torch.linspace(-0.1, 0.1, 6))
-    old = distillation.centre.clone()
+    distillation.center.copy_(torch.linspace(-0.1, 0.1, 6))
+    old = distillation.center.clone()
     arguments = (key, (at, at), valid, (2, 2), 0.0)
     alone = AffinityDistillation(2, 0.1, (0.05, 0.05))
     plain = [d._replace(directions=None) for d in described]
     extra = distillation(*described, *arguments)[0] - alone(*plain, *arguments)[0]
     rows = [d.vectors @ d.directions.T for d in described]
-    target = ((rows[1] - old) / 0.05).softmax(dim=2)  # with the centre before it moves
+    target = ((rows[1] - old) / 0.05).softmax(dim=2)  # with the center before its update
     expected = -(target * (rows[0] / 0.1).log_softmax(dim=2)).sum()
     torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(distillation.centre, 0.9 * old + 0.1 * rows[1].mean(dim=(0, 1)))
+    torch.testing.assert_close(distillation.center, 0.9 * old + 0.1 * rows[1].mean(dim=(0, 1)))
     extra.backward()
     assert heads[0].prototypes.grad.abs().sum() > 0 and heads[1].prototypes.grad is None
 
 
-def test_centre_moves_by_a_tenth():
+def test_the_center_moves_by_a_tenth():
     distillation = AffinityDistillation(2, prototypes=3)
     ones = Described(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
     at, valid = torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool)
     for expected in (0.1, 0.19):
-        distillation._move_centre(ones, at, valid, 4)
-        torch.testing.assert_close(distillation.centre, torch.full((3,), expected))
+        distillation._update_center(ones, at, valid, 4)
+        torch.testing.assert_close(distillation.center, torch.full((3,), expected))
 
 
-def test_values_that_make_no_sense_are_named():
+def test_errors_name_the_wrong_value():
     with pytest.raises(UserError, match="teacher_temperature"):
         AffinityDistillation(teacher_temperature=(0.0, 0.07))
     with pytest.raises(UserError, match="warmup=1.5"):

@@ -1,4 +1,4 @@
-"""The meta-architecture: its losses, its momentum copy, its levels, and what it needs of memory."""
+"""The meta-architecture: losses, momentum network, levels and memory."""
 
 import math
 from contextlib import nullcontext
@@ -25,8 +25,8 @@ LOSSES = ("loss_image", "loss_point", "loss_affinity")
 
 
 @pytest.mark.parametrize(("queue", "loss"), [(65_536, 6.0926), (8, 0.0525)])
-def test_facts_of_the_image_loss(queue, loss):
-    """Whatever its place in the batch, an image's positive is its own."""
+def test_values_of_the_image_loss(queue, loss):
+    """An image's positive is its own key, at any position in the batch."""
     keys = torch.eye(5)[:4]
     negatives = torch.eye(5)[4:].expand(queue, -1)
     torch.testing.assert_close(
@@ -70,7 +70,7 @@ def test_losses_against_their_parts(small_model, make_batch):
                 count += 1
     assert count > 40
     assert float(outputs["loss_point"]) == pytest.approx(0.3 * expected / count, rel=1e-4)
-    assert float(outputs["points/an_image"]) == count / 4
+    assert float(outputs["points/per_image"]) == count / 4
     assert model.queue.pointer == 0  # only training fills it
 
 
@@ -108,7 +108,7 @@ def test_the_key_network_moves_between_partner_and_key_view(small_model, make_ba
 
 
 @pytest.mark.parametrize("fpn", ["", "p3"])
-def test_everything_that_waits_for_a_gradient_gets_one(small_model, make_batch, fpn):
+def test_every_trainable_parameter_receives_a_gradient(small_model, make_batch, fpn):
     model = small_model(fpn=fpn, prototypes=4).train()
     outputs = model(make_batch())
     sum(outputs[name] for name in LOSSES).backward()
@@ -121,10 +121,10 @@ def test_everything_that_waits_for_a_gradient_gets_one(small_model, make_batch, 
         }
         assert frozen == {"fpn_lateral2", "fpn_output2", "fpn_output4", "fpn_output5"}
         assert "backbone.fpn_output3.weight" in trained
-    assert model.distillation.centre.abs().sum() > 0 and model.queue.pointer == 4
+    assert model.distillation.center.abs().sum() > 0 and model.queue.pointer == 4
 
 
-def test_switched_off_losses_leave_nothing_behind(small_model, make_batch):
+def test_losses_that_are_switched_off_leave_nothing_behind(small_model, make_batch):
     model = small_model(affinity_weight=0.0, point_weight=0.0).train()
     outputs = model(make_batch(pairs=0))
     assert [name for name in outputs if name.startswith("loss")] == ["loss_image"]
@@ -133,10 +133,13 @@ def test_switched_off_losses_leave_nothing_behind(small_model, make_batch):
     with pytest.raises(UserError, match="views.pairs=0 leaves nothing to distil"):
         small_model()(make_batch(pairs=0))
     for wrong, named in (
-        ({"temperature": 0.0}, "model.temperature=0.0"),
-        ({"point_weight": -1.0}, "model.point_weight=-1.0"),
-        ({"image_weight": 0.0, "point_weight": 0.0}, "one of them is more than 0"),
-        ({"fpn": "p9"}, "model.feature=p9: the backbone gives p2"),
+        ({"temperature": 0.0}, "model.temperature=0.0 must be positive"),
+        ({"point_weight": -1.0}, "model.point_weight=-1.0 must be at least 0"),
+        (
+            {"image_weight": 0.0, "point_weight": 0.0},
+            "one of model.image_weight and model.point_weight must be positive",
+        ),
+        ({"fpn": "p9"}, "model.feature=p9 must be one of p2"),
     ):
         with pytest.raises(UserError, match=named):
             small_model(**wrong)
@@ -153,7 +156,7 @@ def test_batches_without_common_regions_or_places(small_model, make_batch):
     assert all(p.grad.isfinite().all() for m in model.query.values() for p in m.parameters())
 
 
-# What README calls the four levels, on the Shapes recipe.
+# The README's four levels, on the Shapes recipe.
 VIEWS = "dataloader.train.dataset.views"
 LEVELS = {
     "image": [f"+{VIEWS}.maps.n=1", "model.contrast.pool=4"],
@@ -190,21 +193,21 @@ def test_the_four_levels_are_settings_of_one_loss(level, noise_folder):
     regions = int(views[0].valid[:, :64].sum()) // 4
     per_anchor = positive.sum(dim=2)[positive.any(dim=2)]
     assert count == len(per_anchor) == (regions if "pool" in str(LEVELS[level]) else 4 * regions)
-    if level == "point":  # one positive, but where a place was drawn twice
+    if level == "point":  # one positive, unless a place was drawn twice
         at = views[0].boxes[:, :64, :2]
         same = (at[:, :, None] == at[:, None]).all(dim=3) & views[0].valid[:, None, :64]
         assert (positive == (same & views[0].valid[:, :64, None])).all() and 1 in per_anchor
     else:
         assert set(per_anchor.tolist()) == {4 if level == "point-region" else 1}
-    if level == "image":  # nothing else in the image to be told from
+    if level == "image":  # no negatives within the image
         assert (candidate == positive).all() and count == 4
     else:
         assert (candidate.sum() > positive.sum()).item()
 
 
 @pytest.mark.parametrize("level", ["point-region", "region"])
-def test_shuffled_regions_do_not_run_away(small_model, make_batch, level):
-    """Positives that have nothing in common: the loss stays near that of equal embeddings."""
+def test_training_on_shuffled_regions_does_not_diverge(small_model, make_batch, level):
+    """With unrelated positives the loss stays near that of identical embeddings."""
     contrast = PointContrast(pool=3 if level == "region" else 1)
     model = small_model(contrast=contrast).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -227,12 +230,12 @@ def test_shuffled_regions_do_not_run_away(small_model, make_batch, level):
         optimizer.step()
         losses.append(outputs["loss_point"].item() / 0.3)
         assert all(p.isfinite().all() for p in parameters)
-    even = math.log(4 * (8 if level == "region" else 24))  # at most so many candidates
+    even = math.log(4 * (8 if level == "region" else 24))  # the maximum number of candidates
     assert max(losses) < 1.5 * even and losses[-1] < 1.2 * even
 
 
 def _saved_bytes(model: torch.nn.Module, batch: ViewBatch) -> int:
-    """What a forward pass of a model on no device keeps for its backward pass."""
+    """Bytes that a forward pass on the meta device keeps for the backward pass."""
     own = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
     sizes: dict[int, int] = {}
     kept = []
@@ -240,7 +243,7 @@ def _saved_bytes(model: torch.nn.Module, batch: ViewBatch) -> int:
     def pack(tensor):
         storage = tensor.untyped_storage()
         if tensor.is_meta and storage._cdata not in own:
-            kept.append(tensor)  # or another storage could come to have the same address
+            kept.append(tensor)  # or another storage could get the same address
             sizes[storage._cdata] = storage.nbytes()
         return tensor
 
@@ -251,7 +254,7 @@ def _saved_bytes(model: torch.nn.Module, batch: ViewBatch) -> int:
 
 
 def test_memory_beyond_moco_at_32_images_of_224_pixels(monkeypatch):
-    """Computed from the shapes: nothing is allocated."""
+    """Computed from shapes, without allocating anything."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # no such device
     ours = LazyConfig.load(
         str(PROJECTS / "PointRegionContrast/configs/point-region_r50_8xb32-100ep_imagenet.py")
@@ -280,10 +283,10 @@ def test_memory_beyond_moco_at_32_images_of_224_pixels(monkeypatch):
         _saved_bytes(model, b)
         for model, b in zip(models, (batch, replace(batch, views=views[:2])), strict=True)
     ]
-    # Weight, gradient, SGD's buffer and momentum copy of what is trained beside MoCo's networks.
+    # Weight, gradient, SGD buffer and momentum copy of what is trained in addition to MoCo's.
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in models]
     weights = 4 * 4 * (trained[0] - trained[1])
-    # Logits, masks and softmax of a part of either loss, which come and go; and the third view.
+    # Temporary logits, masks and softmax of a slice of either loss; and the third view.
     parts = 8 * 4 * max(contrast_module._AT_ONCE, distillation_module._AT_ONCE)
     view = 2 * 4 * 32 * 3 * 224 * 224
     beyond = saved[0] - saved[1] + weights + parts + view

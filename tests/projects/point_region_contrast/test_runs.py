@@ -1,4 +1,4 @@
-"""Whole runs: stopped and resumed, into stock Detectron2, drawn; and facts of the recipes."""
+"""Complete runs: resuming, loading into stock Detectron2, pictures; and values of the recipes."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_goes_on, losses
+from project_runs import check_stopped_run_resumes, losses
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
 from region_pretrain.engine.checkpoint import split_state
@@ -50,16 +50,16 @@ def config(noise_folder, tmp_path):
     return make
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path):
     def run(name: str, resume: bool = False):
-        # Everything that has a state: two queues, the prototypes' centre, maps of the pixels.
+        # Everything that has state: two queues, the prototypes' center, maps of the pixels.
         extra = ("model.contrast.others=queue", "model.contrast.queue_length=50")
         do_pretrain(config(name, *extra, f"{VIEWS}.maps.kind=kmeans"), resume=resume)
         return tmp_path / name
 
-    check_stopped_run_goes_on(run)
+    check_stopped_run_resumes(run)
     saved = torch.load(tmp_path / "whole/model_final.pth", weights_only=True)["pretraining"]
-    assert {"queue.keys", "contrast.queue.pointer", "distillation.centre"} <= set(saved)
+    assert {"queue.keys", "contrast.queue.pointer", "distillation.center"} <= set(saved)
 
 
 def test_mixed_precision_micro_batches_and_the_detector(config, tmp_path):
@@ -77,7 +77,7 @@ def test_mixed_precision_micro_batches_and_the_detector(config, tmp_path):
 
 
 def test_all_trunk_tensors_match_in_stock_detectors(tmp_path):
-    """A process that cannot import this project counts what a ResNet-50's file fills."""
+    """A process that cannot import this project counts the matching tensors of a ResNet-50."""
     files = {}
     for name in ("r50_8xb32-100ep", "r50-c4_8xb32-200ep"):
         cfg = LazyConfig.load(str(CONFIGS / f"point-region_{name}_imagenet.py"))
@@ -140,7 +140,7 @@ def test_pictures(config):
     assert all((row[1] != row[2]).any() for row in affinities)
     batch.views[2].valid.zero_()
     assert not any((row[0] == cyan).all(axis=2).any() for row in model_pictures(cfg, batch))
-    with pytest.raises(UserError, match="no affinities to draw"):
+    with pytest.raises(UserError, match="leaves no affinities to draw"):
         model_pictures(config("none", "model.affinity_weight=0"), batch)
     with pytest.raises(UserError, match="kind='supergrid'.*did you mean grid"):
         first_views(config("none", f"{VIEWS}.maps.kind=supergrid"), 3)
@@ -156,7 +156,7 @@ def test_pictures(config):
         ("r50_8xb32-800ep_coco", 800, 0.3, 369_600),
     ],
 )
-def test_facts_of_the_recipes(name, epochs, lr, iterations):
+def test_values_of_the_recipes(name, epochs, lr, iterations):
     cfg = LazyConfig.load(str(CONFIGS / f"point-region_{name}.py"))
     batch = cfg.dataloader.train.total_batch_size
     assert (cfg.train.epochs, batch, cfg.optimizer.lr) == (epochs, 8 * 32, lr)

@@ -9,7 +9,7 @@ from region_pretrain.projects.point_region_contrast import PointContrast
 CASES = {
     "gathered": (False, "gathered", ""),
     "queue": (False, "queue", "p3"),
-    # Images dealt to the other process: with statistics that are fixed nothing else changes.
+    # Images shuffled over both processes: with fixed statistics the results are the same.
     "shuffled": (True, "gathered", ""),
 }
 
@@ -26,7 +26,7 @@ def one_and_two(small_model, make_batch, tmp_path_factory):
             view.valid[0, :24] = False
         cases[name] = (with_fixed_statistics(model) if shuffle else model, batch)
     folder = tmp_path_factory.mktemp("processes")
-    return one_and_two_processes(cases, folder, outputs=["loss"], state=["queue", "centre"])
+    return one_and_two_processes(cases, folder, outputs=["loss"], state=["queue", "center"])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_goes_on
+from project_runs import check_stopped_run_resumes
 from stock_detector import load_into_stock_detectron2
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides
@@ -43,7 +43,7 @@ def run(region_folder, tmp_path):
 
 
 def test_a_resumed_run_is_bit_for_bit_the_same(run):
-    check_stopped_run_goes_on(run)
+    check_stopped_run_resumes(run)
 
 
 def test_stock_detectron2_fills_everything_that_was_trained(run):

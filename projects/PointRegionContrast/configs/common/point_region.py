@@ -106,7 +106,7 @@ def _around(
             teacher_temperature=(0.04, 0.07),
             warmup=0.3,
             prototypes="${model.affinity_head.prototypes}",
-            centre_momentum=0.9,
+            center_momentum=0.9,
         ),
         momentum=L(ConstantParamScheduler)(value=0.999),
         temperature=0.2,

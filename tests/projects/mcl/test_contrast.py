@@ -1,14 +1,11 @@
-"""InfoNCE against a slow restatement, and keys of two processes."""
+"""InfoNCE against gathered keys, compared with a slow restatement."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed as dist
-from torch.multiprocessing import spawn
 
-from region_pretrain.modeling.contrast import gathered_info_nce
-from region_pretrain.modeling.gather import gather_rows
+from region_pretrain.projects.mcl.contrast import gathered_info_nce
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])
@@ -48,24 +45,3 @@ def test_keys_get_no_gradient_and_mixed_precision_changes_nothing():
 def test_a_single_key_has_no_negatives():
     found = gathered_info_nce(torch.eye(3)[:1], torch.eye(3)[:1], torch.tensor([0]))
     assert found.loss.item() == 0 and found.positive.item() == 1 and found.negative.item() == 0
-
-
-def test_without_processes_gathering_detaches():
-    x = torch.randn(3, 2, requires_grad=True)
-    gathered = gather_rows(x)
-    assert torch.equal(gathered, x) and not gathered.requires_grad
-
-
-def _gather(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mine = torch.arange(6.0).view(3, 2).add(10 * rank).requires_grad_()
-    torch.save(gather_rows(mine), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_rows_of_all_processes_come_in_the_order_of_ranks(tmp_path):
-    spawn(_gather, (str(tmp_path),), nprocs=2)
-    rows = torch.arange(6.0).view(3, 2)
-    for rank in range(2):
-        gathered = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(gathered, torch.cat([rows, rows + 10])) and not gathered.requires_grad

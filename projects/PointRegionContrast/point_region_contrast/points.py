@@ -9,21 +9,21 @@ from torch import Tensor
 def bilinear_weights(
     points: Tensor, view_size: tuple[int, int], map_size: tuple[int, int]
 ) -> Tensor:
-    """How much each place of a feature map has in a point's feature.
+    """The weight of each location of a feature map in a point's feature.
 
-    ``weights @ map`` is bilinear interpolation between the centres of the map's pixels, and beyond
-    the outermost centres their value: ``F.grid_sample(align_corners=False, padding_mode="border")``
-    as a matrix product, which has no atomic additions in its backward pass and whose affinities
-    between points follow from those between the map's places.
+    ``weights @ map`` interpolates bilinearly between the centres of the map's pixels, and extends
+    the outermost values beyond them: ``F.grid_sample(align_corners=False, padding_mode="border")``
+    as a matrix product. Its backward pass has no atomic additions, and affinities between points
+    follow from those between the map's locations.
 
     Args:
         points: ``(..., 2)`` x and y in view pixels, continuous: a pixel's centre is at a half.
         view_size: ``(height, width)`` of the view in pixels.
-        map_size: ``(h, w)`` of the map that stands for the whole view.
+        map_size: ``(h, w)`` of the map, which covers the view.
 
     Returns:
-        ``(..., h * w)`` of the points' dtype: rows that sum to 1, with up to 4 entries that are not
-        0, in row-major order.
+        ``(..., h * w)`` in the points' dtype, row-major: each row sums to 1 and has at most 4
+        non-zero entries.
     """
     height, width = view_size
     h, w = map_size
@@ -33,15 +33,15 @@ def bilinear_weights(
 
 
 def _hats(position: Tensor, count: int) -> Tensor:
-    places = torch.arange(count, device=position.device, dtype=position.dtype)
-    return (1 - (position.clamp(0, count - 1)[..., None] - places).abs()).clamp(min=0)
+    centers = torch.arange(count, device=position.device, dtype=position.dtype)
+    return (1 - (position.clamp(0, count - 1)[..., None] - centers).abs()).clamp(min=0)
 
 
-def cell_centres(cells: int, view_size: tuple[int, int]) -> Tensor:
-    """Centres of a view's cells.
+def cell_centers(cells: int, view_size: tuple[int, int]) -> Tensor:
+    """Centres of the cells of a grid over a view.
 
     Args:
-        cells: a side.
+        cells: number of cells per side.
         view_size: ``(height, width)`` of the view in pixels.
 
     Returns:
