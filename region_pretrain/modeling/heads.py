@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from functools import partial
 
 from detectron2.layers import get_norm
+from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.norms import SHARED_BATCH_NORMS
 
 
 class _VectorNorm(nn.Module):
-    """One of Detectron2's norms on vectors: ``(N, C)`` as ``(N, C, 1, 1)``."""
+    """One of Detectron2's norms on vectors: ``(N, C)`` as ``(N, C, 1, 1)``.
+
+    Statistics over fewer than two vectors mean nothing: in training, a batch norm that sees no more
+    than that (a batch with a single region) uses its running statistics and leaves them unchanged.
+    """
 
     def __init__(self, norm: str, channels: int, affine: bool = True) -> None:
         super().__init__()
@@ -21,7 +28,17 @@ class _VectorNorm(nn.Module):
         self.norm = get_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x[..., None, None]).flatten(1)
+        norm = self.norm
+        if len(x) < 2 and norm.training and self._is_local():
+            statistics = norm.running_mean, norm.running_var
+            return F.batch_norm(x, *statistics, norm.weight, norm.bias, eps=norm.eps)
+        return norm(x[..., None, None]).flatten(1)
+
+    def _is_local(self) -> bool:
+        """Whether the norm is a batch norm that sees this process's vectors only."""
+        if isinstance(self.norm, SHARED_BATCH_NORMS) and comm.get_world_size() > 1:
+            return False
+        return isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
 
 
 class MLPHead(nn.Sequential):

@@ -342,7 +342,8 @@ class CCOP(PretrainingModel):
         device = query.device
         slots = candidates.valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
         vectors = _to_slots(vectors, slots, candidates.valid.shape)  # (R, n + 1, D)
-        similarity = torch.einsum("rd,rnd->rn", query, vectors)
+        with torch.autocast(device.type, enabled=False):  # bfloat16 would choose another
+            similarity = torch.einsum("rd,rnd->rn", query, vectors)
         valid = candidates.valid.to(device, non_blocking=True)
         order = similarity if self.hardest else torch.rand_like(similarity)
         index = hardest_valid(order, valid)

@@ -242,7 +242,8 @@ class AffinityDistillation(nn.Module):
             (student.vectors, student.directions.T),
             (teacher.vectors.detach(), teacher.directions.detach().T),
         ]
-        return self._distil(rows, places, valid, temperatures, self.centre)
+        # A copy: the loss is recomputed for its gradient, after the centre has moved.
+        return self._distil(rows, places, valid, temperatures, self.centre.clone())
 
     @torch.no_grad()
     def _move_centre(self, teacher: Described, places: Tensor, valid: Tensor, count: int) -> None:
