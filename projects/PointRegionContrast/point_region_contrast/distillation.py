@@ -248,7 +248,7 @@ class AffinityDistillation(nn.Module):
     @torch.no_grad()
     def _move_centre(self, teacher: Described, places: Tensor, valid: Tensor, count: int) -> None:
         """Towards the mean of the teacher's likenesses over all processes' places."""
-        total = torch.einsum("bm,bmp,bpe->e", valid.float(), places, teacher.vectors)
+        total = torch.einsum("bm,bmp,bpe->e", valid.to(places.dtype), places, teacher.vectors)
         mean = mean_over_ranks(total, count)
         if comm.get_world_size() > 1:
             dist.all_reduce(mean)
