@@ -5,13 +5,20 @@ from __future__ import annotations
 from functools import partial
 
 from detectron2.layers import get_norm
+from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.norms import SHARED_BATCH_NORMS
 
 
 class VectorNorm(nn.Module):
     """One of Detectron2's norms applied to vectors: ``(N, C)`` as ``(N, C, 1, 1)``.
+
+    The statistics of fewer than two vectors are meaningless: a batch norm in training that receives
+    no more (a batch with a single region) normalises with its running statistics and leaves them
+    unchanged.
 
     Args:
         norm: a name for :func:`detectron2.layers.get_norm`.
@@ -26,7 +33,17 @@ class VectorNorm(nn.Module):
         self.norm = get_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x[..., None, None]).flatten(1)
+        norm = self.norm
+        if len(x) < 2 and norm.training and self._is_local():
+            statistics = norm.running_mean, norm.running_var
+            return F.batch_norm(x, *statistics, norm.weight, norm.bias, eps=norm.eps)
+        return norm(x[..., None, None]).flatten(1)
+
+    def _is_local(self) -> bool:
+        """Whether the norm is a batch norm that sees this process's vectors only."""
+        if isinstance(self.norm, SHARED_BATCH_NORMS) and comm.get_world_size() > 1:
+            return False
+        return isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
 
 
 class MLPHead(nn.Sequential):

@@ -64,6 +64,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
 
 
+#: Batch norms whose statistics are those of all processes.
+SHARED_BATCH_NORMS = (nn.SyncBatchNorm, CpuSyncBatchNorm)
+
+
 def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Replace every ``nn.SyncBatchNorm`` in a model by :class:`CpuSyncBatchNorm`.
 

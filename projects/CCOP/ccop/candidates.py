@@ -144,7 +144,8 @@ def choose_positives(
     valid = candidates.valid.to(device, non_blocking=True)
     slots = candidates.valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
     vectors = to_slots(vectors, slots, valid.shape)  # (R, n + 1, D)
-    similarity = torch.einsum("rd,rnd->rn", query, vectors)
+    with torch.autocast(device.type, enabled=False):  # bfloat16 would choose another candidate
+        similarity = torch.einsum("rd,rnd->rn", query, vectors)
     order = similarity if hardest else torch.rand_like(similarity)
     index = hardest_valid(order, valid)
     pick = index[:, None]

@@ -208,12 +208,13 @@ class AffinityDistillation(nn.Module):
             (student.vectors, student.directions.T),
             (teacher.vectors.detach(), teacher.directions.detach().T),
         ]
-        return self._distil(rows, places, valid, temperatures, self.center)
+        # A copy: the loss is recomputed in the backward pass, after the center has moved.
+        return self._distil(rows, places, valid, temperatures, self.center.clone())
 
     @torch.no_grad()
     def _update_center(self, teacher: Described, places: Tensor, valid: Tensor, count: int) -> None:
         """Move the center towards the teacher's mean similarities over all processes' places."""
-        total = torch.einsum("bm,bmp,bpe->e", valid.float(), places, teacher.vectors)
+        total = torch.einsum("bm,bmp,bpe->e", valid.to(places.dtype), places, teacher.vectors)
         mean = mean_over_ranks(total, count)
         if comm.get_world_size() > 1:
             dist.all_reduce(mean)

@@ -165,8 +165,12 @@ class SoCoViews(ViewSampler):
     def _draw_crops(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
     ) -> tuple[list[ViewGeometry], list[np.ndarray]]:
-        """Draw the further views until each shows two regions, later one, or give up."""
-        for attempt in range(_ATTEMPTS):
+        """Draw the further views until each shows enough regions, or give up.
+
+        Enough is half of K, and half of that at each further attempt, but at least one (release).
+        """
+        wanted = max(self.num_regions // 2, 1)
+        for _ in range(_ATTEMPTS):
             geometries: list[ViewGeometry] = []
             candidates: list[np.ndarray] = []
             for size, source in zip(self.sizes[1:], self.sources, strict=True):
@@ -178,10 +182,10 @@ class SoCoViews(ViewSampler):
                     )
                 geometries.append(geometry)
                 candidates.append(self._visible(geometry, boxes))
-            wanted = 2 if attempt == 0 else 1
             own = [c for c, s in zip(candidates, self.sources, strict=True) if s == "crop"]
             if all(len(c) >= wanted for c in own):
                 break
+            wanted = max(wanted // 2, 1)
         return geometries, candidates
 
     def _visible(self, geometry: ViewGeometry, boxes: np.ndarray) -> np.ndarray:
