@@ -6,5 +6,7 @@ from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
 
 model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 model.momentum.start = 0.996
+optimizer.lr = 0.2  # 0.2 * 4096 / 256 = 3.2
+optimizer.params.weight_decay = 1.5e-6
 train.epochs = 1000  # 312,000 iters = 1000 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/byol_r50_1000ep_imagenet"

@@ -12,6 +12,8 @@ from recipe_checks import (
 #: name -> sides of the views; first and last learning-rate multiplier.
 RECIPES = {
     "byol_r18_b32_shapes": ([64, 64], 0.01, 0.0),
+    "byol_r50_32xb128-40ep_imagenet": ([224, 224], 0.0, 0.0),
+    "byol_r50_32xb128-100ep_imagenet": ([224, 224], 0.0, 0.0),
     "byol_r50_32xb128-300ep_imagenet": ([224, 224], 0.0, 0.0),
     "byol_r50_32xb128-1000ep_imagenet": ([224, 224], 0.0, 0.0),
     "byol_r50_8xb128-800ep_coco": ([224, 224], 0.0, 0.0),
@@ -27,19 +29,34 @@ def test_views_and_schedule(name):
     check_views_and_schedule(load_recipe("BYOL", name), *RECIPES[name])
 
 
+#: DeepMind's presets: epochs -> learning rate per 256 images, weight decay, target momentum.
+PRESETS = {
+    40: (0.45, 1e-6, 0.97),
+    100: (0.45, 1e-6, 0.99),
+    300: (0.3, 1e-6, 0.99),
+    1000: (0.2, 1.5e-6, 0.996),
+}
+
+
+def test_every_preset_has_a_recipe():
+    published = {f"byol_r50_32xb128-{epochs}ep_imagenet" for epochs in PRESETS}
+    assert {name for name in RECIPES if "imagenet" in name} == published
+
+
 @pytest.mark.parametrize(
-    ("name", "epochs", "lr", "batch", "momentum"),
+    ("name", "epochs", "batch", "preset"),
     [
-        ("byol_r50_32xb128-300ep_imagenet", 300, 7.2, 4096, 0.99),
-        ("byol_r50_32xb128-1000ep_imagenet", 1000, 3.2, 4096, 0.996),
-        ("byol_r50_8xb128-800ep_coco", 800, 1.8, 1024, 0.99),
+        *((f"byol_r50_32xb128-{e}ep_imagenet", e, 4096, p) for e, p in PRESETS.items()),
+        # As many images as 74 epochs of ImageNet: the preset for 100.
+        ("byol_r50_8xb128-800ep_coco", 800, 1024, PRESETS[100]),
     ],
 )
-def test_facts_of_the_recipes(name, epochs, lr, batch, momentum):
+def test_facts_of_the_recipes(name, epochs, batch, preset):
     cfg = load_recipe("BYOL", name)
+    lr, weight_decay, momentum = preset
     assert cfg.train.epochs == epochs and cfg.dataloader.train.total_batch_size == batch
-    assert cfg.optimizer.lr * batch / cfg.train.base_batch_size == pytest.approx(lr)
-    assert cfg.optimizer.params.weight_decay == 1.5e-6
+    assert (cfg.optimizer.lr, cfg.train.base_batch_size) == (lr, 256)
+    assert cfg.optimizer.params.weight_decay == weight_decay
     schedule = instantiate(cfg.model.momentum)
     assert schedule(0.0) == momentum and schedule(0.999999) == pytest.approx(1)
     for head, channels in ((cfg.model.projector, 2048), (cfg.model.predictor, 256)):

@@ -15,8 +15,6 @@ lr_multiplier = get_config("common/schedule.py").pretrain
 train = get_config("common/train.py").train
 dataloader = get_config("common/data/unlabeled.py").dataloader
 
-optimizer.lr = 0.2  # 0.2 * 4096 / 256 = 3.2
-optimizer.params.weight_decay = 1.5e-6
 train.base_batch_size = 256
 lr_multiplier.update(warmup_epochs=10, warmup_factor=0.0, final_factor=0.0)
 train.amp.enabled = True
@@ -36,6 +34,9 @@ def byol(
     detector: DictConfig, trunk_dim: int = 2048, hidden_dim: int = 4096, dim: int = 256
 ) -> DictConfig:
     """BYOL on the trunk of an FPN detector.
+
+    The target's initial momentum, like learning rate and weight decay, depends on the length of the
+    run: leaves set all three.
 
     Args:
         detector: ``model`` of a config in ``configs/detection``.

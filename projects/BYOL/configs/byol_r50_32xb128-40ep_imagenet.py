@@ -1,0 +1,12 @@
+"""BYOL R50, ImageNet, 40 epochs. 32 GPUs x 128 images per GPU."""
+
+from region_pretrain.config import get_config
+
+from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
+
+model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
+model.momentum.start = 0.97
+optimizer.lr = 0.45  # 0.45 * 4096 / 256 = 7.2
+optimizer.params.weight_decay = 1e-6
+train.epochs = 40  # 12,480 iters = 40 ep * 312 iters/ep (1,281,167 images // 4096)
+train.output_dir = "output/byol_r50_40ep_imagenet"
