@@ -23,7 +23,7 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/sweep.py --config configs/sweeps/demo.py --jobs 1 --wait
 
 benchmark: $(STAMP)
 	$(BIN)/python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2 --wait

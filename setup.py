@@ -79,6 +79,7 @@ setup(
         "fvcore>=0.1.5,<0.1.6",
         "hydra-core>=1.1",
         "iopath>=0.1.7",
+        "jinja2",
         "matplotlib",
         "numpy",
         "omegaconf>=2.1",

@@ -1,1 +1,1 @@
-"""Measuring what was learnt: few-label subsets, probes of frozen features, and the report."""
+"""Probes of frozen features."""

@@ -19,24 +19,24 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Accuracy of the weighted k-nearest-neighbour classifier by cosine similarity.
+    """Accuracy of a weighted k-nearest-neighbour classifier with cosine similarity.
 
     Each of the ``k`` nearest neighbours votes for its class with ``exp(similarity / temperature)``
     (Wu et al. 2018, section 3.4).
 
     Args:
-        features: (N, D) float, of any length; they are normalised here.
-        labels: (N,) int64, at least 0.
-        test_features: (M, D). Left out, each of the N is classified by the N - 1 others.
+        features: (N, D) float; normalised here.
+        labels: (N,) int64, non-negative.
+        test_features: (M, D); None: each of the N vectors is classified by the N - 1 others.
         test_labels: (M,) int64.
-        k: neighbours, or all if there are fewer.
-        temperature: of the votes.
+        k: number of neighbours; all if there are fewer.
+        temperature: temperature of the votes.
 
     Returns:
-        Part of the test vectors in [0, 1] whose class gets the most votes.
+        Fraction of the test vectors in [0, 1] whose own class has the most votes.
 
     Raises:
-        ValueError: there is nothing to classify, or no neighbour to classify it by.
+        ValueError: there are no test vectors, or no neighbours.
     """
     leave_one_out = test_features is None
     if leave_one_out:
@@ -54,7 +54,7 @@ def knn_accuracy(
             rows = torch.arange(len(query), device=query.device)
             similarity[rows, rows + start] = -torch.inf
         nearest, index = similarity.topk(k, dim=1)
-        # Less the greatest possible similarity, so that no small temperature overflows.
+        # 1 is the maximum similarity: subtracting it avoids overflow at small temperatures.
         weight = ((nearest - 1) / temperature).exp()
         votes = weight.new_zeros(len(query), classes).scatter_add_(1, labels[index], weight)
         correct += int((votes.argmax(1) == test_labels[start : start + _CHUNK]).sum())

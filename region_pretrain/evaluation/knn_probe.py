@@ -1,4 +1,4 @@
-"""How well frozen region features tell classes apart, measured on ground-truth boxes."""
+"""A kNN probe of frozen region features on ground-truth boxes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRUNK = "probe/knn_trunk"
 
 @contextmanager
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Set modules to eval mode without gradients; afterwards each submodule has its old mode."""
+    """Set modules to eval mode without gradients; restores the mode of each submodule."""
     modes = {m: m.training for module in modules if module is not None for m in module.modules()}
     try:
         for module in modes:
@@ -44,68 +44,19 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
             module.training = training
 
 
-def region_features(
-    backbone: nn.Module,
-    box_pooler: nn.Module,
-    box_head: nn.Module | None,
-    in_features: Sequence[str],
-    pixel_mean: Sequence[float] | Tensor,
-    pixel_std: Sequence[float] | Tensor,
-    input_format: str,
-    dataset_dicts: Sequence[Mapping[str, Any]],
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    short_edge: int | None = 800,
-    max_size: int = 1333,
-) -> tuple[Tensor, Tensor]:
-    """Features of the ground-truth boxes of a labelled data set, one vector a box.
-
-    The images take the detector's way in testing: read in its format, resized, normalised, padded;
-    then its backbone, its pooler and its head, all in eval mode. Crowd boxes are left out.
-
-    Args:
-        backbone: from (B, 3, H, W) to a dict of maps.
-        box_pooler: the detector's ``ROIPooler``.
-        box_head: from (R, C, S, S) to (R, D), or to maps that are averaged over space (res5 of a C4
-            detector), or None: the pooled maps themselves, averaged.
-        in_features: names of the maps that the pooler takes.
-        pixel_mean: three numbers in 0-255, in the order of ``input_format``.
-        pixel_std: the same.
-        input_format: ``"RGB"`` or ``"BGR"``.
-        dataset_dicts: with ``annotations``.
-        batch_size: images at once.
-        device: of the computation; None: where the backbone is.
-        short_edge: the detector's ``ResizeShortestEdge`` in testing, in pixels; None: no resizing.
-        max_size: longest side in pixels after resizing.
-
-    Returns:
-        (N, D) float32 and the boxes' ``category_id`` (N,) int64, both on the CPU, in the order of
-        the data set.
-
-    Raises:
-        UserError: the data set has no boxes.
-    """
-    return _extract(
-        RegionReader(backbone, box_pooler, {"only": box_head}, in_features),
-        (pixel_mean, pixel_std, input_format),
-        dataset_dicts,
-        batch_size,
-        device,
-        (short_edge, max_size),
-    )["only"]
-
-
 class RegionReader(nn.Module):
-    """Vectors of boxes, by name, out of one pass through a backbone.
+    """Computes feature vectors of boxes from one pass through a backbone.
 
     Args:
-        backbone: from (B, 3, H, W) to a dict of maps; to anything, where only ``trunk`` is read.
-        pooler: a ``ROIPooler``; None where there are no maps for one.
-        heads: behind the pooler, by name of what they give; None: the pooled maps themselves.
-        in_features: names of the maps that the pooler takes.
-        trunk: the part of the backbone whose two last maps are read as ``"probe/knn_trunk"``:
-            RoIAligned to 7x7, averaged over space, brought to length 1 each and put side by side.
-            Every method has these, also one that knows no pyramid.
+        backbone: maps (B, 3, H, W) to a dict of feature maps; unused except for its trunk if there
+            is no pooler.
+        pooler: a ``ROIPooler``; None: only the trunk is read.
+        heads: name -> module applied after the pooler, from (R, C, S, S) to (R, D), or to maps that
+            are averaged over space, as res5 of a C4 detector; None: the pooled maps, averaged.
+        in_features: names of the pooler's input maps.
+        trunk: the part of the backbone whose last two maps give ``"probe/knn_trunk"``: RoIAligned
+            to 7x7, averaged over space, L2-normalised and concatenated. All methods have these
+            maps, including those without a pyramid.
     """
 
     def __init__(
@@ -125,11 +76,11 @@ class RegionReader(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the vectors."""
+        """Names of the vectors."""
         return [*([TRUNK] if self.trunk is not None else []), *self._by_name]
 
     def forward(self, images: Tensor, boxes: list[Boxes]) -> dict[str, Tensor]:
-        """``(R, D)`` by name, for the R boxes of ``(B, 3, H, W)`` normalised images."""
+        """Vectors ``(R, D)`` by name, for all R boxes of ``(B, 3, H, W)`` normalised images."""
         kept: dict[str, Tensor] = {}
         found: dict[str, Tensor] = {}
         handle = None
@@ -162,10 +113,10 @@ class RegionReader(nn.Module):
 
 
 def model_reader(model: nn.Module) -> RegionReader:
-    """What a detector or a pre-training model has to offer, under the probe's names.
+    """The reader of everything that a detector or a pre-training model has.
 
-    A model has ``backbone`` and perhaps, in ``roi_heads``, a pooler (``box_pooler`` or ``pooler``)
-    and a head (``box_head``; C4: ``res5``). An FPN without a pooler gets one of 7x7.
+    The model has a ``backbone``, and possibly, in ``roi_heads`` or itself, a pooler (``box_pooler``
+    or ``pooler``) and a head (``box_head``; C4: ``res5``). An FPN without pooler gets one of 7x7.
     """
     backbone = model.backbone
     trunk = getattr(backbone, "bottom_up", backbone)
@@ -184,38 +135,6 @@ def model_reader(model: nn.Module) -> RegionReader:
     return RegionReader(backbone, pooler, heads, in_features, trunk)
 
 
-def _extract(
-    reader: RegionReader,
-    pixels: tuple[Any, Any, str],
-    dataset_dicts: Sequence[Mapping[str, Any]],
-    batch_size: int,
-    device: torch.device | str | None,
-    size: tuple[int | None, int],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """As :func:`region_features`, for all vectors of a reader."""
-    mean, std = (torch.as_tensor(v, dtype=torch.float32).reshape(3, 1, 1).cpu() for v in pixels[:2])
-    backbone = reader.backbone
-    device = next(backbone.parameters()).device if device is None else torch.device(device)
-    features: dict[str, list[Tensor]] = {name: [] for name in reader.names}
-    labels: list[int] = []
-    labelled = (d for d in dataset_dicts if any(_counts(a) for a in d.get("annotations", ())))
-    with evaluating(reader):
-        while chunk := list(itertools.islice(labelled, batch_size)):
-            loaded = [_load(d, pixels[2], *size) for d in chunk]
-            images = ImageList.from_tensors(
-                [((image - mean) / std).to(device) for image, _, _ in loaded],
-                getattr(backbone, "size_divisibility", 0),
-                padding_constraints=getattr(backbone, "padding_constraints", None),
-            )
-            boxes = [Boxes(b).to(device) for _, b, _ in loaded]
-            for name, vectors in reader(images.tensor, boxes).items():
-                features[name].append(vectors.float().cpu())
-            labels += itertools.chain.from_iterable(classes for _, _, classes in loaded)
-    if not labels:
-        raise UserError("the kNN probe needs images with labelled boxes, and found none")
-    return {name: (torch.cat(parts), torch.tensor(labels)) for name, parts in features.items()}
-
-
 def _counts(annotation: Mapping[str, Any]) -> bool:
     return not annotation.get("iscrowd", 0)
 
@@ -223,7 +142,7 @@ def _counts(annotation: Mapping[str, Any]) -> bool:
 def _load(
     record: Mapping[str, Any], input_format: str, short_edge: int | None, max_size: int
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in it, and their classes."""
+    """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in pixels, and their classes."""
     image = detection_utils.read_image(record["file_name"], format=input_format)
     annotations = [a for a in record["annotations"] if _counts(a)]
     boxes = np.array(
@@ -231,7 +150,7 @@ def _load(
         dtype=np.float32,
     ).reshape(-1, 4)
     if short_edge is not None:
-        # ResizeShortestEdge itself would draw a random number.
+        # The augmentation ResizeShortestEdge itself would draw a random number.
         height, width = image.shape[:2]
         new = T.ResizeShortestEdge.get_output_shape(height, width, short_edge, max_size)
         transform = T.ResizeTransform(height, width, *new)
@@ -242,27 +161,32 @@ def _load(
 
 
 class KNNProbeHook(HookBase):
-    """Log the kNN accuracy of frozen region features: a useless run shows within minutes.
+    """Logs the kNN accuracy of frozen features of ground-truth boxes during a run.
 
-    ``probe/knn_trunk`` reads the trunk's last maps, which every method trains; ``probe/knn_fpn``
-    the pooled FPN maps and ``probe/knn_head`` what the box head makes of them, where a model has
-    these (:func:`model_reader`). It works on detectors and on pre-training models alike.
+    It shows within minutes whether a pre-training learns anything. ``probe/knn_trunk`` classifies
+    features of the trunk's last maps, which all methods train; ``probe/knn_fpn`` those of the
+    pooled FPN maps and ``probe/knn_head`` those of the box head, if the model has them (see
+    :func:`model_reader`). It works with detectors and with pre-training models.
 
-    A run with the probe is the same as one without: it draws no random number and restores every
-    mode. With several processes each takes its part of the images. Put it before the writers::
+    The images are processed as by the detector at test time: read in its format, resized,
+    normalised and padded, with all modules in eval mode. Crowd boxes are left out. A run with the
+    probe equals one without: the probe draws no random numbers and restores all modes. With several
+    processes, each one processes its part of the images::
 
         train.hooks = [L(KNNProbeHook)(period=500, train_names="shapes_train", short_edge=None)]
 
     Args:
-        period: in iterations; the probe also runs after the last one.
+        period: in iterations; 0: only before the first step, which every new run logs as iteration
+            0, and after the last step.
         train_names: registered data sets whose boxes vote.
-        val_names: registered data sets whose boxes are classified. Left out, each box of
+        val_names: registered data sets whose boxes are classified; empty: each box of
             ``train_names`` is classified by all others.
         k: number of neighbours.
-        max_images: take the first images only, of each of the two.
-        batch_size: images at once.
-        short_edge: as for :func:`region_features`.
-        max_size: as for :func:`region_features`.
+        max_images: use only the first images of both; None: all.
+        batch_size: images per batch.
+        short_edge: the detector's ``ResizeShortestEdge`` at test time, in pixels; None: no
+            resizing.
+        max_size: maximum length of the longer side in pixels after resizing.
     """
 
     def __init__(
@@ -284,21 +208,28 @@ class KNNProbeHook(HookBase):
         self._size = short_edge, max_size
 
     def before_train(self) -> None:
-        """Read the lists now: a wrong name shall not end a run at its first probe."""
+        # The data sets are read first: a wrong name must not end a run at its first probe.
         self._dicts = [self._read(names) for names in self._names if names]
+        if self.trainer.start_iter == 0:
+            self._log()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
-            accuracies = self.probe(self.trainer.model)
-            self.trainer.storage.put_scalars(**accuracies, smoothing_hint=False)
+        # Iteration 0 has the values before the first step.
+        due = self._period > 0 and done % self._period == 0 and done > 1
+        if due or done == self.trainer.max_iter:
+            self._log()
+
+    def _log(self) -> None:
+        accuracies = self.probe(self.trainer.model)
+        self.trainer.storage.put_scalars(**accuracies, smoothing_hint=False)
 
     def probe(self, model: nn.Module) -> dict[str, float]:
-        """Accuracies in [0, 1] by name of the features; the same on all processes."""
+        """Accuracies in [0, 1] by metric name, the same on all processes."""
         if isinstance(model, DistributedDataParallel):
             model = model.module
         reader = model_reader(model)
-        sets = [self._extract(model, reader, dicts) for dicts in self._dicts]
+        sets = [self._features(model, reader, dicts) for dicts in self._dicts]
         result = {}
         for name in reader.names:
             train, *val = (features[name] for features in sets)
@@ -308,25 +239,45 @@ class KNNProbeHook(HookBase):
         logger.info("kNN of %s boxes: %s", counts, text)
         return result
 
-    def _extract(self, model, reader, dicts) -> dict[str, tuple]:
-        rank, world = comm.get_rank(), comm.get_world_size()
-        mine = dicts[rank::world]
-        found = {}
-        if mine:
-            found = _extract(reader, _pixels(model), mine, self._batch_size, None, self._size)
-        parts = [part for part in comm.all_gather(found) if part]
+    def _features(
+        self, model: nn.Module, reader: RegionReader, dicts: Sequence[Mapping[str, Any]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Vectors (N, D) and classes (N,) of all processes' boxes, on the CPU, by metric name."""
+        mine = self._local_features(model, reader, dicts[comm.get_rank() :: comm.get_world_size()])
+        parts = [part for part in comm.all_gather(mine) if len(part[1])]
+        labels = torch.cat([labels for _, labels in parts])
         return {
-            name: tuple(
-                torch.cat(tensors) for tensors in zip(*(p[name] for p in parts), strict=True)
-            )
+            name: (torch.cat([vectors[name] for vectors, _ in parts]), labels)
             for name in reader.names
         }
+
+    def _local_features(
+        self, model: nn.Module, reader: RegionReader, dicts: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        backbone, device = reader.backbone, next(reader.backbone.parameters()).device
+        mean, std, input_format = _pixels(model)
+        vectors: dict[str, list[Tensor]] = {name: [] for name in reader.names}
+        labels: list[int] = []
+        with evaluating(reader):
+            for start in range(0, len(dicts), self._batch_size):
+                chunk = dicts[start : start + self._batch_size]
+                loaded = [_load(record, input_format, *self._size) for record in chunk]
+                images = ImageList.from_tensors(
+                    [((image - mean) / std).to(device) for image, _, _ in loaded],
+                    getattr(backbone, "size_divisibility", 0),
+                    padding_constraints=getattr(backbone, "padding_constraints", None),
+                )
+                boxes = [Boxes(boxes).to(device) for _, boxes, _ in loaded]
+                for name, found in reader(images.tensor, boxes).items():
+                    vectors[name].append(found.float().cpu())
+                labels += itertools.chain.from_iterable(classes for _, _, classes in loaded)
+        return {n: torch.cat(v) for n, v in vectors.items() if v}, torch.tensor(labels)
 
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
         dicts = get_detection_dataset_dicts(names)[: self._max_images]
         dicts = [d for d in dicts if any(_counts(a) for a in d.get("annotations", ()))]
         if not dicts:
-            raise UserError(f"the kNN probe needs labelled boxes, and {', '.join(names)} have none")
+            raise UserError(f"the kNN probe needs labelled boxes: {', '.join(names)} has none")
         return dicts
 
 
@@ -339,7 +290,7 @@ def _first(module: nn.Module, *names: str) -> nn.Module | None:
 
 
 def _in_features(model: nn.Module, roi_heads: nn.Module, pooler: nn.Module) -> list[str]:
-    """Names of the maps that the pooler takes: the detector's, else the model's, else P-levels."""
+    """Names of the pooler's input maps: the detector's, else the model's, else the P-levels."""
     for owner in (roi_heads, model):
         names = getattr(owner, "in_features", ())
         if len(names) == len(pooler.level_poolers):
@@ -348,10 +299,14 @@ def _in_features(model: nn.Module, roi_heads: nn.Module, pooler: nn.Module) -> l
 
 
 def _pixels(model: nn.Module) -> tuple[Tensor, Tensor, str]:
-    """Mean, standard deviation and channel order, from whichever part of the model holds them."""
+    """Mean and std (3, 1, 1) on the CPU and the channel order, from the module that has them."""
     owner = next((m for m in model.modules() if hasattr(m, "pixel_mean")), None)
     if owner is None:
         raise UserError(f"the kNN probe finds no pixel_mean in {type(model).__name__}")
     flipped = getattr(owner, "flip_channels", False)
     order = getattr(owner, "input_format", None) or ("BGR" if flipped else "RGB")
-    return owner.pixel_mean, owner.pixel_std, order
+    mean, std = (
+        torch.as_tensor(v, dtype=torch.float32).reshape(3, 1, 1).cpu()
+        for v in (owner.pixel_mean, owner.pixel_std)
+    )
+    return mean, std, order

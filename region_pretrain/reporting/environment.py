@@ -1,4 +1,4 @@
-"""What ran: versions and machine, for reports."""
+"""Software versions and hardware, for reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from region_pretrain import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of what numbers may depend on."""
+    """Versions of the software that results may depend on."""
     return {
         "region_pretrain": __version__,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """``cpu``, ``cores``, ``system``, and ``gpu`` where there is one."""
+    """``cpu``, ``cores``, ``system``, and ``gpu`` if there is one."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as file:

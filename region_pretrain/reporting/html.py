@@ -1,10 +1,10 @@
-"""The report: one HTML page that holds all its pictures and opens anywhere, also on a phone."""
+"""Reports: single-file HTML pages that contain their pictures and need no network."""
 
 from __future__ import annotations
 
 import base64
-import html
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -12,15 +12,27 @@ from urllib.parse import quote
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
+from jinja2 import Environment
+from markupsafe import Markup
 
 from region_pretrain.files import write_text_atomic
 from region_pretrain.reporting.plots import to_png
 
-_STYLE = """
+_TEMPLATES = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+_PAGE = _TEMPLATES.from_string("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #8886; }
+p { max-width: 60rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; text-align: left; }
@@ -30,48 +42,77 @@ th { border-bottom: 2px solid #8888; white-space: nowrap; }
 figure { margin: .5rem 0; }
 figcaption { font-size: .85rem; opacity: .8; }
 img { max-width: 100%; height: auto; display: block; }
-.grid { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
-""".strip()
+.row { display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-start; }
+.row figure { flex: 0 1 auto; max-width: 100%; }
+.row .plot { flex: 1 1 22rem; max-width: 42rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for section in sections %}
+<section>
+<h2>{{ section.title }}</h2>
+{% for block in section.blocks %}
+{{ block }}
+{% endfor %}
+</section>
+{% endfor %}
+</body>
+</html>
+""")
+
+_TABLE = _TEMPLATES.from_string("""\
+{% macro line(tag, cells) %}
+<tr>{% for cell in cells %}
+<{{ tag }}{% if numeric[loop.index0] %} class="number"{% endif %}>{{ cell }}</{{ tag }}>
+{%- endfor %}</tr>
+{% endmacro %}
+<div class="scroll"><table>
+<thead>{{ line("th", header) }}</thead>
+<tbody>{% for row in rows %}{{ line("td", row) }}{% endfor %}</tbody>
+</table></div>""")
+
+_NUMBER = re.compile(r"[+-]?\d|–( |$)")  # how the text of a number starts
 
 
 @dataclass
 class Section:
-    """A part of the report.
+    """A section of a report.
 
     Attributes:
         title: its heading.
-        blocks: HTML from :func:`text`, :func:`table`, :func:`preformatted`, :func:`figure` and
-            :func:`picture_grid`.
+        blocks: results of :func:`text`, :func:`table`, :func:`preformatted`, :func:`figure` and
+            :func:`side_by_side`.
     """
 
     title: str
-    blocks: list[str] = field(default_factory=list)
+    blocks: list[Markup] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Link:
-    """A cell of a table that leads elsewhere.
+    """A table cell that is a link.
 
     Attributes:
-        label: what is read.
-        href: relative to the page, or absolute.
+        label: the visible text.
+        href: target, relative to the page or absolute.
     """
 
     label: str
     href: str
 
 
-def text(paragraph: str) -> str:
+def text(paragraph: str) -> Markup:
     """A paragraph of plain text."""
-    return f"<p>{html.escape(paragraph)}</p>"
+    return Markup("<p>{}</p>").format(paragraph)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 1) -> str:
-    """A table. Columns of numbers are aligned to the right; None is a dash.
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 1) -> Markup:
+    """A table. Columns of numbers are aligned to the right; None becomes a dash.
 
     Args:
         header: names of the columns.
-        rows: as long as the header each.
+        rows: rows of the header's length.
         digits: decimals of floats.
 
     Raises:
@@ -80,101 +121,55 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int =
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"the table has {len(header)} columns, but a row is {list(row)}")
-    cells = [[_shown(value, digits) for value in row] for row in rows]
-    kinds = [
-        ' class="number"' if all(_is_number(row[c]) or row[c] is None for row in rows) else ""
-        for c in range(len(header))
-    ]
-
-    def line(tag: str, row: Sequence[str]) -> str:
-        filled = zip(kinds, row, strict=True)
-        return "<tr>" + "".join(f"<{tag}{kind}>{x}</{tag}>" for kind, x in filled) + "</tr>\n"
-
-    head = line("th", [html.escape(name) for name in header])
-    body = "".join(line("td", row) for row in cells)
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>\n{body}</tbody></table></div>'
+    cells = [[_cell(value, digits) for value in row] for row in rows]
+    numeric = [all(_NUMBER.match(row[c]) for row in cells) for c in range(len(header))]
+    return Markup(_TABLE.render(header=header, rows=cells, numeric=numeric))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _shown(value: object, digits: int) -> str:
+def _cell(value: object, digits: int) -> str:
     if value is None:
         return "–"
     if isinstance(value, Link):
-        return f'<a href="{html.escape(quote(value.href))}">{html.escape(value.label)}</a>'
-    if _is_number(value) and not isinstance(value, Integral):
+        return Markup('<a href="{}">{}</a>').format(quote(value.href), value.label)
+    if isinstance(value, Real) and not isinstance(value, Integral):
         return f"{value:.{digits}f}"
-    return html.escape(str(value))
+    return str(value)
 
 
-def preformatted(lines: Sequence[str]) -> str:
-    """Lines of a log, as they are."""
-    return f'<pre class="scroll">{html.escape(chr(10).join(lines))}</pre>'
+def preformatted(lines: Sequence[str]) -> Markup:
+    """Lines of a log, unchanged."""
+    return Markup('<pre class="scroll">{}</pre>').format("\n".join(lines))
 
 
-def figure(picture: bytes | np.ndarray, caption: str = "") -> str:
+def figure(picture: bytes | np.ndarray, caption: str = "", plot: bool = False) -> Markup:
     """A picture with its caption.
 
     Args:
         picture: PNG, or (H, W, 3) uint8 RGB.
-        caption: plain text below it, also read to people who do not see it.
+        caption: plain text below the picture, also its alternative text.
+        plot: the picture is a diagram, which :func:`side_by_side` scales to fit.
     """
     png = picture if isinstance(picture, bytes) else to_png(picture)
     data = base64.b64encode(png).decode("ascii")
-    said = html.escape(caption)
-    below = f"<figcaption>{said}</figcaption>" if caption else ""
-    return f'<figure><img alt="{said}" src="data:image/png;base64,{data}">{below}</figure>'
+    below = Markup("<figcaption>{}</figcaption>").format(caption) if caption else ""
+    kind = Markup(' class="plot"') if plot else ""
+    page = Markup('<figure{}><img alt="{}" src="data:image/png;base64,{}">{}</figure>')
+    return page.format(kind, caption, data, below)
 
 
-def picture_grid(
-    header: Sequence[str], rows: Sequence[Sequence[bytes | np.ndarray]], captions: bool = True
-) -> str:
-    """Pictures side by side, below one another where the screen is narrow.
-
-    Args:
-        header: what each column shows, e.g. ground truth, scratch, pre-trained.
-        rows: pictures as for :func:`figure`, as many as the header has names.
-        captions: write the column's name below every picture.
-
-    Raises:
-        ValueError: a row is shorter or longer than the header.
-    """
-    lines = []
-    for row in rows:
-        if len(row) != len(header):
-            raise ValueError(
-                f"the grid has {len(header)} columns, but a row of {len(row)} pictures"
-            )
-        named = zip(row, header, strict=True)
-        pictures = "".join(figure(p, name if captions else "") for p, name in named)
-        lines.append(f'<div class="grid">{pictures}</div>')
-    return "\n".join(lines)
+def side_by_side(figures: Sequence[Markup]) -> Markup:
+    """Figures in one row, which wraps on a narrow screen."""
+    return Markup('<div class="row">{}</div>').format(Markup("").join(figures))
 
 
-def write_report(
-    path: str, sections: Sequence[Section], title: str = "Report", width: str = "60rem"
-) -> None:
-    """Write the page; a reader sees either the old one or the whole new one.
+def write_report(path: str, sections: Sequence[Section], title: str = "Report") -> None:
+    """Write the page atomically.
 
     Args:
-        path: of the ``.html`` file; its folder is made.
+        path: the ``.html`` file; its folder is created.
         sections: in order.
-        title: heading, and name of the browser's tab.
-        width: of the text where the screen is wider, in CSS's words.
+        title: heading, and title of the browser tab.
     """
-    style = f"{_STYLE}\nbody {{ max-width: {width}; }}"
-    body = "\n".join(
-        f"<section>\n<h2>{html.escape(s.title)}</h2>\n" + "\n".join(s.blocks) + "\n</section>"
-        for s in sections
-    )
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>\n{style}\n</style>\n</head>\n"
-        f"<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
-    )
     if folder := os.path.dirname(path):
         PathManager.mkdirs(folder)
-    write_text_atomic(path, page)
+    write_text_atomic(path, _PAGE.render(title=title, sections=sections))

@@ -1,42 +1,50 @@
-"""What a pre-training sees: its views after photometry, with the regions that are matched."""
+"""Pictures of what a pre-training sees, and of what a detector finds."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import check_contract
-from region_pretrain.reporting.plots import draw_regions
+from region_pretrain.reporting.plots import draw_detections, draw_regions
 
-_GAP = 8  # pixels between pictures of a sheet
+_GAP = 8  # pixels between the pictures of a sheet
+
+
+class NothingToDraw(UserError):
+    """A method draws no pictures beyond its views."""
 
 
 def first_views(cfg: DictConfig, count: int) -> ViewBatch:
-    """The first images of a pre-training's first batch, exactly as the run would see them.
+    """The first images of a pre-training's first batch, exactly as the run sees them.
 
     Args:
         cfg: a pre-training config; ``dataloader.train`` and ``train.seed`` are read.
-        count: images.
+        count: number of images.
 
     Raises:
-        UserError: the data does not fit, or has fewer images.
+        UserError: the data cannot be loaded, or has fewer images.
     """
     loader = cfg.dataloader.train.copy()
     if "views" not in loader.get("dataset", {}):
-        raise UserError("the config has no dataloader.train.dataset.views: it is no pre-training")
+        raise UserError("not a pre-training config: it has no dataloader.train.dataset.views")
     if "seed" in loader and loader.seed is None:
         loader.seed = cfg.train.seed or 0
-    # A smaller batch is the beginning of the larger one: samples do not depend on its size.
+    # Samples do not depend on the batch size, so a small batch starts like the run's own.
     loader.total_batch_size = count
     loader.num_workers = 0
     return next(iter(instantiate(loader).iterate(0, 1)))
@@ -46,9 +54,9 @@ def pictures(cfg: DictConfig, batch: ViewBatch) -> list[list[np.ndarray]]:
     """Draw what the network sees of a batch.
 
     Args:
-        cfg: the pre-training config. Its view sampler's ``pictures`` draws, else
-            :func:`view_pictures` does.
-        batch: of its loader.
+        cfg: the pre-training config. The ``pictures`` method of its view sampler draws, otherwise
+            :func:`view_pictures`.
+        batch: a batch from its loader.
 
     Returns:
         Rows of (H, W, 3) uint8 RGB pictures.
@@ -58,25 +66,26 @@ def pictures(cfg: DictConfig, batch: ViewBatch) -> list[list[np.ndarray]]:
 
 
 def view_pixels(view: View) -> np.ndarray:
-    """``(B, H, W, 3)`` uint8 RGB: a view's pixels after photometry, before normalisation."""
+    """``(B, H, W, 3)`` uint8 RGB: a view after photometric augmentation, before normalisation."""
     images = apply_photometry(view.images.float() / 255, view.photometry)
     images = (images * 255).round().clamp(0, 255).to(torch.uint8)
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list[list[np.ndarray]]:
-    """What a method draws of its own: its meta-architecture's ``pictures(batch)``, in eval mode.
+    """Draw a method's own pictures: ``pictures(batch)`` of its meta-architecture, in eval mode.
 
     Args:
         cfg: a pre-training config; ``model`` and ``train.seed`` are read.
-        batch: from a loader.
-        weights: a checkpoint of a run of this config; ``""`` for what a run starts with.
+        batch: a batch from its loader.
+        weights: a checkpoint of a run of this config; empty: the initial weights of a run.
 
     Returns:
-        The method's pictures, as :func:`view_pictures` returns them.
+        Rows of (H, W, 3) uint8 RGB pictures.
 
     Raises:
-        UserError: the method draws nothing, or the checkpoint is not of this model.
+        NothingToDraw: the method draws no pictures.
+        UserError: the checkpoint does not belong to this model.
     """
     if cfg.train.seed is None:
         cfg.train.seed = 0
@@ -93,7 +102,9 @@ def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list
             raise UserError(f"{weights} is no checkpoint of a run of this config: {why}") from error
     drawn = model.eval().pictures(batch)
     if drawn is None:
-        raise UserError(f"{type(model).__name__} draws no pictures of its own: leave out --method")
+        raise NothingToDraw(
+            f"{type(model).__name__} draws no pictures of its own: leave out --method"
+        )
     return drawn
 
 
@@ -101,11 +112,12 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
     """Draw every view of every image of a batch.
 
     Args:
-        batch: from a loader, with any number of views.
+        batch: a batch with any number of views.
 
     Returns:
-        For each image, for each view, (H, W, 3) uint8 RGB: the pixels after photometry, before
-        normalisation, enlarged by a whole number; a region has the same colour in all views.
+        For each image a row with one (H, W, 3) uint8 RGB picture per view: its pixels after
+        photometric augmentation, before normalisation, enlarged by a whole number. A region has the
+        same colour in all views.
     """
     pixels = [view_pixels(view) for view in batch.views]
     rows = []
@@ -118,12 +130,67 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
     return rows
 
 
-def sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 224) -> np.ndarray:
-    """Put pictures into one: a line an image, a column a view, on white.
+def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
+    """Draw the ground-truth boxes of the first test images.
 
     Args:
-        rows: (H, W, 3) uint8 RGB pictures, as many in each row.
-        height: of each in pixels; widths follow.
+        cfg: a detection config; ``dataloader.test`` is read.
+        count: number of images.
+
+    Returns:
+        One (H, W, 3) uint8 RGB picture per image.
+    """
+    drawn = []
+    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
+        truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
+        classes = [a["category_id"] for a in truth]
+        drawn.append(draw_detections(_read(record), np.array(boxes), classes, _class_names(cfg)))
+    return drawn
+
+
+@torch.no_grad()
+def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.ndarray]:
+    """Draw what a detector finds in the first test images, with a score of at least 50 %.
+
+    Args:
+        cfg: a detection config; ``model`` and ``dataloader.test`` are read.
+        weights: a checkpoint of the detector.
+        count: number of images.
+
+    Returns:
+        One (H, W, 3) uint8 RGB picture per image.
+
+    Raises:
+        UserError: the checkpoint does not exist or does not fit the detector.
+    """
+    detector = instantiate(cfg.model).cpu().eval()
+    load_pretrained(detector, weights)
+    mapper = instantiate(cfg.dataloader.test.mapper)
+    drawn = []
+    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
+        found = detector([mapper(record)])[0]["instances"]
+        boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()
+        names, scores = _class_names(cfg), found.scores.tolist()
+        drawn.append(draw_detections(_read(record), boxes, classes, names, scores))
+    return drawn
+
+
+def _read(record: dict[str, Any]) -> np.ndarray:
+    return detection_utils.read_image(record["file_name"], format="RGB")
+
+
+def _class_names(cfg: DictConfig) -> Sequence[str]:
+    names = instantiate(cfg.dataloader.test.dataset.names)
+    return MetadataCatalog.get(names if isinstance(names, str) else names[0]).thing_classes
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], height: int = 224) -> np.ndarray:
+    """Arrange pictures on a white sheet.
+
+    Args:
+        rows: rows of (H, W, 3) uint8 RGB pictures, all of the same length.
+        height: height of every picture on the sheet in pixels; its width follows.
 
     Returns:
         (H, W, 3) uint8 RGB.

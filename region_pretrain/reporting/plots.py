@@ -1,9 +1,10 @@
-"""Curves and pictures for the report, as PNG bytes and uint8 arrays."""
+"""Diagrams as PNG, and boxes drawn on images."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,12 +12,10 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from region_pretrain.metrics import read_metrics
-
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
 _CURVE_COLOURS = colormaps["tab10"].colors
-#: RGB of boxes: bright, since pictures are mostly not.
+#: RGB colours of boxes: bright, as most images are not.
 _BOX_COLOURS = (
     (255, 70, 70),
     (60, 225, 80),
@@ -30,34 +29,30 @@ _BOX_COLOURS = (
     (255, 170, 190),
 )
 _GREY = (170, 170, 170)
-_LABEL_WIDTH = 360  # of a picture in pixels, from which on its labels can be read
+_LABEL_WIDTH = 360  # pixels; labels on narrower pictures are not legible
 
 
-def metric_curve(path: str, key: str) -> Curve:
-    """One metric of a run by iteration; empty if the run never logged it.
+def metric_curve(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """One metric of a run by iteration; empty if the run has not logged it.
 
     Args:
-        path: as for :func:`read_metrics`.
+        rows: lines of ``metrics.json``, from :func:`region_pretrain.metrics.read_metrics`.
         key: e.g. ``"total_loss"``, ``"bbox/AP"`` or ``"probe/knn_fpn"``.
 
     Returns:
         Numbers of finished iterations (1 after the first), and values.
     """
-    rows = [row for row in read_metrics(path) if key in row]
+    rows = [row for row in rows if key in row]
     return [row["iteration"] + 1 for row in rows], [row[key] for row in rows]
 
 
-def plot_curves(
-    curves: Mapping[str, Curve], x_label: str, y_label: str, title: str = "", log_y: bool = False
-) -> bytes:
-    """Draw curves into one diagram, each with its own colour and a legend entry.
+def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str) -> bytes:
+    """Draw curves into one diagram, each with its own colour and legend entry.
 
     Args:
-        curves: by name; empty ones are named in the legend as having no data.
-        x_label: of the axis.
-        y_label: of the axis.
-        title: above the diagram.
-        log_y: logarithmic y axis.
+        curves: name -> curve; the legend marks empty ones as having no data.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
 
     Returns:
         PNG, 960 x 600 pixels.
@@ -78,45 +73,12 @@ def plot_curves(
         )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if title:
-        axes.set_title(title)
-    if log_y:
-        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def plot_loss(runs: Mapping[str, str], key: str = "total_loss") -> bytes:
-    """Loss by iteration of one or several runs.
-
-    Args:
-        runs: run folder or ``metrics.json`` by name.
-        key: the metric.
-
-    Returns:
-        PNG.
-    """
-    curves = {name: metric_curve(path, key) for name, path in runs.items()}
-    return plot_curves(curves, "iteration", key.replace("_", " "))
-
-
-def plot_ap(runs: Mapping[str, str], key: str = "bbox/AP") -> bytes:
-    """Average precision by iteration of several fine-tuning runs.
-
-    Args:
-        runs: run folder or ``metrics.json`` by name.
-        key: ``"bbox/AP"``, ``"segm/AP"``, ``"bbox/AP50"``, ...
-
-    Returns:
-        PNG.
-    """
-    curves = {name: metric_curve(path, key) for name, path in runs.items()}
-    kind = {"bbox": "box", "segm": "mask"}.get(key.split("/")[0], key.split("/")[0])
-    return plot_curves(curves, "fine-tuning iteration", f"{kind} {key.split('/')[-1]} (%)")
 
 
 def draw_boxes(
@@ -129,11 +91,12 @@ def draw_boxes(
     """Draw boxes and their labels.
 
     Args:
-        image: (H, W, 3) uint8 RGB. A small one is enlarged so that labels can be read.
-        boxes: (N, 4) XYXY half-open in pixels of ``image``.
-        labels: N texts; an empty one is not drawn.
+        image: (H, W, 3) uint8 RGB. Small images are enlarged until labels are legible.
+        boxes: (N, 4) half-open XYXY in pixels of ``image``.
+        labels: N texts; empty ones are not drawn.
         colours: N RGB colours in 0-255.
-        labels_inside: boxes touch each other: a label is in its box's corner, not above the box.
+        labels_inside: draw labels inside the boxes' corners, not above the boxes, for boxes that
+            touch each other.
 
     Returns:
         (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
@@ -142,7 +105,7 @@ def draw_boxes(
     picture = np.ascontiguousarray(image.repeat(enlarge, 0).repeat(enlarge, 1))
     height, width = picture.shape[:2]
     corners = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * enlarge
-    # Lines stay inside the picture: 2 pixels of colour between 1 pixel of black on either side.
+    # Lines stay inside the picture: 2 pixels of colour with a black edge of 1 pixel on both sides.
     low, high = [1, 1, 1, 1], [width - 3, height - 3, width - 3, height - 3]
     corners = np.clip(np.rint(corners - [0, 0, 1, 1]), low, high).astype(int).tolist()
     colours = [_BOX_COLOURS[0]] * len(corners) if colours is None else colours
@@ -163,7 +126,7 @@ def _draw_label(
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.5
     (width, height), below = cv2.getTextSize(text, font, scale, 1)
     x = max(0, min(x, picture.shape[1] - width - 4))
-    # The baseline: above the box where there is room.
+    # The text's baseline; above the box if there is room.
     y = y + height + 4 if inside else max(height + 4, y)
     cv2.rectangle(picture, (x, y - height - 4), (x + width + 3, y + below - 2), colour, cv2.FILLED)
     cv2.putText(picture, text, (x + 2, y - 1), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
@@ -177,15 +140,15 @@ def draw_detections(
     scores: Sequence[float] | None = None,
     min_score: float = 0.5,
 ) -> np.ndarray:
-    """Draw detections or ground truth; a class has the same colour in every picture.
+    """Draw detections or ground truth; every class has one colour in all pictures.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         boxes: (N, 4) XYXY in pixels.
         classes: N indices into ``class_names``.
         class_names: names of the classes.
-        scores: N confidences in [0, 1] of detections; None for ground truth.
-        min_score: detections below it are left out.
+        scores: N confidences in [0, 1]; None for ground truth.
+        min_score: detections with a lower score are not drawn.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -202,15 +165,15 @@ def draw_detections(
 def draw_regions(
     views: Sequence[tuple[np.ndarray, np.ndarray, Sequence[int]]], labels_inside: bool = False
 ) -> list[np.ndarray]:
-    """Draw the regions of several views of one image: the same colour is the same region.
+    """Draw the regions of several views of one image; a region has one colour in all views.
 
     Args:
-        views: of each its (H, W, 3) uint8 RGB picture, boxes (K, 4) XYXY in its pixels and K ids.
-            Negative ids are slots without a region, and not drawn.
+        views: for each view its (H, W, 3) uint8 RGB picture, boxes (K, 4) XYXY in its pixels, and K
+            ids. Negative ids mark slots without a region, which are not drawn.
         labels_inside: see :func:`draw_boxes`.
 
     Returns:
-        One (H', W', 3) uint8 RGB picture a view. Regions that live in one view only are grey.
+        One (H', W', 3) uint8 RGB picture per view. Regions that are in one view only are grey.
     """
     seen = [set(int(i) for i in ids if i >= 0) for _, _, ids in views]
     everything = sorted(set().union(*seen))
@@ -218,7 +181,7 @@ def draw_regions(
     colour = {i: _BOX_COLOURS[n % len(_BOX_COLOURS)] for n, i in enumerate(shared)}
     pictures = []
     for image, boxes, ids in views:
-        drawn: dict[tuple, int] = {}  # padding repeats a box
+        drawn: dict[tuple, int] = {}  # box -> id; padding repeats boxes
         for box, i in zip(np.asarray(boxes, dtype=np.float64).reshape(-1, 4), ids, strict=True):
             if i >= 0:
                 drawn[tuple(box)] = int(i)
@@ -229,11 +192,11 @@ def draw_regions(
 
 
 def to_png(image: np.ndarray, max_width: int = 960) -> bytes:
-    """Encode a picture, made smaller if it is wider than a page needs.
+    """Encode a picture, after shrinking it to a maximum width.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        max_width: in pixels.
+        max_width: maximum width in pixels.
 
     Returns:
         PNG.

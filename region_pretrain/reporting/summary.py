@@ -11,11 +11,11 @@ def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
     """Mean and sample standard deviation.
 
     Args:
-        values: one a seed; None: it has none.
+        values: one per seed; None if a seed has none.
 
     Returns:
-        ``mean`` and ``std``; both None where a value is, or there is none at all; ``std`` None
-        for a single one.
+        ``mean`` and ``std``. Both are None if a value is None or there are no values; ``std`` is
+        None for a single value.
     """
     if None in values or not len(values):
         return {"mean": None, "std": None}
@@ -23,9 +23,14 @@ def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": std}
 
 
-def shown(value: Mapping[str, float | None]) -> str:
-    """``12.3``, or ``12.3 ± 0.4`` over several seeds, or a dash."""
+def shown(value: Mapping[str, float | None], sign: bool = False) -> str:
+    """``12.3``, or ``12.3 ± 0.4`` over several seeds, or a dash.
+
+    Args:
+        value: result of :func:`mean_std`.
+        sign: write the mean with its sign, as in ``+1.2``.
+    """
     if value["mean"] is None:
         return "–"
     spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:.1f}{spread}"
+    return f"{value['mean']:{'+' if sign else ''}.1f}{spread}"

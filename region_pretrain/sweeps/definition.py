@@ -27,12 +27,14 @@ class Pretrain:
         overrides: of the config, ``key=value``.
         label: what tables call it; empty: its name.
         regions: a region store that exists; null: the sweep makes what the config asks for.
+        finetune_overrides: overrides of the fine-tunings from it, applied after their own.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
     label: str = ""
     regions: str | None = None
+    finetune_overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,12 @@ class Baseline:
     Attributes:
         init_checkpoint: weights; empty: random ones.
         label: what tables call it; empty: its name.
+        finetune_overrides: overrides of the fine-tunings from it, applied after their own.
     """
 
     init_checkpoint: str = ""
     label: str = ""
+    finetune_overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Sweep:
         pretrain_overrides: of all pre-trainings, after their own.
         finetune_overrides: of all fine-tunings, after their own.
         regions: how region stores are made.
+        pictures: number of images per picture of the report; 0: no pictures.
     """
 
     pretrain: Mapping[str, Pretrain] = field(default_factory=dict)
@@ -116,6 +121,7 @@ class Sweep:
     pretrain_overrides: tuple[str, ...] = ()
     finetune_overrides: tuple[str, ...] = ()
     regions: RegionMaking = RegionMaking()
+    pictures: int = 4
 
     def label(self, start: str) -> str:
         """What tables call a pre-training or a baseline."""
@@ -245,6 +251,8 @@ def _check(sweep: Sweep) -> None:
             raise UserError(f"{key}={list(values)}: the same value twice")
     if not sweep.seeds:
         raise UserError("sweep.seeds=[]: name one or more")
+    if sweep.pictures < 0:
+        raise UserError(f"sweep.pictures={sweep.pictures}: must be at least 0")
     if not sweep.regions.shards >= 1:
         raise UserError(f"sweep.regions.shards={sweep.regions.shards}: at least 1")
     for name, entry in sweep.finetune.items():

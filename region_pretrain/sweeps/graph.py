@@ -42,8 +42,8 @@ class Plan:
     Attributes:
         runs: by id, parents first.
         entries: one for each thing that the sweep asks for, ``run`` being the id of the run that
-            does it: ``kind``, ``start``, ``seed``, ``finetune``, ``fraction``, ``checkpoint``,
-            ``rate``. Two that ask for the same have the same run.
+            does it: ``kind``, ``init``, ``seed``, ``finetune``, ``label_fraction``,
+            ``checkpoint``, ``learning_rate``. Two that ask for the same have the same run.
     """
 
     runs: dict[str, Run] = field(default_factory=dict)

@@ -131,7 +131,7 @@ class _Planner:
             what,
             "regions.arrow",
             tasks,
-            start=start,
+            init=start,
         )
 
     def _length(self, start: str) -> list[str]:
@@ -190,7 +190,7 @@ class _Planner:
             _FINAL_CHECKPOINT,
             tasks,
             [regions] if regions else [],
-            start=start,
+            init=start,
             seed=seed,
         )
 
@@ -216,7 +216,7 @@ class _Planner:
         """All the runs of one row of the table: trials, the choice, one run a seed."""
         entry = self._sweep.finetune[name]
         one = len(self._sweep.finetune) == 1
-        labels = {"start": start, "finetune": name, "fraction": fraction, "checkpoint": at}
+        labels = {"init": start, "finetune": name, "label_fraction": fraction, "checkpoint": at}
         slug = "_".join(
             [
                 *([] if one else [name]),
@@ -254,7 +254,7 @@ class _Planner:
                 [*more, *entry.held_out],
                 [f"optimizer.lr={rate:g}"],
                 [],
-                labels | {"seed": entry.rate_seed, "rate": rate, "metric": entry.metric},
+                labels | {"seed": entry.rate_seed, "learning_rate": rate, "metric": entry.metric},
             )
 
         def tasks(folder: str) -> list[list[str]]:
@@ -275,10 +275,12 @@ class _Planner:
 
     def _start(self, labels: Mapping[str, Any], pretrain_seed: int, seed: int) -> list[str]:
         """Overrides of a fine-tuning: its weights, its part of the labels, its seed."""
-        start, fraction, at = labels["start"], labels["fraction"], labels["checkpoint"]
+        start, fraction, at = labels["init"], labels["label_fraction"], labels["checkpoint"]
         if start in self._sweep.baselines:
-            weights = self._sweep.baselines[start].init_checkpoint
+            init = self._sweep.baselines[start]
+            weights = init.init_checkpoint
         else:
+            init = self._sweep.pretrain[start]
             file = _FINAL_CHECKPOINT if at == FINAL else f"{checkpoint.checkpoint_name(at - 1)}.pth"
             weights = os.path.join(self._pretrain(start, pretrain_seed).folder, file)
         dataset = "dataloader.train.dataset"
@@ -288,6 +290,7 @@ class _Planner:
             f"+{dataset}.seed={seed}",
         ]
         return [
+            *init.finetune_overrides,
             *([f"train.init_checkpoint={weights}"] if weights else []),
             *(few if fraction < 1 else []),
             f"train.seed={seed}",
@@ -306,7 +309,7 @@ class _Planner:
         """A fine-tuning. ``rate`` is an override, or ``@FILE`` that will hold one."""
         known = [r for r in rate if not r.startswith("@")]
         overrides, cfg = self._detection(name, [*more, *known])
-        start = labels["start"]
+        start = labels["init"]
         own = start not in self._sweep.pretrain
         what = [content(cfg, [] if own else ["train.init_checkpoint"]), labels["checkpoint"]]
         if not own:  # its parent says from which weights

@@ -61,6 +61,7 @@ class SweepFile:
         labels: start -> what tables call it.
         images_seen: of every pre-training; null: as the configs say.
         plan: the runs.
+        pictures: number of images per picture of the report; 0: no pictures.
     """
 
     name: str
@@ -72,6 +73,7 @@ class SweepFile:
     labels: dict[str, str]
     images_seen: int | None
     plan: Plan
+    pictures: int = 0
 
 
 def write_sweep(folder: str, sweep: SweepFile) -> None:

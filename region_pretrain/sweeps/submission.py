@@ -37,6 +37,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         labels={start: sweep.label(start) for start in [*sweep.baselines, *sweep.pretrain]},
         images_seen=sweep.images_seen,
         plan=make_plan(sweep),
+        pictures=sweep.pictures,
     )
 
 

@@ -22,8 +22,9 @@ from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.errors import UserError
+from region_pretrain.evaluation import knn_probe
 from region_pretrain.evaluation.knn import knn_accuracy
-from region_pretrain.evaluation.knn_probe import KNNProbeHook, _load, evaluating, region_features
+from region_pretrain.evaluation.knn_probe import KNNProbeHook, _load, evaluating
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.trunk import Trunk
 
@@ -69,9 +70,10 @@ def dicts(tmp_path_factory):
 def names(dicts):
     DatasetCatalog.register("probe_train", lambda: copy.deepcopy(dicts[:6]))
     DatasetCatalog.register("probe_val", lambda: copy.deepcopy(dicts[6:]))
+    DatasetCatalog.register("probe_all", lambda: copy.deepcopy(dicts))
     yield "probe_train", "probe_val"
-    DatasetCatalog.remove("probe_train")
-    DatasetCatalog.remove("probe_val")
+    for name in ("probe_train", "probe_val", "probe_all"):
+        DatasetCatalog.remove(name)
 
 
 def make_detector(input_format="RGB") -> nn.Module:
@@ -89,10 +91,10 @@ def make_detector(input_format="RGB") -> nn.Module:
 
 def stock_features(model, dicts, with_head, short_edge, batch_size):
     """The same from Detectron2's own mapper and preprocessing."""
-    augmentation = T.ResizeShortestEdge(short_edge, max_size=120)
+    resize = [T.ResizeShortestEdge(short_edge, max_size=120)] if short_edge else []
     mapper = DatasetMapper(
         is_train=True,  # keeps the annotations; they are not augmented
-        augmentations=[augmentation],
+        augmentations=resize,
         image_format=model.input_format,
     )
     model.eval()
@@ -109,26 +111,39 @@ def stock_features(model, dicts, with_head, short_edge, batch_size):
     return torch.cat(features), labels
 
 
+def probed_features(monkeypatch, model, *names, **kwargs) -> dict[str, tuple]:
+    """Metric -> what the probe of a model classifies: vectors and labels, those of val if given."""
+    found = []
+    monkeypatch.setattr(knn_probe, "knn_accuracy", lambda *args, k: found.append(args) or 0.0)
+    hook = KNNProbeHook(0, *names, **kwargs)
+    with_trainer(hook, model).before_train()
+    monkeypatch.undo()
+    return dict(zip(hook.trainer.storage.latest(), found, strict=True))
+
+
+def with_trainer(hook, model, max_iter=1, start_iter=0):
+    """The hook, with as much of a trainer as it needs."""
+
+    class Run:
+        storage = EventStorage()
+
+    Run.model, Run.max_iter, Run.start_iter, Run.iter = model, max_iter, start_iter, start_iter
+    hook.trainer = Run
+    return hook
+
+
 @pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("input_format", ["RGB", "BGR"])
-def test_features_are_the_detectors_own(dicts, with_head, input_format):
+def test_features_are_the_detectors_own(monkeypatch, names, dicts, with_head, input_format):
     model = make_detector(input_format)
     expected, labels = stock_features(model, dicts, with_head, short_edge=96, batch_size=4)
-    features, got_labels = region_features(
-        model.backbone,
-        model.roi_heads.box_pooler,
-        model.roi_heads.box_head if with_head else None,
-        ["p2", "p3", "p4", "p5"],
-        model.pixel_mean,
-        [50.0, 60.0, 70.0],
-        input_format,
-        dicts,
-        batch_size=4,
-        short_edge=96,
-        max_size=120,
+    found = probed_features(
+        monkeypatch, model, "probe_all", batch_size=4, short_edge=96, max_size=120
     )
+    features, got_labels = found["probe/knn_head" if with_head else "probe/knn_fpn"]
     assert features.shape == (25, 256 if with_head else 48) and features.dtype == torch.float32
-    assert got_labels.tolist() == labels  # crowds are not among them
+    assert got_labels.dtype == torch.int64
+    assert got_labels.tolist() == labels  # without crowds
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -137,9 +152,19 @@ def _labels(dicts) -> list[int]:
 
 
 def hook_on(model, **kwargs) -> dict[str, float]:
+    """Values that a hook logs before the first step."""
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, **kwargs)
-    hook.before_train()
-    return hook.probe(model)
+    with_trainer(hook, model).before_train()
+    return {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
+
+
+def stock_accuracy(model, train, val, with_head) -> float:
+    """kNN accuracy of Detectron2's own features; images are not resized."""
+    features = []
+    for part in (train, *([val] if val else [])):
+        vectors, labels = stock_features(model, part, with_head, short_edge=None, batch_size=8)
+        features += [vectors, torch.tensor(labels)]
+    return knn_accuracy(*features, k=5)
 
 
 def trunk_vectors(model, dicts) -> torch.Tensor:
@@ -171,24 +196,11 @@ def trunk_accuracy(model, dicts) -> float:
 
 
 def expected_accuracies(model, dicts) -> dict[str, float]:
-    result = {"probe/knn_trunk": trunk_accuracy(model, dicts)}
-    for name, head in (("probe/knn_fpn", None), ("probe/knn_head", model.roi_heads.box_head)):
-        sets = [
-            region_features(
-                model.backbone,
-                model.roi_heads.box_pooler,
-                head,
-                ["p2", "p3", "p4", "p5"],
-                model.pixel_mean,
-                model.pixel_std,
-                model.input_format,
-                part,
-                short_edge=None,
-            )
-            for part in (dicts[:6], dicts[6:])
-        ]
-        result[name] = knn_accuracy(*sets[0], *sets[1], k=5)
-    return result
+    return {
+        "probe/knn_trunk": trunk_accuracy(model, dicts),
+        "probe/knn_fpn": stock_accuracy(model, dicts[:6], dicts[6:], with_head=False),
+        "probe/knn_head": stock_accuracy(model, dicts[:6], dicts[6:], with_head=True),
+    }
 
 
 def test_hook_classifies_the_validation_boxes_by_the_training_boxes(names, dicts):
@@ -242,40 +254,28 @@ def test_every_method_can_be_probed(names, dicts, recipe):
     assert accuracies["probe/knn_trunk"] == trunk_accuracy(model, dicts)
 
 
-def test_c4_detector(names):
+def test_c4_detector(monkeypatch, names):
     model = instantiate(get_config("detection/faster_rcnn_r50_c4_voc.py").model)
     result = hook_on(model)
     assert set(result) == {"probe/knn_trunk", "probe/knn_fpn", "probe/knn_head"}
-    vectors, _ = region_features(
-        model.backbone,
-        model.roi_heads.pooler,
-        model.roi_heads.res5,
-        ["res4"],
-        model.pixel_mean,
-        model.pixel_std,
-        "RGB",
-        DatasetCatalog.get("probe_val")[:1],
-        short_edge=None,
-    )
-    assert vectors.shape == (2, 2048)
+    found = probed_features(monkeypatch, model, "probe_val", max_images=1, short_edge=None)
+    (record,) = DatasetCatalog.get("probe_val")[:1]
+    image, boxes, _ = _load(record, "RGB", None, 0)
+    with torch.no_grad():
+        mean, std = model.pixel_mean, model.pixel_std
+        maps = model.eval().backbone(((image - mean) / std)[None])
+        pooled = model.roi_heads.pooler([maps["res4"]], [Boxes(boxes)])
+        expected = model.roi_heads.res5(pooled).mean(dim=(2, 3))
+    assert expected.shape == (2, 2048)
+    torch.testing.assert_close(found["probe/knn_head"][0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_leave_one_out_without_validation_set(names, dicts):
     model = make_detector()
     hook = KNNProbeHook(0, "probe_train", k=5, short_edge=None, max_images=4)
-    hook.before_train()
-    features = region_features(
-        model.backbone,
-        model.roi_heads.box_pooler,
-        None,
-        ["p2", "p3", "p4", "p5"],
-        model.pixel_mean,
-        model.pixel_std,
-        "RGB",
-        dicts[:4],
-        short_edge=None,
-    )
-    assert hook.probe(model)["probe/knn_fpn"] == knn_accuracy(*features, k=5)
+    with_trainer(hook, model).before_train()
+    expected = stock_accuracy(model, dicts[:4], None, with_head=False)
+    assert hook.probe(model)["probe/knn_fpn"] == expected
 
 
 def train(dicts, hook) -> tuple:
@@ -305,23 +305,32 @@ def test_a_run_with_the_probe_equals_one_without(names, dicts):
     assert all(torch.equal(probed[k], v) for k, v in plain.items())
     for name in ("probe/knn_fpn", "probe/knn_head"):
         logged = storage.history(name).values()
-        assert [iteration for _, iteration in logged] == [1, 3]
+        assert [iteration for _, iteration in logged] == [0, 1, 3]  # before the first step, then
         assert all(0 <= value <= 1 for value, _ in logged)
 
 
-def test_period_zero_probes_once_at_the_end(names):
-    hook = KNNProbeHook(0, "probe_train", k=3, short_edge=None, max_images=2)
-
-    class Run:
-        model, max_iter, iter = make_detector(), 5, 0
-        storage = EventStorage()
-
-    hook.trainer = Run
+@pytest.mark.parametrize(
+    ("period", "start", "logged"), [(0, 0, [0, 4]), (0, 2, [4]), (1, 3, [3, 4])]
+)
+def test_probes_before_the_first_step_periodically_and_at_the_end(names, period, start, logged):
+    hook = KNNProbeHook(period, "probe_train", k=3, short_edge=None, max_images=2)
+    run = with_trainer(hook, make_detector(), max_iter=5, start_iter=start).trainer
+    run.storage.iter = start
     hook.before_train()
-    for Run.iter in range(5):
-        Run.storage.iter = Run.iter
+    for run.iter in range(start, 5):
+        run.storage.iter = run.iter
         hook.after_step()
-    assert [i for _, i in Run.storage.history("probe/knn_fpn").values()] == [4]
+    assert [i for _, i in run.storage.history("probe/knn_fpn").values()] == logged
+
+
+def test_the_first_value_is_that_of_the_untrained_network(names, dicts):
+    model = make_detector()
+    hook = with_trainer(KNNProbeHook(1, "probe_train", "probe_val", k=5, short_edge=None), model, 2)
+    expected = stock_accuracy(model, dicts[:6], dicts[6:], with_head=True)
+    hook.before_train()
+    hook.after_step()  # after the first step, which iteration 0 does not show
+    values = hook.trainer.storage.history("probe/knn_head").values()
+    assert values == [(pytest.approx(expected), 0)]
 
 
 def test_modes_come_back_even_after_an_error():
@@ -333,19 +342,14 @@ def test_modes_come_back_even_after_an_error():
     assert torch.is_grad_enabled()
 
 
-def test_bad_input_is_said_before_the_run(names):
-    DatasetCatalog.register("probe_unlabelled", lambda: [{"file_name": "x.png", "image_id": 0}])
-    hook = KNNProbeHook(1, "probe_unlabelled")
-    with pytest.raises(UserError, match="probe_unlabelled have none"):
+def test_bad_input_is_reported_before_the_first_step(names):
+    records = [{"file_name": "x.png", "image_id": 0}, {"file_name": "y.png", "annotations": []}]
+    DatasetCatalog.register("probe_unlabelled", lambda: records)
+    model = make_detector()
+    hook = with_trainer(KNNProbeHook(1, "probe_unlabelled"), model, start_iter=3)
+    with pytest.raises(UserError, match="probe_unlabelled has none"):
         hook.before_train()
     DatasetCatalog.remove("probe_unlabelled")
-    model = make_detector()
-    with pytest.raises(UserError, match="found none"):
-        region_features(
-            *(model.backbone, model.roi_heads.box_pooler, None, ["p2", "p3", "p4", "p5"]),
-            *(model.pixel_mean, model.pixel_std, "RGB"),
-            [{"file_name": "x.png", "annotations": []}],
-        )
     with pytest.raises(UserError, match="no pixel_mean in Module"):
         bare = nn.Module()
         bare.backbone, bare.roi_heads = model.backbone, model.roi_heads
@@ -358,8 +362,9 @@ def worker(rank: int, folder: str, dicts: list) -> None:
     DatasetCatalog.register("probe_train", lambda: dicts[:6])
     DatasetCatalog.register("probe_val", lambda: dicts[6:7])  # one process has no image
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, batch_size=1)
-    hook.before_train()
-    torch.save(hook.probe(make_detector()), f"{folder}/{rank}.pt")
+    with_trainer(hook, make_detector()).before_train()
+    values = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
+    torch.save(values, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -371,4 +376,4 @@ def test_two_processes_share_the_images(tmp_path, dicts):
     alone = hook_on(make_detector(), batch_size=1)
     DatasetCatalog.remove("probe_train")
     DatasetCatalog.remove("probe_val")
-    assert first == second == alone
+    assert first == second == alone and len(alone) == 3

@@ -1,4 +1,4 @@
-"""The page is whole in itself: numbers, pictures, nothing from elsewhere."""
+"""The page is self-contained: numbers, pictures, nothing from elsewhere."""
 
 import base64
 import re
@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from region_pretrain.reporting.html import (
+    Link,
     Section,
     figure,
-    picture_grid,
+    preformatted,
+    side_by_side,
     table,
     text,
     write_report,
@@ -57,8 +59,14 @@ def page(tmp_path, picture):
     rows = [["scratch", 21.34, 100, None], ["pre-trained <ours>", np.float32(25.5), 200, "yes"]]
     sections = [
         Section("AP & labels", [text("5 < 10"), table(["init", "AP", "images", "note"], rows)]),
-        Section("Curves", [figure(curve, 'the "loss"')]),
-        Section("Pictures", [picture_grid(["truth", "A", "B"], [[picture] * 3, [picture] * 3])]),
+        Section("Curves", [figure(curve, 'the "loss"', plot=True)]),
+        Section(
+            "Pictures",
+            [
+                side_by_side([figure(picture, name) for name in ("truth", "A", "B <b>")]),
+                preformatted(["a < b", "  c"]),
+            ],
+        ),
     ]
     path = tmp_path / "new" / "report.html"
     write_report(str(path), sections, title="Shapes <report>")
@@ -78,7 +86,7 @@ def test_text_and_tables(page):
 
 def test_pictures_are_inside_and_decodable(page, picture):
     images = Page(page).all("img")
-    assert [a["alt"] for a in images] == ['the "loss"'] + ["truth", "A", "B"] * 2
+    assert [a["alt"] for a in images] == ['the "loss"', "truth", "A", "B <b>"]
     decoded = []
     for attrs in images:
         kind, data = attrs["src"].split(",")
@@ -87,6 +95,11 @@ def test_pictures_are_inside_and_decodable(page, picture):
         decoded.append(cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1])
     assert decoded[0].shape == (600, 960, 3)
     assert all((d == picture).all() for d in decoded[1:])
+    parsed = Page(page)
+    assert parsed.texts["figcaption"] == [a["alt"] for a in images]
+    assert [a.get("class") for a in parsed.all("figure")] == ["plot", None, None, None]
+    assert len([a for a in parsed.all("div") if a.get("class") == "row"]) == 1
+    assert parsed.texts["pre"] == ["a < b\n  c"]
 
 
 def test_nothing_comes_from_elsewhere_and_phones_are_thought_of(page):
@@ -106,14 +119,23 @@ def test_a_report_is_replaced_as_a_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_uneven_rows_are_errors(picture):
+def test_uneven_rows_are_errors():
     with pytest.raises(ValueError, match="2 columns"):
         table(["a", "b"], [[1, 2], [1]])
-    with pytest.raises(ValueError, match="a row of 1 pictures"):
-        picture_grid(["a", "b"], [[picture]])
 
 
 def test_digits_and_empty_tables():
     assert '<td class="number">0.123</td>' in table(["x"], [[0.12345]], digits=3)
     assert "<td>True</td>" in table(["x"], [[True]])
     assert Page(table(["only", "header"], [])).texts["th"] == ["only", "header"]
+
+
+def test_columns_of_numbers_as_text_are_aligned_and_links_quoted():
+    page = Page(
+        table(
+            ["AP", "difference", "name"],
+            [["1.0 ± 0.2", "+0.5", Link("run <1>", "runs/a b")], ["– (chosen)", "-1.0", "–x"]],
+        )
+    )
+    assert [a.get("class") for a in page.all("th")] == ["number", "number", None]
+    assert page.all("a") == [{"href": "runs/a%20b"}] and page.texts["a"] == ["run <1>"]

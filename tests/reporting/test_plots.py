@@ -13,9 +13,7 @@ from region_pretrain.reporting.plots import (
     draw_detections,
     draw_regions,
     metric_curve,
-    plot_ap,
     plot_curves,
-    plot_loss,
     to_png,
 )
 
@@ -42,9 +40,9 @@ def test_metrics_of_a_resumed_and_killed_run(run):
     rows = read_metrics(run)
     assert [row["iteration"] for row in rows] == [19, 39, 59]
     assert rows[2] == {"iteration": 59, "total_loss": 1.5, "bbox/AP": 12.0}
-    assert metric_curve(run, "total_loss") == ([20, 40, 60], [3.0, 2.0, 1.5])
-    assert metric_curve(run + "/metrics.json", "bbox/AP") == ([40, 60], [11.5, 12.0])
-    assert metric_curve(run + "/", "nothing") == ([], [])
+    assert metric_curve(rows, "total_loss") == ([20, 40, 60], [3.0, 2.0, 1.5])
+    assert metric_curve(read_metrics(run + "/metrics.json"), "bbox/AP") == ([40, 60], [11.5, 12.0])
+    assert metric_curve(read_metrics(run + "/"), "nothing") == ([], [])
 
 
 def test_a_run_without_metrics_is_an_error(tmp_path):
@@ -68,12 +66,17 @@ def test_curves_are_drawn_where_their_values_are():
     assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
 
 
-def test_loss_and_ap_of_runs(run):
-    assert decode(plot_loss({"a": run})).shape == decode(plot_ap({"a": run, "b": run})).shape
-    assert plot_loss({"a": run}) != plot_loss({"another name": run})
-    assert plot_ap({"a": run}) != plot_ap({"a": run}, key="segm/AP")  # no data, another axis label
-    with pytest.raises(UserError):
-        plot_ap({"a": run + "/none"})
+def test_labels_names_and_missing_data_are_drawn():
+    curves = {"a": ([20, 40, 60], [3.0, 2.0, 1.5])}
+    same = plot_curves(curves, "iteration", "loss")
+    assert same == plot_curves(curves, "iteration", "loss")
+    assert same != plot_curves({"another name": curves["a"]}, "iteration", "loss")
+    assert same != plot_curves(curves, "iteration", "mask AP (%)")
+    empty = plot_curves({"a": ([], [])}, "iteration", "loss")
+    assert decode(empty).shape == (600, 960, 3)
+    blue = (abs(decode(empty).astype(int) - [31, 119, 180]) < 12).all(-1)
+    assert blue.sum() < 300  # only the legend's entry
+    assert empty == plot_curves({"a": ((), ())}, "iteration", "loss")
 
 
 GREEN = (60, 225, 80)

@@ -42,7 +42,7 @@ def swept(slurm, tmp_path_factory):
 def runs_of(folder, kind):
     plan = state.read_sweep(str(folder)).plan
     return {
-        (entry["start"], entry["seed"]): plan.runs[entry["run"]]
+        (entry["init"], entry["seed"]): plan.runs[entry["run"]]
         for entry in plan.entries
         if entry["kind"] == kind
     }
@@ -72,7 +72,7 @@ def test_the_table_is_what_the_runs_found(swept):
     folder, tool, _ = swept
     tool("report", str(folder))
     with open(folder / "results.csv", encoding="utf-8") as file:
-        rows = {row["start"]: row for row in csv.DictReader(file)}
+        rows = {row["initialisation"]: row for row in csv.DictReader(file)}
     assert rows["byol"]["seeds"] == rows["moco"]["seeds"] == "2" and rows["broken"]["seeds"] == "0"
     pretrained = runs_of(folder, PRETRAIN)
     for start in ("byol", "moco"):

@@ -1,5 +1,21 @@
-from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
+"""A sweep of two methods and a third that fails, as small as possible."""
 
+_QUICK_PRETRAIN = (
+    "dataloader.train.dataset.names.size=24",
+    "dataloader.train.total_batch_size=8",
+    "dataloader.train.num_workers=0",
+    "train.max_iter=4",
+    "train.log_period=1",
+)
+_QUICK_DETECTION = (
+    "dataloader.train.dataset.names.size=16",
+    "dataloader.train.total_batch_size=4",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.dataset.names.size=8",
+    "train.max_iter=4",
+    "train.eval_period=2",
+    "train.log_period=1",
+)
 _BREAK = "train.hooks=[{_target_:slurm_runs.BreakAt,iteration:1,rank:0}]"
 
 sweep = dict(

@@ -11,11 +11,26 @@ import pytest
 from region_pretrain.config import load_config
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import load_sweep
-from region_pretrain.sweeps.demo import _QUICK_DETECTION, _QUICK_PRETRAIN
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, TRIAL
 from region_pretrain.sweeps.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
+_QUICK_PRETRAIN = (
+    "dataloader.train.dataset.names.size=24",
+    "dataloader.train.total_batch_size=8",
+    "dataloader.train.num_workers=0",
+    "train.max_iter=4",
+    "train.log_period=1",
+)
+_QUICK_DETECTION = (
+    "dataloader.train.dataset.names.size=16",
+    "dataloader.train.total_batch_size=4",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.dataset.names.size=8",
+    "train.max_iter=4",
+    "train.eval_period=2",
+    "train.log_period=1",
+)
 REPORT = ("report.html", "report.md", "results.csv")
 METHODS = {"supervised", "moco", "byol", "soco", "ccop", "mcl", "point"}
 
@@ -66,7 +81,7 @@ def test_the_ablation_is_the_benchmark_with_one_part_less(tmp_path):
         changes = [f"sweep.output_dir={tmp_path / name}"]
         plan = make_plan(load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), changes))
         pairs = ((e, plan.runs[e["run"]]) for e in plan.entries if e["kind"] == PRETRAIN)
-        return {(e["start"], e["seed"]): run for e, run in pairs}
+        return {(e["init"], e["seed"]): run for e, run in pairs}
 
     whole, parts = runs("shapes_quick"), runs("point_region_ablation")
     assert {start for start, _ in parts} == {"all", "in_image", "pooled", "distillation"}
@@ -120,12 +135,12 @@ def test_every_run_finished_and_the_choice_was_taken(finished):
         run = plan.runs[entry["run"]]
         assert Path(run.product).is_file()
         if entry["kind"] == "choice":
-            chosen[entry["start"]] = float(Path(run.product).read_text().split("=")[1])
+            chosen[entry["init"]] = float(Path(run.product).read_text().split("=")[1])
     assert chosen.keys() == {"moco", "soco"}
     for entry in plan.entries:
         if entry["kind"] == FINETUNE:
             saved = load_config(str(Path(plan.runs[entry["run"]].folder) / "config.yaml"))
-            assert saved.optimizer.lr == chosen[entry["start"]] in (0.05, 0.1)
+            assert saved.optimizer.lr == chosen[entry["init"]] in (0.05, 0.1)
             log = (Path(plan.runs[entry["run"]].folder) / "log.txt").read_text()
             assert "backbone.bottom_up" in log  # the table of what was loaded
     for entry in plan.entries:

@@ -1,176 +1,369 @@
-"""The demo from end to end at its quick size, as a newcomer would type it."""
+"""The demo at a tiny size, end to end, as a newcomer types it; and a stop, and a failure."""
 
 import base64
-import io
+import html
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.env import seed_all_rng
 
+from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
-from region_pretrain.sweeps.demo import run_demo, summarise
-from region_pretrain.sweeps.demo_tables import shown, tables
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.snapshot import in_checkout
+from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
+from region_pretrain.reporting.plots import draw_detections
+from region_pretrain.sweeps import state
+from region_pretrain.sweeps.definition import load_sweep
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN
+from region_pretrain.sweeps.plan import make_plan
+from region_pretrain.sweeps.report import results_text
 
 ROOT = Path(__file__).parents[2]
+COUNT = 2  # images in pictures
+PRETRAIN_SIZE = [
+    "train.device=cpu",
+    "dataloader.train.dataset.names.size=24",
+    "dataloader.train.total_batch_size=8",
+    "dataloader.train.num_workers=0",
+    "train.max_iter=4",
+    "train.log_period=1",
+    "train.hooks.0.train_names.size=16",
+    "train.hooks.0.val_names.size=8",
+]
+FINETUNE_SIZE = [
+    "train.device=cpu",
+    "dataloader.train.dataset.names.size=16",
+    "dataloader.train.total_batch_size=4",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.dataset.names.size=8",
+    "train.max_iter=4",
+    "train.eval_period=2",
+    "train.log_period=1",
+    "model.roi_heads.box_predictor.test_score_thresh=0.0",
+]
 
 
-def run(folder, *args):
+def tool(folder, *words):
     environment = {
         **os.environ,
         "DETECTRON2_DATASETS": str(folder / "datasets"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "tools/demo.py", "--quick", "--output-dir", str(folder / "demo")]
-    return subprocess.run(
-        [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True
+    command = [sys.executable, "tools/sweep.py", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def run(folder, *words, pretrain=(), output="demo"):
+    return tool(
+        folder,
+        *("--config", "configs/sweeps/demo.py", "--jobs", "1", *words),
+        f"sweep.pictures={COUNT}",
+        f"sweep.output_dir={folder / output}",
+        f"sweep.pretrain_overrides={json.dumps([*PRETRAIN_SIZE, *pretrain])}",
+        f"sweep.finetune_overrides={json.dumps(FINETUNE_SIZE)}",
     )
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = run(folder)
+    done = run(folder, "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
 
 @pytest.fixture(scope="module")
-def results(demo):
-    return json.loads((demo[0] / "demo/results.json").read_text())
+def runs(demo):
+    """Kind or initialisation -> run."""
+    plan = state.read_sweep(str(demo[0] / "demo")).plan
+    names = {PRETRAIN: lambda e: PRETRAIN, FINETUNE: lambda e: e["init"]}
+    return {names[e["kind"]](e): plan.runs[e["run"]] for e in plan.entries if e["kind"] in names}
 
 
-def metrics(folder):
-    lines = (folder / "metrics.json").read_text().splitlines()
+@pytest.fixture
+def datasets(demo, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(demo[0] / "datasets"))
+
+
+def metrics(run):
+    lines = (Path(run.folder) / "metrics.json").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("start", ["scratch", "pretrained"])
-def test_numbers_are_those_of_the_runs(demo, results, start):
-    run_folder = demo[0] / "demo/seed0" / start
-    mine = results["by_seed"]["0"]["finetuning"][start]
-    assert mine == json.loads((run_folder / "results.json").read_text())
-    last = metrics(run_folder)[-1]
-    for task in ("bbox", "segm"):
+def config(run):
+    return load_config(str(Path(run.folder) / "config.yaml"))
+
+
+def tables(folder):
+    """Header -> rows of each table of the Markdown report."""
+    blocks = (folder / "demo/report.md").read_text().split("\n\n")
+    found = [[line[2:-2].split(" | ") for line in b.splitlines()] for b in blocks if b[0] == "|"]
+    return [(header, rows) for header, _, *rows in found]
+
+
+@pytest.mark.parametrize(("init", "place", "rate"), [("random", 0, "0.1"), ("soco", 1, "0.05")])
+def test_numbers_are_those_of_the_runs(demo, runs, init, place, rate):
+    mine = json.loads(Path(runs[init].product).read_text())
+    last = metrics(runs[init])[-1]
+    header, rows = tables(demo[0])[0]
+    row = dict(zip(header, rows[place], strict=True))
+    label = {"random": "random weights", "soco": "SoCo"}[init]
+    assert [row[k] for k in ("initialisation", "n", "learning rate")] == [label, "1", rate]
+    for task, name in (("bbox", "box"), ("segm", "mask")):
         for metric in ("AP", "AP50"):
-            value = results["summary"][f"{task}/{metric}"][start]
             ap = mine.get(task, {}).get(metric)
             if ap is None:  # after four steps a detector may find nothing at all
                 assert math.isnan(last.get(f"{task}/{metric}", math.nan))
-                assert value == {"mean": None, "std": None}
+                assert row[f"{name} {metric}"] == "–"
             else:
                 assert last[f"{task}/{metric}"] == pytest.approx(ap)
-                assert value == {"mean": pytest.approx(ap), "std": None}
+                assert row[f"{name} {metric}"] == f"{ap:.1f}"
 
 
-def test_both_starts_differ_in_nothing_but_weights_rate_and_folder(demo, results):
-    scratch, pretrained = (
-        set(results["commands"][f"{start} seed0"].split()) for start in ("scratch", "pretrained")
-    )
+def test_difference_is_that_of_the_runs(demo, runs):
+    header, (row,) = tables(demo[0])[1]
+    random, soco = (json.loads(Path(runs[i].product).read_text()) for i in ("random", "soco"))
+    assert row[:2] == ["SoCo", "1"]
+    difference = soco["bbox"]["AP50"] - random["bbox"]["AP50"]
+    assert row[header.index("box AP50")] == f"{difference:+.1f}"
+
+
+def test_initialisations_differ_in_nothing_but_weights_rate_and_folder(runs):
+    scratch, pretrained = (set(runs[init].tasks[0]) for init in ("random", "soco"))
     names = {a.split("=")[0] for a in scratch ^ pretrained}
-    assert names <= {"train.init_checkpoint", "train.output_dir", "optimizer.lr"}
-    assert names >= {"train.init_checkpoint", "train.output_dir"}
-    log = (demo[0] / "demo/logs/pretrained_seed0.txt").read_text()
+    assert names == {"train.init_checkpoint", "train.output_dir", "optimizer.lr"}
+    assert f"train.init_checkpoint={runs[PRETRAIN].product}" in pretrained
+    for init, rate in (("random", 0.1), ("soco", 0.05)):
+        assert config(runs[init]).optimizer.lr == rate
+    log = (Path(runs["soco"].folder) / "log.txt").read_text()
     loaded = re.search(r"backbone\.bottom_up +(\d+)/(\d+) .* loaded", log)
     assert loaded and loaded[1] == loaded[2]
-    assert "weights from" not in (demo[0] / "demo/logs/scratch_seed0.txt").read_text()
+    assert "weights from" not in (Path(runs["random"].folder) / "log.txt").read_text()
 
 
-def test_probe_of_random_and_of_learnt_features(results):
-    knn = results["by_seed"]["0"]["knn"]
-    assert knn.keys() == {"random", "pretrained"}
-    for values in knn.values():
-        assert values.keys() == {"trunk", "fpn", "head"}
-        assert all(0 <= value <= 100 for value in values.values())
-    assert results["summary"]["knn/fpn"]["scratch"]["mean"] == knn["random"]["fpn"]
+def test_probe_of_the_random_and_of_the_pretrained_network(demo, runs, datasets):
+    rows = [row for row in metrics(runs[PRETRAIN]) if "probe/knn_fpn" in row]
+    assert [row["iteration"] for row in rows] == [0, 3]
+    # Modules are initialised in the order of the config's keys, which config.yaml sorts.
+    cfg = load_config(runs[PRETRAIN].tasks[0][1], runs[PRETRAIN].tasks[0][2:])
+    seed_all_rng(0)
+    (probe,) = instantiate(cfg.train.hooks)
+    model = instantiate(cfg.model)
+    for row, weights in ((rows[0], None), (rows[1], runs[PRETRAIN].product)):
+        if weights:
+            saved = torch.load(weights, weights_only=True)
+            model.load_state_dict({**saved["model"], **saved["pretraining"]})
+        probe.trainer = type("Run", (), {"start_iter": 1})  # it reads its data and logs nothing
+        probe.before_train()
+        expected = probe.probe(model)
+        assert expected.keys() == {"probe/knn_trunk", "probe/knn_fpn", "probe/knn_head"}
+        assert {key: row[key] for key in expected} == pytest.approx(expected)
+    header, (row,) = tables(demo[0])[2]
+    assert header == ["pre-training", "kNN, trunk", "kNN, FPN", "kNN, box head"]
+    first, last = (f"{100 * row['probe/knn_fpn']:.1f}" for row in rows)
+    assert row[0] == "SoCo" and row[2] == f"{first} → {last}"
 
 
-def test_table_is_printed_and_in_the_report_with_pictures(demo, results):
-    folder, stdout = demo
-    page = (folder / "demo/report.html").read_text()
-    for _, header, rows in tables(results):
+def pictures(page):
+    """Caption -> (H, W, 3) RGB of each picture on the page."""
+    pattern = r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)"'
+    found = {}
+    for caption, data in re.findall(pattern, page):
+        png = np.frombuffer(base64.b64decode(data, validate=True), np.uint8)
+        found[html.unescape(caption)] = cv2.imdecode(png, cv2.IMREAD_COLOR)[..., ::-1]
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(demo):
+    return (demo[0] / "demo/report.html").read_text()
+
+
+def test_report_has_tables_and_pictures(demo, page):
+    bare = re.sub(r' class="number"', "", page)
+    for header, rows in tables(demo[0]):
+        assert "".join(f"<th>{cell}</th>" for cell in header) in bare
         for row in rows:
-            cells = "".join(f"<td>{cell}</td>" for cell in row)
-            assert cells in re.sub(r' class="number"', "", page)
-            assert " ".join(filter(None, map(str, row))) in re.sub(r"[ \t]+", " ", stdout)
-        assert all(name in page for name in header)
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    # 4 images x 3 views, loss, box AP, mask AP, 4 images x (truth, scratch, pre-trained)
-    assert len(pictures) == 12 + 3 + 12
-    for picture in pictures:
-        with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
-            assert np.asarray(image.convert("RGB")).std() > 0
+            assert "".join(f"<td>{cell}</td>" for cell in row) in bare
+    found = pictures(page)
+    assert list(found) == [
+        "box AP, 100 % of the labels, mean over the seeds",
+        "mask AP, 100 % of the labels, mean over the seeds",
+        "ground truth",
+        "random weights",
+        "SoCo",
+        "Pre-training loss of SoCo",
+        "Views of SoCo",
+    ]
+    assert all(picture.std() > 5 for picture in found.values())
+    assert "No picture" not in page
+    titles = re.findall("<h2>(.*)</h2>", page)
+    assert titles == [
+        "Results",
+        "AP during fine-tuning",
+        "Detections",
+        "Pre-training losses",
+        "What pre-training sees",
+        "Runs",
+    ]
 
 
-def test_versions_machine_and_minutes(results):
-    assert results["versions"]["torch"] == torch.__version__
-    assert results["machine"]["cores"] >= 1 and results["machine"]["cpu"]
-    expected = ["regions", "pretrain seed0", "scratch seed0", "pretrained seed0"]
-    assert list(results["minutes"]) == list(results["commands"]) == expected
-    assert all(minutes > 0 for minutes in results["minutes"].values())
-    assert results["quick"]
+def test_views_are_those_of_the_first_batch(runs, page, datasets):
+    cfg = config(runs[PRETRAIN])
+    loader = cfg.dataloader.train.copy()
+    loader.seed, loader.num_workers = 0, 0
+    batch = next(iter(instantiate(loader).iterate(0, 4)))
+    views = first_views(cfg, COUNT)
+    assert views.indices.tolist() == batch.indices[:COUNT].tolist()
+    found = pictures(page)["Views of SoCo"]
+    assert (found == sheet(view_pictures(views), 288)).all()
 
 
-def test_second_time_runs_nothing_again(demo, results):
+def test_detections_are_those_of_the_final_checkpoints(runs, page, datasets):
+    cfg = LazyConfig.load(str(Path(runs["soco"].folder) / "config.yaml"))
+    name = instantiate(cfg.dataloader.test.dataset.names)
+    records, classes = DatasetCatalog.get(name)[:COUNT], MetadataCatalog.get(name).thing_classes
+    images = [cv2.imread(record["file_name"])[..., ::-1] for record in records]
+    truth = []
+    for image, record in zip(images, records, strict=True):
+        boxes = [a["bbox"] for a in record["annotations"]]
+        assert len(boxes) > 0 and {a["bbox_mode"] for a in record["annotations"]} <= {0, 1}
+        corners = [
+            [x, y, x + w, y + h] if a["bbox_mode"] == 1 else [x, y, w, h]
+            for a, (x, y, w, h) in zip(record["annotations"], boxes, strict=True)
+        ]
+        labels = [a["category_id"] for a in record["annotations"]]
+        truth.append([draw_detections(image, np.array(corners), labels, classes)])
+    found = pictures(page)
+    assert (found["ground truth"] == sheet(truth, 288)).all()
+    for init, label in (("random", "random weights"), ("soco", "SoCo")):
+        detector = instantiate(cfg.model).eval()
+        DetectionCheckpointer(detector).load(str(Path(runs[init].folder) / "model_final.pth"))
+        drawn = []
+        for image in images:
+            pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            size = {"height": image.shape[0], "width": image.shape[1]}
+            with torch.no_grad():
+                instances = detector([{"image": pixels, **size}])[0]["instances"]
+            fields = instances.pred_boxes.tensor.numpy(), instances.pred_classes.tolist()
+            drawn.append([draw_detections(image, *fields, classes, instances.scores.tolist())])
+        assert (found[label] == sheet(drawn, 288)).all()
+
+
+def test_text_for_the_terminal(demo, runs):
+    text = results_text(str(demo[0] / "demo"))
+    ap = json.loads(Path(runs["soco"].product).read_text())["bbox"]["AP"]
+    assert re.search(rf"^SoCo +1 +0\.05 +{ap:.1f} ", text, re.M)
+    assert "kNN, box head" in text and max(map(len, text.splitlines())) < 110
+
+
+def test_the_second_time_nothing_runs_again(demo):
     folder, _ = demo
-    before = {p: p.stat().st_mtime_ns for p in (folder / "demo/seed0").rglob("*.pth")}
-    assert len(before) >= 3
-    done = run(folder)
+    before = {p: p.stat().st_mtime_ns for p in (folder / "demo").rglob("*.p[tn][hg]")}
+    assert len([p for p in before if p.suffix == ".pth"]) >= 3
+    pictures = {p.name: p.stat().st_size for p in before if p.suffix == ".png"}
+    assert len(pictures) == 5  # they are kept, and that SoCo draws none of its own
+    assert [n for n, size in pictures.items() if not size] == [n for n in pictures if "method" in n]
+    table = (folder / "demo/results.csv").read_text()
+    done = run(folder, "--wait")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished before") == 4 and "$ python" not in done.stdout
-    assert {p: p.stat().st_mtime_ns for p in (folder / "demo/seed0").rglob("*.pth")} == before
-    again = json.loads((folder / "demo/results.json").read_text())
-    assert again["by_seed"] == results["by_seed"]
+    assert "4 runs: 4 finished" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in (folder / "demo").rglob("*.p[tn][hg]")} == before
+    assert (folder / "demo/results.csv").read_text() == table
 
 
-def seed(scratch, pretrained, random=50.0, learnt=60.0):
-    def task(values):
-        return {"AP": values[0], "AP50": values[1]}
+def test_a_deleted_checkpoint_costs_one_picture(demo, runs):
+    folder = demo[0] / "demo"
+    checkpoint = Path(runs["random"].folder) / "model_final.pth"
+    (picture,) = (folder / "pictures").glob("random_*-detections*.png")
+    data, moved = picture.read_bytes(), checkpoint.rename(checkpoint.with_suffix(".away"))
+    picture.unlink()
+    try:
+        done = tool(demo[0], "report", str(folder))
+    finally:
+        moved.rename(checkpoint)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "report.html").read_text()
+    (line,) = re.findall(r"<p>(No picture for .*)</p>", page)
+    assert line.startswith("No picture for “random weights” (random_seed0_det): ")
+    assert str(checkpoint) in line
+    assert "random weights" not in pictures(page) and "SoCo" in pictures(page)
+    assert tool(demo[0], "report", str(folder)).returncode == 0
+    assert picture.read_bytes() == data and "No picture" not in (folder / "report.html").read_text()
 
-    return {
-        "finetuning": {
-            "scratch": {"bbox": task(scratch), "segm": task(scratch)},
-            "pretrained": {"bbox": task(pretrained), "segm": task(pretrained)},
-        },
-        "knn": {"random": {"fpn": random}, "pretrained": {"fpn": learnt}},
-    }
 
-
-def test_mean_and_sample_deviation_of_paired_differences():
-    summary = summarise(
-        {
-            "0": seed((10, 20), (14, 25)),
-            "1": seed((12, 20), (15, 27)),
-            "2": seed((11, 20), (16, 26)),
-        }
+def test_a_stopped_sweep_resumes_and_its_minutes_add_up(demo):
+    folder, out = demo[0], demo[0] / "stopped"
+    only = ["sweep.finetune.detector=null"]
+    long = ["train.max_iter=12", "train.checkpointer.period=1"]
+    assert run(folder, *only, pretrain=long, output="stopped").returncode == 0
+    (mine,) = (r for r in state.read_sweep(str(out)).plan.runs.values() if r.kind == PRETRAIN)
+    end = time.monotonic() + 120
+    while not (Path(mine.folder) / "last_checkpoint").exists():
+        assert time.monotonic() < end and not state.is_finished(mine)
+        time.sleep(0.05)
+    assert tool(folder, "cancel", str(out)).returncode == 0
+    assert not state.is_finished(mine)
+    done = run(folder, "--wait", *only, pretrain=long, output="stopped")
+    assert done.returncode == 0, done.stdout + done.stderr
+    attempts = read_attempts(mine.folder)
+    assert len(attempts) == 2 and attempts[0]["outcome"] != "finished"
+    assert attempts[1]["start"] == attempts[0]["stop"] != ""
+    rows = metrics(mine)
+    assert [row["iteration"] for row in rows] == list(range(12))
+    assert [r["iteration"] for r in rows if "probe/knn_fpn" in r] == [0, 11]
+    minutes = sum((a["ended"] or a["started"]) - a["started"] for a in attempts) / 60
+    (row,) = re.findall(
+        r"<tr>\s*<td><a [^>]*>soco_seed0</a></td>.*", (out / "report.html").read_text()
     )
-    box = summary["bbox/AP"]
-    assert box["scratch"] == {"mean": pytest.approx(11), "std": pytest.approx(1)}
-    assert box["pretrained"] == {"mean": pytest.approx(15), "std": pytest.approx(1)}
-    # 4, 3, 5
-    assert box["difference"] == {"mean": pytest.approx(4), "std": pytest.approx(1)}
-    # 5, 7, 6 against a constant 20
-    assert summary["segm/AP50"]["scratch"]["std"] == 0
-    assert summary["segm/AP50"]["difference"] == {"mean": pytest.approx(6), "std": pytest.approx(1)}
-    assert shown(box["difference"]) == "4.0 ± 1.0"
+    numbers = re.findall(r"<td[^>]*>([^<]*)</td>", row)
+    assert numbers[-2:] == ["2", f"{minutes:.1f}"]
 
 
-def test_an_undefined_ap_stays_undefined():
-    summary = summarise({"0": seed((None, 20), (14, 25)), "1": seed((12, 20), (15, 27))})
-    assert summary["bbox/AP"]["scratch"] == {"mean": None, "std": None}
-    assert summary["bbox/AP"]["difference"]["mean"] is None
-    assert shown(summary["bbox/AP"]["scratch"]) == "–"
+def test_a_failure_is_reported_with_the_tail_of_its_log(demo):
+    folder, out = demo[0], demo[0] / "failed"
+    absent = ["train.init_checkpoint=absent.pth"]
+    done = run(folder, "--wait", pretrain=absent, output="failed")
+    assert done.returncode == 1
+    error = "error: cannot read the checkpoint absent.pth"
+    assert error in done.stdout and "soco_seed0" in done.stdout
+    page = (out / "report.html").read_text()
+    assert "soco_seed0 failed. These runs depend on it: soco_seed0_det." in page
+    assert error in re.search("<pre[^>]*>(.*?)</pre>", page, re.S)[1]
+    (log,) = re.findall(r">soco_seed0</a></td>.*?<a href=\"([^\"]*)\">log</a>", page)
+    assert error in (out / log).read_text()
+    states = dict(re.findall(r"<td>(?:<a [^>]*>)?(\w+)(?:</a>)?</td>\s*<td>(\w+)</td>", page))
+    assert states["random_seed0_det"] == "finished" and states["soco_seed0_det"] == "blocked"
 
 
-def test_seeds_are_different_and_at_least_one(tmp_path):
-    for seeds in ((), (1, 1)):
-        with pytest.raises(UserError, match="--seeds"):
-            run_demo("a.py", "b.py", str(tmp_path), seeds)
+def test_a_file_that_the_checkout_lacks():
+    with pytest.raises(UserError, match="no .*tools/absent.py: run this from a checkout"):
+        in_checkout("tools/absent.py")
+
+
+def test_overrides_of_an_initialisation_win_and_pictures_are_checked(tmp_path):
+    path = str(ROOT / "configs/sweeps/demo.py")
+    changes = [f"sweep.output_dir={tmp_path}", "sweep.finetune_overrides=[optimizer.lr=7]"]
+    plan = make_plan(load_sweep(path, changes))
+    tuned = {e["init"]: plan.runs[e["run"]] for e in plan.entries if e["kind"] == FINETUNE}
+    rates = {
+        i: load_config(run.tasks[0][1], run.tasks[0][2:]).optimizer.lr for i, run in tuned.items()
+    }
+    assert rates == {"random": 0.1, "soco": 0.05}
+    with pytest.raises(UserError, match="sweep.pictures=-1"):
+        load_sweep(path, ["sweep.pictures=-1"])

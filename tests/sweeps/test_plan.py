@@ -62,21 +62,21 @@ def test_what_depends_on_what(plan):
     assert first.parents == second.parents == (regions.id,)
     assert overrides(first)["dataloader.train.dataset.regions"] == regions.product
     assert overrides(first)["train.max_iter"] == "10"  # 320 images / 32 a batch
-    trials = entries(plan, TRIAL, start="soco")
+    trials = entries(plan, TRIAL, init="soco")
     assert [overrides(t)["optimizer.lr"] for t in trials] == ["0.05", "0.1"]
     for trial in trials:
         assert trial.parents == (first.id,)
         assert overrides(trial)["dataloader.test.dataset.names.seed"] == "1000"
         assert overrides(trial)["train.init_checkpoint"] == f"{first.folder}/model_final.pth"
-    (choice,) = entries(plan, CHOICE, start="soco")
+    (choice,) = entries(plan, CHOICE, init="soco")
     assert choice.parents == tuple(t.id for t in trials)
-    for run, weights in zip(entries(plan, FINETUNE, start="soco"), (first, second), strict=True):
+    for run, weights in zip(entries(plan, FINETUNE, init="soco"), (first, second), strict=True):
         assert set(run.parents) == {choice.id, weights.id}
         assert overrides(run)["train.init_checkpoint"] == f"{weights.folder}/model_final.pth"
         assert "optimizer.lr" not in overrides(run)
         assert "dataloader.test.dataset.names.seed" not in overrides(run)
         assert run.tasks[0][-1] == f"@{choice.product}"
-    for run in entries(plan, FINETUNE, start="random"):
+    for run in entries(plan, FINETUNE, init="random"):
         assert "train.init_checkpoint" not in overrides(run)
     order = list(plan.runs)
     assert all(order.index(p) < order.index(r.id) for r in plan.runs.values() for p in r.parents)
@@ -98,8 +98,8 @@ def test_identical_runs_are_one_whatever_they_are_called(tmp_path):
     found = make_plan(sweep(tmp_path, pretrain=twice))
     assert len(found.entries) == 3 * (1 + 1 + 2 + 1 + 1)
     assert len(found.runs) == 1 + 2 * (1 + 2 + 1 + 1)  # one region store for all
-    assert entries(found, FINETUNE, start="soco") == entries(found, FINETUNE, start="again")
-    assert entries(found, PRETRAIN, start="soco") != entries(found, PRETRAIN, start="other")
+    assert entries(found, FINETUNE, init="soco") == entries(found, FINETUNE, init="again")
+    assert entries(found, PRETRAIN, init="soco") != entries(found, PRETRAIN, init="other")
     # The same in another folder, named and ordered otherwise: the same ids.
     renamed = {"x": twice["other"], "y": twice["soco"]}
     elsewhere = make_plan(sweep(tmp_path / "b", pretrain=renamed))

@@ -1,4 +1,4 @@
-"""The report of a sweep against the files of its runs, and as a browser shows it."""
+"""The report of a sweep: compared with the files of its runs, and rendered by a browser."""
 
 import csv
 import html
@@ -18,8 +18,9 @@ from region_pretrain.jobs.attempts import end_attempt, start_attempt
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, TRIAL, Plan, Run
-from region_pretrain.sweeps.report import write_sweep_report
-from region_pretrain.sweeps.results import mean_curve, step_minutes
+from region_pretrain.sweeps.report import results_text, write_sweep_report
+from region_pretrain.sweeps.results import collect, mean_curve, step_minutes
+from region_pretrain.sweeps.tables import tables
 
 LABELS = {"random": "random weights", "soco": "SoCo <&>", "mcl": "MCL"}
 TASKS, METRICS = ("bbox", "segm"), ("AP", "AP50", "AP75")
@@ -27,17 +28,17 @@ CHROMIUM = shutil.which("chromium")
 
 
 class Folder:
-    """A sweep's folder, half of it done."""
+    """The folder of a sweep that is partly finished."""
 
     def __init__(self, root) -> None:
         self.root, self.plan, self.rng = root, Plan(), np.random.default_rng(0)
         self.values: dict[tuple, list[dict]] = {}
-        for start in ("soco", "mcl"):
+        for init in ("soco", "mcl"):
             for seed in (0, 1):
-                self.pretrain(start, seed)
-        for start in LABELS:
+                self.pretrain(init, seed)
+        for init in LABELS:
             for fraction in (1.0, 0.1):
-                labels = {"start": start, "finetune": "det", "fraction": fraction}
+                labels = {"init": init, "finetune": "det", "label_fraction": fraction}
                 labels["checkpoint"] = "final"
                 self.choice(labels)
                 for seed in (0, 1):
@@ -49,7 +50,7 @@ class Folder:
         state.write_record(failed, state.Record(2, ["12"], [str(log)]))
         sweep = state.SweepFile(
             "s", "A sweep", "python tools/sweep.py --config s.py", Cluster(kind="local"),
-            "/", "/", LABELS, 320, self.plan,
+            "/", "/", LABELS, 320, self.plan, pictures=2,
         )  # fmt: skip
         state.write_sweep(str(root), sweep)
 
@@ -64,8 +65,8 @@ class Folder:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def pretrain(self, start, seed):
-        folder = self.run(f"{start}_{seed}", PRETRAIN, "model_final.pth", start=start, seed=seed)
+    def pretrain(self, init, seed):
+        folder = self.run(f"{init}_{seed}", PRETRAIN, "model_final.pth", init=init, seed=seed)
         speed, memory = self.rng.uniform(10, 90, 5), self.rng.uniform(500, 900, 5)
         steps = zip(range(1, 10, 2), speed, memory, strict=True)
         rows = [
@@ -78,23 +79,28 @@ class Folder:
             }
             for i, s, m in steps
         ]
+        if init == "soco":
+            first, last = self.rng.uniform(0, 1, 2)
+            rows[-1]["probe/knn_fpn"] = last
+            rows.insert(0, {"iteration": 0, "probe/knn_fpn": first, "probe/other": 0.25})
+            self.values.setdefault("probes", []).append((first, last))
         self.write(folder, rows)
         (folder / "model_final.pth").touch()
-        self.values.setdefault(("cost", start), []).append({"speed": speed, "memory": memory})
+        self.values.setdefault(("cost", init), []).append({"speed": speed, "memory": memory})
 
     def choice(self, labels):
-        name = f"{labels['start']}_{labels['fraction']}"
+        name = f"{labels['init']}_{labels['label_fraction']}"
         for rate, ap in ((0.05, 3.21), (0.1, 4.56)):
-            folder = self.run(f"{name}_{rate}", TRIAL, "results.json", **labels, rate=rate)
+            folder = self.run(f"{name}_{rate}", TRIAL, "results.json", **labels, learning_rate=rate)
             self.plan.entries[-1]["metric"] = "bbox/AP"
             folder.mkdir(parents=True)
             (folder / "results.json").write_text(json.dumps({"bbox": {"AP": ap}}))
-        folder = self.run(f"{name}_choice", CHOICE, "chosen_rate.txt", **labels)
+        folder = self.run(f"{name}_choice", CHOICE, "chosen.txt", **labels)
         folder.mkdir()
-        (folder / "chosen_rate.txt").write_text("optimizer.lr=0.1\n")
+        (folder / "chosen.txt").write_text("optimizer.lr=0.1\n")
 
     def finetune(self, labels, seed):
-        name = f"det_{labels['start']}_{labels['fraction']}_{seed}"
+        name = f"det_{labels['init']}_{labels['label_fraction']}_{seed}"
         folder = self.run(name, FINETUNE, "results.json", **labels, seed=seed)
         if name == "det_mcl_0.1_1":
             return
@@ -105,7 +111,7 @@ class Folder:
         start_attempt(str(folder), "7", 0, "host")
         end_attempt(str(folder), "finished")
         (folder / "results.json").write_text(json.dumps(found))
-        self.values.setdefault((labels["start"], labels["fraction"]), []).append(found)
+        self.values.setdefault((labels["init"], labels["label_fraction"]), []).append(found)
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +121,20 @@ def folder(tmp_path_factory):
     return made
 
 
+def mean_std(values, sign=""):
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{spread}"
+
+
 def expected(folder):
     """The main table, from the numbers that were written into the runs."""
     rows = []
     for fraction in (1.0, 0.1):
-        for start, label in LABELS.items():
-            found = folder.values[start, fraction]
+        for init, label in LABELS.items():
+            found = folder.values[init, fraction]
             cells = [label, f"{100 * fraction:g} %", "2" if len(found) == 2 else "1/2", "0.1"]
-            for task in TASKS:
-                for metric in METRICS:
-                    values = [f[task][metric] for f in found]
-                    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                    cells.append(f"{statistics.mean(values):.1f}{spread}")
-            cost = folder.values.get(("cost", start))
+            cells += [mean_std([f[task][m] for f in found]) for task in TASKS for m in METRICS]
+            cost = folder.values.get(("cost", init))
             if cost is None:
                 cells += ["–"] * 3
             else:
@@ -139,8 +146,26 @@ def expected(folder):
     return rows
 
 
+def expected_differences(folder):
+    """Paired over the seeds: those of ``zip``, as unfinished runs are the last ones."""
+    rows = []
+    for fraction in (1.0, 0.1):
+        for init in ("soco", "mcl"):
+            pairs = list(
+                zip(folder.values[init, fraction], folder.values["random", fraction], strict=False)
+            )
+            cells = [LABELS[init], f"{100 * fraction:g} %", f"{len(pairs)}"]
+            cells += [
+                mean_std([a[task][m] - b[task][m] for a, b in pairs], "+")
+                for task in TASKS
+                for m in METRICS
+            ]
+            rows.append(cells)
+    return rows
+
+
 def cells(page, number=0):
-    """Rows of the page's so-manyth table as text."""
+    """Rows of one of the page's tables as text."""
     table = re.findall(r"<table>(.*?)</table>", page, re.DOTALL)[number]
     rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
     return [
@@ -149,42 +174,103 @@ def cells(page, number=0):
     ]
 
 
-def test_table_of_page_and_markdown(folder):
+def test_tables_of_page_and_markdown(folder):
     page, markdown = (open(path, encoding="utf-8").read() for path in folder.paths[:2])
     header, *rows = cells(page)
-    assert header[:6] == ["start", "labels", "n", "lr", "box AP", "box AP50"]
+    assert header[:6] == ["initialisation", "labels", "n", "learning rate", "box AP", "box AP50"]
     assert header[-3:] == ["img/s", "peak MiB", "min"]
     assert rows == expected(folder)
-    for row in rows:
+    header, *differences = cells(page, 1)
+    assert header[:4] == ["initialisation", "labels", "n", "box AP"] and len(header) == 9
+    assert differences == expected_differences(folder)
+    assert "Difference to random weights: " in page
+    header, *probes = cells(page, 2)
+    assert header == ["pre-training", "kNN, FPN", "probe/other"]
+    first, last = ([100 * p[at] for p in folder.values["probes"]] for at in (0, 1))
+    values = f"{mean_std(first)} → {mean_std(last)}"
+    assert probes == [["SoCo <&>", values, "25.0 ± 0.0 → 25.0 ± 0.0"]]
+    for row in rows + differences + probes:
         assert f"| {' | '.join(row)} |" in markdown
-    header, first, *_ = cells(page, 1)
-    assert header == ["start", "labels", "lr 0.05", "lr 0.1"]
+    header, first, *_ = cells(page, 3)
+    assert header == ["initialisation", "labels", "learning rate 0.05", "learning rate 0.1"]
     assert first == ["random weights", "100 %", "3.2", "4.6 (chosen)"]
     assert "Every pre-training sees 320 images" in page
-    # 2 fractions x (box, mask), and the losses of two methods
+    # 2 label fractions x (box, mask), and the losses of two methods
     assert page.count("data:image/png;base64,") == 2 * 2 + 2
     assert not re.search(r'(src|href)="https?:', page)
+
+
+def test_text_has_the_main_columns(folder):
+    def words(cells):
+        return " ".join(cells).split()
+
+    lines = [line.split() for line in results_text(str(folder.root)).splitlines()]
+    for row in expected(folder):
+        assert words(row[:6] + row[7:9]) in lines  # without AP75 and cost
+    for row in expected_differences(folder):
+        assert words(row[:5] + row[6:8]) in lines
+    assert not any("AP75" in line or "img/s" in line for line in lines)
+
+
+def test_an_undefined_ap_stays_undefined(folder):
+    rows = collect(state.read_sweep(str(folder.root)))
+    (row,) = (r for r in rows if (r.init, r.label_fraction) == ("soco", 1.0))
+    path = Path(folder.plan.runs["det_soco_1.0_1"].product)
+    before = path.read_text()
+    path.write_text(json.dumps({"segm": json.loads(before)["segm"]}))  # found nothing at all
+    try:
+        (undefined,) = (
+            r
+            for r in collect(state.read_sweep(str(folder.root)))
+            if (r.init, r.label_fraction) == ("soco", 1.0)
+        )
+    finally:
+        path.write_text(before)
+    assert undefined.metrics["bbox/AP"] == undefined.differences["bbox/AP"]
+    assert undefined.metrics["bbox/AP"] == {"mean": None, "std": None}
+    assert undefined.metrics["segm/AP"] == row.metrics["segm/AP"]
+    results, differences = (table.rows[0] for table in tables([undefined], {})[:2])
+    assert results[3] == differences[2] == "–" and differences[1] == "2"
+
+
+def test_pictures_that_cannot_be_drawn_are_named(folder):
+    page = open(folder.paths[0], encoding="utf-8").read()
+    for init in ("soco", "mcl"):
+        missing = folder.root / "runs" / f"{init}_0" / "config.yaml"
+        text = f"No picture for “Views of {LABELS[init]}” ({init}_0): no config file {missing}"
+        assert f"<p>{html.escape(text)}</p>" in page
+    assert "No picture for “ground truth” (det_random_1.0_0): " in page
+    assert page.count("No picture for “MCL” (det_mcl_1.0_0): ") == 1
+    assert not (folder.root / "pictures").exists()
 
 
 def test_csv_has_all_digits(folder):
     with open(folder.paths[2], encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["start"], float(r["fraction"])) for r in rows] == [
-        (start, fraction) for fraction in (1.0, 0.1) for start in LABELS
+    assert [(r["initialisation"], float(r["label_fraction"])) for r in rows] == [
+        (init, fraction) for fraction in (1.0, 0.1) for init in LABELS
     ]
     values = [f["segm"]["AP75"] for f in folder.values["soco", 0.1]]
-    (row,) = (r for r in rows if (r["start"], r["fraction"]) == ("soco", "0.1"))
-    assert float(row["segm/AP75 mean"]) == pytest.approx(np.mean(values), rel=1e-12)
-    assert float(row["segm/AP75 std"]) == pytest.approx(np.std(values, ddof=1), rel=1e-12)
-    assert (row["seeds"], row["wanted"], row["rate"]) == ("2", "2", "0.1")
+    base = [f["segm"]["AP75"] for f in folder.values["random", 0.1]]
+    (row,) = (r for r in rows if (r["initialisation"], r["label_fraction"]) == ("soco", "0.1"))
+    for heading, numbers in (
+        ("segm/AP75", values),
+        ("segm/AP75 difference", np.subtract(values, base)),
+    ):
+        assert float(row[f"{heading} mean"]) == pytest.approx(np.mean(numbers), rel=1e-12)
+        assert float(row[f"{heading} std"]) == pytest.approx(np.std(numbers, ddof=1), rel=1e-12)
+    assert (row["seeds"], row["wanted"], row["learning_rate"]) == ("2", "2", "0.1")
+    assert rows[0]["initialisation"] == "random" and rows[0]["segm/AP75 difference mean"] == ""
 
 
 def test_failure_and_runs(folder):
     page = open(folder.paths[0], encoding="utf-8").read()
     assert "det_mcl_0.1_1 failed" in page
-    assert "iter 1/2\nRuntimeError: the disk &lt;melted&gt;</pre>" in page  # not submitit's own
+    assert (
+        "iter 1/2\nRuntimeError: the disk &lt;melted&gt;</pre>" in page
+    )  # without submitit's lines
     assert "Failed: det_mcl_0.1_1." in open(folder.paths[1], encoding="utf-8").read()
-    header, *rows = cells(page, 2)
+    header, *rows = cells(page, 4)
     assert header == ["run", "state", "iteration", "attempts", "min", "log"]
     states = {row[0]: row[1] for row in rows}
     assert states.pop("det_mcl_0.1_1") == "failed" and set(states.values()) == {"finished"}
@@ -194,7 +280,7 @@ def test_failure_and_runs(folder):
 
 
 def test_means_of_curves_and_minutes_of_steps():
-    points, values = mean_curve([{5: 1.0, 10: 4.0}, {5: 3.0, 10: 8.0, 15: 1.0}])
+    points, values = mean_curve([([5, 10], [1.0, 4.0]), ([5, 10, 15], [3.0, 8.0, 1.0])])
     assert (points, values) == ([5, 10], [2.0, 6.0])
     assert mean_curve([]) == ([], [])
     rows = [
@@ -205,7 +291,7 @@ def test_means_of_curves_and_minutes_of_steps():
     assert step_minutes(rows) == (10 * 6 + 10 * 3) / 60
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 def test_in_a_browser(folder, tmp_path):
     def chromium(*arguments):
         command = [
@@ -235,12 +321,12 @@ def test_in_a_browser(folder, tmp_path):
 
 
 def test_a_finished_run_that_is_still_ending_counts(tmp_path):
-    # The report is made as soon as the last product is there; its process then notes its end.
+    # The report is written once the last product exists; its process then records its end.
     plan, sweep = Plan(), tmp_path / "sweep"
     for name, started, ended in (("early", 1000.0, 1060.0), ("late", 1060.0, 1180.0)):
         run = Run(name, PRETRAIN, name, "t.py", ((),), str(sweep / name), str(sweep / name / "x"))
         plan.runs[name] = run
-        plan.entries.append({"kind": PRETRAIN, "start": name, "seed": 0, "run": name})
+        plan.entries.append({"kind": PRETRAIN, "init": name, "seed": 0, "run": name})
         (sweep / name).mkdir(parents=True)
         (sweep / name / "x").touch()
         os.utime(sweep / name / "x", (ended, ended))
