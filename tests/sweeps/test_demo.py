@@ -358,7 +358,7 @@ def test_a_file_that_the_checkout_lacks():
 
 def test_overrides_of_an_initialisation_win_and_pictures_are_checked(tmp_path):
     path = str(ROOT / "configs/sweeps/demo.py")
-    changes = [f"sweep.output_dir={tmp_path}", "sweep.finetune_overrides=[optimizer.lr=7]"]
+    changes = [f"sweep.output_dir={tmp_path}", 'sweep.finetune_overrides=["optimizer.lr=7"]']
     plan = make_plan(load_sweep(path, changes))
     tuned = {e["init"]: plan.runs[e["run"]] for e in plan.entries if e["kind"] == FINETUNE}
     rates = {
