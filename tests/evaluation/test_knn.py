@@ -27,8 +27,8 @@ def slow_accuracy(train, train_labels, test, test_labels, k, temperature, leave_
 def clouds(n, seed, classes=4, dim=6, spread=1.6):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
-    centres = np.random.default_rng(0).normal(size=(classes, dim))
-    return centres[labels] + spread * rng.normal(size=(n, dim)), labels
+    centers = np.random.default_rng(0).normal(size=(classes, dim))
+    return centers[labels] + spread * rng.normal(size=(n, dim)), labels
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 1000])
@@ -54,7 +54,7 @@ def test_chunks_do_not_matter(monkeypatch):
 def test_leave_one_out_does_not_see_itself():
     features = torch.eye(4)[[0, 0, 1, 1]] + 0.01 * torch.eye(4)
     assert knn_accuracy(features, torch.tensor([0, 0, 1, 1]), k=1) == 1.0
-    # each nearest neighbour is of the other class; with itself among them it would be 1
+    # every nearest neighbour has the other class; counting itself, the accuracy would be 1
     assert knn_accuracy(features, torch.tensor([0, 1, 0, 1]), k=1) == 0.0
     assert (
         knn_accuracy(
