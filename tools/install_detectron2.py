@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Install Detectron2 0.6, which is on no package index under its own name.
+"""Install Detectron2 0.6, which is not available on a package index under its own name.
 
-What this project needs of Detectron2 is pure Python: ROIAlign and NMS come from torchvision. The
-package ``EZannot`` carries a full copy of it in which only the import prefix was rewritten. This
-tool downloads that wheel, turns the prefix back, checks that the result is byte for byte upstream's
+This project needs only the pure-Python part of Detectron2: ROIAlign and NMS come from torchvision.
+The package ``EZannot`` contains a full copy in which only the import prefix was rewritten. This
+tool downloads that wheel, restores the prefix, verifies that the result is byte for byte upstream
 commit 28fd05e, and installs it as an ordinary package that ``pip list``, ``pip show`` and ``pip
-uninstall`` know. Nothing else of that package is installed. A Detectron2 that works is left alone.
+uninstall`` recognise. Nothing else from that package is installed. A working Detectron2 is left
+unchanged.
 
-    python tools/install_detectron2.py                      # the pure-Python copy: no compiler
+    python tools/install_detectron2.py                      # the pure-Python copy, no compiler
     python tools/install_detectron2.py --from git           # the official source, compiled here
     python tools/install_detectron2.py --from ~/detectron2  # a checkout, or a wheel
     python tools/install_detectron2.py --wheel-dir wheels   # keep the wheel for other machines
 
-It needs only the standard library and pip.
+Requires only the standard library and pip.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ CARRIER = "EZannot==1.1.0"
 CARRIER_SHA256 = "eb3db02d9a2fba6fa2934b25738a106087faccceb3629124d4d4b8e65759c0d7"
 CARRIER_PREFIX = "EZannot/detectron2/"
 
-#: ``tree_sha256`` of upstream's commit.
+#: ``tree_sha256`` of the upstream commit.
 TREE_SHA256 = "240a843a2a24eb581e3e88f6ae87e7d23a33430821d922e197dfb25de4f5de0d"
-#: Upstream keeps these elsewhere in its repository, and only its ``setup.py`` moves them here.
+#: Elsewhere in upstream's repository; only its ``setup.py`` copies them into the package.
 NOT_IN_TREE = ("projects/", "model_zoo/configs/")
 
 METADATA = f"""\
@@ -92,11 +93,11 @@ Tag: py3-none-any
 
 
 class InstallError(Exception):
-    """One line that says what is wrong and how to mend it."""
+    """A one-line message: what is wrong and how to fix it."""
 
 
 def tree_sha256(files: Mapping[str, bytes]) -> str:
-    """Digest of Detectron2's own ``.py`` files, as ``sha256sum`` over sorted paths would list them.
+    """Digest of ``sha256sum``'s listing of Detectron2's ``.py`` files, sorted by path.
 
     Args:
         files: path relative to ``detectron2/`` -> content.
@@ -110,7 +111,7 @@ def tree_sha256(files: Mapping[str, bytes]) -> str:
 
 
 def extract_detectron2(carrier: Path) -> dict[str, bytes]:
-    """Detectron2's files out of the wheel that carries them, their import prefix turned back.
+    """Extract Detectron2's files from the carrier wheel and restore their import prefix.
 
     Args:
         carrier: the downloaded wheel.
@@ -119,13 +120,13 @@ def extract_detectron2(carrier: Path) -> dict[str, bytes]:
         Path relative to ``detectron2/`` -> content.
 
     Raises:
-        InstallError: the wheel, or what comes out of it, is not what it should be.
+        InstallError: the wheel, or the extracted tree, does not have the expected digest.
     """
     digest = hashlib.sha256(carrier.read_bytes()).hexdigest()
     if digest != CARRIER_SHA256:
         raise InstallError(
-            f"{carrier.name}: sha256 is {digest}, not {CARRIER_SHA256}: nothing was installed; "
-            "download it again or use --from git"
+            f"{carrier.name}: sha256 is {digest}, expected {CARRIER_SHA256}; nothing was "
+            "installed: download it again or use --from git"
         )
     files = {}
     with zipfile.ZipFile(carrier) as wheel:
@@ -138,23 +139,25 @@ def extract_detectron2(carrier: Path) -> dict[str, bytes]:
     digest = tree_sha256(files)
     if digest != TREE_SHA256:
         raise InstallError(
-            f"{carrier.name}: its Detectron2 is not commit {COMMIT[:7]} (tree {digest}, not "
-            f"{TREE_SHA256}): nothing was installed; use --from git"
+            f"{carrier.name}: its Detectron2 is not commit {COMMIT[:7]} (tree {digest}, expected "
+            f"{TREE_SHA256}); nothing was installed: use --from git"
         )
     return files
 
 
 def write_wheel(files: Mapping[str, bytes], folder: Path) -> Path:
-    """Write Detectron2 as a wheel; the same files give the same bytes.
+    """Write Detectron2 as a wheel, byte for byte reproducible.
 
     Args:
         files: path relative to ``detectron2/`` -> content.
-        folder: where the wheel goes.
+        folder: the output folder.
 
     Returns:
         The wheel's path.
     """
-    licence = Path(__file__).resolve().parents[1] / "LICENSE"  # Apache-2.0, as Detectron2's own
+    licence = (
+        Path(__file__).resolve().parents[1] / "LICENSE"
+    )  # Apache-2.0, the same as Detectron2's
     members = {f"detectron2/{path}": files[path] for path in sorted(files)}
     members[f"{DIST_INFO}/LICENSE"] = licence.read_bytes()
     members[f"{DIST_INFO}/METADATA"] = METADATA.encode()
@@ -178,53 +181,53 @@ def write_wheel(files: Mapping[str, bytes], folder: Path) -> Path:
 
 
 def pip(*arguments: str, failing: str) -> None:
-    """Run this Python's pip; ``failing`` is the line to end on where it fails."""
+    """Run pip for this Python; ``failing`` is the error message if it fails."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     if subprocess.run(command).returncode:
         raise InstallError(failing)
 
 
 def download_carrier(folder: Path) -> Path:
-    """Fetch the wheel that carries Detectron2 and return its path."""
+    """Download the wheel that contains Detectron2 and return its path."""
     pip(
         *("download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)),
         CARRIER,
-        failing=f"pip could not download {CARRIER} (its own message is above); offline, carry a "
-        "wheel over: --wheel-dir on a machine with a network, then --from that wheel",
+        failing=f"pip could not download {CARRIER} (see its message above); offline, make a wheel "
+        "on another machine with --wheel-dir DIR and install it here with --from WHEEL",
     )
     return next(folder.glob("*.whl"))
 
 
 def build_wheel(source: str, folder: Path) -> Path:
-    """Build the official source (a git address or a checkout) and return the wheel's path."""
+    """Build the official source (a git URL or a checkout) and return the wheel's path."""
     before = set(folder.glob("*.whl"))
-    # Its setup.py imports torch, which an isolated build would not have.
+    # Its setup.py imports torch, which an isolated build environment lacks.
     pip(
         *("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), source),
-        failing=f"pip could not build Detectron2 from {source} (its own message is above)",
+        failing=f"pip could not build Detectron2 from {source} (see its message above)",
     )
     wheels = set(folder.glob("detectron2-*.whl"))
     return max(wheels - before or wheels, key=lambda path: path.stat().st_mtime)
 
 
 def check_wheel(path: Path) -> Path:
-    """Return ``path`` if it is a wheel of Detectron2."""
+    """Return ``path`` if it is a Detectron2 wheel."""
     try:
         with zipfile.ZipFile(path) as wheel:
             is_detectron2 = "detectron2/__init__.py" in wheel.namelist()
     except zipfile.BadZipFile:
         is_detectron2 = False
     if not is_detectron2:
-        raise InstallError(f"--from {path}: not a wheel of detectron2")
+        raise InstallError(f"--from {path}: not a detectron2 wheel")
     return path
 
 
 def obtain_wheel(source: str, folder: Path) -> Path:
-    """Make or find the wheel to install.
+    """Build or find the wheel to install.
 
     Args:
-        source: ``pypi``, ``git``, or the path of a wheel or a checkout.
-        folder: where a wheel that is made here goes.
+        source: ``pypi``, ``git``, or the path to a wheel or a checkout.
+        folder: where to put a wheel that is built here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if source == "pypi":
@@ -237,28 +240,28 @@ def obtain_wheel(source: str, folder: Path) -> Path:
         return check_wheel(path)
     if not ((path / "setup.py").is_file() and (path / "detectron2" / "__init__.py").is_file()):
         raise InstallError(
-            f"--from {source}: neither a wheel nor a checkout of detectron2, nor 'pypi' or 'git'"
+            f"--from {source}: neither a detectron2 wheel or checkout, nor 'pypi' or 'git'"
         )
     return build_wheel(str(path.resolve()), folder)
 
 
 def install_wheel(wheel: Path) -> None:
-    """Install a wheel by its name, or ``pip freeze`` would show where it lay for that moment."""
+    """Install a wheel by name; by path, ``pip freeze`` would show the temporary path."""
     with tempfile.TemporaryDirectory() as alone:
         shutil.copy(wheel, alone)
-        # Its requirements come with our own (setup.py), pinned by our constraints.
+        # Its requirements are part of our own (setup.py), pinned by our constraints.
         pip(
             *("install", "--no-deps", "--no-index", "--find-links", alone),
             f"detectron2==={wheel.name.split('-')[1]}",
-            failing=f"pip could not install {wheel.name} (its own message is above)",
+            failing=f"pip could not install {wheel.name} (see its message above)",
         )
 
 
 def find_installed() -> str | None:
-    """Version and place of the Detectron2 that this Python imports, None where there is none.
+    """Version and location of the Detectron2 that this Python imports; None if not installed.
 
     Raises:
-        InstallError: there is one, and importing it fails.
+        InstallError: it is installed, but importing it fails.
     """
     try:
         module = importlib.import_module("detectron2")
@@ -284,13 +287,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         dest="source",
         default="pypi",
         metavar="pypi|git|PATH",
-        help="the pure-Python copy (the default), the official source, a checkout or a wheel",
+        help="the pure-Python copy (default), the official source, or a checkout or wheel",
     )
     parser.add_argument(
         "--wheel-dir",
         type=Path,
         metavar="DIR",
-        help="keep the wheel here; where Detectron2 already works, this is all that is done",
+        help="keep the wheel in this folder; if Detectron2 already works, do only this",
     )
     return parser.parse_args(argv)
 
@@ -300,13 +303,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         installed = find_installed()
         if installed:
-            print(f"{installed} works: left alone")
+            print(f"{installed} works: left unchanged")
             if args.wheel_dir is None:
                 return 0
         with tempfile.TemporaryDirectory() as scratch:
             wheel = obtain_wheel(args.source, args.wheel_dir or Path(scratch))
             if args.wheel_dir is not None:
-                print(f"the wheel is {wheel}")
+                print(f"wheel: {wheel}")
             if not installed:
                 install_wheel(wheel)
     except InstallError as error:

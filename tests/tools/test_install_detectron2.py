@@ -1,4 +1,4 @@
-"""The converted Detectron2 against upstream's digest, and the wheel against pip itself."""
+"""Checks the converted Detectron2 against upstream's digest, and the wheel with pip itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_tool() -> ModuleType:
 
 
 def make_carrier(path: Path, files: dict[str, bytes]) -> Path:
-    """A wheel with the structure of the real one: the prefix rewritten, and things not wanted."""
+    """A wheel structured like the real one: the prefix rewritten, and unrelated files."""
     with zipfile.ZipFile(path, "w") as wheel:
         for name, content in files.items():
             if name.endswith(".py"):
@@ -56,7 +56,7 @@ def toy_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def toy(tmp_path, toy_files, monkeypatch):
-    """The tool and a small carrier that it believes in."""
+    """The tool and a small carrier whose digests it accepts."""
     tool = load_tool()
     carrier = make_carrier(tmp_path / "ezannot-1.1.0-py3-none-any.whl", toy_files)
     sha256 = hashlib.sha256(carrier.read_bytes()).hexdigest()
@@ -67,7 +67,7 @@ def toy(tmp_path, toy_files, monkeypatch):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, toy_files) -> Path:
-    """The wheel out of the real carrier; offline, out of the installed files."""
+    """The wheel made from the real carrier; offline, from the installed files."""
     tool = load_tool()
     folder = tmp_path_factory.mktemp("carrier")
     download = subprocess.run(
@@ -97,8 +97,8 @@ def run_python(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_installed_detectron2_is_upstreams_commit():
-    """What the rest of the tests run on has the digest that was counted from upstream's git."""
+def test_installed_detectron2_is_the_upstream_commit():
+    """The Detectron2 that all other tests use has the digest computed from upstream's git."""
     tool = load_tool()
     home = Path(detectron2.__file__).parent
     files = {p.relative_to(home).as_posix(): p.read_bytes() for p in home.rglob("*.py")}
@@ -107,7 +107,7 @@ def test_installed_detectron2_is_upstreams_commit():
     assert tool.tree_sha256(files) == tool.TREE_SHA256
 
 
-def test_wheel_carries_upstreams_commit_and_nothing_else(wheel):
+def test_wheel_contains_the_upstream_commit_and_nothing_else(wheel):
     tool = load_tool()
     assert wheel.name == "detectron2-0.6+28fd05e-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
@@ -164,8 +164,8 @@ def test_pip_lists_shows_and_uninstalls_it(wheel, tmp_path):
     assert not list((tmp_path / "venv").rglob("detectron2*"))
 
 
-def test_requirements_hold_here():
-    """Every requirement that METADATA states is met by what this project's setup.py brings."""
+def test_requirements_are_met():
+    """The dependencies in setup.py meet every requirement in METADATA."""
     stated = re.findall(r"^Requires-Dist: (.+)$", load_tool().METADATA, re.MULTILINE)
     requirements = [Requirement(line) for line in stated]
     needed = [r for r in requirements if r.marker is None]
@@ -174,7 +174,7 @@ def test_requirements_hold_here():
         assert requirement.specifier.contains(version(requirement.name), prereleases=True)
 
 
-def test_prefix_is_turned_back_in_python_files_only(toy, toy_files):
+def test_prefix_is_restored_in_python_files_only(toy, toy_files):
     tool, carrier = toy
     assert tool.extract_detectron2(carrier) == toy_files
 
@@ -199,8 +199,8 @@ def test_tampered_download_stops_with_one_line(toy, tmp_path, monkeypatch, capsy
     assert not list((tmp_path / "wheels").iterdir())
 
 
-def test_another_tree_stops_with_one_line(toy, toy_files, tmp_path, monkeypatch, capsys):
-    """The wheel's hash holds, one byte of one file of Detectron2 does not."""
+def test_different_tree_stops_with_one_line(toy, toy_files, tmp_path, monkeypatch, capsys):
+    """The wheel's hash matches, but one byte of one Detectron2 file is different."""
     tool, carrier = toy
     changed = {**toy_files, "layers/ops.py": toy_files["layers/ops.py"].replace(b"3", b"4")}
     make_carrier(carrier, changed)
@@ -214,17 +214,17 @@ def test_another_tree_stops_with_one_line(toy, toy_files, tmp_path, monkeypatch,
     assert not list((tmp_path / "wheels").iterdir())
 
 
-def test_working_detectron2_is_left_alone(monkeypatch, capsys):
+def test_working_detectron2_is_left_unchanged(monkeypatch, capsys):
     tool = load_tool()
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail(f"ran {a}"))
     assert tool.main([]) == 0
     home = Path(detectron2.__file__).parent
     assert re.fullmatch(
-        rf"Detectron2 0\.6\S* in {home} works: left alone\n", capsys.readouterr().out
+        rf"Detectron2 0\.6\S* in {home} works: left unchanged\n", capsys.readouterr().out
     )
 
 
-def test_folder_called_detectron2_is_no_installation(tmp_path):
+def test_folder_called_detectron2_is_not_an_installation(tmp_path):
     (tmp_path / "detectron2").mkdir()
     code = (
         f"import sys; sys.path[:0] = [{str(TOOL.parent)!r}, {str(tmp_path)!r}]; "
@@ -234,7 +234,7 @@ def test_folder_called_detectron2_is_no_installation(tmp_path):
     assert run_python("-I", "-S", "-c", code) == "None\n"
 
 
-def test_broken_installation_is_named(tmp_path, monkeypatch, capsys):
+def test_broken_installation_is_reported(tmp_path, monkeypatch, capsys):
     tool = load_tool()
 
     def broken(name):
@@ -264,7 +264,7 @@ def test_bad_path_stops_with_one_line(kind, tmp_path, monkeypatch, capsys):
 
 
 def test_local_wheel_and_checkout_reach_pip(toy, toy_files, tmp_path, monkeypatch):
-    """``--from PATH``: a wheel is installed as it is, a checkout is built by its own setup.py."""
+    """``--from PATH``: a wheel is used unchanged, a checkout is built by its own setup.py."""
     tool, _ = toy
     given = tool.write_wheel(toy_files, tmp_path / "given")
     assert tool.obtain_wheel(str(given), tmp_path / "out") == given
