@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -72,12 +73,7 @@ def command_lines(text: str) -> list[list[str]]:
 def parse(words: list[str], monkeypatch) -> argparse.Namespace:
     """The arguments as the tool's own parser understands them; nothing is run."""
     if words[0] == "-m":
-        name = (
-            words[1]
-            if importlib.util.find_spec(words[1]).submodule_search_locations is None
-            else (f"{words[1]}.__main__")
-        )
-        tool, arguments = importlib.import_module(name), words[2:]
+        tool, arguments = importlib.import_module(f"{words[1]}.__main__"), words[2:]  # a package
     else:
         spec = importlib.util.spec_from_file_location(Path(words[0]).stem, ROOT / words[0])
         tool, arguments = importlib.util.module_from_spec(spec), words[1:]
@@ -112,6 +108,11 @@ def test_command_line_is_valid(words, monkeypatch, capsys):
     if len(words) == 1:  # a mention
         assert (ROOT / words[0]).is_file()
         return
+    if len(words) == 2 and words[1].startswith("--"):  # an option is mentioned
+        with pytest.raises(SystemExit):
+            parse([words[0], "--help"], monkeypatch)
+        assert words[1] in capsys.readouterr().out
+        return
     pattern = "|".join(rf"\b{re.escape(name)}\b" for name in PLACEHOLDERS)
     words = [re.sub(pattern, lambda match: PLACEHOLDERS[match[0]], word) for word in words]
     try:
@@ -126,7 +127,8 @@ def test_command_line_is_valid(words, monkeypatch, capsys):
         load_config(args.config_file, args.opts)
 
 
-def keys_of(paths: list[Path]) -> set[str]:
+@functools.cache
+def keys_of(paths: tuple[Path, ...]) -> set[str]:
     configs = (load_config(str(path)) for path in paths)
     return {key for c in configs for key in dotted_keys(OmegaConf.to_container(c, resolve=False))}
 
@@ -137,7 +139,7 @@ def test_inline_overrides_name_existing_keys(path):
     project = path.parent if path in METHODS else ROOT / "projects/*"
     patterns = [f"{project.relative_to(ROOT)}/configs/*_shapes.py", "configs/detection/*_shapes.py"]
     patterns += [f"{project.relative_to(ROOT)}/configs/*.py"] if path in METHODS else []
-    known = keys_of(sorted({found for pattern in patterns for found in ROOT.glob(pattern)}))
+    known = keys_of(tuple(sorted({p for pattern in patterns for p in ROOT.glob(pattern)})))
     for code in _INLINE.findall(split(text_of(path))[1]):
         for word in code.split():
             match = re.fullmatch(r"(\+?)'?((?:train|model|dataloader|optimizer)\.[\w.]+)=.*", word)
