@@ -112,7 +112,7 @@ class AffinityDistillation(nn.Module):
             teacher: the momentum network's vectors of the partner; receive no gradient.
             key: ``(B, h * w, E)``, the momentum network's vectors of the key view.
             places: ``(B, M, h * w)`` weights of the places x in the query view's map and in the
-                partner's (:func:`.points.bilinear_weights`).
+                partner's (:func:`bilinear_weights`).
             valid: ``(B, M)`` bool on the CPU.
             map_size: ``(h, w)``.
             progress: fraction of the training done.
