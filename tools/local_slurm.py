@@ -24,6 +24,7 @@ from pathlib import Path
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.child import following_parent
 
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 
 # A requeued job waits for `cred_expire` seconds: 120 by default, and at least 5.
@@ -61,15 +62,7 @@ PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 
 def missing_commands() -> list[str]:
     """Programs of SLURM and munge that are not installed."""
-    return [name for name in _COMMANDS if _which(name) is None]
-
-
-def _which(name: str) -> str | None:
-    return shutil.which(name, path=_path())
-
-
-def _path() -> str:
-    return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return [name for name in _COMMANDS if shutil.which(name, path=_PATH) is None]
 
 
 @contextlib.contextmanager
@@ -111,7 +104,7 @@ def local_slurm(folder: str, nodes: int = 2, cpus: int = 4) -> Iterator[dict[str
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20 // nodes,
         )
     )
-    env = {"SLURM_CONF": str(conf), "PATH": _path()}
+    env = {"SLURM_CONF": str(conf), "PATH": _PATH}
     munged = ["munged", "--foreground", "--force", "--num-threads=2"]
     munged += [f"--{name}-file={root}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     commands = [
@@ -154,7 +147,7 @@ def _free_ports(count: int) -> int:
 def _start(command: list[str], root: Path, env: dict[str, str]) -> subprocess.Popen:
     with open(root / f"{command[0]}.out", "ab") as log:
         return subprocess.Popen(
-            [_which(command[0]), *command[1:]],
+            [shutil.which(command[0], path=_PATH), *command[1:]],
             env={**os.environ, **env},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -136,7 +136,7 @@ def parse_slurm(text: str) -> Cluster:
             items[-1] += f",{piece}"
     if items[0].endswith(".py"):
         return load_cluster(items[0], items[1:])
-    return _changed(Cluster(), [item for item in items if item], "--slurm")
+    return _override(Cluster(), items, "--slurm")
 
 
 def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
@@ -162,32 +162,31 @@ def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
         raise UserError(f"{path} has no dict named cluster; see configs/clusters/example.py")
     settings = OmegaConf.to_container(OmegaConf.create(config["cluster"]), resolve=True)
     known = [f.name for f in dataclasses.fields(Cluster)]
-    values = {}
+    changes = {}
     for key, value in settings.items():
         name = _field(key, known, path)
-        values[name] = _value(name, str(value)) if isinstance(value, str) else value
-    return _changed(_build(path, values), overrides, path)
+        changes[name] = _value(name, value) if isinstance(value, str) else value
+    return _override(_replace(Cluster(), changes, path), overrides, path)
 
 
-def _changed(cluster: Cluster, items: Sequence[str], where: str) -> Cluster:
-    values = {f.name: getattr(cluster, f.name) for f in dataclasses.fields(Cluster)}
-    values["extra"] = dict(cluster.extra)
-    known = [name for name in values if name not in _NOT_IN_TEXT]
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not value:
+def _override(cluster: Cluster, items: Sequence[str], where: str) -> Cluster:
+    known = [f.name for f in dataclasses.fields(Cluster) if f.name not in _NOT_IN_TEXT]
+    changes: dict[str, Any] = {"extra": dict(cluster.extra)}
+    for item in filter(None, items):
+        key, _, value = item.partition("=")
+        if not value:
             raise UserError(f"{where}: {item!r} is not of the form key=value")
         if key.startswith("+"):
-            values["extra"][key[1:]] = value
+            changes["extra"][key[1:]] = value
         else:
             name = _field(key, known, where)
-            values[name] = _value(name, value)
-    return _build(where, values)
+            changes[name] = _value(name, value)
+    return _replace(cluster, changes, where)
 
 
-def _build(where: str, values: dict[str, Any]) -> Cluster:
+def _replace(cluster: Cluster, changes: dict[str, Any], where: str) -> Cluster:
     try:
-        return Cluster(**values)
+        return dataclasses.replace(cluster, **changes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -197,13 +196,10 @@ def _field(key: str, known: Sequence[str], where: str) -> str:
     name = _ALIASES.get(name, name)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
-    shown = ", ".join(n.replace("_", "-") for n in near)
-    intro = "did you mean" if near is not known else "known settings:"
-    raise UserError(
-        f"{where}: no setting {key!r}; {intro} {shown}{'?' if near is not known else '.'} "
-        f"+{key}=... passes it to sbatch unchanged"
-    )
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    names = ", ".join(near or known).replace("_", "-")
+    hint = f"did you mean {names}?" if near else f"known settings: {names}."
+    raise UserError(f"{where}: no setting {key!r}; {hint} +{key}=... passes it to sbatch unchanged")
 
 
 def _value(name: str, text: str) -> Any:
@@ -229,11 +225,10 @@ def _minutes(text: str) -> int:
     if not 1 <= len(parts) <= 3:
         raise ValueError(text)
     if dash:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:
-        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+        parts = [*parts, 0, 0]
+    elif len(parts) < 3:
+        parts = [0, *parts, 0]
+    hours, minutes, seconds = parts[:3]
     return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
 
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import submitit
-from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.core.utils import JobPaths
+from submitit.helpers import Checkpointable
 
 from region_pretrain.errors import STOPPED, UserError
 from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, start_attempt
@@ -34,7 +35,7 @@ _PEER_FAILURE_SECONDS = 5.0
 
 
 @dataclass
-class ToolJob:
+class ToolJob(Checkpointable):
     """One run of a tool, as a callable that submitit pickles and runs in every task.
 
     The tool runs in a fresh interpreter as a child of this process, so that signals are handled at
@@ -68,10 +69,6 @@ class ToolJob:
     def __post_init__(self) -> None:
         self.output_dir = os.path.abspath(self.output_dir)
         self.root = os.path.abspath(self.root)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit submits again: the same job, since it contains no state."""
-        return DelayedSubmission(self)
 
     def command(self) -> list[str]:
         """The tool's command line."""
@@ -214,14 +211,11 @@ class _Task:
         return self.signalled != signal.SIGTERM
 
     def _failure(self, code: int) -> str:
-        lines = []
+        lines = [
+            f"{self.job.tool} for {self.job.output_dir} failed on rank {self.env.global_rank} "
+            f"of {self.env.num_tasks} (exit code {code}); last lines of {self.log}:"
+        ]
         if self.log.exists():
-            with open(self.log, encoding="utf-8", errors="replace") as file:
-                lines = [line.rstrip() for line in file][-_LOG_LINES:]
-        return "\n  ".join(
-            [
-                f"{self.job.tool} for {self.job.output_dir} failed on rank {self.env.global_rank} "
-                f"of {self.env.num_tasks} (exit code {code}); last lines of {self.log}:",
-                *lines,
-            ]
-        )
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            lines += [line.rstrip() for line in text.splitlines()[-_LOG_LINES:]]
+        return "\n  ".join(lines)

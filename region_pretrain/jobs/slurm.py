@@ -1,5 +1,6 @@
 """SLURM's commands: no other module of the library runs them.
 
+A command that is missing, fails or does not answer in time raises a :class:`UserError`.
 Nothing here imports PyTorch: it runs in a process beside every training process.
 """
 
@@ -17,11 +18,7 @@ WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL
 
 
 def require_commands() -> None:
-    """Refuse a machine from which no job can be submitted.
-
-    Raises:
-        UserError: one of SLURM's commands is not installed.
-    """
+    """Raise an error on a machine that cannot submit jobs."""
     for command in ("sbatch", "srun", "sinfo", "squeue", "scontrol", "scancel"):
         if shutil.which(command) is None:
             raise UserError(
@@ -31,33 +28,21 @@ def require_commands() -> None:
 
 
 def list_partitions() -> list[str]:
-    """The names of the cluster's partitions.
-
-    Raises:
-        UserError: SLURM does not answer.
-    """
+    """The names of the cluster's partitions."""
     return list(dict.fromkeys(_run("sinfo", "--noheader", "--format=%R").split()))
 
 
 def my_jobs() -> dict[str, str]:
-    """The user's jobs that are in the queue.
+    """The user's jobs in the queue: id -> state, e.g. ``{"7_0": "RUNNING"}``.
 
-    Returns:
-        Job id -> state, e.g. ``{"7_0": "RUNNING"}``; each task of an array is a job.
-
-    Raises:
-        UserError: SLURM does not answer.
+    Each task of an array counts as a job.
     """
     lines = _run("squeue", "--me", "--noheader", "--array", "--format=%i %T").splitlines()
     return dict(line.split() for line in lines if line.strip())
 
 
 def job_state(job_id: str) -> str:
-    """The state of a job, e.g. ``RUNNING``; "" if it has left the queue.
-
-    Raises:
-        UserError: SLURM does not answer.
-    """
+    """The state of a job, e.g. ``RUNNING``; "" if it has left the queue."""
     try:
         return _run("squeue", "--noheader", "--format=%T", f"--jobs={job_id}", seconds=30).strip()
     except UserError as error:
@@ -67,20 +52,12 @@ def job_state(job_id: str) -> str:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job back in the queue.
-
-    Raises:
-        UserError: SLURM refuses, or does not answer.
-    """
+    """Put a running job back in the queue."""
     _run("scontrol", "requeue", job_id, seconds=120)
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs.
-
-    Raises:
-        UserError: SLURM refuses, or does not answer.
-    """
+    """Cancel jobs."""
     _run("scancel", *job_ids, seconds=120)
 
 

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_a_job_is_its_own_checkpoint(make_job):
     job = make_job("well")
     again = job.checkpoint()
     assert again.function == job and pickle.loads(pickle.dumps(again)).function == job
+
+
+def test_the_process_beside_a_tool_does_not_import_pytorch():
+    code = "import region_pretrain.jobs.job, region_pretrain.jobs.requeue, sys; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "submitit" in modules and "torch" not in modules
 
 
 def test_the_command_in_a_container(make_job, tmp_path):
