@@ -1,7 +1,7 @@
 """Shuffling batch norm (MoCo, arXiv 1911.05722, section 3.3).
 
 With batch norm per process, a query and its positive key share the statistics of the same images,
-and the network can lower the loss through that alone. MoCo therefore embeds the keys in another
+and the network can lower the loss through that alone. The keys are therefore embedded in another
 order over the processes. Images, and the boxes that belong to them, travel to the process that
 embeds them; only vectors travel back.
 """

@@ -34,15 +34,14 @@ def match_cells(
     first: tuple[float, float, float, float],
     second: tuple[float, float, float, float],
     cells: int,
-    max_distance: float = 0.5,
 ) -> np.ndarray:
     """Pairs of cells of two views whose centres are close to each other in the image.
+
+    Their distance is less than half the larger of the two cells' diagonals.
 
     Args:
         first, second: :func:`view_window` of each view, in the same units.
         cells: number of cells per side, in both views.
-        max_distance: upper bound of the distance, exclusive, as a fraction of the larger of the two
-            cells' diagonals.
 
     Returns:
         ``(M, 2)`` int64, row-major indices of a cell in the first view and one in the second. A
@@ -59,7 +58,7 @@ def match_cells(
         ]
         gaps.append(np.abs(centers[0][:, None] - centers[1]))  # (cells, cells)
         diagonals.append(steps)
-    radius = max_distance * np.hypot(*np.array(diagonals)).max()
+    radius = 0.5 * np.hypot(*np.array(diagonals)).max()
     columns, rows = (np.argwhere(gap < radius) for gap in gaps)
     squared = [
         gap[near[:, 0], near[:, 1]] ** 2 for gap, near in zip(gaps, (columns, rows), strict=True)

@@ -18,7 +18,7 @@ from region_pretrain.projects.point_region_contrast.recompute import recomputed_
 _AT_ONCE = 1 << 22
 
 
-class Described(NamedTuple):
+class AffinityVectors(NamedTuple):
     """A network's affinity vectors of a view.
 
     Attributes:
@@ -97,8 +97,8 @@ class AffinityDistillation(nn.Module):
 
     def forward(
         self,
-        student: Described,
-        teacher: Described,
+        student: AffinityVectors,
+        teacher: AffinityVectors,
         key: Tensor,
         places: tuple[Tensor, Tensor],
         valid: Tensor,
@@ -127,8 +127,8 @@ class AffinityDistillation(nn.Module):
         temperatures = self.student_temperature, self.temperature_at(progress)
         with torch.autocast(device.type, enabled=False):
             rows = [
-                (described.vectors @ key.transpose(1, 2), spread)
-                for described in (student, teacher._replace(vectors=teacher.vectors.detach()))
+                (network.vectors @ key.transpose(1, 2), spread)
+                for network in (student, teacher._replace(vectors=teacher.vectors.detach()))
             ]  # (B, h * w, h * w)
             loss = self._distil(rows, places, mine, temperatures)
             if student.directions is not None:
@@ -139,8 +139,8 @@ class AffinityDistillation(nn.Module):
 
     def affinities(
         self,
-        student: Described,
-        teacher: Described,
+        student: AffinityVectors,
+        teacher: AffinityVectors,
         key: Tensor,
         places: tuple[Tensor, Tensor],
         map_size: tuple[int, int],
@@ -151,11 +151,11 @@ class AffinityDistillation(nn.Module):
         """
         spread = self._spread(map_size).to(key.device)
         student_maps, teacher_maps = (
-            ((weights @ (described.vectors @ key.transpose(1, 2))) @ spread)
+            ((weights @ (network.vectors @ key.transpose(1, 2))) @ spread)
             .div(self.student_temperature)
             .softmax(dim=2)
             .unflatten(2, (self.cells, self.cells))
-            for described, weights in zip((student, teacher), places, strict=True)
+            for network, weights in zip((student, teacher), places, strict=True)
         )
         return student_maps, teacher_maps
 
@@ -198,8 +198,8 @@ class AffinityDistillation(nn.Module):
 
     def _distil_prototypes(
         self,
-        student: Described,
-        teacher: Described,
+        student: AffinityVectors,
+        teacher: AffinityVectors,
         places: tuple[Tensor, Tensor],
         valid: Tensor,
         temperatures: tuple[float, float],
@@ -212,7 +212,9 @@ class AffinityDistillation(nn.Module):
         return self._distil(rows, places, valid, temperatures, self.center.clone())
 
     @torch.no_grad()
-    def _update_center(self, teacher: Described, places: Tensor, valid: Tensor, count: int) -> None:
+    def _update_center(
+        self, teacher: AffinityVectors, places: Tensor, valid: Tensor, count: int
+    ) -> None:
         """Move the center towards the teacher's mean similarities over all processes' places."""
         total = torch.einsum("bm,bmp,bpe->e", valid.to(places.dtype), places, teacher.vectors)
         mean = mean_over_ranks(total, count)

@@ -30,7 +30,7 @@ from region_pretrain.projects.point_region_contrast.affinity_head import Affinit
 from region_pretrain.projects.point_region_contrast.contrast import PointContrast, Points
 from region_pretrain.projects.point_region_contrast.distillation import (
     AffinityDistillation,
-    Described,
+    AffinityVectors,
 )
 from region_pretrain.projects.point_region_contrast.pictures import draw_affinities
 from region_pretrain.projects.point_region_contrast.points import bilinear_weights
@@ -173,7 +173,7 @@ class PointRegionContrast(PretrainingModel):
             contrasted points and of shared places per image; the teacher's temperature.
         """
         query_view, key_view = batch.views[:2]
-        query = self._describe(self.query, query_view)
+        query = self._embed(self.query, query_view)
         with torch.no_grad():
             partner = None
             if self.distillation is not None:
@@ -229,11 +229,11 @@ class PointRegionContrast(PretrainingModel):
         if self.distillation is None:
             raise UserError("model.affinity_weight=0 leaves no affinities to draw")
         partner_view, (query_view, key_view) = self._partner(batch), batch.views[:2]
-        query = self._describe(self.query, query_view)
-        partner, key = (self._describe(self.key, view) for view in (partner_view, key_view))
+        query = self._embed(self.query, query_view)
+        partner, key = (self._embed(self.key, view) for view in (partner_view, key_view))
         affinities = self.distillation.affinities(
-            Described(query.affinity, None),
-            Described(partner.affinity, None),
+            AffinityVectors(query.affinity, None),
+            AffinityVectors(partner.affinity, None),
             key.affinity,
             self._places(batch, query.size),
             query.size,
@@ -259,8 +259,8 @@ class PointRegionContrast(PretrainingModel):
         self, batch: ViewBatch, query: _Maps, partner: _Maps, key: _Maps
     ) -> tuple[Tensor, int]:
         return self.distillation(
-            Described(query.affinity, self.affinity_head.directions()),
-            Described(partner.affinity, self.key["affinity_head"].directions()),
+            AffinityVectors(query.affinity, self.affinity_head.directions()),
+            AffinityVectors(partner.affinity, self.key["affinity_head"].directions()),
             key.affinity,
             self._places(batch, query.size),
             self._partner(batch).valid,
@@ -294,14 +294,14 @@ class PointRegionContrast(PretrainingModel):
         """The key network on a view, with shuffled images."""
         key = self.iteration, int(affinity_only)
         permutation = self.shuffling.permutation(len(view.images), *key)
-        maps = self._describe(self.key, permutation.shuffle_view(view), affinity_only)
+        maps = self._embed(self.key, permutation.shuffle_view(view), affinity_only)
         contrast, affinity = (
             None if rows is None else permutation.unshuffle(rows)
             for rows in (maps.contrast, maps.affinity)
         )
         return _Maps(contrast, affinity, maps.size)
 
-    def _describe(
+    def _embed(
         self, network: Mapping[str, nn.Module], view: View, affinity_only: bool = False
     ) -> _Maps:
         images, backbone = self.preprocess(view), network["backbone"]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from region_pretrain.errors import UserError
 from region_pretrain.projects.point_region_contrast import AffinityDistillation, AffinityHead
 from region_pretrain.projects.point_region_contrast import distillation as distillation_module
-from region_pretrain.projects.point_region_contrast.distillation import Described
+from region_pretrain.projects.point_region_contrast.distillation import AffinityVectors
 from region_pretrain.projects.point_region_contrast.points import bilinear_weights
 
 
@@ -28,8 +28,8 @@ def test_values_of_one_row(teacher_temperature, loss):
     teacher[0, 0] = torch.tensor([0.9, 0.6, 0.1])
     first = torch.tensor([[[1.0, 0.0, 0.0]]])
     total, count = distillation(
-        Described(student, None),
-        Described(teacher, None),
+        AffinityVectors(student, None),
+        AffinityVectors(teacher, None),
         key,
         (first, first),
         torch.ones(1, 1, dtype=torch.bool),
@@ -68,13 +68,13 @@ def test_it_equals_the_direct_computation(monkeypatch):
         bilinear_weights(torch.stack([w % cells, w // cells], dim=2) + 0.5, (cells, cells), size)
         for w in at
     )
-    described = [Described(x, None) for x in (student, teacher)]
-    total, count = distillation(*described, key, places, valid, size, 0.5)
+    networks = [AffinityVectors(x, None) for x in (student, teacher)]
+    total, count = distillation(*networks, key, places, valid, size, 0.5)
     assert count == 7
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(total, student)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
-    shown = distillation.affinities(*described, key, places, size)
+    shown = distillation.affinities(*networks, key, places, size)
     torch.testing.assert_close(shown[1].flatten(2), (rows[1] / 0.1).softmax(dim=2))
 
 
@@ -82,8 +82,8 @@ def test_without_places_the_loss_is_zero_and_connected():
     student = vectors(0).requires_grad_()
     weights = torch.zeros(2, 4, 49)
     total, count = AffinityDistillation(cells=7)(
-        Described(student, None),
-        Described(vectors(1), None),
+        AffinityVectors(student, None),
+        AffinityVectors(vectors(1), None),
         vectors(2),
         (weights, weights),
         torch.zeros(2, 4, dtype=torch.bool),
@@ -110,10 +110,10 @@ def test_the_center_is_subtracted_from_the_prototypes():
     torch.manual_seed(0)
     heads = [AffinityHead(8, 16, 8, norm="", prototypes=6) for _ in range(2)]
     student, teacher, key = (vectors(seed, places=4) for seed in range(3))
-    described = [
-        Described(x, h.directions()) for x, h in zip((student, teacher), heads, strict=True)
+    networks = [
+        AffinityVectors(x, h.directions()) for x, h in zip((student, teacher), heads, strict=True)
     ]
-    assert torch.allclose(described[0].directions.norm(dim=1), torch.ones(6))
+    assert torch.allclose(networks[0].directions.norm(dim=1), torch.ones(6))
     at = torch.eye(4)[None].expand(2, -1, -1)
     valid = torch.ones(2, 4, dtype=torch.bool)
     distillation = AffinityDistillation(2, 0.1, (0.05, 0.05), prototypes=6).train()
@@ -121,9 +121,9 @@ def test_the_center_is_subtracted_from_the_prototypes():
     old = distillation.center.clone()
     arguments = (key, (at, at), valid, (2, 2), 0.0)
     alone = AffinityDistillation(2, 0.1, (0.05, 0.05))
-    plain = [d._replace(directions=None) for d in described]
-    extra = distillation(*described, *arguments)[0] - alone(*plain, *arguments)[0]
-    rows = [d.vectors @ d.directions.T for d in described]
+    plain = [d._replace(directions=None) for d in networks]
+    extra = distillation(*networks, *arguments)[0] - alone(*plain, *arguments)[0]
+    rows = [d.vectors @ d.directions.T for d in networks]
     target = ((rows[1] - old) / 0.05).softmax(dim=2)  # with the center before its update
     expected = -(target * (rows[0] / 0.1).log_softmax(dim=2)).sum()
     torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-4)
@@ -134,7 +134,7 @@ def test_the_center_is_subtracted_from_the_prototypes():
 
 def test_the_center_moves_by_a_tenth():
     distillation = AffinityDistillation(2, prototypes=3)
-    ones = Described(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
+    ones = AffinityVectors(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
     at, valid = torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool)
     for expected in (0.1, 0.19):
         distillation._update_center(ones, at, valid, 4)

@@ -90,14 +90,14 @@ def test_the_key_network_moves_between_partner_and_key_view(small_model, make_ba
         for parameter in model.key["head"].parameters():
             parameter.fill_(1.0)
     seen = []
-    describe = model._describe
+    describe = model._embed
 
     def watch(network, view, *rest):
         if network is model.key:
             seen.append((view is batch.views[2], float(model.key["head"][0].weight[0, 0])))
         return describe(network, view, *rest)
 
-    monkeypatch.setattr(model, "_describe", watch)
+    monkeypatch.setattr(model, "_embed", watch)
     with EventStorage():
         model.before_step(0, 10)
     model(batch)
