@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark test test-slurm lint clean
+.PHONY: setup demo benchmark test test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -18,7 +18,7 @@ $(STAMP): setup.py constraints.txt tools/install_detectron2.py
 	  echo "error: this Python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	$(BIN)/python tools/install_detectron2.py
 	@touch $@
 
@@ -40,5 +40,9 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m black --check --quiet --diff .
 
+# A site in site/; warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) site build dist *.egg-info

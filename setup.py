@@ -102,6 +102,9 @@ setup(
         "tqdm>4.29.0",
         "yacs>=0.1.8",
     ],
-    extras_require={"dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"]},
+    extras_require={
+        "dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"],
+        "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
+    },
     cmdclass={"build_py": BuildWithConfigs},
 )
