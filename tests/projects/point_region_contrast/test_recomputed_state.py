@@ -10,7 +10,7 @@ from region_pretrain.projects.point_region_contrast import (
     PointContrast,
 )
 from region_pretrain.projects.point_region_contrast.contrast import Points
-from region_pretrain.projects.point_region_contrast.distillation import Described
+from region_pretrain.projects.point_region_contrast.distillation import AffinityVectors
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_the_gradient_of_prototypes_is_that_of_finite_differences():
         buffer = next(distillation.buffers())
         buffer.copy_(torch.linspace(-0.3, 0.3, 6))
         described = [
-            Described(x, head.directions())
+            AffinityVectors(x, head.directions())
             for x, head in zip((student, teacher), heads, strict=True)
         ]
         total, _ = distillation(*described, key, (at, at), valid, (2, 2), 0.0)
