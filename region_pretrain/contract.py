@@ -1,4 +1,4 @@
-"""Base classes that refuse subclasses with misspelt methods."""
+"""A base class that catches misspelt hooks when a subclass is defined."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import inspect
 class Contract:
     """Base class of the interfaces that methods implement.
 
-    Every public method of a direct subclass of ``Contract`` is a hook, which the library calls by
-    name. Subclasses of that class may override hooks and add methods. A method whose name is almost
-    that of a hook, or an override that does not take the hook's arguments, is refused: without this
-    check it would never be called, or would fail hours into a run.
+    Every public method of a direct subclass of ``Contract`` is a hook that the library calls.
+    Further subclasses may override hooks and add other methods. A method whose name is almost that
+    of a hook, or a hook that cannot be called with the hook's arguments, is an error: without this
+    check it would never be called, or fail hours into a run.
 
     Raises:
-        TypeError: when the subclass is defined; the message names the method and the hook.
+        TypeError: when a subclass is defined, naming the method and the hook.
     """
 
     _hooks: dict[str, inspect.Signature] = {}
@@ -35,8 +35,8 @@ class Contract:
                 _check_arguments(cls, name, method, cls._hooks[name])
             elif near := difflib.get_close_matches(name, cls._hooks, n=1, cutoff=0.85):
                 raise TypeError(
-                    f"{cls.__qualname__}.{name} is never called: if it is meant to be {near[0]}, "
-                    "rename it; otherwise choose a name that is less similar"
+                    f"{cls.__qualname__}.{name} would never be called: rename it to {near[0]} if "
+                    f"that is meant, otherwise to something less similar to {near[0]}"
                 )
 
 

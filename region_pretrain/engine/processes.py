@@ -123,7 +123,7 @@ def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     if isinstance(ended, UserError):
         # Usually all processes find the same error. The main one exits first, and the parent then
         # ends the others before they print it again.
-        time.sleep(0 if is_main else 2)
+        time.sleep(0 if is_main else 5)
         print(f"error: {ended}", file=sys.stderr, flush=True)
         sys.exit(_EXIT_CODE)
     if ended is not None:

@@ -97,7 +97,7 @@ SHAPES = Path(__file__).parents[2] / "configs/detection/mask_rcnn_r18_fpn_shapes
         ("train_net.py", ["model.pixel_mean=1,2,3"], "write a list as model.pixel_mean=[a,b]"),
         ("train_net.py", ["--num-gpus", "0"], "--num-gpus 0"),
         ("make_regions.py", [], "is not a pre-training config"),
-        ("visualize.py", [], "it is no pre-training"),
+        ("visualize.py", [], "not a pre-training config"),
     ],
 )
 def test_a_mistake_costs_one_line(tool, arguments, message):
