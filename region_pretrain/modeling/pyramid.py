@@ -64,7 +64,8 @@ def pyramid_maps(
 
     Args:
         backbone: the detector's. One that is not Detectron2's FPN runs completely.
-        images: ``(B, 3, H, W)``, normalised; sides divisible by the backbone's size divisibility.
+        images: ``(B, 3, H, W)``, normalised. Sides need not be divisible by the FPN's size
+            divisibility: a coarser map is resized to the finer one that it is added to.
         reads: map name -> images to return, a slice with bounds and step 1. Maps of an FPN's top
             block cannot be read.
 
