@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.projects.point_region_contrast.points import bilinear_weights, cell_centers
 from region_pretrain.projects.point_region_contrast.recompute import recomputed_sum
 
@@ -217,8 +216,10 @@ class AffinityDistillation(nn.Module):
     ) -> None:
         """Move the center towards the teacher's mean similarities over all processes' places."""
         total = torch.einsum("bm,bmp,bpe->e", valid.to(places.dtype), places, teacher.vectors)
-        mean = mean_over_ranks(total, count)
+        sums = torch.cat([total, total.new_full((1,), count)])
         if comm.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean = mean / comm.get_world_size()
-        self.center.lerp_(teacher.directions @ mean, 1 - self.center_momentum)
+            dist.all_reduce(sums)
+        mean = sums[:-1] / sums[-1].clamp(min=1)
+        # Without any place there is no mean to move towards.
+        step = (1 - self.center_momentum) * sums[-1].clamp(max=1)
+        self.center.lerp_(teacher.directions @ mean, step)

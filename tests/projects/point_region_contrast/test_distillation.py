@@ -141,6 +141,14 @@ def test_the_center_moves_by_a_tenth():
         torch.testing.assert_close(distillation.center, torch.full((3,), expected))
 
 
+def test_a_batch_without_places_leaves_the_center():
+    distillation = AffinityDistillation(2, prototypes=3)
+    distillation.center.fill_(0.5)
+    ones = AffinityVectors(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
+    distillation._update_center(ones, torch.eye(4)[None], torch.zeros(1, 4, dtype=torch.bool), 0)
+    assert torch.equal(distillation.center, torch.full((3,), 0.5))
+
+
 def test_errors_name_the_wrong_value():
     with pytest.raises(UserError, match="teacher_temperature"):
         AffinityDistillation(teacher_temperature=(0.0, 0.07))
