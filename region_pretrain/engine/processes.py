@@ -139,12 +139,12 @@ def _run_to_end(main: Callable[..., Any], args: tuple[Any, ...]) -> UserError | 
         ended = error.with_traceback(None)  # its frames keep process groups alive
     # After an error the other processes may wait in NCCL for this one; destroying the group hangs.
     if not isinstance(ended, UserError) or dist.get_backend() == "gloo":
-        _leave_process_group()
+        leave_process_group()
     return ended
 
 
-def _leave_process_group() -> None:
-    """End this process's gloo threads.
+def leave_process_group() -> None:
+    """Leave the process group and end its gloo threads.
 
     Each thread keeps the tensors of its last operation alive, and freeing one of them while the
     interpreter shuts down aborts the process: a finished run would look like a crash. A thread

@@ -21,6 +21,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation import knn_probe
 from region_pretrain.evaluation.knn import knn_accuracy
@@ -365,7 +366,7 @@ def worker(rank: int, folder: str, dicts: list) -> None:
     with_trainer(hook, make_detector()).before_train()
     values = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
     torch.save(values, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_share_the_images(tmp_path, dicts):

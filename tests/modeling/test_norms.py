@@ -11,6 +11,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.norms import CpuSyncBatchNorm, use_cpu_sync_batchnorm
 
 CHANNELS = 5
@@ -48,7 +49,7 @@ def worker(rank: int, folder: str, cases: list) -> None:
     except ValueError as error:
         refused = str(error)
     torch.save((results, refused), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def make_case(first: tuple, second: tuple, affine=True, momentum=0.1, mean=0.0):

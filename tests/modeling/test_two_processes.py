@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
 
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.gather import gather_rows, mean_over_ranks
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.shuffle import ImageShuffle, ShufflingBatchNorm
@@ -59,7 +60,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(per_rank(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 
 
@@ -66,7 +67,7 @@ def _rank(rank: int, folder: str, names: Sequence[str], outputs: Any, state: Any
             dist.all_reduce(value)
         found[name] = tuple(mine._replace(outputs={n: v / 2 for n, v in mine.outputs.items()}))
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def with_fixed_statistics(model: nn.Module) -> nn.Module:

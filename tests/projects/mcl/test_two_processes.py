@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 
 
@@ -31,7 +32,7 @@ def _rank(rank: int, folder: str) -> None:
             dist.all_reduce(value)
         result = {k: v / 2 for k, v in losses.items()}, gradients
         torch.save(result, f"{folder}/{case}-{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_are_one(small_mcl, make_batch, tmp_path):

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides, get_config
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import MLPHead
@@ -106,7 +107,7 @@ def _rank(rank: int, folder: str) -> None:
     own.shuffling.enabled = False
     found["straight"] = own._keys(two_view_batch(8).chunk(2)[rank].views[1])
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 def test_two_processes_are_one_with_shared_or_fixed_statistics(tmp_path):
