@@ -41,7 +41,7 @@ class LARS(Optimizer):
         trust_coefficient: the factor of the ratio of norms.
         eps: added to the norm in the denominator.
         adapt: whether to apply the ratio of norms.
-        form: ``"byol"`` or ``"original"``, see above.
+        form: ``"decayed"`` (as in BYOL) or ``"original"``, see above.
 
     Raises:
         UserError: a value is negative, or the form is unknown.
@@ -56,7 +56,7 @@ class LARS(Optimizer):
         trust_coefficient: float = 0.001,
         eps: float = 1e-8,
         adapt: bool = True,
-        form: str = "byol",
+        form: str = "decayed",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -68,8 +68,8 @@ class LARS(Optimizer):
         for name, value in defaults.items():
             if value < 0:
                 raise UserError(f"optimizer.{name}={value}: must not be negative")
-        if form not in ("byol", "original"):
-            raise UserError(f"optimizer.form={form}: must be byol or original")
+        if form not in ("decayed", "original"):
+            raise UserError(f"optimizer.form={form}: must be decayed or original")
         super().__init__(params, {**defaults, "adapt": adapt, "form": form})
 
     @torch.no_grad()

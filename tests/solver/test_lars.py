@@ -160,5 +160,5 @@ def test_original_form_without_adaptation_is_sgd():
     w.grad = torch.tensor([0.3, 0.4])
     LARS([w], lr=0.5, momentum=0.0, adapt=False, form="original").step()
     torch.testing.assert_close(w.detach(), torch.tensor([6 - 0.15, 8 - 0.2]))
-    with pytest.raises(UserError, match="optimizer.form=paper: must be byol or original"):
+    with pytest.raises(UserError, match="optimizer.form=paper: must be decayed or original"):
         LARS([w], lr=0.5, form="paper")
