@@ -100,7 +100,8 @@ def complete_train(cfg: DictConfig) -> DictConfig:
         ``cfg``.
     """
     given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
-    if _keys(defaults) <= _keys(given):
+    keys = _keys(given)
+    if _keys(defaults) <= keys and "checkpointer.max_to_keep" not in keys:
         return cfg
     train = OmegaConf.merge(defaults, given)
     kept = train.checkpointer.pop("max_to_keep", None)

@@ -160,3 +160,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     path.write_text("train: {max_iter: 3")
     with pytest.raises(UserError, match="config.yaml cannot be loaded: ParserError"):
         load_file(str(path))
+
+
+def test_detectron2s_max_to_keep_is_not_left_in_an_otherwise_complete_config():
+    cfg = complete_train(OmegaConf.create({"train": {"checkpointer": {"keep_last": 5}}}))
+    cfg.train.checkpointer.max_to_keep = 100
+    complete_train(cfg)
+    assert "max_to_keep" not in cfg.train.checkpointer  # the hook does not know it
+    assert cfg.train.checkpointer.keep_last == 5
