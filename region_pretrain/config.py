@@ -1,24 +1,21 @@
-"""Configs: find, load, complete, override, save and compare them."""
+"""Configs: find, load, complete, save and compare them."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -27,9 +24,6 @@ CONFIG_ROOT = next(
     (p for p in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (p / "detection").is_dir()),
     _PACKAGE.parent / "configs",
 )
-
-#: Keys of numbers that are null by default, so that their type cannot be read from the value.
-_NUMBERS = ("train.epochs", "train.max_iter", "train.base_batch_size", "train.seed")
 
 
 def get_config(name: str) -> DictConfig:
@@ -56,7 +50,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: a ``.py`` config, or the ``config.yaml`` of a run.
-        overrides: see :func:`apply_overrides`.
+        overrides: see :func:`~region_pretrain.overrides.apply_overrides`.
 
     Returns:
         The config. ``train`` has every key of ``configs/common/train.py``, so that each can be
@@ -65,7 +59,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: there is no such file, it cannot be loaded, or an override is invalid.
     """
-    return apply_overrides(complete_train(load_file(path)), overrides)
+    cfg = apply_overrides(complete_train(load_file(path)), overrides)
+    check_values(cfg, _train_defaults())
+    return cfg
 
 
 def load_file(path: str) -> DictConfig:
@@ -98,16 +94,20 @@ def complete_train(cfg: DictConfig) -> DictConfig:
 
     Returns:
         ``cfg``.
+
+    Raises:
+        UserError: see :func:`~region_pretrain.overrides.check_values`.
     """
     given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
     keys = _keys(given)
-    if _keys(defaults) <= keys and "checkpointer.max_to_keep" not in keys:
-        return cfg
-    train = OmegaConf.merge(defaults, given)
-    kept = train.checkpointer.pop("max_to_keep", None)
-    if kept is not None and "keep_last" not in given.checkpointer:
-        train.checkpointer.keep_last = kept
-    cfg.train = train
+    if not _keys(defaults) <= keys or "checkpointer.max_to_keep" in keys:
+        train = OmegaConf.merge(defaults, given)
+        kept = train.checkpointer.pop("max_to_keep", None)
+        if kept is not None and "keep_last" not in given.checkpointer:
+            train.checkpointer.keep_last = kept
+        cfg.train = train
+    check_values(cfg, defaults)
+    cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
     return cfg
 
 
@@ -118,85 +118,6 @@ def _train_defaults() -> DictConfig:
 
 def _keys(cfg: DictConfig) -> set[str]:
     return set(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
-
-
-def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """``LazyConfig.apply_overrides``, except that a mistyped key is an error, not a new key.
-
-    Args:
-        cfg: changed in place.
-        overrides: ``dotted.key=value`` for an existing key, ``+dotted.key=value`` for a new one;
-            values follow Hydra's grammar.
-
-    Returns:
-        ``cfg``.
-
-    Raises:
-        UserError: an unknown key (the message names the nearest known ones), a single value for a
-            group of keys, or invalid syntax.
-    """
-    for text in overrides:
-        try:
-            (override,) = OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
-            reason = str(error).splitlines()[0].split("Exception: ")[-1]
-            raise UserError(
-                f"override {text!r} is not of the form key=value (quote strings that contain "
-                f"special characters): {reason}"
-            ) from None
-        key, value = override.key_or_group, override.value()
-        if override.is_sweep_override():
-            raise UserError(f"override {text!r}: write a list as {key}=[a,b]")
-        if override.is_delete():
-            raise UserError(f"override {text!r}: keys cannot be removed; set them to null")
-        if not override.is_add():
-            _check_key(cfg, key, value)
-        try:
-            LazyConfig.apply_overrides(cfg, [text.removeprefix("+")])
-        except (KeyError, OmegaConfBaseException) as error:
-            raise UserError(f"override {text!r}: {str(error).splitlines()[0]}") from None
-    return cfg
-
-
-def _check_key(cfg: DictConfig, key: str, value: Any) -> None:
-    node: Any = cfg
-    for part in key.split("."):
-        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, DictConfig) and part in list(node.keys()):
-            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
-        else:
-            raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
-    number = isinstance(node, int | float) and not isinstance(node, bool) or key in _NUMBERS
-    if number and isinstance(value, str) and not value.startswith("${"):
-        raise UserError(f"{key}={value}: must be a number")
-    # A value that the config computes lazily, such as a data set's name, may be replaced by text.
-    computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
-    scalar = isinstance(value, int | float) or isinstance(value, str) and not computed
-    if isinstance(node, DictConfig) and scalar:
-        keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
-        raise UserError(f"{key} is a group, not a value; its keys: {keys}")
-
-
-def _hint(cfg: DictConfig, key: str) -> str:
-    known = list(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    last = key.rsplit(".", 1)[-1]
-    near += [k for k in known if k.rsplit(".", 1)[-1] == last and k not in near][:3]
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
-def dotted_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of nested dicts and lists in dotted form, including the keys of groups."""
-    if isinstance(node, dict):
-        items = node.items()
-    elif isinstance(node, list):
-        items = enumerate(node)
-    else:
-        return
-    for key, child in items:
-        yield f"{prefix}{key}"
-        yield from dotted_keys(child, f"{prefix}{key}.")
 
 
 def to_yaml(cfg: DictConfig) -> str:

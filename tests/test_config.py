@@ -6,10 +6,8 @@ from torch import nn
 
 from region_pretrain.config import (
     CONFIG_ROOT,
-    apply_overrides,
     changed_keys,
     complete_train,
-    dotted_keys,
     get_config,
     load_config,
     load_file,
@@ -30,57 +28,6 @@ def make_config():
     )
 
 
-def test_known_keys_are_set_in_hydras_grammar():
-    cfg = apply_overrides(
-        make_config(),
-        [
-            "train.max_iter=100",  # null before
-            "train.amp.enabled=true",
-            "train.steps=[3,4,5]",
-            "train.steps.1=7",
-            "model.out_features=9",  # an interpolation before
-            "same.width=5",  # through an interpolation
-        ],
-    )
-    assert cfg.train.max_iter == 100
-    assert cfg.train.amp.enabled is True
-    assert cfg.train.steps == [3, 7, 5]
-    assert cfg.model.out_features == 9
-    assert cfg.same.width == 5
-
-
-def test_new_keys_need_a_plus():
-    cfg = apply_overrides(make_config(), ["+model.bias=false", "+train.clip={max_norm: 1.0}"])
-    assert cfg.model.bias is False and cfg.train.clip.max_norm == 1.0
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("train.max_iters=3", r"no key 'train.max_iters'.*did you mean train.max_iter"),
-        ("num_workers=3", r"did you mean dataloader.train.num_workers, dataloader.test.num_worke"),
-        ("trian.width=3", r"did you mean train.width"),
-        ("train.width.deep=3", r"no key 'train.width.deep'"),
-        ("train.steps.2=3", r"no key 'train.steps.2'"),
-        ("zzz=3", r"no key 'zzz' in the config; to add it: \+zzz="),
-        ("train.amp=true", r"train.amp is a group.*train.amp.enabled"),
-        ("train.width", r"'train.width' is not of the form key=value"),
-        ("~train.width", r"'~train.width'"),
-        ("--resume", r"'--resume' is not of the form"),
-    ],
-)
-def test_invalid_overrides_are_refused_with_a_hint(override, message):
-    cfg = make_config()
-    with pytest.raises(UserError, match=message):
-        apply_overrides(cfg, [override])
-    assert cfg == make_config()
-
-
-def test_a_group_may_be_replaced_by_a_group_or_null():
-    cfg = apply_overrides(make_config(), ["train.amp={enabled: true}", "dataloader.test=null"])
-    assert cfg.train.amp.enabled is True and cfg.dataloader.test is None
-
-
 def test_a_file_is_loaded_completed_and_overridden(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("train = dict(max_iter=1)\n")
@@ -90,16 +37,6 @@ def test_a_file_is_loaded_completed_and_overridden(tmp_path):
         load_config(str(tmp_path / "absent.py"))
     with pytest.raises(UserError, match="--config-file"):
         load_config("")
-
-
-def test_dotted_keys_lists_groups_and_leaves():
-    assert list(dotted_keys({"a": {"b": [1, {"c": 2}]}})) == [
-        "a",
-        "a.b",
-        "a.b.0",
-        "a.b.1",
-        "a.b.1.c",
-    ]
 
 
 def test_missing_keys_take_their_defaults():

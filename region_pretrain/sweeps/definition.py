@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from region_pretrain.config import apply_overrides, load_file
+from region_pretrain.config import load_file
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import apply_overrides
 
 FINAL = "final"
 _NAME = re.compile(r"[\w.+-]+")

@@ -13,10 +13,11 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 
 import region_pretrain.projects
-from region_pretrain.config import apply_overrides, get_config
+from region_pretrain.config import get_config
 from region_pretrain.data.views import ViewSampler
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.overrides import apply_overrides
 
 PAGE = (Path(__file__).parents[2] / "docs/adding_a_method.md").read_text(encoding="utf-8")
 #: The page's code by the path in the first line of each block.

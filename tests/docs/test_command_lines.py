@@ -14,8 +14,9 @@ from urllib.parse import unquote
 import pytest
 from omegaconf import OmegaConf
 
-from region_pretrain.config import dotted_keys, load_config
+from region_pretrain.config import load_config
 from region_pretrain.jobs.cluster import parse_slurm
+from region_pretrain.overrides import dotted_keys
 from region_pretrain.sweeps.definition import load_sweep, parse_sweep
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,12 @@ from project_runs import two_view_batch
 from torch import nn
 from two_processes import check_two_are_one, one_and_two_processes
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides, get_config
+from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.byol import BYOL
 from region_pretrain.solver import cosine_momentum
 

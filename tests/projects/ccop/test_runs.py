@@ -14,10 +14,11 @@ from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from project_runs import stopped_in_step
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.ccop import Feedback
 from region_pretrain.regions import RegionStore, write_store
 from region_pretrain.reporting.pictures import first_views, model_pictures

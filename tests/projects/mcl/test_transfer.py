@@ -6,11 +6,12 @@ from detectron2.config import LazyConfig, instantiate
 from project_runs import check_stopped_run_resumes, losses
 from stock_detector import load_into_stock_detectron2
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.data.shapes import shapes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.mcl.objects import object_crops
 
 RECIPES = CONFIG_ROOT.parent / "projects/MCL/configs"

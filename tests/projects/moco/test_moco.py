@@ -17,7 +17,7 @@ from torch import nn
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides, get_config
+from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.engine.transfer import load_pretrained
@@ -26,6 +26,7 @@ from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.moco import MoCo
 
 CONFIGS = CONFIG_ROOT.parent / "projects/MoCo/configs"

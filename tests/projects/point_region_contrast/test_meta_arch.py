@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.losses import info_nce
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.point_region_contrast import PointContrast
 from region_pretrain.projects.point_region_contrast import contrast as contrast_module
 from region_pretrain.projects.point_region_contrast import distillation as distillation_module

@@ -10,11 +10,12 @@ import torch
 from detectron2.config import LazyConfig, instantiate
 from project_runs import check_stopped_run_resumes, losses
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import apply_overrides
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures
 from region_pretrain.reporting.plots import _LABEL_WIDTH
 

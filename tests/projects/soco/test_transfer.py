@@ -6,9 +6,10 @@ from detectron2.config import LazyConfig, instantiate
 from project_runs import check_stopped_run_resumes
 from stock_detector import load_into_stock_detectron2
 
-from region_pretrain.config import CONFIG_ROOT, apply_overrides
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.overrides import apply_overrides
 
 RECIPE = CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 
