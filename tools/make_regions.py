@@ -24,7 +24,8 @@ from detectron2.config import instantiate
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain.config import load_config
-from region_pretrain.data.catalog import FOLDER_PREFIX, get_records
+from region_pretrain.data.catalog import get_records
+from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore

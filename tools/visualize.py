@@ -15,9 +15,11 @@ from region_pretrain.warnings import ignore_library_warnings
 
 ignore_library_warnings()
 
+from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.config import load_config
+from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.reporting.pictures import (
     first_views,
@@ -51,6 +53,7 @@ def main() -> None:
     cfg = load_config(args.config_file, args.opts)
     if args.weights and not args.method:
         raise UserError("--weights requires --method")
+    refuse_output_among_images(args.output, instantiate(cfg.dataloader.train.dataset.names))
     batch = first_views(cfg, args.num)
     draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
     picture = sheet(draw, args.height)

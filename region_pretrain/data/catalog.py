@@ -11,17 +11,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from region_pretrain.data.folder import FOLDER_PREFIX, load_image_folder, local_folder
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-FOLDER_PREFIX = "folder://"
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def get_records(names: str | Sequence[str]) -> list[dict]:
@@ -170,32 +168,6 @@ def register_once(name: str, load: Callable[[], list[dict]], **source: object) -
     return True
 
 
-def load_image_folder(root: str) -> list[dict]:
-    """All images in a folder and its subfolders, recognised by extension, sorted by path.
-
-    Hidden files and folders are skipped; links to folders are followed.
-
-    Returns:
-        Records whose ``image_id`` is the path relative to ``root``, separated by ``/``.
-
-    Raises:
-        UserError: no such folder, no images, or a file name that is not UTF-8.
-    """
-    folder = _local_folder(root)
-    try:
-        paths = sorted(_walk(folder, "", ()))
-    except OSError as error:
-        raise UserError(f"the image folder {root} cannot be read: {error}") from error
-    if not paths:
-        raise UserError(f"the image folder {root} has no images ({' '.join(IMAGE_EXTENSIONS)})")
-    try:
-        "".join(paths).encode()
-    except UnicodeEncodeError as error:
-        bad = next(p for p in paths if any("\ud800" <= c <= "\udfff" for c in p))
-        raise UserError(f"{folder}: the file name {bad!a} is not UTF-8; rename it") from error
-    return [{"file_name": os.path.join(folder, path), "image_id": path} for path in paths]
-
-
 def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
     """The images of a data set in COCO's layout, sorted by id; annotations are ignored.
 
@@ -211,7 +183,7 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
     Raises:
         UserError: a missing folder or json, a json in another format, a file name without a number.
     """
-    folder = _local_folder(image_root)
+    folder = local_folder(image_root)
     if json_file is None:
         records = load_image_folder(image_root)
         for record in records:
@@ -246,29 +218,6 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
     if not records:
         raise UserError(f"{json_file} lists no images")
     return sorted(records, key=lambda record: record["image_id"])
-
-
-def _local_folder(root: str) -> str:
-    folder = PathManager.get_local_path(os.path.expanduser(root))
-    if not os.path.isdir(folder):
-        raise UserError(f"no such image folder: {root or repr(root)}")
-    return folder
-
-
-def _walk(folder: str, relative: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Relative paths of the images; ``above`` are the parent folders, to stop at loops of links."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{relative}{name}/", (*above, real))
-            elif name.lower().endswith(IMAGE_EXTENSIONS):
-                yield relative + name
 
 
 def _register_builtin(root: str) -> None:

@@ -11,7 +11,8 @@ import torch
 from detectron2.data import DatasetFromList
 
 from region_pretrain.data.batch import View, ViewBatch
-from region_pretrain.data.catalog import FOLDER_PREFIX, get_records, label_by_folder
+from region_pretrain.data.catalog import get_records, label_by_folder
+from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.geometry import decode_reduction, render
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError

@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.config import complete_train
-from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
+from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import detection_training_data
 from region_pretrain.engine.output_dir import start_logging

@@ -43,7 +43,8 @@ def make_regions(
 ) -> dict | None:
     """Make the regions of a data set and write them to a store.
 
-    An interrupted run continues after the last complete part when it is started again. While it
+    An interrupted run continues after the last complete part when it is started again; a finished
+    store to whose data set images have been added is extended by them. While it
     works, ``<out>.parts/progress-<i>.json`` contains the progress of shard ``i``, in images
     (:mod:`region_pretrain.progress`). Unreadable files are listed in ``<out>.unreadable.txt`` and
     have no row in the store.

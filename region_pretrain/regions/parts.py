@@ -2,7 +2,8 @@
 
 The images are split into parts of a fixed number of records. A part is a file in the folder
 ``<out>.parts`` that appears when it is complete; when all parts exist, they are merged into the
-store. A part's content depends on the recipe and the images alone.
+store. A part's content depends on the recipe and the images alone. If the store exists and images
+have been added since, the parts are those of the new images, and the store is extended by them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -59,16 +60,20 @@ class Parts:
 
     Args:
         records: Detectron2 dicts of all images.
-        out: path of the store.
+        out: path of the store; if it exists, only images that it lacks are split into parts.
         recipe: the recipe.
         size: images per part.
 
+    Attributes:
+        records: the images that the store lacks.
+
     Raises:
-        UserError: two images have the same ``image_id``.
+        UserError: two images have the same ``image_id``; ``out`` contains regions of another recipe
+            or none of these images.
     """
 
     def __init__(self, records: Sequence[dict], out: str, recipe: Recipe, size: int) -> None:
-        self.records, self.out, self.recipe, self.size = records, out, recipe, size
+        self.out, self.recipe, self.size = out, recipe, size
         self.folder = f"{out}.parts"
         names, keys = hashlib.sha256(), set()
         for record in records:
@@ -80,10 +85,14 @@ class Parts:
                     "regions and must be unique"
                 )
             keys.add(key)
+        self._total = len(records)
+        self._image_list = names.hexdigest()
+        self._base = self._existing()
+        self.records = self._without_regions(records)
         self._plan = {
             "recipe": recipe.id,
-            "images": len(records),
-            "image_list": names.hexdigest(),
+            "images": len(self.records),
+            "image_list": self._image_list,
             "part_size": size,
             "opencv": cv2.__version__,
         }
@@ -135,23 +144,44 @@ class Parts:
                     "delete that folder, or choose another output file"
                 )
 
-    def finished_summary(self) -> dict | None:
-        """The summary of the store if it exists already.
-
-        Raises:
-            UserError: the store contains other images or regions of another recipe.
-        """
+    def _existing(self) -> RegionStore | None:
+        """The store if it exists already; refuses one of another recipe."""
         if not os.path.exists(self.out):
             return None
-        manifest = RegionStore.open(self.out).manifest
-        expected = (self.recipe.id, self._plan["image_list"])
-        if (manifest["recipe"], manifest.get("image_list")) != expected:
+        store = RegionStore.open(self.out)
+        if store.manifest["recipe"] != self.recipe.id:
             raise UserError(
-                f"{self.out} exists: regions of {manifest['images']} images with recipe "
-                f"{manifest['recipe']}, not of these {len(self.records)} images with recipe "
-                f"{self.recipe.id}; delete it or choose another output file"
+                f"{self.out} exists: regions of {len(store)} images with recipe "
+                f"{store.manifest['recipe']}, not with recipe {self.recipe.id}; delete it or "
+                "choose another output file"
             )
-        return manifest["summary"]
+        return store
+
+    def _without_regions(self, records: Sequence[dict]) -> Sequence[dict]:
+        """The records that the existing store lacks."""
+        if self._base is None:
+            return records
+        if self._base.manifest.get("image_list") == self._image_list:
+            return []  # what it lacks was unreadable
+        found = self._base.rows([str(record["image_id"]) for record in records]) >= 0
+        if not found.any():
+            raise UserError(
+                f"{self.out} exists: regions of {len(self._base)} images, none of them among these "
+                f"{len(records)} images; delete it or choose another output file"
+            )
+        if found.sum() < len(self._base):
+            logger.info(
+                "%s also has regions of %d other images, which are kept",
+                self.out,
+                len(self._base) - found.sum(),
+            )
+        return [record for record, has in zip(records, found, strict=True) if not has]
+
+    def finished_summary(self) -> dict | None:
+        """The summary of the store if it has the regions of all images."""
+        if self._base is None or self.records:
+            return None
+        return self._base.manifest["summary"]
 
     def write(self, part: int, results: Sequence[ImageResult]) -> int:
         """Write a part, which is itself a store.
@@ -183,8 +213,9 @@ class Parts:
             UserError: too many unreadable images.
         """
         with file_lock(self.out):
-            if (summary := self.finished_summary()) is not None:  # another shard was faster
-                return summary
+            base = self._existing()
+            if base is not None and base.manifest.get("image_list") == self._image_list:
+                return base.manifest["summary"]  # another shard was faster
             paths = [self.path(p) for p in range(len(self)) if os.path.exists(self.path(p))]
             manifests, counts = [], []
             for path in paths:  # one at a time: there may be more parts than file handles
@@ -200,11 +231,16 @@ class Parts:
                     len(self),
                 )
                 return None
+            if base is not None:
+                logger.info("Extending %s by %d images", self.out, len(self.records))
+                manifests.append(_as_part(base))
+                counts.append(base.counts())
+                paths.append(self.out)
             summary = summarise(manifests, np.concatenate(counts))
             facts = {
                 "recipe": self.recipe.id,
                 "parameters": self.recipe.parameters,
-                "image_list": self._plan["image_list"],
+                "image_list": self._image_list,
                 "summary": summary,
             }
             merge_stores(paths, self.out, facts)
@@ -219,9 +255,21 @@ class Parts:
             write_text_atomic(listing, "".join(f"{key}\t{error}\n" for key, error in unreadable))
         elif os.path.exists(listing):
             os.remove(listing)  # written by an earlier run; the files have been fixed since
-        if len(unreadable) > max_unreadable * len(self.records):
+        if len(unreadable) > max_unreadable * self._total:
             raise UserError(
-                f"{len(unreadable)} of {len(self.records)} images cannot be read, more than the "
+                f"{len(unreadable)} of {self._total} images cannot be read, more than the "
                 f"allowed fraction of {max_unreadable:g}: fix the files listed in {listing} or "
                 "raise max_unreadable, and run again; finished parts are kept"
             )
+
+
+def _as_part(store: RegionStore) -> dict[str, Any]:
+    """The facts of a finished store in the form of a part's."""
+    summary = store.manifest["summary"]
+    objects = summary.get("objects", 0)
+    return {
+        "unreadable": [],
+        "seconds": summary.get("seconds_per_image", 0.0) * summary["images"],
+        "objects": objects,
+        "found": [round(objects * summary.get(f"recall@{iou:g}", 0.0)) for iou in RECALL_IOUS],
+    }

@@ -13,7 +13,8 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import load_config
-from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
+from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.snapshot import in_checkout
 from region_pretrain.modeling.meta_arch import check_contract

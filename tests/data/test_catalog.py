@@ -15,7 +15,6 @@ from detectron2.data.datasets import load_coco_json
 from region_pretrain.data.catalog import (
     get_records,
     load_coco_images,
-    load_image_folder,
     register_image_folder,
 )
 from region_pretrain.errors import UserError
@@ -54,39 +53,6 @@ def coco(tmp_path) -> Path:
     }
     (tmp_path / "instances.json").write_text(json.dumps(content))
     return tmp_path
-
-
-def test_folder_is_listed_sorted_nested_and_by_extension(tmp_path):
-    images = ["b.JPG", "a/2.png", "a/10.jpeg", "a-b/x.webp", "z/y/q.TIF", "B.bmp", "é/ü.pgm"]
-    images += ["c.tiff", "d.ppm"]
-    others = ["notes.txt", ".hidden.jpg", ".git/x.png", "a/._2.png", "jpg", "x.jpg.part"]
-    touch(tmp_path, *images, *others)
-    (tmp_path / "folder.jpg").mkdir()
-    records = get_records(f"folder://{tmp_path}")
-    assert [r["image_id"] for r in records] == sorted(images)
-    for record in records:
-        assert Path(record["file_name"]) == tmp_path / record["image_id"]
-        assert set(record) == {"file_name", "image_id"}
-
-
-def test_folder_may_be_relative_or_in_the_home(tmp_path, monkeypatch):
-    touch(tmp_path, "x/1.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for root in ("x", "./x/", "~/x", f"{tmp_path}/x/"):
-        (record,) = get_records(f"folder://{root}")
-        assert record["image_id"] == "1.png" and os.path.samefile(record["file_name"], "x/1.png")
-
-
-def test_links_are_followed_and_loops_are_not(tmp_path):
-    elsewhere = touch(tmp_path / "elsewhere", "1.jpg")
-    root = touch(tmp_path / "root", "a/2.jpg")
-    (root / "linked").symlink_to(elsewhere)
-    (root / "a" / "loop").symlink_to(root)
-    (root / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    keys = [r["image_id"] for r in load_image_folder(str(root))]
-    # A dangling link is an unreadable file, which is reported when it is read.
-    assert keys == ["a/2.jpg", "gone.jpg", "linked/1.jpg"]
 
 
 def test_registered_folder_is_an_ordinary_detectron2_data_set(tmp_path, name):
@@ -251,9 +217,3 @@ def test_registered_sets_without_records_or_keys_are_refused(name):
     DatasetCatalog.register(name, lambda: [{"file_name": "x.jpg"}])
     with pytest.raises(UserError, match="without file_name or image_id"):
         get_records(name)
-
-
-def test_a_file_name_that_is_not_unicode_is_named(tmp_path):
-    open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb").close()
-    with pytest.raises(UserError, match=r"caf\\udce9\.jpg' is not UTF-8"):
-        load_image_folder(str(tmp_path))

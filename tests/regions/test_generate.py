@@ -99,8 +99,9 @@ def test_other_images_or_another_recipe_do_not_replace_a_store(tmp_path, records
     before = contents(out)
     with pytest.raises(UserError, match="recipe grid-v1, not .* recipe random-v1"):
         make_regions(records, out, "random-v1", workers=1)
-    with pytest.raises(UserError, match="regions of 11 images .* not of these 10 images"):
-        make_regions(records[1:], out, "grid-v1", workers=1)
+    others = [record | {"image_id": f"other/{i}"} for i, record in enumerate(records[1:])]
+    with pytest.raises(UserError, match="regions of 11 images, none of them among these 10 images"):
+        make_regions(others, out, "grid-v1", workers=1)
     assert contents(out) == before
 
 

@@ -117,3 +117,12 @@ def test_command_line_refuses_a_missing_store_in_one_line(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ") and "none.arrow" in last
     assert "Traceback" not in done.stderr
+
+
+def test_command_line_refuses_to_write_among_the_images(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    names = f"dataloader.train.dataset.names=folder://{tmp_path}"
+    done = run(*OVERRIDES, names, "--output", str(tmp_path / "views.png"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "would become one of the images" in last
+    assert sorted(os.listdir(tmp_path)) == ["a.png"]
