@@ -190,7 +190,8 @@ class PointContrast(nn.Module):
             everywhere = gather_rows(torch.where(image < 0, image, image + offset))
             mine = (everywhere >= offset) & (everywhere < offset + images)
             image = torch.where(mine, everywhere - offset, everywhere.clamp(max=-1))
-            vectors = torch.cat(differentiable_all_gather(vectors))  # for `same_view`
+            # With `same_view` these include other processes' query points, which need gradients.
+            vectors = torch.cat(differentiable_all_gather(vectors))
         return vectors, image
 
     def _loss(
