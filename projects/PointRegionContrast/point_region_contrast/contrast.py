@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
+from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
@@ -189,7 +190,8 @@ class PointContrast(nn.Module):
             everywhere = gather_rows(torch.where(image < 0, image, image + offset))
             mine = (everywhere >= offset) & (everywhere < offset + images)
             image = torch.where(mine, everywhere - offset, everywhere.clamp(max=-1))
-            vectors = gather_rows(vectors)
+            # With `same_view` these include other processes' query points, which need gradients.
+            vectors = torch.cat(differentiable_all_gather(vectors))
         return vectors, image
 
     def _loss(

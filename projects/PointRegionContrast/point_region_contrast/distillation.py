@@ -43,7 +43,8 @@ class AffinityDistillation(nn.Module):
 
     (arXiv 2202.04639; it follows from the abstract.) The teacher's temperature rises linearly
     during a warm-up. With prototypes, the similarities to them are distilled in the same way, and
-    this loss is added; a running mean is subtracted from the teacher's (DINO, arXiv 2104.14294).
+    this loss is added; a running mean is subtracted from the teacher's (DINO, arXiv 2104.14294),
+    which :meth:`move_center` updates once per step.
 
     Vectors between the maps' locations are interpolated and not normalised again, so affinities can
     be interpolated from the few between the maps' locations.
@@ -86,6 +87,8 @@ class AffinityDistillation(nn.Module):
         self.teacher_temperature = teacher
         self.warmup = warmup
         self.center_momentum = center_momentum
+        # (P + 1,): the teacher's similarities, summed over the step's places, and their number.
+        self._sums: Tensor | None = None
         if prototypes:
             self.register_buffer("center", torch.zeros(prototypes))
 
@@ -122,7 +125,7 @@ class AffinityDistillation(nn.Module):
         """
         device = key.device
         mine, count = valid.to(device, non_blocking=True), int(valid.sum())
-        spread = self._spread(map_size).to(device, non_blocking=True)
+        spread = self._spread(map_size).to(key, non_blocking=True)
         temperatures = self.student_temperature, self.temperature_at(progress)
         with torch.autocast(device.type, enabled=False):
             rows = [
@@ -133,7 +136,7 @@ class AffinityDistillation(nn.Module):
             if student.directions is not None:
                 loss = loss + self._distil_prototypes(student, teacher, places, mine, temperatures)
                 if self.training:
-                    self._update_center(teacher, places[1], mine, count)
+                    self._add_similarities(teacher, places[1], mine, count)
         return loss, count
 
     def affinities(
@@ -148,7 +151,7 @@ class AffinityDistillation(nn.Module):
 
         Arguments are those of :meth:`forward`.
         """
-        spread = self._spread(map_size).to(key.device)
+        spread = self._spread(map_size).to(key)
         student_maps, teacher_maps = (
             ((weights @ (network.vectors @ key.transpose(1, 2))) @ spread)
             .div(self.student_temperature)
@@ -207,19 +210,29 @@ class AffinityDistillation(nn.Module):
             (student.vectors, student.directions.T),
             (teacher.vectors.detach(), teacher.directions.detach().T),
         ]
-        # A copy: the loss is recomputed in the backward pass, after the center has moved.
-        return self._distil(rows, places, valid, temperatures, self.center.clone())
+        return self._distil(rows, places, valid, temperatures, self.center)
 
     @torch.no_grad()
-    def _update_center(
+    def _add_similarities(
         self, teacher: AffinityVectors, places: Tensor, valid: Tensor, count: int
     ) -> None:
-        """Move the center towards the teacher's mean similarities over all processes' places."""
         total = torch.einsum("bm,bmp,bpe->e", valid.to(places.dtype), places, teacher.vectors)
-        sums = torch.cat([total, total.new_full((1,), count)])
+        sums = torch.cat([teacher.directions @ total, total.new_full((1,), count)])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    @torch.no_grad()
+    def move_center(self) -> None:
+        """Move the center towards the mean of the teacher's similarities to the prototypes.
+
+        The mean is over the places of all micro-batches and processes since the last call; a
+        collective call.
+        """
+        sums, self._sums = self._sums, None
+        if sums is None:
+            return
         if comm.get_world_size() > 1:
             dist.all_reduce(sums)
         mean = sums[:-1] / sums[-1].clamp(min=1)
         # Without any place there is no mean to move towards.
         step = (1 - self.center_momentum) * sums[-1].clamp(max=1)
-        self.center.lerp_(teacher.directions @ mean, step)
+        self.center.lerp_(mean, step)

@@ -143,6 +143,10 @@ class PointRegionContrast(PretrainingModel):
         self.temperature = temperature
         self.iteration, self.progress = 0, 0.0
         self._pending_momentum: float | None = None
+        # The key network's parameters before the step's update, for its further micro-batches. They
+        # are kept if the previous step had several, and in the first step, where this is unknown.
+        self._before_update: list[Tensor] = []
+        self._accumulates = True
         self._warned = False
 
     @property
@@ -162,7 +166,12 @@ class PointRegionContrast(PretrainingModel):
         the update, and the key view after it.
         """
         self.iteration, self.progress = iteration, iteration / max_iter
-        self._pending_momentum = self.momentum(self.progress)
+        self._pending_momentum, self._before_update = self.momentum(self.progress), []
+
+    def after_step(self, iteration: int, max_iter: int) -> None:
+        """Move the center of the teacher's similarities to prototypes."""
+        if self.distillation is not None:
+            self.distillation.move_center()
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Losses of a batch from :class:`~region_pretrain.projects.point_region_contrast.views`.
@@ -175,9 +184,7 @@ class PointRegionContrast(PretrainingModel):
         query_view, key_view = batch.views[:2]
         query = self._embed(self.query, query_view)
         with torch.no_grad():
-            partner = None
-            if self.distillation is not None:
-                partner = self._keys(self._partner(batch), affinity_only=True)
+            teacher = None if self.distillation is None else self._teacher(batch)
             self._update_key_network()
             key = self._keys(key_view)
 
@@ -205,7 +212,7 @@ class PointRegionContrast(PretrainingModel):
             outputs["points/similarity"] = similarity
             outputs["points/per_image"] = torch.tensor(count / len(batch))
         if self.distillation is not None:
-            total, count = self._distil(batch, query, partner, key)
+            total, count = self._distil(batch, query, teacher, key)
             outputs["loss_affinity"] = self.weights["affinity"] * mean_over_ranks(total, count)
             outputs["places/per_image"] = torch.tensor(count / len(batch))
             temperature = self.distillation.temperature_at(self.progress)
@@ -249,18 +256,39 @@ class PointRegionContrast(PretrainingModel):
             )
         return batch.views[2]
 
+    def _teacher(self, batch: ViewBatch) -> AffinityVectors:
+        """The key network on the query view's partner, as it was before the step's update."""
+        self._exchange_key_network()
+        vectors = self._keys(self._partner(batch), affinity_only=True).affinity
+        teacher = AffinityVectors(vectors, self.key["affinity_head"].directions())
+        self._exchange_key_network()
+        return teacher
+
+    def _exchange_key_network(self) -> None:
+        """Exchange the key network's parameters with those before the step's update, if kept."""
+        if self._before_update:
+            current = [p.data for p in self.key.parameters()]
+            for parameter, before in zip(self.key.parameters(), self._before_update, strict=True):
+                parameter.data = before
+            self._before_update = current
+
     def _update_key_network(self) -> None:
         """Once per step, however many micro-batches it has."""
-        if self._pending_momentum is not None:
-            self.key.ema_update(self._pending_momentum)
-            self._pending_momentum = None
+        if self._pending_momentum is None:
+            self._accumulates = True
+            return
+        if self._accumulates and self.distillation is not None:
+            self._before_update = [p.clone() for p in self.key.parameters()]
+        self._accumulates = False
+        self.key.ema_update(self._pending_momentum)
+        self._pending_momentum = None
 
     def _distil(
-        self, batch: ViewBatch, query: _Maps, partner: _Maps, key: _Maps
+        self, batch: ViewBatch, query: _Maps, teacher: AffinityVectors, key: _Maps
     ) -> tuple[Tensor, int]:
         return self.distillation(
             AffinityVectors(query.affinity, self.affinity_head.directions()),
-            AffinityVectors(partner.affinity, self.key["affinity_head"].directions()),
+            teacher,
             key.affinity,
             self._places(batch, query.size),
             self._partner(batch).valid,

@@ -124,11 +124,13 @@ def test_the_center_is_subtracted_from_the_prototypes():
     plain = [d._replace(directions=None) for d in networks]
     extra = distillation(*networks, *arguments)[0] - alone(*plain, *arguments)[0]
     rows = [d.vectors @ d.directions.T for d in networks]
-    target = ((rows[1] - old) / 0.05).softmax(dim=2)  # with the center before its update
+    target = ((rows[1] - old) / 0.05).softmax(dim=2)
     expected = -(target * (rows[0] / 0.1).log_softmax(dim=2)).sum()
     torch.testing.assert_close(extra, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(distillation.center, 0.9 * old + 0.1 * rows[1].mean(dim=(0, 1)))
     extra.backward()
+    assert torch.equal(distillation.center, old)  # it moves after the step
+    distillation.move_center()
+    torch.testing.assert_close(distillation.center, 0.9 * old + 0.1 * rows[1].mean(dim=(0, 1)))
     assert heads[0].prototypes.grad.abs().sum() > 0 and heads[1].prototypes.grad is None
 
 
@@ -137,15 +139,31 @@ def test_the_center_moves_by_a_tenth():
     ones = AffinityVectors(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
     at, valid = torch.eye(4)[None], torch.ones(1, 4, dtype=torch.bool)
     for expected in (0.1, 0.19):
-        distillation._update_center(ones, at, valid, 4)
+        distillation._add_similarities(ones, at, valid, 4)
+        distillation.move_center()
         torch.testing.assert_close(distillation.center, torch.full((3,), expected))
+        distillation.move_center()  # nothing to move towards
+        torch.testing.assert_close(distillation.center, torch.full((3,), expected))
+
+
+def test_the_center_moves_towards_the_mean_over_places_of_all_micro_batches():
+    distillation = AffinityDistillation(2, prototypes=3)
+    at = torch.eye(4)[None]
+    for value, valid in ((1.0, [True, True, True, False]), (5.0, [False, False, False, True])):
+        vectors = AffinityVectors(torch.full((1, 4, 1), value), torch.ones(3, 1))
+        distillation._add_similarities(vectors, at, torch.tensor([valid]), sum(valid))
+        assert not distillation.center.any()
+    distillation.move_center()
+    torch.testing.assert_close(distillation.center, torch.full((3,), 0.2))  # of (3 + 5) / 4
 
 
 def test_a_batch_without_places_leaves_the_center():
     distillation = AffinityDistillation(2, prototypes=3)
     distillation.center.fill_(0.5)
     ones = AffinityVectors(torch.full((1, 4, 1), 1.0), torch.ones(3, 1))
-    distillation._update_center(ones, torch.eye(4)[None], torch.zeros(1, 4, dtype=torch.bool), 0)
+    nowhere = torch.zeros(1, 4, dtype=torch.bool)
+    distillation._add_similarities(ones, torch.eye(4)[None], nowhere, 0)
+    distillation.move_center()
     assert torch.equal(distillation.center, torch.full((3,), 0.5))
 
 

@@ -104,7 +104,7 @@ def test_the_key_network_moves_between_partner_and_key_view(small_model, make_ba
     model(batch)
     assert seen[0] == (True, 1.0) and seen[1] == (False, pytest.approx(0.999))
     model(batch)  # a second micro-batch of the step
-    assert seen[3] == (False, pytest.approx(0.999)) and len(seen) == 4
+    assert seen[2:] == seen[:2]
     assert all(p.grad is None for p in model.key.parameters())
 
 
@@ -122,6 +122,7 @@ def test_every_trainable_parameter_receives_a_gradient(small_model, make_batch, 
         }
         assert frozen == {"fpn_lateral2", "fpn_output2", "fpn_output4", "fpn_output5"}
         assert "backbone.fpn_output3.weight" in trained
+    model.after_step(0, 10)
     assert model.distillation.center.abs().sum() > 0 and model.queue.pointer == 4
 
 

@@ -51,11 +51,17 @@ def config(noise_folder, tmp_path):
     return make
 
 
-def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, micro_batches):
     def run(name: str, resume: bool = False):
         # Everything that has state: two queues, the prototypes' center, maps of the pixels.
-        extra = ("model.contrast.others=queue", "model.contrast.queue_length=50")
-        do_pretrain(config(name, *extra, f"{VIEWS}.maps.kind=kmeans"), resume=resume)
+        extra = (
+            "model.contrast.others=queue",
+            "model.contrast.queue_length=50",
+            f"{VIEWS}.maps.kind=kmeans",
+            f"train.accumulate_steps={micro_batches}",
+        )
+        do_pretrain(config(name, *extra), resume=resume)
         return tmp_path / name
 
     check_stopped_run_resumes(run)

@@ -5,20 +5,22 @@ from two_processes import check_two_are_one, one_and_two_processes, with_fixed_s
 
 from region_pretrain.projects.point_region_contrast import PointContrast
 
-# shuffle, other images' points, FPN level
+# shuffle, options of the contrast, FPN level
 CASES = {
-    "gathered": (False, "gathered", ""),
-    "queue": (False, "queue", "p3"),
+    "gathered": (False, dict(others="gathered"), ""),
+    "queue": (False, dict(others="queue", queue_length=150, dim=16), "p3"),
     # Images shuffled over both processes: with fixed statistics the results are the same.
-    "shuffled": (True, "gathered", ""),
+    "shuffled": (True, dict(others="gathered"), ""),
+    # Query points are negatives of the other process's, and receive their gradient.
+    "same_view": (False, dict(others="gathered", same_view=True), ""),
 }
 
 
 @pytest.fixture(scope="module")
 def one_and_two(small_model, make_batch, tmp_path_factory):
     cases = {}
-    for name, (shuffle, others, fpn) in CASES.items():
-        contrast = PointContrast(others=others, queue_length=150, dim=16)
+    for name, (shuffle, options, fpn) in CASES.items():
+        contrast = PointContrast(**options)
         model = small_model(shuffle=shuffle, fpn=fpn, prototypes=4, contrast=contrast)
         batch = make_batch(6)
         batch.views[2].valid[:2] = False  # processes with different numbers of points and places
@@ -26,7 +28,7 @@ def one_and_two(small_model, make_batch, tmp_path_factory):
             view.valid[0, :24] = False
         cases[name] = (with_fixed_statistics(model) if shuffle else model, batch)
     folder = tmp_path_factory.mktemp("processes")
-    return one_and_two_processes(cases, folder, outputs=["loss"], state=["queue", "center"])
+    return one_and_two_processes(cases, folder, outputs=["loss"], state=["queue"])
 
 
 @pytest.mark.parametrize("case", CASES)
