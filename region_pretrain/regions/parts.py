@@ -21,7 +21,7 @@ from iopath.common.file_io import file_lock
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
-from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.images import UnreadableImage, read_record, readings_of
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
 from region_pretrain.regions.summary import RECALL_IOUS, summarise
@@ -86,6 +86,7 @@ class Parts:
             "image_list": names.hexdigest(),
             "part_size": size,
             "opencv": cv2.__version__,
+            "reading": readings_of(records),
         }
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Parts:
         for record in self.records_of(part) if unreadable else ():
             if str(record["image_id"]) in unreadable:
                 try:
-                    read_image(record["file_name"])
+                    read_record(record)
                     return False
                 except UnreadableImage:
                     pass
@@ -150,6 +151,13 @@ class Parts:
                 f"{self.out} exists: regions of {manifest['images']} images with recipe "
                 f"{manifest['recipe']}, not of these {len(self.records)} images with recipe "
                 f"{self.recipe.id}; delete it or choose another output file"
+            )
+        reading = manifest.get("reading", self._plan["reading"])
+        if reading != self._plan["reading"]:
+            raise UserError(
+                f"{self.out} exists: regions of images read with {reading or 'no options'}, not "
+                f"with {self._plan['reading'] or 'no options'}; delete it or choose another output "
+                "file"
             )
         return manifest["summary"]
 
@@ -205,6 +213,7 @@ class Parts:
                 "recipe": self.recipe.id,
                 "parameters": self.recipe.parameters,
                 "image_list": self._plan["image_list"],
+                "reading": self._plan["reading"],
                 "summary": summary,
             }
             merge_stores(paths, self.out, facts)
@@ -222,6 +231,7 @@ class Parts:
         if len(unreadable) > max_unreadable * len(self.records):
             raise UserError(
                 f"{len(unreadable)} of {len(self.records)} images cannot be read, more than the "
-                f"allowed fraction of {max_unreadable:g}: fix the files listed in {listing} or "
-                "raise max_unreadable, and run again; finished parts are kept"
+                f"allowed fraction of {max_unreadable:g} (e.g. {unreadable[0][1]}): fix the files "
+                f"listed in {listing} or raise max_unreadable, and run again; finished parts are "
+                "kept"
             )
