@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _FILES_IN_MEMORY = 64
 _MAX_UNREADABLE_IN_A_ROW = 100
-_REPLACED = "%s; replaced by the next image"
 
 
 class File(NamedTuple):
@@ -125,6 +124,7 @@ class PretrainDataset:
         records = get_records(names)
         if labels:
             _label(records, names)
+        self._last_error: UnreadableImage | None = None
         self.labels = labels
         self.views = views
         self.antialias = antialias
@@ -260,16 +260,19 @@ class PretrainDataset:
     def _first_readable(self, index: int, offset: int) -> tuple[File, int]:
         """The first readable file from ``index + offset`` on, and its offset."""
         places = range(offset, min(len(self), _MAX_UNREADABLE_IN_A_ROW))
-        reason = ""
         for place in places:
             try:
                 return self.read((index + place) % len(self)), place
             except UnreadableImage as error:
-                logger.warning(_REPLACED, error)
-                reason = f"; the last one: {error}"
+                self._replace(error)
         raise UserError(
-            f"{places.stop} images in a row are unreadable, starting at index {index}{reason}"
+            f"{places.stop} images in a row are unreadable, starting at index {index}; the last "
+            f"one: {self._last_error}"
         )
+
+    def _replace(self, error: UnreadableImage) -> None:
+        logger.warning("%s; replaced by the next image", error)
+        self._last_error = error
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
@@ -277,7 +280,7 @@ class PretrainDataset:
                 image = drawn.file.encoded.decode(drawn.reduce)
                 break
             except UnreadableImage as error:
-                logger.warning(_REPLACED, error)
+                self._replace(error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
         views = self.views.complete(drawn.views, image, drawn.file.size, drawn.rng)
         return Sample(image, drawn.reduce, views, drawn.photometry, drawn.file.label)

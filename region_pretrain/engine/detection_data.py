@@ -67,11 +67,12 @@ class _MappedRecords(Dataset):
         seed = np.random.SeedSequence((self._seed, position)).generate_state(1)[0]
         with random_state_of(int(seed)):
             for shift in range(_TRIES):  # a mapper may reject a record by returning None
-                record = self._records[(index + shift) % len(self._records)]
+                place = (index + shift) % len(self._records)
+                record = self._records[place]
                 try:
                     mapped = self._mapper(record)
                 except UnreadableImage as error:
-                    self._tolerate(record.get("file_name", ""), str(error))
+                    self._tolerate(record.get("file_name", str(place)), str(error))
                     continue
                 if mapped is not None:
                     return mapped
