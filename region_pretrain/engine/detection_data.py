@@ -76,7 +76,8 @@ class _MappedRecords(Dataset):
                     continue
                 if mapped is not None:
                     return mapped
-        raise UserError(f"dataloader.train.mapper rejected {_TRIES} records in a row")
+        reason = "".join(f"; unreadable: {error}" for error in list(self._unreadable.values())[:1])
+        raise UserError(f"dataloader.train.mapper rejected {_TRIES} records in a row{reason}")
 
     def _tolerate(self, file_name: str, error: str) -> None:
         if file_name in self._unreadable:
@@ -111,7 +112,7 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
     Args:
         records: Detectron2's dataset dicts; those without ``file_name`` are skipped.
         key: their place in the config, e.g. ``dataloader.test``, for the error message.
-        tolerated: number of missing files that only cause a warning.
+        tolerated: number of missing files, of all records, that only cause a warning.
 
     Raises:
         UserError: more files are missing; the message names their number and the first one.
@@ -129,7 +130,7 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
         f"{key}: {len(missing)} of {len(files)} {checked}image files do not exist, "
         f"e.g. {missing[0]}"
     )
-    if len(missing) > tolerated:
+    if len(missing) * len(records) > tolerated * len(chosen):
         raise UserError(f"{message}: is the image folder of the data set correct?")
     logger.warning("%s", message)
 

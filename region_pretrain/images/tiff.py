@@ -22,6 +22,9 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258,
 _STRIPS, _ORIENTATION, _BANDS, _ROWS, _STRIP_BYTES, _PLANAR = 273, 274, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 317, 322, 323, 324, 325
 _EXTRA, _FORMAT = 338, 339
+_TAGS = (_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION)
+_TAGS += (_BANDS, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES)
+_TAGS += (_TILE_BYTES, _EXTRA, _FORMAT)
 
 _BYTEWISE = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
 _PREDICTED = (5, 8, 32946, 34925, 50000)
@@ -58,8 +61,8 @@ def read_tiff(data: bytes) -> Tiff | None:
         file = io.BytesIO(data)
         file.seek(directory.next)
         directory.load(file)
-        tags = {tag: directory[tag] for tag in directory}
-        tags = {t: v if isinstance(v, (tuple, bytes)) else (v,) for t, v in tags.items()}
+        tags = {tag: directory[tag] for tag in _TAGS if tag in directory}
+        tags = {t: v if isinstance(v, tuple) else (v,) for t, v in tags.items()}
         (width,), (height,) = tags[_WIDTH], tags[_HEIGHT]
         (bands,) = tags.get(_BANDS, (1,))
         photometric = tags.get(_PHOTOMETRIC, (None,))[0]

@@ -270,8 +270,13 @@ def test_a_large_data_set_is_checked_in_places(monkeypatch):
         check_image_files([{"file_name": str(i)} for i in range(100_000)], "x")
     numbers = sorted(map(int, asked))
     assert numbers[0] == 0 and set(np.diff(numbers)) == {25, 26}
+    records = [{"file_name": str(i)} for i in range(100_000)]
+    check_image_files(records, "x", tolerated=25)  # 1 of 4000 stands for 25 of 100000
+    with pytest.raises(UserError, match="1 of 4000 checked"):
+        check_image_files(records, "x", tolerated=24)
+    asked.clear()
     check_image_files([{"file_name": "s3://bucket/a.png"}, {"image_id": 1}], "x")
-    assert len(asked) == 4000
+    assert not asked
 
 
 def lazy_test(some: list[dict], workers: int = 0):
@@ -299,3 +304,14 @@ def test_a_size_that_contradicts_the_file_ends_the_run(tmp_path):
     some[5].update(width=8, height=6)
     with pytest.raises(UserError, match=r"5\.png is 4x3, but its annotations are for 8x6"):
         ids(detection_training_data(lazy_files(some), seed=3))
+
+
+def test_a_data_set_of_unreadable_images_says_why(tmp_path):
+    some = files(tmp_path)
+    for record in some:
+        damage(record)
+    data = detection_training_data(lazy_files(some), seed=3, max_unreadable=1)
+    with pytest.raises(
+        UserError, match=r"rejected 100 records in a row; unreadable: .*\.png: not an i"
+    ):
+        ids(data)
