@@ -10,6 +10,12 @@ from collections.abc import Callable
 class UserError(Exception):
     """Bad input. The message names the file, key or value at fault and how to fix it."""
 
+    def __str__(self) -> str:
+        message = super().__str__()
+        if "\nOriginal Traceback" in message:  # raised in a worker of a PyTorch DataLoader
+            message = message.strip().rpartition("\n")[2].partition(": ")[2]
+        return message
+
 
 #: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).
 STOPPED = 75

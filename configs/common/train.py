@@ -52,6 +52,9 @@ train = dict(
     allow_world_size_change=False,
     # Fine-tuning: evaluate every this many iterations (0: never) and at the end.
     eval_period=5000,
+    # Fine-tuning: largest fraction of the images that may be unreadable; each is replaced by the
+    # next one, with a warning. One is always tolerated, unless the fraction is 0.
+    max_unreadable=0.01,
     # Write metrics and check for NaN every this many iterations.
     log_period=20,
     # Fine-tuning: recompute batch-norm statistics over num_iter batches before each evaluation.

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from region_pretrain.errors import UserError
-from region_pretrain.images import read_image
+from region_pretrain.images import read_record
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
@@ -59,7 +59,7 @@ def compare_recipes(
     cv2.setNumThreads(0)
     try:
         for record in tqdm(records, desc="recipes", unit="img"):
-            image = read_image(record["file_name"])
+            image = read_record(record)
             objects = ground_truth_boxes(record, image.shape[1], image.shape[0])
             objects_seen += len(objects)
             for r, recipe in enumerate(recipes):

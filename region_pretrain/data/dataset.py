@@ -16,7 +16,7 @@ from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.geometry import decode_reduction, render
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
-from region_pretrain.images import EncodedImage, UnreadableImage
+from region_pretrain.images import EncodedImage, UnreadableImage, readings_of
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _FILES_IN_MEMORY = 64
 _MAX_UNREADABLE_IN_A_ROW = 100
-_REPLACED = "%s; replaced by the next image"
 
 
 class File(NamedTuple):
@@ -105,7 +104,7 @@ class PretrainDataset:
             pre-training without labels.
 
     A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this crop of
-    the file.
+    the file; and a ``reading``, see :class:`~region_pretrain.images.reading.Reading`.
 
     Raises:
         UserError: no images; a store of other images, of another recipe or of annotated boxes; too
@@ -126,6 +125,7 @@ class PretrainDataset:
         records = get_records(names)
         if labels:
             _label(records, names)
+        self._last_error: UnreadableImage | None = None
         self.labels = labels
         self.views = views
         self.antialias = antialias
@@ -137,7 +137,13 @@ class PretrainDataset:
         # Only what a sample needs, serialised so that workers do not copy a million dicts.
         self._records = DatasetFromList(
             [
-                (r["file_name"], str(r["image_id"]), r.get("category_id", -1), r.get("crop"))
+                (
+                    r["file_name"],
+                    str(r["image_id"]),
+                    r.get("category_id", -1),
+                    r.get("crop"),
+                    r.get("reading"),
+                )
                 for r in records
             ]
         )
@@ -164,6 +170,15 @@ class PretrainDataset:
             raise UserError(
                 f"{regions} was made with recipe {made_with!r}, but the config requires "
                 f"{recipe!r}: make the regions again, or set dataloader.train.dataset.recipe"
+            )
+        reading, found_with = readings_of(records), self.store.manifest.get("reading")
+        if found_with not in (None, reading):
+            logger.warning(
+                "The regions of %s were found in images read with %s, but this run reads them "
+                "with %s",
+                regions,
+                found_with or "no options",
+                reading or "no options",
             )
         missing = np.flatnonzero(self.store.rows([str(r["image_id"]) for r in records]) < 0)
         if len(missing) > max_unreadable * len(records):
@@ -203,8 +218,8 @@ class PretrainDataset:
             UnreadableImage: the file is missing or its header is damaged.
             UserError: its size is not the size that its regions were made for.
         """
-        file_name, key, label, crop = self._records[index]
-        image = EncodedImage.read(file_name, crop)
+        file_name, key, label, crop, reading = self._records[index]
+        image = EncodedImage.read(file_name, crop, reading)
         size = image.size()
         boxes = np.zeros((0, 4), np.float32)
         if self.store is not None:
@@ -245,14 +260,20 @@ class PretrainDataset:
 
     def _first_readable(self, index: int, offset: int) -> tuple[File, int]:
         """The first readable file from ``index + offset`` on, and its offset."""
-        for place in range(offset, min(len(self), _MAX_UNREADABLE_IN_A_ROW)):
+        places = range(offset, min(len(self), _MAX_UNREADABLE_IN_A_ROW))
+        for place in places:
             try:
                 return self.read((index + place) % len(self)), place
             except UnreadableImage as error:
-                logger.warning(_REPLACED, error)
+                self._replace(error)
         raise UserError(
-            f"{_MAX_UNREADABLE_IN_A_ROW} images in a row are unreadable, starting at index {index}"
+            f"{places.stop} images in a row are unreadable, starting at index {index}; the last "
+            f"one: {self._last_error}"
         )
+
+    def _replace(self, error: UnreadableImage) -> None:
+        logger.warning("%s; replaced by the next image", error)
+        self._last_error = error
 
     def _decode(self, seed: int, epoch: int, index: int, drawn: Drawn) -> Sample:
         while True:
@@ -260,7 +281,7 @@ class PretrainDataset:
                 image = drawn.file.encoded.decode(drawn.reduce)
                 break
             except UnreadableImage as error:
-                logger.warning(_REPLACED, error)
+                self._replace(error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
         views = self.views.complete(drawn.views, image, drawn.file.size, drawn.rng)
         return Sample(image, drawn.reduce, views, drawn.photometry, drawn.file.label)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from region_pretrain.data.workers import init_worker
 from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
+from region_pretrain.images import SamePixels, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
@@ -39,28 +42,97 @@ _KNOWN = {
     "aspect_ratio_grouping",
 }
 _TRIES = 100
+_FILES_CHECKED = 4000
+_CHECKING_THREADS = 16
 
 
 class _MappedRecords(Dataset):
-    """(position in the stream, record index) -> the mapped record, seeded by the position."""
+    """(position in the stream, record index) -> the mapped record, seeded by the position.
 
-    def __init__(self, records: list[dict], mapper: Callable[[dict], Any], seed: int) -> None:
+    An unreadable image is replaced by the next record, so that a batch remains a function of the
+    seed and the position.
+    """
+
+    def __init__(
+        self, records: list[dict], mapper: Callable[[dict], Any], seed: int, tolerated: int
+    ) -> None:
         self._records = DatasetFromList(records)  # serialised once, shared by all workers
-        self._mapper = mapper
+        self._mapper = SamePixels(mapper)
         self._seed = seed
+        self._tolerated = tolerated
+        self._unreadable: dict[str, str] = {}  # file -> error, in this process
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
         position, index = item
         seed = np.random.SeedSequence((self._seed, position)).generate_state(1)[0]
         with random_state_of(int(seed)):
             for shift in range(_TRIES):  # a mapper may reject a record by returning None
-                mapped = self._mapper(self._records[(index + shift) % len(self._records)])
+                place = (index + shift) % len(self._records)
+                record = self._records[place]
+                try:
+                    mapped = self._mapper(record)
+                except UnreadableImage as error:
+                    self._tolerate(record.get("file_name", str(place)), str(error))
+                    continue
                 if mapped is not None:
                     return mapped
-        raise UserError(f"dataloader.train.mapper rejected {_TRIES} records in a row")
+        reason = "".join(f"; unreadable: {error}" for error in list(self._unreadable.values())[:1])
+        raise UserError(f"dataloader.train.mapper rejected {_TRIES} records in a row{reason}")
+
+    def _tolerate(self, file_name: str, error: str) -> None:
+        if file_name in self._unreadable:
+            return
+        self._unreadable[file_name] = error
+        if len(self._unreadable) > self._tolerated:
+            some = "; ".join(list(self._unreadable.values())[:5])
+            raise UserError(
+                f"{len(self._unreadable)} of {len(self)} training images are unreadable, but "
+                f"train.max_unreadable tolerates {self._tolerated}: {some}"
+            )
+        logger.warning("%s; replaced by the next image", error)
 
     def __len__(self) -> int:
         return len(self._records)
+
+
+def tolerated_files(count: int, max_unreadable: float) -> int:
+    """How many of ``count`` image files may be unreadable: the given fraction, at least one.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 <= max_unreadable <= 1:
+        raise UserError(f"train.max_unreadable={max_unreadable}: must be a fraction from 0 to 1")
+    return max(1, int(max_unreadable * count)) if max_unreadable else 0
+
+
+def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> None:
+    """Check that image files exist: up to 4000 local files, spread evenly over the records.
+
+    Args:
+        records: Detectron2's dataset dicts; those without ``file_name`` are skipped.
+        key: their place in the config, e.g. ``dataloader.test``, for the error message.
+        tolerated: number of missing files, of all records, that only cause a warning.
+
+    Raises:
+        UserError: more files are missing; the message names their number and the first one.
+    """
+    chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED)).round().astype(int)
+    files = [str(records[i].get("file_name", "://")) for i in chosen]
+    files = [file for file in files if "://" not in file]
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:  # a network disk answers slowly
+        exists = list(pool.map(os.path.exists, files))
+    missing = [file for file, found in zip(files, exists, strict=True) if not found]
+    if not missing:
+        return
+    checked = "" if len(files) == len(records) else "checked "
+    message = (
+        f"{key}: {len(missing)} of {len(files)} {checked}image files do not exist, "
+        f"e.g. {missing[0]}"
+    )
+    if len(missing) * len(records) > tolerated * len(chosen):
+        raise UserError(f"{message}: is the image folder of the data set correct?")
+    logger.warning("%s", message)
 
 
 class DetectionTrainData:
@@ -75,9 +147,12 @@ class DetectionTrainData:
         sampler: one of Detectron2's training samplers, seeded by its constructor; default:
             ``TrainingSampler``, which shuffles.
         aspect_ratio_grouping: put wide and tall images into different batches.
+        max_unreadable: largest fraction of the images that may be unreadable, counted in each
+            loader process; one is always tolerated, unless the fraction is 0.
 
     Raises:
-        UserError: there are no records, or the processes cannot share the batch equally.
+        UserError: there are no records, too many image files do not exist, or the processes cannot
+            share the batch equally.
     """
 
     def __init__(
@@ -89,9 +164,12 @@ class DetectionTrainData:
         seed: int = 0,
         sampler: Sampler | None = None,
         aspect_ratio_grouping: bool = True,
+        max_unreadable: float = 0.01,
     ) -> None:
         if not records:
             raise UserError("dataloader.train.dataset is empty")
+        tolerated = tolerated_files(len(records), max_unreadable)
+        check_image_files(records, "dataloader.train", tolerated)
         if total_batch_size < 1 or total_batch_size % comm.get_world_size():
             raise UserError(
                 f"dataloader.train.total_batch_size={total_batch_size} must be a positive multiple "
@@ -101,7 +179,7 @@ class DetectionTrainData:
         self.iterations_per_epoch = len(records) // total_batch_size
         self._num_workers = num_workers
         self._sampler = sampler or TrainingSampler(len(records), seed=seed)
-        self._dataset = _MappedRecords(records, mapper, seed)
+        self._dataset = _MappedRecords(records, mapper, seed, tolerated)
         self._wide = np.zeros(len(records), dtype=bool)
         if aspect_ratio_grouping and all("width" in r and "height" in r for r in records):
             self._wide = np.array([r["width"] > r["height"] for r in records])
@@ -144,7 +222,26 @@ class _RestartingData:
         return itertools.islice(iter(self._loader), stop_iter - start_iter)
 
 
-def detection_training_data(cfg: DictConfig, seed: int) -> TrainingData:
+def build_test_loader(cfg: DictConfig) -> Any:
+    """Instantiate a lazy test loader; its mapper, if it has one, reads as in pre-training.
+
+    Raises:
+        UserError: image files do not exist.
+    """
+    parts = dict(cfg.items())
+    if parts.get("mapper") is None:
+        return instantiate(cfg)
+    parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
+    if "dataset" in parts:
+        parts["dataset"] = instantiate(parts["dataset"])
+        if isinstance(parts["dataset"], list):
+            check_image_files(parts["dataset"], "dataloader.test")
+    return instantiate(parts)
+
+
+def detection_training_data(
+    cfg: DictConfig, seed: int, max_unreadable: float = 0.01
+) -> TrainingData:
     """Training batches for the ``dataloader.train`` of a detection config.
 
     Args:
@@ -152,6 +249,7 @@ def detection_training_data(cfg: DictConfig, seed: int) -> TrainingData:
             :class:`~region_pretrain.engine.build.TrainingData`, or any other lazy iterable of
             batches with a field ``total_batch_size``.
         seed: determines the order, except that of an iterable.
+        max_unreadable: see :class:`DetectionTrainData`; no effect on other loaders.
 
     Raises:
         UserError: ``total_batch_size`` is missing, or there are no images.
@@ -160,8 +258,12 @@ def detection_training_data(cfg: DictConfig, seed: int) -> TrainingData:
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
     if target is build_detection_train_loader and fields <= _KNOWN:
         options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
-        return DetectionTrainData(instantiate(cfg.dataset), seed=seed, **options)
-    loader = build_part(cfg, "dataloader.train")
+        records = instantiate(cfg.dataset)
+        return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
+    parts = dict(cfg.items())
+    if parts.get("mapper") is not None:
+        parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
+    loader = build_part(parts, "dataloader.train")
     if isinstance(loader, TrainingData):
         return loader
     if "total_batch_size" not in fields:

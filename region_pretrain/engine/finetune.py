@@ -22,7 +22,7 @@ from region_pretrain.config import complete_train
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
-from region_pretrain.engine.detection_data import detection_training_data
+from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
@@ -50,7 +50,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
     if "evaluator" not in cfg.dataloader:
         return {}
     results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        model, build_test_loader(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     )
     if not comm.is_main_process() or not results:
         return {}
@@ -158,9 +158,11 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     _check_data(cfg)
     start_run(cfg, resume)
     with _missing_files_are_user_errors():
-        data = detection_training_data(cfg.dataloader.train, cfg.train.seed)
+        data = detection_training_data(
+            cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable
+        )
         if "test" in cfg.dataloader:
-            instantiate(cfg.dataloader.test)  # finds missing files now, not after training
+            build_test_loader(cfg.dataloader.test)  # finds missing files now, not after training
     evaluated: list[Results] = []
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:

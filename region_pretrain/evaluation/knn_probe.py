@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.data import detection_utils, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 from detectron2.layers import ROIAlign
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn import knn_accuracy
+from region_pretrain.images import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _load(
     record: Mapping[str, Any], input_format: str, short_edge: int | None, max_size: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in pixels, and their classes."""
-    image = detection_utils.read_image(record["file_name"], format=input_format)
+    image = read_record(record, input_format)
     annotations = [a for a in record["annotations"] if _counts(a)]
     boxes = np.array(
         [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations],

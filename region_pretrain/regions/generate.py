@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from region_pretrain.errors import UserError
-from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.images import UnreadableImage, read_record
 from region_pretrain.progress import Progress, write_progress
 from region_pretrain.regions.parts import ImageResult, Parts
 from region_pretrain.regions.recipes import Recipe, get_recipe
@@ -196,7 +196,7 @@ def _process(recipe: Recipe, record: dict) -> ImageResult:
     key = str(record["image_id"])
     start = time.perf_counter()
     try:
-        image = read_image(record["file_name"])
+        image = read_record(record)
     except UnreadableImage as error:
         return ImageResult(key, error=" ".join(str(error).split()))
     height, width = image.shape[:2]

@@ -22,7 +22,7 @@ from iopath.common.file_io import file_lock
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
-from region_pretrain.images import UnreadableImage, read_image
+from region_pretrain.images import UnreadableImage, read_record, readings_of
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
 from region_pretrain.regions.summary import RECALL_IOUS, summarise
@@ -87,6 +87,7 @@ class Parts:
             keys.add(key)
         self._total = len(records)
         self._image_list = names.hexdigest()
+        self._reading = readings_of(records)
         self._base = self._existing()
         self.records = self._without_regions(records)
         self._plan = {
@@ -95,6 +96,7 @@ class Parts:
             "image_list": self._image_list,
             "part_size": size,
             "opencv": cv2.__version__,
+            "reading": self._reading,
         }
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class Parts:
         for record in self.records_of(part) if unreadable else ():
             if str(record["image_id"]) in unreadable:
                 try:
-                    read_image(record["file_name"])
+                    read_record(record)
                     return False
                 except UnreadableImage:
                     pass
@@ -154,6 +156,12 @@ class Parts:
                 f"{self.out} exists: regions of {len(store)} images with recipe "
                 f"{store.manifest['recipe']}, not with recipe {self.recipe.id}; delete it or "
                 "choose another output file"
+            )
+        reading = store.manifest.get("reading", self._reading)
+        if reading != self._reading:
+            raise UserError(
+                f"{self.out} exists: regions of images read with {reading or 'no options'}, not "
+                f"with {self._reading or 'no options'}; delete it or choose another output file"
             )
         return store
 
@@ -241,6 +249,7 @@ class Parts:
                 "recipe": self.recipe.id,
                 "parameters": self.recipe.parameters,
                 "image_list": self._image_list,
+                "reading": self._reading,
                 "summary": summary,
             }
             merge_stores(paths, self.out, facts)
@@ -258,8 +267,9 @@ class Parts:
         if len(unreadable) > max_unreadable * self._total:
             raise UserError(
                 f"{len(unreadable)} of {self._total} images cannot be read, more than the "
-                f"allowed fraction of {max_unreadable:g}: fix the files listed in {listing} or "
-                "raise max_unreadable, and run again; finished parts are kept"
+                f"allowed fraction of {max_unreadable:g} (e.g. {unreadable[0][1]}): fix the files "
+                f"listed in {listing} or raise max_unreadable, and run again; finished parts are "
+                "kept"
             )
 
 

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_atomic
-from region_pretrain.images import read_image
+from region_pretrain.images import read_record
 from region_pretrain.regions.store import RegionStore
 
 _COLUMNS = 4
@@ -59,7 +59,7 @@ def draw_preview(
         key = str(records[i]["image_id"])
         boxes = store.boxes(key)
         drawn = boxes[np.sort(rng.permutation(len(boxes))[:max_boxes])]
-        axis.imshow(read_image(records[i]["file_name"]))
+        axis.imshow(read_record(records[i]))
         for j, (x0, y0, x1, y1) in enumerate(drawn.tolist()):
             # In a plot, pixel centres have integer coordinates.
             axis.add_patch(

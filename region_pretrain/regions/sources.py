@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from region_pretrain.errors import UserError
+from region_pretrain.images import size_mismatch
 from region_pretrain.regions.filters import canonical, clip
 
 
@@ -80,10 +81,7 @@ def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np
         raise UserError(f"{name}: ground truth is needed, but the data set has no annotations")
     declared = (record.get("width", width), record.get("height", height))
     if declared != (width, height):
-        raise UserError(
-            f"{name} is {width}x{height}, but its annotations are for {declared[0]}x{declared[1]}; "
-            "do they ignore its EXIF orientation?"
-        )
+        raise size_mismatch(name, (width, height), declared)
     boxes = [
         BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS)
         for a in record["annotations"]

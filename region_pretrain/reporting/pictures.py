@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
@@ -19,6 +18,7 @@ from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.images import SamePixels, read_record
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.reporting.plots import draw_detections, draw_regions
 
@@ -145,7 +145,9 @@ def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
         truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
         classes = [a["category_id"] for a in truth]
-        drawn.append(draw_detections(_read(record), np.array(boxes), classes, _class_names(cfg)))
+        drawn.append(
+            draw_detections(read_record(record), np.array(boxes), classes, _class_names(cfg))
+        )
     return drawn
 
 
@@ -166,18 +168,14 @@ def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.nda
     """
     detector = instantiate(cfg.model).cpu().eval()
     load_pretrained(detector, weights)
-    mapper = instantiate(cfg.dataloader.test.mapper)
+    mapper = SamePixels(instantiate(cfg.dataloader.test.mapper))
     drawn = []
     for record in instantiate(cfg.dataloader.test.dataset)[:count]:
         found = detector([mapper(record)])[0]["instances"]
         boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()
         names, scores = _class_names(cfg), found.scores.tolist()
-        drawn.append(draw_detections(_read(record), boxes, classes, names, scores))
+        drawn.append(draw_detections(read_record(record), boxes, classes, names, scores))
     return drawn
-
-
-def _read(record: dict[str, Any]) -> np.ndarray:
-    return detection_utils.read_image(record["file_name"], format="RGB")
 
 
 def _class_names(cfg: DictConfig) -> Sequence[str]:

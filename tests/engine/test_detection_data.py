@@ -1,16 +1,30 @@
 import itertools
+import json
+import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from omegaconf import OmegaConf
+from PIL import Image
 from tiny_run import Loader, NoisyMapper, records
 
-from region_pretrain.engine.detection_data import DetectionTrainData, detection_training_data
+from region_pretrain.engine.detection_data import (
+    DetectionTrainData,
+    build_test_loader,
+    check_image_files,
+    detection_training_data,
+    tolerated_files,
+)
 from region_pretrain.errors import UserError
 
 
@@ -130,3 +144,174 @@ def test_other_loaders_are_taken_as_they_are(caplog):
 def test_an_empty_data_set_is_refused():
     with pytest.raises(UserError, match="dataset is empty"):
         DetectionTrainData([], NoisyMapper(), 4)
+
+
+def files(folder, count: int = 10) -> list[dict]:
+    """Records of 16-bit images; the pixels of image i are 256 i."""
+    paths = [str(folder / f"{i}.png") for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.full((3, 4), 256 * i, np.uint16)).save(path)
+    return [
+        {"file_name": path, "image_id": i, "width": 4, "height": 3} for i, path in enumerate(paths)
+    ]
+
+
+def damage(record: dict) -> None:
+    with open(record["file_name"], "r+b") as file:
+        file.truncate(40)
+
+
+def lazy_files(some: list[dict], num_workers: int = 0):
+    cfg = L(build_detection_train_loader)(
+        dataset=L(json.loads)(s=json.dumps(some)),
+        mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR"),
+        total_batch_size=5,
+        num_workers=num_workers,
+    )
+    return OmegaConf.create({"train": cfg}, flags={"allow_objects": True}).train
+
+
+def ids(data, start: int = 0, stop: int = 4) -> list[list[int]]:
+    return [[d["image_id"] for d in batch] for batch in data.iterate(start, stop)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fine_tuning_sees_the_pixels_of_pre_training(tmp_path, workers):
+    some = files(tmp_path)
+    some[4]["reading"] = {"bits": 11}  # 1024 of 2047
+    data = detection_training_data(lazy_files(some, workers), seed=3)
+    seen = {d["image_id"]: d["image"] for batch in data.iterate(0, 2) for d in batch}
+    assert {i: x.unique().tolist() for i, x in seen.items()} == {
+        i: [i if i != 4 else 128] for i in range(10)
+    }
+
+
+def test_other_loaders_of_a_mapper_see_them_too(tmp_path):
+    mapper = L(DatasetMapper)(is_train=True, augmentations=[], image_format="BGR")
+    loader = L(MapperLoader)(mapper=mapper, total_batch_size=1, records=files(tmp_path))
+    data = detection_training_data(
+        OmegaConf.create({"train": loader}, flags={"allow_objects": True}).train, seed=0
+    )
+    assert [int(d["image"].max()) for (d,) in data.iterate(0, 10)] == list(range(10))
+
+
+class MapperLoader:
+    """An iterable of batches that the engine does not know."""
+
+    def __init__(self, mapper, total_batch_size, records):
+        self.mapper, self.records = mapper, records
+
+    def __iter__(self):
+        return ([self.mapper(record)] for record in self.records)
+
+
+def test_a_broken_image_is_named_and_replaced_by_the_next(tmp_path, caplog):
+    some = files(tmp_path)
+    whole = ids(detection_training_data(lazy_files(some), seed=3))
+    damage(some[6])
+    data = detection_training_data(lazy_files(some), seed=3)
+    found = ids(data)
+    assert found == [[7 if i == 6 else i for i in batch] for batch in whole]
+    assert any(6 in batch for batch in whole)
+    (warning,) = [r.getMessage() for r in caplog.records if "replaced by the next" in r.message]
+    assert some[6]["file_name"] in warning
+    for start in (1, 3):  # a resumed run sees the same batches
+        assert ids(detection_training_data(lazy_files(some), seed=3), start) == found[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_broken_images_end_the_run(tmp_path, workers):
+    some = files(tmp_path)
+    for i in (2, 3, 6, 7):
+        damage(some[i])
+    data = detection_training_data(lazy_files(some), seed=3, max_unreadable=0.4)
+    assert {i for batch in ids(data) for i in batch} == {0, 1, 4, 5, 8, 9}
+    data = detection_training_data(lazy_files(some, workers), seed=3, max_unreadable=0.39)
+    message = "4 of 10 training images are unreadable, but train.max_unreadable tolerates 3: "
+    with pytest.raises(UserError, match=message) as caught:
+        ids(data, 0, 40)
+    assert "\n" not in str(caught.value)
+    for i in (2, 3, 6, 7):
+        assert some[i]["file_name"] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "tolerated"),
+    [(1000, 0.01, 10), (30, 0.01, 1), (30, 0, 0), (2, 1, 2)],
+)
+def test_tolerated_number_of_files(count, fraction, tolerated):
+    assert tolerated_files(count, fraction) == tolerated
+
+
+def test_the_tolerated_fraction_is_checked(tmp_path):
+    with pytest.raises(UserError, match="train.max_unreadable=3: must be a fraction"):
+        detection_training_data(lazy_files(files(tmp_path)), seed=0, max_unreadable=3)
+
+
+def test_missing_files_are_found_at_the_start(tmp_path, caplog):
+    some = files(tmp_path)
+    os.remove(some[8]["file_name"])
+    detection_training_data(lazy_files(some), seed=0)  # one is tolerated
+    message = f"dataloader.train: 1 of 10 image files do not exist, e.g. {some[8]['file_name']}"
+    assert message in caplog.text
+    os.remove(some[3]["file_name"])
+    message = message.replace("1 of", "2 of").replace("8.png", "3.png")
+    with pytest.raises(UserError, match=re.escape(message)):
+        detection_training_data(lazy_files(some), seed=0)
+    message = message.replace("train", "test")
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_test_loader(lazy_test(some))
+
+
+def test_a_large_data_set_is_checked_in_places(monkeypatch):
+    asked = []
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or path != "99999")
+    with pytest.raises(UserError, match="x: 1 of 4000 checked image files do not exist, .*99999"):
+        check_image_files([{"file_name": str(i)} for i in range(100_000)], "x")
+    numbers = sorted(map(int, asked))
+    assert numbers[0] == 0 and set(np.diff(numbers)) == {25, 26}
+    records = [{"file_name": str(i)} for i in range(100_000)]
+    check_image_files(records, "x", tolerated=25)  # 1 of 4000 stands for 25 of 100000
+    with pytest.raises(UserError, match="1 of 4000 checked"):
+        check_image_files(records, "x", tolerated=24)
+    asked.clear()
+    check_image_files([{"file_name": "s3://bucket/a.png"}, {"image_id": 1}], "x")
+    assert not asked
+
+
+def lazy_test(some: list[dict], workers: int = 0):
+    cfg = L(build_detection_test_loader)(
+        dataset=L(json.loads)(s=json.dumps(some)),
+        mapper=L(DatasetMapper)(is_train=False, augmentations=[], image_format="RGB"),
+        num_workers=workers,
+    )
+    return OmegaConf.create({"test": cfg}, flags={"allow_objects": True}).test
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_the_same_pixels_and_names_a_broken_image(tmp_path, workers):
+    some = files(tmp_path)
+    batches = list(build_test_loader(lazy_test(some, workers)))
+    assert [d["image"].unique().tolist() for (d,) in batches] == [[i] for i in range(10)]
+    damage(some[7])
+    with pytest.raises(UserError) as caught:
+        list(build_test_loader(lazy_test(some, workers)))
+    assert str(caught.value).startswith(some[7]["file_name"]) and "\n" not in str(caught.value)
+
+
+def test_a_size_that_contradicts_the_file_ends_the_run(tmp_path):
+    some = files(tmp_path)
+    some[5].update(width=8, height=6)
+    with pytest.raises(UserError, match=r"5\.png is 4x3, but its annotations are for 8x6"):
+        ids(detection_training_data(lazy_files(some), seed=3))
+
+
+def test_a_data_set_of_unreadable_images_says_why(tmp_path):
+    some = files(tmp_path)
+    for record in some:
+        damage(record)
+    data = detection_training_data(lazy_files(some), seed=3, max_unreadable=1)
+    with pytest.raises(
+        UserError, match=r"rejected 100 records in a row; unreadable: .*\.png: not an i"
+    ):
+        ids(data)

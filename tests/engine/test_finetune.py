@@ -20,6 +20,7 @@ from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
+from region_pretrain.images import UnreadableImage
 
 
 def metrics(folder):
@@ -151,3 +152,34 @@ def test_without_an_evaluator_nothing_is_evaluated(tmp_path):
     del cfg.dataloader.evaluator
     assert do_train(cfg) == {}
     assert not (tmp_path / "results.json").exists()
+
+
+def test_images_that_do_not_exist_are_found_before_training(tmp_path):
+    cfg = make_detection_config(tmp_path / "run")
+    cfg.dataloader.test.dataset = L(json.loads)(
+        s=json.dumps([{"file_name": str(tmp_path / "gone.png"), "image_id": 1}])
+    )
+    with pytest.raises(UserError, match=r"dataloader.test: 1 of 1 image files.*gone\.png"):
+        do_train(cfg)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("fraction", "message"), [(0.5, None), (0.01, "2 of 10 training images")])
+def test_the_tolerated_fraction_of_broken_images_is_a_setting(tmp_path, fraction, message):
+    cfg = make_detection_config(tmp_path / "run", max_unreadable=fraction)
+    cfg.dataloader.train.mapper = L(Breaking)()
+    if message is None:
+        do_train(cfg)
+        assert "image 5 is broken; replaced by the next" in (tmp_path / "run/log.txt").read_text()
+        return
+    with pytest.raises(UserError, match=message):
+        do_train(cfg)
+
+
+class Breaking(NoisyMapper):
+    """Fails for two of the images."""
+
+    def __call__(self, record):
+        if record["image_id"] in (5, 7):
+            raise UnreadableImage(f"image {record['image_id']} is broken")
+        return super().__call__(record)

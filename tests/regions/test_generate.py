@@ -14,7 +14,7 @@ import pytest
 from detectron2.structures import BoxMode
 
 from region_pretrain.errors import UserError
-from region_pretrain.images import read_image
+from region_pretrain.images import read_image, read_record
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.recipes import get_recipe
@@ -197,8 +197,8 @@ def test_a_killed_run_is_resumed(tmp_path, records, monkeypatch):
     assert 4 <= len(finished) < 11
     read = []
     monkeypatch.setattr(
-        "region_pretrain.regions.generate.read_image",
-        lambda path: read.append(path) or read_image(path),
+        "region_pretrain.regions.generate.read_record",
+        lambda record: read.append(record["file_name"]) or read_record(record),
     )
     assert make_regions(records, out, "shapes-v1", 1, part_size=2)["images"] == 11
     assert read == [r["file_name"] for i, r in enumerate(records) if i not in finished]
@@ -214,12 +214,12 @@ def _is_running(pid: str) -> bool:
 
 
 def test_a_killed_worker_ends_the_run_with_advice(tmp_path, records, monkeypatch):
-    monkeypatch.setattr("region_pretrain.regions.generate.read_image", _die)
+    monkeypatch.setattr("region_pretrain.regions.generate.read_record", _die)
     with pytest.raises(UserError, match="worker process was killed.*fewer workers"):
         make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=2)
 
 
-def _die(path):
+def _die(record):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

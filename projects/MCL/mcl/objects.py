@@ -60,6 +60,7 @@ def _load_crops(names: list[str], context: float) -> list[dict]:
         boxes = np.array(
             [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
         )
+        reading = {"reading": record["reading"]} if "reading" in record else {}
         center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
         grown = np.concatenate([center - context * side / 2, center + context * side / 2], axis=1)
         grown = clip_boxes(np.rint(grown), record["width"], record["height"]).astype(int)
@@ -71,6 +72,7 @@ def _load_crops(names: list[str], context: float) -> list[dict]:
                         "image_id": f"{record['image_id']}#{k}",
                         "crop": crop,
                         "category_id": annotation["category_id"],
+                        **reading,
                     }
                 )
     if not crops:

@@ -330,7 +330,7 @@ def test_both_jpeg_decoders_give_the_same_pixels(monkeypatch, subsampling, mode,
         expected = cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]
         assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), expected)
         with monkeypatch.context() as patch:
-            patch.setattr("region_pretrain.images.simplejpeg", None)
+            patch.setattr("region_pretrain.images.decoding.simplejpeg", None)
             assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), expected)
     assert len(used) == 2
 

@@ -1,0 +1,23 @@
+"""The one reader of image files: 8-bit RGB, upright, transparency on white."""
+
+from region_pretrain.images.encoded import EncodedImage, read_image, read_record
+from region_pretrain.images.mapper import SamePixels
+from region_pretrain.images.reading import (
+    MAX_PIXELS,
+    Reading,
+    UnreadableImage,
+    readings_of,
+    size_mismatch,
+)
+
+__all__ = [
+    "MAX_PIXELS",
+    "EncodedImage",
+    "Reading",
+    "SamePixels",
+    "UnreadableImage",
+    "read_image",
+    "read_record",
+    "readings_of",
+    "size_mismatch",
+]

@@ -1,0 +1,140 @@
+"""Image files before they are decoded."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+from region_pretrain.images.decoding import decode, is_jpeg, other_header
+from region_pretrain.images.headers import Header, read_header
+from region_pretrain.images.reading import Reading, UnreadableImage, check_pixels
+
+
+@dataclass
+class EncodedImage:
+    """The undecoded bytes of an image file.
+
+    Attributes:
+        data: content of the file.
+        name: the file's name in error messages.
+        crop: ``(x0, y0, x1, y1)`` in whole pixels; if set, the image is this crop of the file.
+        reading: which bits and bands are shown.
+    """
+
+    data: bytes
+    name: str
+    crop: tuple[int, int, int, int] | None = None
+    reading: Reading = Reading()
+
+    @classmethod
+    def read(
+        cls,
+        path: str,
+        crop: tuple[int, int, int, int] | None = None,
+        reading: Mapping[str, Any] | None = None,
+    ) -> EncodedImage:
+        """Read a file or any URI that PathManager opens.
+
+        Args:
+            path: the file.
+            crop: see :class:`EncodedImage`.
+            reading: ``reading`` of its record, see :class:`Reading`.
+
+        Raises:
+            UnreadableImage: the file is missing or cannot be read.
+            UserError: the reading options are invalid.
+        """
+        return cls(_read_bytes(path), os.fspath(path), crop, Reading.of(reading))
+
+    @functools.cached_property
+    def _header(self) -> Header | None:
+        return read_header(self.data)
+
+    @property
+    def reducible(self) -> bool:
+        """Whether decoding at a reduced size saves time."""
+        return self.crop is None and is_jpeg(self.data)
+
+    def size(self) -> tuple[int, int]:
+        """``(width, height)`` of the upright image in pixels, read from its header.
+
+        Raises:
+            UnreadableImage: the header is damaged or is not an image's, or the image is too large.
+        """
+        if self.crop is not None:
+            return self.crop[2] - self.crop[0], self.crop[3] - self.crop[1]
+        header = self._header or other_header(self.data, self.name)
+        check_pixels(header.width, header.height, self.name)
+        size = header.width, header.height
+        return size[::-1] if header.orientation >= 5 else size
+
+    def decode(self, reduce: int = 1) -> np.ndarray:
+        """Decode the image.
+
+        Args:
+            reduce: 1, 2, 4 or 8; the image is downscaled by this factor, which makes decoding a
+                JPEG much faster. A crop is never downscaled.
+
+        Returns:
+            ``(ceil(H / reduce), ceil(W / reduce), 3)`` uint8 RGB with the EXIF orientation applied,
+            grey as three equal channels, transparency composited on white, 16 bits scaled to 8 as
+            :class:`Reading` defines.
+
+        Raises:
+            UnreadableImage: the file is damaged, too large or not an image, or its bands do not
+                suit the reading options.
+        """
+        if self.crop is None:
+            return decode(self.data, self.name, self._header, reduce, self.reading)
+        x0, y0, x1, y1 = self.crop
+        return decode(self.data, self.name, self._header, 1, self.reading)[y0:y1, x0:x1]
+
+
+def read_image(path: str) -> np.ndarray:
+    """Read and decode an image file at full size; see :meth:`EncodedImage.decode`.
+
+    Raises:
+        UnreadableImage: the file is missing, damaged, too large or not an image.
+    """
+    return EncodedImage.read(path).decode()
+
+
+def read_record(record: Mapping[str, Any], format: str = "RGB") -> np.ndarray:
+    """Read the image of a Detectron2 record, with its ``crop`` and ``reading`` if it has them.
+
+    Args:
+        record: with ``file_name``.
+        format: one of Detectron2's image formats: RGB, BGR, L or YUV-BT.601.
+
+    Returns:
+        The pixels of :meth:`EncodedImage.decode`, converted as Detectron2's ``read_image`` does:
+        ``(H, W, 3)`` uint8, ``(H, W, 1)`` uint8 for L, or ``(H, W, 3)`` float64 for YUV-BT.601.
+
+    Raises:
+        UnreadableImage: the file is missing, damaged, too large or not an image.
+        UserError: the reading options are invalid.
+    """
+    image = EncodedImage.read(record["file_name"], record.get("crop"), record.get("reading"))
+    pixels = image.decode()
+    return pixels if format == "RGB" else convert_PIL_to_numpy(Image.fromarray(pixels), format)
+
+
+def _read_bytes(path: str) -> bytes:
+    path = os.fspath(path)
+    try:
+        # A local file is read with one system call; PathManager and a buffer take twice as long.
+        remote = "://" in path
+        with PathManager.open(path, "rb") if remote else open(path, "rb", buffering=0) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"{path}: no such file") from error
+    except OSError as error:
+        raise UnreadableImage(f"{path}: cannot be read: {error}") from error

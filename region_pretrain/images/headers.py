@@ -1,0 +1,114 @@
+"""Headers of JPEG, PNG and TIFF files, read without decoding."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from PIL import Image
+
+EXIF_ORIENTATION = 0x0112
+
+
+class Header(NamedTuple):
+    """What the header of a file states.
+
+    Attributes:
+        width, height: as stored, before the EXIF orientation is applied.
+        orientation: EXIF orientation, 1 to 8.
+        bands: number of bands, including an alpha channel; a palette has 3.
+        alpha: whether the last band is an alpha channel.
+        ordinary: 8 bits, grey or RGB, no transparency and not truncated, which OpenCV reads
+            correctly.
+        deep: 16 bits and not truncated, which OpenCV reads correctly.
+    """
+
+    width: int
+    height: int
+    orientation: int
+    bands: int
+    alpha: bool = False
+    ordinary: bool = False
+    deep: bool = False
+
+
+def read_header(data: bytes) -> Header | None:
+    """The header of a JPEG or PNG; None for other formats and truncated headers."""
+    try:
+        if data.startswith(b"\xff\xd8"):
+            return _jpeg_header(data)
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _png_header(data)
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    position, orientation, frame = 2, 1, None
+    while True:
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0xDA:  # start of scan: the header ends here, and a later 0xFFD9 ends the file
+            break
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = struct.unpack_from(">BHHB", data, position + 4)
+        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(data[position + 4 : position + 2 + length])
+        position += 2 + length
+    if frame is None:
+        return None
+    bits, height, width, channels = frame
+    if width == 0 or height == 0:
+        return None
+    complete = data.rfind(b"\xff\xd9", position) >= 0
+    ordinary = bits == 8 and channels in (1, 3) and complete
+    return Header(width, height, orientation, 1 if channels == 1 else 3, ordinary=ordinary)
+
+
+def _png_header(data: bytes) -> Header | None:
+    width, height, bits, colour = struct.unpack_from(">IIBB", data, 16)
+    if data[12:16] != b"IHDR" or width == 0 or height == 0:
+        return None
+    # OpenCV reads grey, RGB and palette correctly; Pillow handles transparency and animation.
+    simple, orientation, complete = colour in (0, 2, 3), 1, False
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind in (b"tRNS", b"acTL"):
+            simple = False
+        elif kind == b"eXIf":
+            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
+        elif kind == b"IEND":
+            complete = True
+            break
+        position += length + 12
+    alpha = colour in (4, 6)
+    return Header(
+        width,
+        height,
+        orientation,
+        bands=(1 if colour in (0, 4) else 3) + alpha,
+        alpha=alpha,
+        ordinary=bits == 8 and simple and complete,
+        deep=bits == 16 and (simple or alpha) and complete,
+    )
+
+
+def _exif_orientation(block: bytes) -> int:
+    exif = Image.Exif()
+    try:
+        exif.load(block)
+        return valid_orientation(exif.get(EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF does not affect the pixels
+        return 1
+
+
+def valid_orientation(value: object) -> int:
+    """An EXIF orientation from 1 to 8; 1 for anything else."""
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -1,0 +1,60 @@
+"""Opens and converts images with Pillow."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import numpy as np
+from PIL import Image
+
+from region_pretrain.images.reading import check_pixels
+
+NO_RANGE = (
+    "floating-point pixels and integers above 16 bits have no standard range: convert to 8 bits or "
+    "to unsigned 16 bits"
+)
+
+_lock = threading.Lock()
+
+
+def open_with_pillow(data: bytes, name: str, check: bool = True) -> Image.Image:
+    """Read an image's header; the caller closes the image.
+
+    Args:
+        data: content of a file.
+        name: its name in error messages.
+        check: refuse images above the limit of :func:`~region_pretrain.images.reading.check_pixels`
+            instead of Pillow's own limit.
+    """
+    with _lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if check:
+        check_pixels(*image.size, name)
+    return image
+
+
+def bands_of(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """The bands of a loaded image, and whether the last one is an alpha channel.
+
+    Returns:
+        ``(H, W, N)`` uint8 or uint16: grey, RGB, or either with alpha. A palette, CMYK and the like
+        become RGB.
+
+    Raises:
+        ValueError: the pixels are not 8 or 16 bits.
+    """
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(NO_RANGE)
+        return values.astype(np.uint16)[..., None], False
+    alpha = image.has_transparency_data
+    grey = image.mode in ("1", "L", "LA")
+    image = image.convert(("LA" if grey else "RGBA") if alpha else ("L" if grey else "RGB"))
+    values = np.array(image)
+    return values.reshape(*values.shape[:2], -1), alpha
