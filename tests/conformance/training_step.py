@@ -1,9 +1,9 @@
 """Complete training steps of a method, against a slow and obvious restatement of them.
 
-The library's side is the real trainer: EMA, forward, backward, SGD. A :class:`Restatement` repeats
-the steps on deep copies ("twins") of the model. It calls the detector's modules and the heads as
-black boxes, in the library's order so that batch-norm statistics agree, and writes out all that
-makes the method. After every step, outputs, gradients, parameters and buffers must agree.
+The library's side is the real trainer: EMA, forward, backward, optimiser. A :class:`Restatement`
+repeats the steps on deep copies ("twins") of the model. It calls the detector's modules and the
+heads as black boxes, in the library's order so that batch-norm statistics agree, and writes out all
+that makes the method. After every step, outputs, gradients, parameters and buffers must agree.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -62,12 +63,25 @@ class Record(NamedTuple):
     state: dict[str, Tensor]
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trainable, lr=LR, momentum=SGD_MOMENTUM)
+
+
 class Case(NamedTuple):
-    """A model in training mode, one global batch for each step, and a key of ``PRECISIONS``."""
+    """A training run.
+
+    Attributes:
+        model: in training mode.
+        batches: one global batch for each step.
+        precision: a key of ``PRECISIONS``.
+        optimizer: builds the optimiser; must be importable by name if two processes train.
+    """
 
     model: nn.Module
     batches: list[ViewBatch]
     precision: str = "float64"
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd
 
 
 def _record(module: nn.Module, outputs: dict[str, Tensor]) -> Record:
@@ -103,15 +117,17 @@ class _Recorder(HookBase):
 
 
 def train(
-    model: nn.Module,
+    case: Case,
     batches: Sequence[ViewBatch],
-    precision: Precision,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
 ) -> list[Record]:
-    """A run of the library's trainer of ``len(batches)`` steps, one record for each."""
-    recorder = _Recorder(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=LR, momentum=SGD_MOMENTUM)
+    """A run of the library's trainer on this process's batches, one record for each step.
+
+    PyTorch's generator is seeded with the process's rank.
+    """
+    model, precision = case.model, PRECISIONS[case.precision]
+    recorder, optimizer = _Recorder(model), case.optimizer(model)
+    torch.manual_seed(comm.get_rank())
     dtype = torch.bfloat16 if precision.autocast else None
     trainer = Trainer(
         wrap(model), optimizer, lambda *_: iter(batches), amp_dtype=dtype, log_period=1
@@ -130,6 +146,9 @@ class Restatement(ABC):
         ranks: 1 for a twin that sees the global batch (SyncBN); 2 for two twins, each with half of
             the batch and batch-norm statistics of its own.
     """
+
+    #: Whether the momentum copies follow the optimiser's step instead of preceding the forward.
+    average_after_step = False
 
     def __init__(self, case: Case, ranks: int = 1) -> None:
         self.precision = PRECISIONS[case.precision]
@@ -151,6 +170,13 @@ class Restatement(ABC):
 
         A method with a queue also writes it to the twins' buffers.
         """
+
+    def update(self, twin: nn.Module, velocity: dict[str, Tensor]) -> None:
+        """The optimiser's step: SGD. ``velocity`` is its state, by parameter name."""
+        for name, p in twin.named_parameters():
+            gradient = 0.0 if p.grad is None else p.grad
+            velocity[name] = SGD_MOMENTUM * velocity.get(name, 0.0) + gradient
+            p.data = p.data - LR * velocity[name]
 
     def call(self, module: nn.Module, x: Tensor) -> Tensor:
         """A module as a black box, under the case's autocast."""
@@ -183,7 +209,7 @@ class Restatement(ABC):
             if gradient is not None:
                 velocity[name] += library.gradients[name] - gradient
 
-    def _step(self, batch: ViewBatch) -> list[Record]:
+    def _average(self) -> None:
         m = self.momentum(self.iteration / self.max_iter)
         for twin in self.twins:
             for online, average in self.copies(twin):
@@ -194,6 +220,10 @@ class Restatement(ABC):
                     p.data = m * mine + (1 - m) * other
                     if self.precision.autocast:  # the same, rounded as in the library
                         p.data = torch.lerp(mine, other, 1 - m)
+
+    def _step(self, batch: ViewBatch) -> list[Record]:
+        if not self.average_after_step:
+            self._average()
         for twin in self.twins:
             twin.zero_grad(set_to_none=True)
         outputs = self.forward(batch.chunk(len(self.twins)))
@@ -205,10 +235,9 @@ class Restatement(ABC):
                 for p in same:
                     p.grad = mean.clone()
         for twin, velocity in zip(self.twins, self.velocities, strict=True):
-            for name, p in twin.named_parameters():
-                gradient = 0.0 if p.grad is None else p.grad
-                velocity[name] = SGD_MOMENTUM * velocity.get(name, 0.0) + gradient
-                p.data = p.data - LR * velocity[name]
+            self.update(twin, velocity)
+        if self.average_after_step:
+            self._average()
         return [_record(*pair) for pair in zip(self.twins, outputs, strict=True)]
 
 
@@ -243,7 +272,7 @@ def check(found: Sequence[Record], expected: Sequence[Record], precision: Precis
 
 def check_one_process(case: Case, restatement: Restatement) -> list[Record]:
     """The trainer in this process against a restatement with one twin; returns the records."""
-    found = train(case.model, case.batches, restatement.precision)
+    found = train(case, case.batches)
     (expected,) = restatement.run(case.batches, [found])
     check(found, expected, restatement.precision)
     return found
@@ -264,9 +293,8 @@ def _train_part(path: str) -> None:
     case = Case(*torch.load(path, weights_only=False))
     rank = dist.get_rank()
     records = train(
-        use_cpu_sync_batchnorm(case.model),
+        case._replace(model=use_cpu_sync_batchnorm(case.model)),
         [batch.chunk(2)[rank] for batch in case.batches],
-        PRECISIONS[case.precision],
         lambda model: DistributedDataParallel(model, broadcast_buffers=False),
     )
     torch.save(records, f"{path}.{rank}")
