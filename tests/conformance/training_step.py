@@ -197,8 +197,8 @@ class Restatement(ABC):
         for twin in self.twins:
             twin.zero_grad(set_to_none=True)
         outputs = self.forward(batch.chunk(len(self.twins)))
-        for found in outputs:
-            sum(value for name, value in found.items() if name.startswith("loss")).backward()
+        losses = [v for found in outputs for name, v in found.items() if name.startswith("loss")]
+        sum(losses).backward()  # together: the twins may share a batch norm's statistics
         for same in zip(*(twin.parameters() for twin in self.twins), strict=True):
             if same[0].grad is not None:  # DDP averages
                 mean = sum(p.grad for p in same) / len(same)
