@@ -123,8 +123,13 @@ def cosine_schedule(start: float, progress: float) -> float:
 
 
 def fpn_maps(fpn: nn.Module, images: Tensor) -> list[Tensor]:
-    """P2 to P5 of a detector's FPN, for views of any size; the coarser map to the nearest pixel."""
-    bottom_up, maps, above = fpn.bottom_up(images), [], None
+    """P2 to P5 of a detector's FPN, for views of any size."""
+    return top_down(fpn, fpn.bottom_up(images))
+
+
+def top_down(fpn: nn.Module, bottom_up: dict[str, Tensor]) -> list[Tensor]:
+    """P2 to P5 from the trunk's maps; a coarser map is resized to the nearest pixel."""
+    maps, above = [], None
     for level in (5, 4, 3, 2):
         here = getattr(fpn, f"fpn_lateral{level}")(bottom_up[f"res{level}"])
         if above is not None:
