@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from region_pretrain.config import load_config, to_yaml
+from region_pretrain.config import CONFIG_ROOT, load_config, to_yaml
 from region_pretrain.dataset_names import (
     Source,
     absolute,
@@ -110,3 +110,12 @@ def test_a_saved_config_means_the_same_files_elsewhere(tmp_path, monkeypatch):
 def test_names_are_found_beside_null_and_missing_values():
     cfg = OmegaConf.create({"a": None, "b": "???", "c": "${d}", "d": {"e": ["folder://x", 3]}})
     assert list(names_in(cfg)) == ["folder://x"]
+
+
+def test_a_name_may_replace_a_list_of_names_on_the_command_line():
+    names = "dataloader.train.dataset.names"
+    path = str(CONFIG_ROOT / "detection/faster_rcnn_r50_c4_voc.py")
+    cfg = load_config(path, [f"{names}=voc:///VOC?split=train&bands=4,3,2"])
+    assert cfg.dataloader.train.dataset.names == "voc:///VOC?split=train&bands=4,3,2"
+    cfg = load_config(path, [f"{names}=['coco:///a?images=/b','folder:///c']"])
+    assert list(cfg.dataloader.train.dataset.names) == ["coco:///a?images=/b", "folder:///c"]

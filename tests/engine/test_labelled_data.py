@@ -75,6 +75,7 @@ def test_null_follows_the_data_and_numbers_are_compared(data, training, caplog):
     assert cfg.model.sem_seg_head.num_classes == 54
     assert classes == Classes(["dog", "ant", "cat"], [data()], [HEADS])
     caplog.set_level("INFO")
+    caplog.clear()
     classes.log()
     assert caplog.messages == [f"3 classes ({HEADS} follows from the data): dog, ant, cat"]
 
