@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -141,11 +141,11 @@ def _absolute_path(quoted: str) -> str:
     return _quote(os.path.abspath(os.path.expanduser(path)))
 
 
-def names_in(cfg: DictConfig | ListConfig) -> Iterator[str]:
+def names_in(cfg: DictConfig | ListConfig) -> list[str]:
     """Every name by path in a config, at any key."""
     found: list[str] = []
-    _visit(cfg, lambda parent, key, text: found.append(parent[key]))
-    return iter(dict.fromkeys(found))
+    _visit(cfg, lambda parent, key: found.append(parent[key]))
+    return list(dict.fromkeys(found))
 
 
 def make_names_absolute(cfg: DictConfig) -> None:
@@ -155,14 +155,15 @@ def make_names_absolute(cfg: DictConfig) -> None:
         UserError: see :func:`parse`.
     """
 
-    def replace(parent: DictConfig | ListConfig, key: Any, text: str) -> None:
+    def replace(parent: DictConfig | ListConfig, key: Any) -> None:
         if (name := absolute(parent[key])) != parent[key]:
             parent[key] = name
 
     _visit(cfg, replace)
 
 
-def _visit(node: DictConfig | ListConfig, visit: Callable[[Any, Any, str], None]) -> None:
+def _visit(node: DictConfig | ListConfig, visit: Callable[[Any, Any], None]) -> None:
+    """Call ``visit(container, key)`` for every name by path; interpolations are not followed."""
     if node._is_none() or node._is_missing() or node._is_interpolation():
         return
     for key in list(node.keys()) if isinstance(node, DictConfig) else range(len(node)):
@@ -170,4 +171,4 @@ def _visit(node: DictConfig | ListConfig, visit: Callable[[Any, Any, str], None]
         if isinstance(child, DictConfig | ListConfig):
             _visit(child, visit)
         elif isinstance(text := child._value(), str) and text.startswith(_PREFIXES):
-            visit(node, key, text)
+            visit(node, key)

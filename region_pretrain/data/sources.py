@@ -50,8 +50,8 @@ def register_named(cfg: DictConfig) -> None:
 def register(name: str) -> None:
     """Register a data set under its name by path, unless it is registered; see :func:`parse`.
 
-    Other names are left to those who register them. The metadata of ``coco://`` and ``voc://`` is
-    set when their records are first loaded. Their files are read once per process.
+    Other names are ignored. The metadata of ``coco://`` and ``voc://`` is set when their records
+    are first loaded; their files are read once per process.
 
     Raises:
         UserError: the name is invalid.
@@ -76,7 +76,7 @@ def read_like(source: Source, records: Records) -> Records:
 
 @functools.cache
 def _labelled(name: str) -> bytes:
-    """The pickled records: smaller than the records, and each caller may change its own."""
+    """The records, pickled: this needs less memory, and each caller unpickles its own copy."""
     source = parse(name)
     load = {"coco": _load_coco, "voc": _load_voc}[source.scheme]
     records, metadata = load(source)
@@ -115,7 +115,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         "dirname": root,
         "split": source.split,
         "image_root": os.path.join(root, "JPEGImages"),
-        # PascalVOCDetectionEvaluator: the metric of VOC2007 has 11 points.
+        # PascalVOCDetectionEvaluator uses the 11-point metric for 2007.
         "year": 2007 if "2007" in os.path.basename(os.path.abspath(root)) else 2012,
         "evaluator_type": "pascal_voc",
         "thing_classes": classes,
@@ -125,7 +125,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
 
 @functools.cache
 def _voc_classes(root: str) -> list[str]:
-    """The classes of all splits: those of VOC if it has no others, else the names found, sorted."""
+    """The classes of all splits: VOC's own 20 if there are no others, else all names, sorted."""
     folder = os.path.join(root, "Annotations")
     found: set[str] = set()
     for file in sorted(os.listdir(folder)):

@@ -1,4 +1,4 @@
-"""Checks a detection config against its data sets, and takes the number of classes from them."""
+"""Checks a detection config against its data sets, which also give the number of classes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ class Classes(NamedTuple):
     def log(self) -> None:
         """Log the names, and which keys follow from them."""
         if self.names:
-            keys = f" ({', '.join(self.followed)} follows from the data)" if self.followed else ""
-            logger.info("%d classes%s: %s", len(self.names), keys, _shown(self.names))
+            keys = "".join(
+                f"{key}={len(self.names)} follows from the data; " for key in self.followed
+            )
+            logger.info("%s%d classes: %s", keys, len(self.names), _shown(self.names))
 
 
 def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from region_pretrain.data import sources
 from region_pretrain.data.catalog import check_registered, get_records
+from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.few_label import first_fraction, random_fraction
 from region_pretrain.data.sources import register, register_named
 from region_pretrain.errors import UserError
@@ -137,7 +138,7 @@ def test_reading_options_are_in_every_record(coco_folder):
     assert all(r["reading"] == reading for r in get_records(object_crops(options)))
 
 
-def test_pretraining_needs_only_file_names(coco_folder):
+def test_pretraining_needs_only_file_names(coco_folder, soco_views):
     def edit(data):
         del data["annotations"], data["categories"]
         for image in data["images"][1:]:
@@ -153,6 +154,10 @@ def test_pretraining_needs_only_file_names(coco_folder):
         "width": 64,
     }
     assert records[0] == {"file_name": f"{coco_folder}/images/2.png", "image_id": 2}
+    dataset = PretrainDataset(coco_name(coco_folder), soco_views)
+    for i in range(6):
+        expected = cv2.imread(records[i]["file_name"])[..., ::-1]
+        np.testing.assert_array_equal(dataset.sample(0, 0, i).image, expected)
     with pytest.raises(UserError, match="ann.json is not a COCO json of boxes"):
         get_records(coco_name(coco_folder))
 

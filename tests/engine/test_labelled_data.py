@@ -77,7 +77,7 @@ def test_null_follows_the_data_and_numbers_are_compared(data, training, caplog):
     caplog.set_level("INFO")
     caplog.clear()
     classes.log()
-    assert caplog.messages == [f"3 classes ({HEADS} follows from the data): dog, ant, cat"]
+    assert caplog.messages == [f"{HEADS}=3 follows from the data; 3 classes: dog, ant, cat"]
 
     assert check_labelled_data(make_config(data(), data(), 3), training).followed == []
     for number in (2, 5):

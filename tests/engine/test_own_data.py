@@ -51,7 +51,7 @@ def test_a_mask_rcnn_is_trained_saved_and_evaluated_by_path(coco_folder, tmp_pat
     cfg = load_config(SHAPES, [*SHORT, *names, f"train.output_dir={tmp_path}/run"])
     trained = do_train(cfg)["bbox"]
     log = (tmp_path / "run/log.txt").read_text()
-    assert "3 classes (model.roi_heads.num_classes follows from the data): dog, ant, cat" in log
+    assert "model.roi_heads.num_classes=3 follows from the data; 3 classes: dog, ant, cat" in log
 
     saved = load_config(str(tmp_path / "run/config.yaml"))
     assert saved.model.roi_heads.num_classes == 3
