@@ -164,11 +164,10 @@ def _difference(one: Sequence[str], other: Sequence[str]) -> str:
     """The first difference of two lists of classes; empty if one is unknown."""
     if not one or not other or list(one) == list(other):
         return ""
-    for i, (a, b) in enumerate(zip_longest(one, other)):
-        if a != b:
-            a, b = ("missing" if name is None else repr(name) for name in (a, b))
-            return f"class {i} of {len(one)} and {len(other)} is {a} and {b}"
-    return ""
+    i, pair = next((i, p) for i, p in enumerate(zip_longest(one, other)) if p[0] != p[1])
+    numbers = f"{len(one)} and {len(other)} classes; " if len(one) != len(other) else ""
+    shown = " and ".join("missing" if name is None else repr(name) for name in pair)
+    return f"{numbers}class {i} is {shown}"
 
 
 def _maps_classes(cfg: DictConfig) -> bool:
@@ -179,9 +178,8 @@ def _maps_classes(cfg: DictConfig) -> bool:
             lazy = loader.get(part) if isinstance(loader, DictConfig) else None
             target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
             target = locate(target) if isinstance(target, str) else target
-            if target is not None and not getattr(target, "__module__", "").startswith(
-                ("detectron2.", "region_pretrain.")
-            ):
+            module = getattr(target, "__module__", None) or ""
+            if target is not None and not module.startswith(("detectron2.", "region_pretrain.")):
                 return True
     return False
 

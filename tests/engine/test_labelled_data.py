@@ -102,9 +102,9 @@ def test_training_and_test_data_have_the_same_classes(data):
 
     renamed = data("renamed", rename)
     longer = data("longer", lambda categories: categories.append({"id": 99, "name": "z"}))
-    with pytest.raises(UserError, match=r"differ: class 2 of 3 and 3 is 'cat' and 'lion'$"):
+    with pytest.raises(UserError, match=r"differ: class 2 is 'cat' and 'lion'$"):
         check_labelled_data(make_config(data(), renamed, None), True)
-    with pytest.raises(UserError, match=r"differ: class 3 of 4 and 3 is 'z' and missing$"):
+    with pytest.raises(UserError, match=r"differ: 4 and 3 classes; class 3 is 'z' and missing$"):
         check_labelled_data(make_config(longer, data(), None), True)
     with pytest.raises(UserError, match=r"^dataloader.train: the classes of .*'cat' and 'lion'$"):
         check_labelled_data(make_config([data(), renamed], data(), None), True)
@@ -182,7 +182,7 @@ def test_class_names_in_checkpoints(caplog):
         compare_with_checkpoint(same, classes, training=False)
         compare_with_checkpoint(same, classes, training=True)
     report.classes = ["ant", "dog", "cat"]
-    message = "a.pth was trained on other classes than those of mine: class 0 of 3 and 3 is 'ant'"
+    message = "a.pth was trained on other classes than those of mine: class 0 is 'ant'"
     with pytest.raises(UserError, match=message):
         compare_with_checkpoint(report, classes, training=False)
     assert caplog.messages == []

@@ -78,7 +78,7 @@ def test_a_mask_rcnn_is_trained_saved_and_evaluated_by_path(coco_folder, tmp_pat
     (coco_folder / "other.json").write_text(json.dumps(data))
     other = f"dataloader.test.dataset.names=coco://{coco_folder}/other.json?images=x"
     other = other.replace("=x", f"={coco_folder}/images")
-    with pytest.raises(UserError, match="class 2 of 3 and 3 is 'cat' and 'dog2'"):
+    with pytest.raises(UserError, match="class 2 is 'cat' and 'dog2'"):
         do_evaluate(load_config("run/config.yaml", [*overrides, other]))
 
 
