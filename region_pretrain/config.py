@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
+from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.errors import UserError
 from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
+from region_pretrain.registration import complete_register, recording
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -24,6 +27,9 @@ CONFIG_ROOT = next(
     (p for p in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (p / "detection").is_dir()),
     _PACKAGE.parent / "configs",
 )
+
+#: Keys of a detector's number of classes. With null it follows from the data.
+NUM_CLASSES = ("model.roi_heads.num_classes", "model.num_classes", "model.head.num_classes")
 
 
 def get_config(name: str) -> DictConfig:
@@ -50,18 +56,66 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: a ``.py`` config, or the ``config.yaml`` of a run.
-        overrides: see :func:`~region_pretrain.overrides.apply_overrides`.
+        overrides: see :func:`override_config`.
 
     Returns:
         The config. ``train`` has every key of ``configs/common/train.py``, so that each can be
-        overridden.
+        overridden; ``train.register`` has ``path`` if that file registers data sets.
 
     Raises:
         UserError: there is no such file, it cannot be loaded, or an override is invalid.
     """
-    cfg = apply_overrides(complete_train(load_file(path)), overrides)
+    return override_config(complete_train(load_file(path)), overrides, path)
+
+
+def override_config(cfg: DictConfig, overrides: Sequence[str], path: str) -> DictConfig:
+    """Apply command-line overrides, and what follows from them.
+
+    - Other training data than the config's: the number of classes is that of the data, see
+      :data:`NUM_CLASSES`, unless it is overridden as well.
+    - Paths in the names of data sets become absolute, so that the config has the same meaning in
+      other processes and folders.
+    - The files in ``train.register`` are executed.
+
+    Args:
+        cfg: changed in place; complete.
+        overrides: see :func:`~region_pretrain.overrides.apply_overrides`.
+        path: the file that it was loaded from.
+
+    Returns:
+        ``cfg``.
+
+    Raises:
+        UserError: an override is invalid, or a file in ``train.register`` fails.
+    """
+    apply_overrides(cfg, overrides)
     check_values(cfg, _train_defaults())
+    _follow_new_data(cfg, {text.partition("=")[0].lstrip("+") for text in overrides})
+    make_names_absolute(cfg)
+    complete_register(cfg, path)
     return cfg
+
+
+def _follow_new_data(cfg: DictConfig, changed: set[str]) -> None:
+    dataset = re.compile(r"dataloader(\.train(\.dataset(\.names(\.\d+)?)?)?)?")
+    if changed.isdisjoint(NUM_CLASSES) and any(map(dataset.fullmatch, changed)):
+        for key in num_classes_keys(cfg):
+            OmegaConf.update(cfg, key, None)
+
+
+def num_classes_keys(cfg: DictConfig) -> list[str]:
+    """Those of :data:`NUM_CLASSES` that a detection config has, without interpolations."""
+    if not {"test", "evaluator"} & set(cfg.get("dataloader", {})):
+        return []
+    found = []
+    for key in NUM_CLASSES:
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent)
+        if isinstance(node, DictConfig) and last in node.keys():
+            value = node._get_node(last)._value()
+            if value is None or isinstance(value, int):
+                found.append(key)
+    return found
 
 
 def load_file(path: str) -> DictConfig:
@@ -75,7 +129,8 @@ def load_file(path: str) -> DictConfig:
     if not PathManager.isfile(path):
         raise UserError(f"no config file {path}")
     try:
-        return LazyConfig.load(path)
+        with recording(path):
+            return LazyConfig.load(path)
     except UserError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from region_pretrain.dataset_names import is_path_name
 from region_pretrain.errors import UserError
 
 #: Keys of numbers that are null by default, so that their type cannot be read from the value.
@@ -56,7 +57,11 @@ def _parse(cfg: DictConfig, text: str) -> tuple[str, Any, bool]:
     is_new = key.startswith("+")
     key = key.removeprefix("+")
     node = _node(cfg, key)
-    literal = re.fullmatch(r"[\w.+-]+", key) and equals and (is_new or _may_be_text(node, key))
+    literal = (
+        re.fullmatch(r"[\w.+-]+", key)
+        and equals
+        and (is_new or _may_be_text(node, key) or is_path_name(raw))
+    )
     try:
         (override,) = OverridesParser.create().parse_overrides([text])
     except HydraException as error:

@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import json
 import os
 
 # Many small processes share few cores, so waiting threads must not spin.
@@ -43,6 +44,37 @@ def _paint(path: Path, seed: int) -> None:
         colour = rng.integers(0, 256, 3).tolist()
         cv2.rectangle(image, (x, y), (x + 24, y + 20), colour, -1)
     cv2.imwrite(str(path), image)
+
+
+@pytest.fixture
+def coco_folder(tmp_path) -> Path:
+    """A folder with ``images/`` and ``ann.json``: 6 images, 12 boxes of 3 classes.
+
+    The ids are neither sorted nor contiguous; the classes by id are dog, ant, cat.
+    """
+    root = tmp_path / "coco"
+    (root / "images").mkdir(parents=True)
+    rng, images, boxes = np.random.default_rng(0), [], []
+    for i, image_id in enumerate([30, 9, 8, 581, 2, 77]):
+        _paint(root / "images" / f"{image_id}.png", i)
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "width": 64, "height": 64})
+        for _ in range(2):
+            (x, y), (w, h) = rng.integers(0, 30, 2).tolist(), rng.integers(12, 34, 2).tolist()
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": image_id,
+                    "category_id": [7, 3, 12][len(boxes) % 3],
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+    categories = [{"id": 12, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "ant"}]
+    data = {"images": images, "annotations": boxes, "categories": categories}
+    (root / "ann.json").write_text(json.dumps(data))
+    return root
 
 
 @pytest.fixture

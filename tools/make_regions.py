@@ -23,15 +23,16 @@ from detectron2.config import instantiate
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.shapes  # noqa: F401
+from region_pretrain import registration
 from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
-from region_pretrain.data.folder import FOLDER_PREFIX
+from region_pretrain.dataset_names import folder_name
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.preview import draw_preview
-from region_pretrain.regions.recipes import RECIPES, get_recipe
+from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe, get_recipe
 from region_pretrain.regions.summary import format_summary
 
 
@@ -47,6 +48,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--config-file",
         metavar="FILE",
         help="a pre-training config, which names data set, recipe and store",
+    )
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .py file or module that registers the data set",
     )
     parser.add_argument("--out", metavar="FILE", help="the store to write, e.g. x.arrow")
     parser.add_argument(
@@ -94,10 +102,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
     """The arguments of a shard's job, independent of the config, which might be edited."""
-    if isinstance(names, str) and names.startswith(FOLDER_PREFIX):
-        what = ["--images", names.removeprefix(FOLDER_PREFIX)]
-    else:
-        what = ["--dataset", *([names] if isinstance(names, str) else names)]
+    names = [names] if isinstance(names, str) else names
+    code = [text for entry in args.register for text in ("--register", entry)]
     flags = {
         "--out": args.out,
         "--recipe": args.recipe,
@@ -108,16 +114,19 @@ def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) 
     }
     given = [text for flag, value in flags.items() if value is not None for text in (flag, value)]
     settings = [text for item in changes.items() for text in ("--set", "=".join(item))]
-    return [*what, *map(str, given), *settings]
+    return ["--dataset", *names, *code, *map(str, given), *settings]
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    names = args.dataset or FOLDER_PREFIX + (args.images or "")
+    registration.execute(args.register)
+    names = args.dataset or folder_name(args.images or "")
     if args.config_file is not None:
-        dataset = load_config(args.config_file, args.opts).dataloader.train.dataset
+        cfg = load_config(args.config_file, args.opts)
+        args.register += cfg.train.register
+        dataset = cfg.dataloader.train.dataset
         if "regions" not in dataset:
             raise UserError(f"{args.config_file} is not a pre-training config: it has no regions")
         if dataset.regions is None and not args.out:
@@ -149,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.preview is not None and args.preview < 1:
         raise UserError(f"--preview {args.preview}: draw at least one image")
 
-    records = get_records(names)
+    records = get_records(names, annotations=isinstance(recipe, GroundTruthRecipe))
     if wants_slurm(args):
         submit_shards(args, "tools/make_regions.py", _arguments(args, names, changes), args.out)
         return

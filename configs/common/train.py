@@ -59,6 +59,9 @@ train = dict(
     log_period=20,
     # Fine-tuning: recompute batch-norm statistics over num_iter batches before each evaluation.
     precise_bn=dict(enabled=False, num_iter=200),
+    # Code that registers data sets, executed once in every process: a list of .py files and names
+    # of modules. A config that registers some is added automatically.
+    register=[],
     # Further hooks: a list of L(MyHook)(...), e.g. a kNN probe.
     hooks=[],
 )

@@ -16,20 +16,26 @@ from collections.abc import Callable, Sequence
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.data.folder import FOLDER_PREFIX, load_image_folder, local_folder
+from region_pretrain import registration
+from region_pretrain.data.folder import load_image_folder, local_folder
+from region_pretrain.data.sources import read_like, register
+from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def get_records(names: str | Sequence[str]) -> list[dict]:
+def get_records(names: str | Sequence[str], annotations: bool = True) -> list[dict]:
     """The images of one or several data sets, concatenated, in a fixed order.
 
     Args:
-        names: registered names, or ``folder://DIR`` for all images in a folder and its subfolders.
+        names: registered names, or names by path: ``folder://DIR`` for all images in a folder and
+            its subfolders, ``coco://ANN.json?images=DIR``, ``voc://ROOT?split=NAME``.
+        annotations: whether labels are needed. Without them, ``coco://`` needs only the images'
+            ids and file names in its json.
 
     Returns:
-        Detectron2 dataset dicts, including labels if the data set has any.
+        Detectron2 dataset dicts.
 
     Raises:
         UserError: an unknown name, a data set that is missing or has no images, or two images with
@@ -37,11 +43,11 @@ def get_records(names: str | Sequence[str]) -> list[dict]:
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise UserError("no data set is given: name a registered one or folder://DIR")
+        raise UserError(f"no data set is given: name a registered one or {FORMS['folder']}")
     records: list[dict] = []
     origin: dict[str, str] = {}  # key -> data set
     for name in names:
-        found = _get_one(name)
+        found = _get_one(name, annotations)
         for record in found:
             if "file_name" not in record or "image_id" not in record:
                 raise UserError(f"data set {name!r} has a record without file_name or image_id")
@@ -59,23 +65,26 @@ def get_records(names: str | Sequence[str]) -> list[dict]:
 
 
 def check_registered(name: str) -> None:
-    """Refuse a name that is not registered.
+    """Register a name by path, and refuse any other that is not registered.
 
     Raises:
         UserError: the name is unknown; lists similar names.
     """
+    register(name)
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         if os.path.isdir(os.path.expanduser(name)):
-            hint = f"; for a folder, write {FOLDER_PREFIX}{name}"
+            hint = f"; for a folder, write {folder_name(name)}"
+        elif name.endswith(".json"):
+            hint = f"; for a COCO json, write {FORMS['coco']}"
         raise UserError(f"no data set is called {name!r}{hint}")
 
 
-def _get_one(name: str) -> list[dict]:
-    if name.startswith(FOLDER_PREFIX):
-        return load_image_folder(name[len(FOLDER_PREFIX) :])
+def _get_one(name: str, annotations: bool) -> list[dict]:
     check_registered(name)
+    if is_path_name(name) and not annotations and (source := parse(name)).scheme == "coco":
+        return read_like(source, load_coco_images(source.path, source.images))
     try:
         records = DatasetCatalog.get(name)
     except OSError as error:
@@ -177,8 +186,8 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
         image_root: the images' folder.
 
     Returns:
-        Records with COCO's integer ``image_id``, and with ``height`` and ``width`` if a json is
-        given.
+        Records with COCO's integer ``image_id``, and with ``height`` and ``width`` if the json has
+        them.
 
     Raises:
         UserError: a missing folder or json, a json in another format, a file name without a number.
@@ -206,8 +215,7 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
             {
                 "file_name": os.path.join(folder, image["file_name"]),
                 "image_id": image["id"],
-                "height": image["height"],
-                "width": image["width"],
+                **{key: image[key] for key in ("height", "width") if image.get(key) is not None},
             }
             for image in images
         ]
@@ -240,4 +248,6 @@ def _register_builtin(root: str) -> None:
     register_image_folder("imagenet_train_labeled", imagenet, with_labels=True)
 
 
+_before = set(DatasetCatalog)
 _register_builtin(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+registration.library_names |= set(DatasetCatalog) - _before

@@ -89,7 +89,7 @@ class PretrainDataset:
     """Unlabelled images; a sample is a function of ``(seed, epoch, index)`` alone.
 
     Args:
-        names: one or several registered data sets or ``folder://DIR``.
+        names: one or several data sets, registered or named by path, e.g. ``folder://DIR``.
         views: the method's view sampler.
         regions: path of a region store, or ``None`` for methods without regions.
         recipe: the id of the recipe that the store must be made with, e.g. ``"grid-v1"``, or
@@ -122,7 +122,7 @@ class PretrainDataset:
         labels: bool = False,
         allow_ground_truth: bool = False,
     ) -> None:
-        records = get_records(names)
+        records = get_records(names, annotations=False)
         if labels:
             _label(records, names)
         self._last_error: UnreadableImage | None = None

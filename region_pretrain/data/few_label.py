@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import get_detection_dataset_dicts
 
+from region_pretrain.data.catalog import check_registered
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def first_fraction(
     10 %.
 
     Args:
-        names: one or several registered data sets.
+        names: one or several data sets, registered or named by path.
         fraction: fraction of the images to keep, in (0, 1]; rounded down, at least one image.
         filter_empty: drop images without annotations before counting.
 
@@ -70,6 +71,8 @@ def _load(
     if not 0 < fraction <= 1:
         raise UserError(f"fraction={fraction} of {names}: must be above 0 and at most 1")
     names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        check_registered(name)
     dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty)
     # round() first: 0.29 * 100 is 28.999999999999996
     count = max(1, math.floor(round(len(dicts) * fraction, 6)))

@@ -9,6 +9,7 @@ from collections.abc import Container, Sequence
 
 from detectron2.utils.file_io import PathManager
 
+from region_pretrain.dataset_names import parse
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def refuse_output_among_images(path: str, names: str | Sequence[str]) -> None:
     for name in [names] if isinstance(names, str) else names:
         if not name.startswith(FOLDER_PREFIX) or not path.lower().endswith(IMAGE_EXTENSIONS):
             continue
-        folder = os.path.realpath(os.path.expanduser(name[len(FOLDER_PREFIX) :]))
+        folder = os.path.realpath(parse(name).path)
         if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
             raise UserError(
                 f"{path} would become one of the images of {name}: choose a file outside this "

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class RunCheckpointer(DetectionCheckpointer):
     - ``hooks``: states of the hooks that have one;
     - ``iteration``: last finished iteration (0-based); a resumed run starts at the next one;
     - ``rng``: random states, one entry per rank;
-    - ``run``: properties of the run that the schedule depends on.
+    - ``run``: properties of the run that the schedule depends on;
+    - ``thing_classes``: the names of a detector's classes, if they are known.
 
     Args:
         model: with or without DDP.
@@ -78,6 +80,7 @@ class RunCheckpointer(DetectionCheckpointer):
             ``world_size``.
         allow_world_size_change: resume even if the number of processes differs. The images and
             their global order stay the same; the random numbers that a process draws do not.
+        classes: names of the detector's classes; empty if unknown.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
@@ -88,12 +91,14 @@ class RunCheckpointer(DetectionCheckpointer):
         *,
         run: dict[str, int],
         allow_world_size_change: bool = False,
+        classes: Sequence[str] = (),
         **checkpointables: Any,
     ) -> None:
         given = {name: obj for name, obj in checkpointables.items() if obj is not None}
         super().__init__(model, save_dir, **given)
         self.run = dict(run)
         self.allow_world_size_change = allow_world_size_change
+        self.classes = list(classes)
         self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
         self._random_state: dict[str, Any] | None = None
 
@@ -117,6 +122,8 @@ class RunCheckpointer(DetectionCheckpointer):
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         hooks = self.trainer.state_dict().get("hooks", {}) if self.trainer else {}
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
+        if self.classes:
+            data["thing_classes"] = self.classes
 
         path = os.path.join(self.save_dir, f"{name}.pth")
         try:
@@ -178,6 +185,11 @@ class RunCheckpointer(DetectionCheckpointer):
             return 0
         data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         self._check_run(path, data["run"])
+        if data.get("thing_classes", self.classes) != self.classes:
+            raise UserError(
+                f"{path} was written for the classes {', '.join(data['thing_classes'])}, now the "
+                f"data has {', '.join(self.classes)}: choose another train.output_dir"
+            )
         self._load_model_state(path, {**data["model"], **data["pretraining"]})
         for key, obj in self.checkpointables.items():
             if key not in data:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from math import isnan
 from typing import Any
 
@@ -19,10 +18,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.config import complete_train
-from region_pretrain.data.catalog import check_registered
-from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
+from region_pretrain.engine.labelled_data import (
+    check_labelled_data,
+    compare_with_checkpoint,
+    missing_files_are_user_errors,
+)
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
@@ -58,43 +60,6 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
     return {task: dict(values) for task, values in results.items()}
 
 
-def _check_data(cfg: DictConfig) -> None:
-    """Check the config's data sets before anything is computed.
-
-    Raises:
-        UserError: the config is for pre-training, or names an unknown or unlabelled data set.
-    """
-    if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
-        raise UserError(
-            "the config has no dataloader.test, so it is not a detection config "
-            "(pre-training configs are for tools/pretrain_net.py)"
-        )
-    for split in ("train", "test"):
-        loader = cfg.dataloader.get(split)
-        dataset = loader.get("dataset") if loader is not None else None
-        if dataset is None or "names" not in dataset:
-            continue
-        names = instantiate(dataset.names)
-        for name in [names] if isinstance(names, str) else names:
-            if name.startswith(FOLDER_PREFIX):
-                raise UserError(
-                    f"dataloader.{split}.dataset.names={name}: a folder has no boxes; "
-                    "fine-tuning needs a registered data set with annotations"
-                )
-            check_registered(name)
-
-
-@contextmanager
-def _missing_files_are_user_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the data set cannot be read: {error}; built-in data sets are expected in the folder "
-            "that the environment variable DETECTRON2_DATASETS names"
-        ) from error
-
-
 def do_evaluate(cfg: DictConfig) -> Results:
     """Evaluate ``train.init_checkpoint`` without training; write ``results_eval.json``.
 
@@ -105,24 +70,27 @@ def do_evaluate(cfg: DictConfig) -> Results:
         See :func:`do_test`.
 
     Raises:
-        UserError: there is no checkpoint, or it is not that of a trained detector.
+        UserError: there is no checkpoint, or it is not that of a trained detector or of a detector
+            of other classes.
     """
     complete_train(cfg)
     start_logging(None)
-    _check_data(cfg)
+    classes = check_labelled_data(cfg, training=False)
+    classes.log()
     if not cfg.train.init_checkpoint:
         raise UserError("no weights to evaluate: set train.init_checkpoint=PATH")
     if cfg.train.seed is None:
         cfg.train.seed = 0
     model = build_model(cfg, resolve_device(cfg.train.device)).eval()
     report = load_pretrained(model, cfg.train.init_checkpoint)
+    compare_with_checkpoint(report, classes, training=False)
     unfilled = [name for name, count in report.modules.items() if not count.loaded_tensors]
     if unfilled:
         raise UserError(
             f"{cfg.train.init_checkpoint} has no weights for {', '.join(unfilled)}: it is not a "
             "trained detector; fine-tune from it first, without --eval-only"
         )
-    with _missing_files_are_user_errors():
+    with missing_files_are_user_errors():
         results = do_test(cfg, model)
     if comm.is_main_process():
         PathManager.mkdirs(cfg.train.output_dir)
@@ -155,9 +123,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
-    _check_data(cfg)
+    classes = check_labelled_data(cfg, training=True)
     start_run(cfg, resume)
-    with _missing_files_are_user_errors():
+    classes.log()
+    with missing_files_are_user_errors():
         data = detection_training_data(
             cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable
         )
@@ -175,7 +144,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             return [evaluation]
         return [_precise_bn(cfg, trainer, data), evaluation]
 
-    model, _ = run_training(cfg, data, resume=resume, make_hooks=make_hooks)
+    model, _ = run_training(cfg, data, resume=resume, classes=classes, make_hooks=make_hooks)
     # A run that was killed after its last checkpoint still has to be evaluated.
     results = evaluated[-1] if evaluated else do_test(cfg, model)
     if comm.is_main_process():

@@ -22,6 +22,7 @@ HARMLESS = (
     "train.allow_world_size_change",
     "train.eval_period",
     "train.device",
+    "train.register",
     "train.compile",
     "train.channels_last",
     "train.cudnn_benchmark",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from region_pretrain.config import complete_train
+from region_pretrain.data.sources import register_named
 from region_pretrain.engine.build import TrainingData, build_part, build_pretraining_model
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.errors import UserError
@@ -35,6 +36,7 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
     complete_train(cfg)
     if "evaluator" in cfg.dataloader:
         raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
+    register_named(cfg)
     start_run(cfg, resume)
     data = build_part(cfg.dataloader.train, "dataloader.train")
     if not isinstance(data, TrainingData):

@@ -30,6 +30,7 @@ from region_pretrain.engine.build import (
 )
 from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
 from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
+from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
@@ -70,6 +71,7 @@ def run_training(
     data: TrainingData,
     *,
     resume: bool,
+    classes: Classes | None = None,
     build: Callable[[DictConfig, torch.device], nn.Module] = build_model,
     make_hooks: Callable[[Trainer], list[HookBase]] = lambda trainer: [],
 ) -> tuple[nn.Module, dict[str, float]]:
@@ -82,6 +84,7 @@ def run_training(
         cfg: :func:`start_run` has been called with it.
         data: the batches.
         resume: continue from the newest checkpoint in ``train.output_dir``.
+        classes: a detector's classes, kept in its checkpoints.
         build: (config, device) -> the model.
         make_hooks: further hooks, which run between the learning-rate hook and ``train.hooks``.
 
@@ -120,6 +123,7 @@ def run_training(
             "world_size": comm.get_world_size(),
         },
         allow_world_size_change=train.allow_world_size_change,
+        classes=classes.names if classes else (),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=trainer.scaler,
@@ -138,7 +142,9 @@ def run_training(
 
     start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
     if start_iter == 0 and train.init_checkpoint:
-        load_pretrained(model, train.init_checkpoint)
+        report = load_pretrained(model, train.init_checkpoint)
+        if classes:
+            compare_with_checkpoint(report, classes, training=True)
         if isinstance(model, PretrainingModel):
             renew_momentum_copies(model)
     if start_iter >= max_iter:

@@ -52,6 +52,7 @@ class TransferReport:
         mismatched: (name, shape in the checkpoint, shape in the model) of tensors that were not
             loaded because their shapes differ.
         modules: counts per module, in the model's order.
+        classes: the names of the classes that the checkpoint was trained on; empty if unknown.
     """
 
     path: str
@@ -60,6 +61,7 @@ class TransferReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     modules: dict[str, ModuleCount] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A table with one line per module, and a line for unused tensors of the checkpoint."""
@@ -139,7 +141,7 @@ def load_pretrained(model: nn.Module, path: str) -> TransferReport:
     except pickle.UnpicklingError as error:
         raise UserError(f"cannot read the checkpoint {path}: {_why(error)}") from error
     report = checkpointer.report
-    report.path = path
+    report.path, report.classes = path, checkpointer.classes
     _check(report, checkpointer.keys)
     logger.info(report.summary())
     return report
@@ -163,6 +165,7 @@ class _ReportingCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_to_disk=False)
         self.report = TransferReport(path="")
         self.keys: list[str] = []  # the checkpoint's names, as in the file
+        self.classes: list[str] = []
         self._weights: dict[str, torch.Tensor] = {}
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -182,6 +185,7 @@ class _ReportingCheckpointer(DetectionCheckpointer):
                 f"{where}save them as {{'model': state_dict}} with the detector's names"
             )
         self.keys = [str(k) for k in weights]
+        self.classes = [str(name) for name in loaded.get("thing_classes", ())]
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:

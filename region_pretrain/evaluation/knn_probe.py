@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from region_pretrain.data.catalog import check_registered
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn import knn_accuracy
 from region_pretrain.images import read_record
@@ -179,9 +180,9 @@ class KNNProbeHook(HookBase):
     Args:
         period: in iterations; 0: only before the first step, which every new run logs as iteration
             0, and after the last step.
-        train_names: registered data sets whose boxes vote.
-        val_names: registered data sets whose boxes are classified; empty: each box of
-            ``train_names`` is classified by all others.
+        train_names: data sets whose boxes vote, registered or named by path.
+        val_names: data sets whose boxes are classified; empty: each box of ``train_names`` is
+            classified by all others.
         k: number of neighbours.
         max_images: use only the first images of both; None: all.
         batch_size: images per batch.
@@ -275,6 +276,8 @@ class KNNProbeHook(HookBase):
         return {n: torch.cat(v) for n, v in vectors.items() if v}, torch.tensor(labels)
 
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
+        for name in names:
+            check_registered(name)
         dicts = get_detection_dataset_dicts(names)[: self._max_images]
         dicts = [d for d in dicts if any(_counts(a) for a in d.get("annotations", ()))]
         if not dicts:

@@ -12,13 +12,13 @@ import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from region_pretrain.config import load_config
+from region_pretrain.config import load_config, override_config
 from region_pretrain.data.catalog import check_registered
-from region_pretrain.data.folder import FOLDER_PREFIX
+from region_pretrain.data.sources import register_named
+from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.snapshot import in_checkout
 from region_pretrain.modeling.meta_arch import check_contract
-from region_pretrain.overrides import apply_overrides
 
 
 @functools.cache
@@ -37,7 +37,7 @@ _VALUES = (
 
 @functools.cache
 def _build_once(path: str, overrides: tuple[str, ...]) -> None:
-    cfg = apply_overrides(copy.deepcopy(_file(path)), overrides)
+    cfg = override_config(copy.deepcopy(_file(path)), overrides, path)
     try:
         _build(cfg)
     except UserError as error:
@@ -65,7 +65,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
         UserError: the config is of the wrong kind or does not build.
     """
     path = in_checkout(path)
-    cfg = apply_overrides(copy.deepcopy(_file(path)), overrides)
+    cfg = override_config(copy.deepcopy(_file(path)), overrides, path)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):
         wrong = "is not a detection config: it has no dataloader.test and dataloader.evaluator"
@@ -78,20 +78,21 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
 
 
 def _build(cfg: DictConfig) -> None:
+    detection = "evaluator" in cfg.dataloader
+    if detection:
+        check_labelled_data(cfg, training=True)
+    else:
+        register_named(cfg)
+        names = instantiate(cfg.dataloader.train.get("dataset", {}).get("names", []))
+        for name in [names] if isinstance(names, str) else names:
+            check_registered(name)
     with torch.device("meta"):
         model = instantiate(cfg.model)
-    if "evaluator" not in cfg.dataloader:
+    if not detection:
         check_contract(model)
     cfg.optimizer.params.model = model
     instantiate(cfg.optimizer)
     instantiate(cfg.lr_multiplier)
-    for split in ("train", "test"):
-        loader = cfg.dataloader.get(split)
-        dataset = loader.get("dataset") if loader is not None else None
-        names = instantiate(dataset.names) if dataset is not None and "names" in dataset else []
-        for name in [names] if isinstance(names, str) else names:
-            if not name.startswith(FOLDER_PREFIX):
-                check_registered(name)
 
 
 def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
@@ -99,13 +100,13 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
 
     Args:
         cfg: the config; not modified.
-        without: dotted keys to ignore, besides ``train.output_dir``.
+        without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``.
 
     Raises:
         UserError: the config contains a lambda or a local function, which cannot be saved.
     """
     values = OmegaConf.to_container(cfg, resolve=False)
-    for key in ("train.output_dir", *without):
+    for key in ("train.output_dir", "train.register", *without):
         node, (*path, last) = values, key.split(".")
         for part in path:
             node = node[part]

@@ -15,6 +15,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from region_pretrain.config import load_config
+from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.files import write_atomic
 from region_pretrain.reporting import html, pictures
@@ -98,7 +99,9 @@ class SweepPictures:
             if not os.path.exists(config) and not state.is_finished(run):
                 return []  # it has not started
             try:
-                png = _png(draw(load_config(config), count))
+                cfg = load_config(config)
+                register_named(cfg)
+                png = _png(draw(cfg, count))
             except pictures.NothingToDraw:
                 png = b""
             except Exception as error:  # raised by any data set, sampler or model

@@ -1,6 +1,9 @@
 import argparse
+from pathlib import Path
 
 import pytest
+import yaml
+from detectron2.data import DatasetCatalog
 
 from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.errors import UserError
@@ -74,3 +77,34 @@ def test_two_jobs_do_not_share_a_folder(tmp_path, monkeypatch):
     (tmp_path / "bin/squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
     with pytest.raises(UserError, match="squeue failed: no controller"):
         submit("--slurm", "partition=gpu", f"train.output_dir={tmp_path}/run")
+
+
+def test_a_job_finds_its_data_in_any_folder_and_process(tmp_path, coco_folder, monkeypatch):
+    register, name = tmp_path / "register.py", f"registered_in_{tmp_path.name}"
+    register.write_text(
+        "from detectron2.data import DatasetCatalog\n"
+        f"DatasetCatalog.register({name!r}, lambda: [])\n"
+    )
+    written = {}
+    monkeypatch.setattr(
+        "region_pretrain.jobs.submission._submit", lambda *args: written.update(args[-1])
+    )
+    config = Path(CONFIG).resolve()
+    monkeypatch.chdir(coco_folder)
+    args = parse(
+        "--slurm",
+        "partition=gpu",
+        f"train.output_dir={tmp_path}/run",
+        "train.register=[../register.py]",
+        "dataloader.train.dataset.names=coco://ann.json?images=images",
+        f"dataloader.test.dataset.names={name}",
+    )
+    args.config_file = str(config)
+    submit_training(args, "tools/train_net.py")
+    DatasetCatalog.remove(name)
+    (text,) = written.values()
+    saved = yaml.unsafe_load(text)
+    assert saved["train"]["register"] == [str(register)]
+    path = f"coco://{coco_folder}/ann.json?images={coco_folder}/images"
+    assert saved["dataloader"]["train"]["dataset"]["names"] == path
+    assert saved["model"]["roi_heads"]["num_classes"] is None  # the job follows the data

@@ -4,9 +4,11 @@ import copy
 import dataclasses
 
 import pytest
+from detectron2.config import instantiate
 
-from region_pretrain.config import load_config
+from region_pretrain.config import CONFIG_ROOT, load_config
 from region_pretrain.engine.command_line import argument_parser
+from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import jobs, state, submission
@@ -258,3 +260,45 @@ def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
     assert choose({"0.3": paths["0.2"]}, "bbox/AP", out) == "0.3"  # a detector that finds nothing
     with pytest.raises(UserError, match="trial of optimizer.lr=1 has no"):
         choose({"1": "absent.json"}, "bbox/AP", out)
+
+
+def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):
+    monkeypatch.chdir(coco_folder)
+    subset = "region_pretrain.data.few_label.random_fraction"
+
+    def planned(name, folder):
+        det = {
+            "config": str(CONFIG_ROOT / "detection/mask_rcnn_r18_fpn_shapes.py"),
+            "overrides": [f"dataloader.{s}.dataset.names={name}" for s in ("train", "test")],
+            "label_fractions": [1.0, 0.5],
+            "learning_rates": [0.05, 0.1],
+            "held_out": [
+                f"dataloader.test.dataset._target_={subset}",
+                "+dataloader.test.dataset.fraction=0.34",
+                "+dataloader.test.dataset.seed=1",
+            ],
+        }
+        changes = {"pretrain": {}, "baselines": {"random": {}}, "finetune": {"det": det}}
+        return make_plan(sweep(folder, **changes))
+
+    found = planned("coco://ann.json?images=images", tmp_path / "a")
+    absolute = planned(f"coco://{coco_folder}/ann.json?images={coco_folder}/images", tmp_path / "b")
+    assert set(found.runs) == set(absolute.runs)  # the same computations
+    sizes = set()
+    for kind in (TRIAL, FINETUNE):
+        for run in entries(found, kind):
+            cfg = load_config(run.tasks[0][1], [a for a in run.tasks[0][2:] if "=" in a])
+            classes = check_labelled_data(cfg, training=True)
+            assert (classes.names, cfg.model.roi_heads.num_classes) == (["dog", "ant", "cat"], 3)
+            data = [len(instantiate(cfg.dataloader[s].dataset)) for s in ("train", "test")]
+            sizes.add((kind, *data))
+    assert sizes == {(TRIAL, 6, 2), (TRIAL, 3, 2), (FINETUNE, 6, 6), (FINETUNE, 3, 6)}
+
+    for name, message in (
+        ("coco://ann.json", "coco://ann.json' has no images="),
+        ("coco://ann.json?images=absent", "no such image folder: .*/absent"),
+        ("coco://images/30.png?images=images", "30.png is not a COCO json"),
+        ("folder://images", "a folder has no boxes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            planned(name, tmp_path / "c")

@@ -13,8 +13,10 @@ from types import ModuleType
 import pytest
 import skimage.data
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
 
+from region_pretrain.data.catalog import get_records
 from region_pretrain.data.shapes import ShapesSpec, register_shapes
 from region_pretrain.regions import RegionStore
 
@@ -161,7 +163,8 @@ def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
     assert [job.arguments[-2:] for job in made] == [["--shard", f"{i}/3"] for i in range(3)]
     assert {job.resume for job in made} == {""} and len({job.output_dir for job in made}) == 3
     args = here.parse_args(made[1].arguments)
-    assert (args.images, args.out, args.workers) == (str(tmp_path / "images"), out, 2)
+    assert (args.dataset, args.out) == ([f"folder://{tmp_path}/images"], out)
+    assert (args.images, args.workers, args.register) == (None, 2, [])
     assert args.recipe == "ccop-v1" and sorted(args.set) == ["mode=fast", "working_size=99"]
     with pytest.raises(SystemExit):
         here.main(["--images", str(tmp_path / "images"), "--out", out, *array[:2], "--slurm", "a"])
@@ -169,3 +172,28 @@ def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         here.main(["--images", str(tmp_path / "images"), "--out", out, "--dry-run"])
     assert "--dry-run shows what --slurm would submit" in capsys.readouterr().err
+
+
+def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, monkeypatch):
+    monkeypatch.chdir(coco_folder)
+    by_path, by_code = "coco://ann.json?images=images", "regions_by_code"
+    (tmp_path / "register.py").write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances({by_code!r}, {{}}, 'ann.json', 'images')\n"
+    )
+    code = ["--register", str(tmp_path / "register.py")]
+    for name, extra in ((by_path, []), (by_code, code)):
+        out = str(tmp_path / f"{len(extra)}.arrow")
+        arguments = ["--out", out, "--workers", "1", "--recipe", "ground_truth-v1", *extra]
+        tool().main(["--dataset", name, *arguments])
+        store = RegionStore.open(out)
+        for record in get_records(by_path):
+            boxes = [(a["bbox"], a["bbox_mode"]) for a in record["annotations"]]
+            expected = [BoxMode.convert(box, mode, BoxMode.XYXY_ABS) for box, mode in boxes]
+            assert sorted(store.boxes(str(record["image_id"])).tolist()) == sorted(expected)
+    DatasetCatalog.remove(by_code)
+
+    # The jobs of shards know neither the config nor the working directory's names.
+    args = tool().parse_args(["--config-file", "x", "--out", "r.arrow", *code])
+    made = tool()._arguments(args, by_path, {})
+    assert made == ["--dataset", by_path, *code, "--out", "r.arrow", *made[-4:]]

@@ -27,7 +27,7 @@ def object_crops(names: str | Sequence[str], context: float = 1.5) -> str:
     A record has the object's ``category_id`` and its ``crop`` in whole pixels of the file.
 
     Args:
-        names: registered data sets with boxes, all with the same classes.
+        names: data sets with boxes, registered or named by path, all with the same classes.
         context: side lengths of the image relative to the box, at least 1.
 
     Returns:
@@ -42,16 +42,17 @@ def object_crops(names: str | Sequence[str], context: float = 1.5) -> str:
         raise UserError(f"object_crops: context={context} crops objects: must be at least 1")
     name = f"objects:{'+'.join(names)}:{context:g}"
     if name not in DatasetCatalog.list():
-        DatasetCatalog.register(name, lambda: _load_crops(names, context))
-        classes = MetadataCatalog.get(names[0]).get("thing_classes")
-        if classes is not None:
-            MetadataCatalog.get(name).set(thing_classes=list(classes))
+        DatasetCatalog.register(name, lambda: _load_crops(name, names, context))
     return name
 
 
-def _load_crops(names: list[str], context: float) -> list[dict]:
+def _load_crops(name: str, names: list[str], context: float) -> list[dict]:
     crops: list[dict] = []
-    for record in get_records(names):
+    records = get_records(names)
+    classes = MetadataCatalog.get(names[0]).get("thing_classes")
+    if classes is not None:
+        MetadataCatalog.get(name).set(thing_classes=list(classes))
+    for record in records:
         objects = [a for a in record.get("annotations", ()) if not a.get("iscrowd", 0)]
         if not objects:
             continue

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from region_pretrain.data.catalog import register_once
 from region_pretrain.data.shapes.scene import CLASSES, Difficulty, get_difficulty, render_scene
 from region_pretrain.errors import UserError
+from region_pretrain.registration import library_names
 
 logger = logging.getLogger(__name__)
 
@@ -189,4 +190,4 @@ def shapes(
 
 
 for _split, _size in (("unlabeled", 2000), ("train", 200), ("val", 200)):
-    register_shapes(f"shapes_{_split}", ShapesSpec(_split, _size))
+    library_names.add(register_shapes(f"shapes_{_split}", ShapesSpec(_split, _size)))

@@ -1,0 +1,161 @@
+"""Data sets named by path in Detectron2's catalogs.
+
+``coco://ANN.json?images=DIR``, ``voc://ROOT?split=NAME`` and ``folder://DIR`` are registered under
+these very names, so that Detectron2's functions accept them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import tempfile
+import uuid
+import xml.etree.ElementTree as ET
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
+from omegaconf import DictConfig
+
+from region_pretrain import registration
+from region_pretrain.data.coco_json import load_coco
+from region_pretrain.data.folder import load_image_folder
+from region_pretrain.dataset_names import Source, is_path_name, names_in, parse
+from region_pretrain.errors import UserError
+
+__all__ = ["Source", "is_path_name", "parse", "read_like", "register", "register_named"]
+
+Records = list[dict[str, Any]]
+
+
+def register_named(cfg: DictConfig) -> None:
+    """Register every data set that a config names, in this process.
+
+    The code in ``train.register`` is executed, and every name by path in the config is registered.
+    No labels are read yet.
+
+    Args:
+        cfg: complete.
+
+    Raises:
+        UserError: a name is invalid, or code in ``train.register`` fails.
+    """
+    registration.execute(cfg.train.register)
+    for name in names_in(cfg):
+        register(name)
+
+
+def register(name: str) -> None:
+    """Register a data set under its name by path, unless it is registered; see :func:`parse`.
+
+    Other names are ignored. The metadata of ``coco://`` and ``voc://`` is set when their records
+    are first loaded; their files are read once per process.
+
+    Raises:
+        UserError: the name is invalid.
+    """
+    if not is_path_name(name) or name in DatasetCatalog:
+        return
+    source = parse(name)
+    if source.scheme == "folder":
+        DatasetCatalog.register(name, lambda: read_like(source, load_image_folder(source.path)))
+        MetadataCatalog.get(name).set(image_root=source.path)
+    else:
+        DatasetCatalog.register(name, lambda: pickle.loads(_labelled(name)))
+
+
+def read_like(source: Source, records: Records) -> Records:
+    """Add a source's reading options to its records, if it has any."""
+    if source.reading:
+        for record in records:
+            record["reading"] = {**source.reading}
+    return records
+
+
+@functools.cache
+def _labelled(name: str) -> bytes:
+    """The records, pickled: this needs less memory, and each caller unpickles its own copy."""
+    source = parse(name)
+    load = {"coco": _load_coco, "voc": _load_voc}[source.scheme]
+    records, metadata = load(source)
+    MetadataCatalog.get(name).set(**metadata)
+    return pickle.dumps(read_like(source, records))
+
+
+def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
+    data = load_coco(source.path, source.images)
+    return data.records, {
+        "json_file": data.json_file,
+        "image_root": source.images,
+        "evaluator_type": "coco",
+        "thing_classes": data.classes,
+        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(data.category_ids)},
+    }
+
+
+def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
+    root = source.path
+    listing = os.path.join(root, "ImageSets", "Main", f"{source.split}.txt")
+    if not os.path.isfile(listing):
+        raise UserError(f"no such file: {listing}, the list of the images of voc://{root}")
+    try:
+        classes = _voc_classes(root)
+        records = load_voc_instances(root, source.split, classes)
+    except OSError as error:
+        raise UserError(f"{root} lacks a file of {listing}: {error}") from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{root} cannot be read as Pascal VOC: {type(error).__name__}: {error}"
+        ) from error
+    for record in records:
+        record["image_id"] = str(record["image_id"])
+    return records, {
+        "dirname": root,
+        "split": source.split,
+        "image_root": os.path.join(root, "JPEGImages"),
+        # PascalVOCDetectionEvaluator uses the 11-point metric for 2007.
+        "year": 2007 if "2007" in os.path.basename(os.path.abspath(root)) else 2012,
+        "evaluator_type": "pascal_voc",
+        "thing_classes": classes,
+        "json_file": _voc_as_coco(records, classes),
+    }
+
+
+@functools.cache
+def _voc_classes(root: str) -> list[str]:
+    """The classes of all splits: VOC's own 20 if there are no others, else all names, sorted."""
+    folder = os.path.join(root, "Annotations")
+    found: set[str] = set()
+    for file in sorted(os.listdir(folder)):
+        if file.endswith(".xml"):
+            try:
+                tree = ET.parse(os.path.join(folder, file))
+            except ET.ParseError as error:
+                raise UserError(f"{os.path.join(folder, file)} is damaged: {error}") from error
+            found.update(box.findtext("name") or "" for box in tree.iter("object"))
+    if not found - set(CLASS_NAMES):
+        return list(CLASS_NAMES)
+    return sorted(found)
+
+
+def _voc_as_coco(records: Records, classes: list[str]) -> str:
+    """A temporary json for COCOEvaluator, which cannot derive a file's name from a name by path."""
+    folder = _temporary_folder().name
+    path = os.path.join(folder, f"{uuid.uuid4().hex}.json")
+    name = f"voc of {path}"
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=classes)
+    try:
+        convert_to_coco_json(name, path)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    return path
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    """Exists until this process ends."""
+    return tempfile.TemporaryDirectory()

@@ -1,0 +1,230 @@
+"""Checks a detection config against its data sets, which also give the number of classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import NamedTuple
+
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+
+from region_pretrain.config import NUM_CLASSES, num_classes_keys
+from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.folder import FOLDER_PREFIX
+from region_pretrain.data.sources import register_named
+from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
+from region_pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 20
+
+
+class Classes(NamedTuple):
+    """The classes of a detector's data.
+
+    Attributes:
+        names: their names, in the order of ``category_id``; empty if the data set has none.
+        datasets: the data sets.
+        followed: keys of the config that were null and are now the number of names.
+    """
+
+    names: list[str]
+    datasets: list[str]
+    followed: list[str]
+
+    def log(self) -> None:
+        """Log the names, and which keys follow from them."""
+        if self.names:
+            keys = "".join(
+                f"{key}={len(self.names)} follows from the data; " for key in self.followed
+            )
+            logger.info("%s%d classes: %s", keys, len(self.names), _shown(self.names))
+
+
+def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
+    """Check a detection config's data sets before anything is computed; complete its model.
+
+    Keys of :data:`~region_pretrain.config.NUM_CLASSES` that are null become the number of
+    ``thing_classes`` of the training data, or of the test data in an evaluation. Numbers are
+    compared with it. If the config has a data set or mapper of the user's own, which may map the
+    classes, a difference is only a warning.
+
+    Args:
+        cfg: changed in place; complete.
+        training: whether the detector is trained, not only evaluated.
+
+    Raises:
+        UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
+            or the classes of the config, the training data and the test data differ.
+    """
+    if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
+        raise UserError(
+            "the config has no dataloader.test, so it is not a detection config "
+            "(pre-training configs are for tools/pretrain_net.py)"
+        )
+    register_named(cfg)
+    splits = ("train", "test") if training else ("test",)
+    names = {split: _dataset_names(cfg, split) for split in splits}
+    with missing_files_are_user_errors():
+        classes = {split: _classes(f"dataloader.{split}", names[split]) for split in splits}
+    first = splits[0]
+    own = _maps_classes(cfg)
+    if training and (difference := _difference(classes["train"], classes["test"])):
+        _refuse(
+            f"the classes of {_shown(names['train'])} (training) and {_shown(names['test'])} "
+            f"(test) differ: {difference}",
+            own,
+        )
+    followed = _compare_number(cfg, classes[first], names[first], own)
+    return Classes(classes[first], names[first], followed)
+
+
+@contextmanager
+def missing_files_are_user_errors() -> Iterator[None]:
+    """Turn an ``OSError`` into one line about the data set's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the data set cannot be read: {error}; built-in data sets are expected in the folder "
+            "that the environment variable DETECTRON2_DATASETS names"
+        ) from error
+
+
+def compare_with_checkpoint(report: TransferReport, classes: Classes, training: bool) -> None:
+    """Compare the class names in a checkpoint with those of the data.
+
+    Args:
+        report: what was loaded.
+        classes: the data's.
+        training: warn instead of raising an error, and only if the checkpoint's predictors are
+            used: a fine-tuning may learn other classes.
+
+    Raises:
+        UserError: they differ.
+    """
+    predicts = any(layer in name for name in report.matched for layer in CLASS_LAYERS)
+    if training and not (predicts and len(report.classes) == len(classes.names)):
+        return
+    if difference := _difference(report.classes, classes.names):
+        _refuse(
+            f"{report.path} was trained on other classes than those of "
+            f"{_shown(classes.datasets)}: {difference}",
+            training,
+        )
+
+
+def _refuse(message: str, only_warn: bool) -> None:
+    if not only_warn:
+        raise UserError(message)
+    logger.warning("%s", message)
+
+
+def _dataset_names(cfg: DictConfig, split: str) -> list[str]:
+    """The data sets of a loader; none if the loader does not name them."""
+    loader = cfg.dataloader.get(split)
+    dataset = loader.get("dataset") if isinstance(loader, DictConfig) else None
+    if not isinstance(dataset, DictConfig) or "names" not in dataset:
+        return []
+    names = instantiate(dataset.names)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name.startswith(FOLDER_PREFIX):
+            raise UserError(
+                f"dataloader.{split}.dataset.names={name}: a folder has no boxes; fine-tuning "
+                "needs annotations: coco://ANN.json?images=DIR, voc://ROOT?split=NAME, or the name "
+                "of a registered data set"
+            )
+        check_registered(name)
+    return names
+
+
+def _classes(key: str, names: Sequence[str]) -> list[str]:
+    """The class names that all data sets have; empty if they have none."""
+    found = [list(MetadataCatalog.get(name).get("thing_classes") or _load(name)) for name in names]
+    for name, classes in zip(names[1:], found[1:], strict=True):
+        if difference := _difference(found[0], classes):
+            raise UserError(f"{key}: the classes of {names[0]} and {name} differ: {difference}")
+    return next(filter(None, found), [])
+
+
+def _load(name: str) -> list[str]:
+    """The class names of a data set that has them only once it is loaded."""
+    DatasetCatalog.get(name)
+    return list(MetadataCatalog.get(name).get("thing_classes", ()))
+
+
+def _difference(one: Sequence[str], other: Sequence[str]) -> str:
+    """The first difference of two lists of classes; empty if one is unknown."""
+    if not one or not other or list(one) == list(other):
+        return ""
+    i, pair = next((i, p) for i, p in enumerate(zip_longest(one, other)) if p[0] != p[1])
+    numbers = f"{len(one)} and {len(other)} classes; " if len(one) != len(other) else ""
+    shown = " and ".join("missing" if name is None else repr(name) for name in pair)
+    return f"{numbers}class {i} is {shown}"
+
+
+def _maps_classes(cfg: DictConfig) -> bool:
+    """Whether a data set or mapper is neither Detectron2's nor ours."""
+    for split in ("train", "test"):
+        loader = cfg.dataloader.get(split)
+        for part in ("dataset", "mapper"):
+            lazy = loader.get(part) if isinstance(loader, DictConfig) else None
+            target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
+            target = locate(target) if isinstance(target, str) else target
+            module = getattr(target, "__module__", None) or ""
+            if target is not None and not module.startswith(("detectron2.", "region_pretrain.")):
+                return True
+    return False
+
+
+def _compare_number(
+    cfg: DictConfig, classes: Sequence[str], names: Sequence[str], own: bool
+) -> list[str]:
+    """Fill in the null keys, compare the others; returns the keys that were null."""
+    followed = []
+    for key in num_classes_keys(cfg):
+        number = OmegaConf.select(cfg, key)
+        if number is None and classes:
+            OmegaConf.update(cfg, key, len(classes))
+            followed.append(key)
+        elif number is None:
+            raise UserError(
+                f"{key} is null, but {_shown(names) or 'dataloader.train'} has no class names "
+                f"(thing_classes): set {key}=NUMBER"
+            )
+    for key in NUM_CLASSES:
+        number = OmegaConf.select(cfg, key)
+        if not isinstance(number, int) or not names:
+            continue
+        if classes and number != len(classes):
+            _refuse(
+                f"{key}={number}, but {_shown(names)} has {len(classes)} classes "
+                f"({_shown(classes)}): set {key}={len(classes)}, or null to follow the data",
+                own,
+            )
+        elif not classes and (count := _count(names)) > number:
+            _refuse(
+                f"{key}={number}, but {_shown(names)} has boxes with category_id={count - 1}: set "
+                f"{key}={count} or more",
+                own,
+            )
+    return followed
+
+
+def _count(names: Sequence[str]) -> int:
+    """One more than the largest ``category_id``."""
+    records = (record for name in names for record in DatasetCatalog.get(name))
+    ids = (box["category_id"] for record in records for box in record.get("annotations", ()))
+    return 1 + max(ids, default=-1)
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,112 @@
+"""User code that registers data sets, executed once in every process.
+
+A config may register data sets when it is loaded. Child processes, SLURM jobs and a saved
+``config.yaml`` do not load it, so its path is kept in ``train.register``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog
+from omegaconf import DictConfig, OmegaConf
+
+from region_pretrain.errors import UserError
+
+#: Data sets of this library. They are registered on import, possibly that by a config.
+library_names: set[str] = set()
+
+_executed: set[str] = set()  # absolute paths and names of modules
+_registered_by: dict[str, str] = {}  # data set -> what registered it
+
+
+@contextmanager
+def recording(path: str) -> Iterator[None]:
+    """Record that a file is executed, and which data sets it registers.
+
+    A file that is executed again, or two that register the same data set, do not clash.
+
+    Args:
+        path: the file, or the name of a module.
+    """
+    path = absolute(path)
+    hidden = {n: DatasetCatalog.pop(n) for n in _registered_by if n in DatasetCatalog}
+    before = set(DatasetCatalog)
+    try:
+        yield
+    finally:
+        for name in set(DatasetCatalog) - before - library_names:
+            _registered_by[name] = path
+        for name, load in hidden.items():
+            DatasetCatalog.setdefault(name, load)
+    _executed.add(path)
+
+
+def absolute(entry: str) -> str:
+    """An entry of ``train.register`` with an absolute path; a module's name does not change."""
+    if not entry.endswith(".py") or "://" in entry:
+        return entry
+    return os.path.abspath(os.path.expanduser(entry))
+
+
+def complete_register(cfg: DictConfig, path: str) -> None:
+    """Complete ``train.register`` with whatever registered data sets, and execute its entries.
+
+    Args:
+        cfg: changed in place; complete.
+        path: the file that the config was loaded from.
+
+    Raises:
+        UserError: see :func:`execute`.
+    """
+    entries = [absolute(entry) for entry in cfg.train.register]
+    if (own := absolute(path)) in _registered_by.values():
+        entries.append(own)
+    if _registered_by:
+        texts = set(_texts(OmegaConf.to_container(cfg, resolve=False)))
+        entries += [by for name, by in _registered_by.items() if name in texts]
+    cfg.train.register = list(dict.fromkeys(entries))
+    execute(cfg.train.register)
+
+
+def _texts(node: object) -> Iterator[str]:
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _texts(child)
+
+
+def execute(entries: Iterable[str]) -> None:
+    """Execute files and import modules, unless this process has done so already.
+
+    Args:
+        entries: ``train.register``.
+
+    Raises:
+        UserError: an entry cannot be executed or imported.
+    """
+    for entry in map(absolute, entries):
+        if entry in _executed:
+            continue
+        if not entry.endswith(".py") and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", entry):
+            raise UserError(
+                f"train.register: {entry!r} is neither a .py file nor the name of a module"
+            )
+        try:
+            with recording(entry):
+                if entry.endswith(".py"):
+                    LazyConfig.load(entry)
+                else:
+                    importlib.import_module(entry)
+        except Exception as error:  # the user's code may raise anything
+            missing = isinstance(error, ModuleNotFoundError)
+            hint = "; is its folder on PYTHONPATH?" if missing else ""
+            raise UserError(
+                f"train.register: {entry} failed: {type(error).__name__}: {error}{hint}"
+            ) from error
