@@ -90,8 +90,7 @@ def complete_train(cfg: DictConfig) -> DictConfig:
     """Add the defaults of ``configs/common/train.py`` to ``cfg.train``.
 
     :func:`load_config` has done this for every config that comes from a file, and a complete config
-    is returned unchanged. Detectron2's own configs have fewer keys; their
-    ``checkpointer.max_to_keep`` becomes ``keep_last``.
+    is returned unchanged. Detectron2's own configs have fewer keys.
 
     Args:
         cfg: changed in place.
@@ -100,14 +99,8 @@ def complete_train(cfg: DictConfig) -> DictConfig:
         ``cfg``.
     """
     given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
-    keys = _keys(given)
-    if _keys(defaults) <= keys and "checkpointer.max_to_keep" not in keys:
-        return cfg
-    train = OmegaConf.merge(defaults, given)
-    kept = train.checkpointer.pop("max_to_keep", None)
-    if kept is not None and "keep_last" not in given.checkpointer:
-        train.checkpointer.keep_last = kept
-    cfg.train = train
+    if not _keys(defaults) <= _keys(given):
+        cfg.train = OmegaConf.merge(defaults, given)
     return cfg
 
 

@@ -11,6 +11,12 @@ class UserError(Exception):
     """Bad input. The message names the file, key or value at fault and how to fix it."""
 
 
+def describe(error: BaseException) -> str:
+    """An exception in one line: its type and message, or only the message of a UserError."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 #: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).
 STOPPED = 75
 
