@@ -71,15 +71,19 @@ def prefetched_bytes(load_one: Callable[[], Any], batch_size: int, num_workers: 
     return size * batch_size * (_PREFETCH_FACTOR * num_workers + 1)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers and objects, such as Detectron2's ``Instances``."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers and objects, such as Detectron2's ``Instances``, once."""
+    waiting, seen = [batch], {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif hasattr(value, "__dict__"):
+            waiting.append(vars(value))

@@ -174,7 +174,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         process.
 
     Raises:
-        UserError: the config, the data or the output folder is invalid.
+        UserError: the config, the data or the output folder is invalid, or the final evaluation
+            failed.
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)

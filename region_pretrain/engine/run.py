@@ -26,6 +26,7 @@ from region_pretrain.engine.build import (
     resolve_device,
     resolve_max_iter,
     scale_lr,
+    warn_of_single_images,
     wrap_model,
 )
 from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
@@ -112,6 +113,7 @@ def run_training(
     lr = scale_lr(cfg, data, max_iter)
 
     model = build(cfg, device)
+    warn_of_single_images(cfg, data, model)
     optimizer = build_optimizer(cfg, model, lr)
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
     trainer = Trainer(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
+from region_pretrain.engine.build import one_image_at_a_time
 from region_pretrain.engine.memory import MORE_SHARED_MEMORY, peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
@@ -236,7 +237,13 @@ class Trainer(TrainerBase):
             reduce = i == len(parts) - 1 or not distributed
             with nullcontext() if reduce else self.model.no_sync():
                 with self._autocast(), scalars:
-                    output = self.model(part)
+                    try:
+                        output = self.model(part)
+                    except ValueError as error:  # PyTorch's text
+                        if len(part) > 1 or "more than 1 value per channel" not in str(error):
+                            raise
+                        total = len(batch) * comm.get_world_size()
+                        raise UserError(one_image_at_a_time(total, len(parts))) from None
                     losses = {k: v for k, v in output.items() if k.startswith("loss")}
                     if not losses:
                         raise RuntimeError(f"the model returned no loss, only {list(output)}")

@@ -318,11 +318,16 @@ def fine_tune_in_process(output_dir: str, process: dict, evaluate: dict) -> None
 
 
 def train_in_process(
-    output_dir: str, resume: bool, train: dict | None = None, model: dict | None = None
+    output_dir: str,
+    resume: bool,
+    train: dict | None = None,
+    model: dict | None = None,
+    loader: dict | None = None,
 ) -> None:
     """What the processes of a test run."""
     cfg = make_config(output_dir, **(train or {}))
     cfg.model.update(model or {})
+    cfg.dataloader.train.update(loader or {})
     do_pretrain(cfg, resume)
 
 
