@@ -141,8 +141,7 @@ def complete_train(cfg: DictConfig) -> DictConfig:
     """Add the defaults of ``configs/common/train.py`` to ``cfg.train``.
 
     :func:`load_config` has done this for every config that comes from a file, and a complete config
-    is returned unchanged. Detectron2's own configs have fewer keys; their
-    ``checkpointer.max_to_keep`` becomes ``keep_last``.
+    is returned unchanged. Detectron2's own configs have fewer keys.
 
     Args:
         cfg: changed in place.
@@ -154,13 +153,10 @@ def complete_train(cfg: DictConfig) -> DictConfig:
         UserError: see :func:`~region_pretrain.overrides.check_values`.
     """
     given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
-    keys = _keys(given)
-    if not _keys(defaults) <= keys or "checkpointer.max_to_keep" in keys:
-        train = OmegaConf.merge(defaults, given)
-        kept = train.checkpointer.pop("max_to_keep", None)
-        if kept is not None and "keep_last" not in given.checkpointer:
-            train.checkpointer.keep_last = kept
-        cfg.train = train
+    if not _keys(defaults) <= _keys(given):
+        cfg.train = OmegaConf.merge(defaults, given)
+    if cfg.train.init_checkpoint is None:  # as some of Detectron2's configs have it
+        cfg.train.init_checkpoint = ""
     check_values(cfg, defaults)
     cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
     return cfg

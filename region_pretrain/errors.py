@@ -17,6 +17,12 @@ class UserError(Exception):
         return message
 
 
+def describe(error: BaseException) -> str:
+    """An exception in one line: its type and message, or only the message of a UserError."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
 #: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).
 STOPPED = 75
 

@@ -60,6 +60,20 @@ def newest_metrics(path: str) -> dict[str, float]:
     return {key: value for row in rows for key, value in row.items()}
 
 
+def newest_iteration(path: str, before: int) -> int:
+    """The last logged iteration before another; -1 if there is none.
+
+    Args:
+        path: as for :func:`read_metrics`.
+        before: lines of this and later iterations do not count.
+    """
+    try:
+        rows = read_metrics(path)
+    except UserError:
+        return -1
+    return max((row["iteration"] for row in rows if row["iteration"] < before), default=-1)
+
+
 def read_results(path: str) -> Results:
     """Read the final metrics of a fine-tuning run.
 

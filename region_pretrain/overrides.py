@@ -16,8 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from region_pretrain.dataset_names import is_path_name
 from region_pretrain.errors import UserError
 
-#: Keys of numbers that are null by default, so that their type cannot be read from the value.
-_NUMBERS = ("train.epochs", "train.max_iter", "train.base_batch_size", "train.seed")
+#: Keys of numbers that may be null.
+_NUMBERS = (
+    "train.epochs",
+    "train.max_iter",
+    "train.base_batch_size",
+    "train.seed",
+    "train.checkpointer.max_to_keep",
+)
 
 #: Counts of a loader and their smallest values.
 _LOADER_COUNTS = {"num_workers": 0, "total_batch_size": 1, "batch_size": 1}

@@ -20,5 +20,6 @@ train = dict(
     amp=dict(enabled=False),
     channels_last=False,
     log_period=10,
-    checkpointer=dict(period=100, keep_every=0),
+    checkpointer=dict(period=100),
+    checkpoint_keep_every=0,
 )

@@ -14,8 +14,8 @@ train = dict(
     base_batch_size=None,
     # Runs with the same seed are identical; null draws a seed and saves it in config.yaml.
     seed=0,
-    # "cuda", "cpu", or null: a GPU if there is one.
-    device=None,
+    # "cuda" (the CPU if there is no GPU) or "cpu".
+    device="cuda",
     # Mixed precision: "bfloat16" or "float16" (a CPU always uses bfloat16).
     amp=dict(enabled=False, dtype="bfloat16"),
     # NHWC convolutions: faster with mixed precision on recent GPUs.
@@ -36,17 +36,13 @@ train = dict(
         # Communicate gradients as float16: half the traffic.
         fp16_compression=False,
     ),
-    # When model_NNNNNNN.pth is saved, and which of these files are kept.
-    checkpointer=dict(
-        # Save every this many iterations (0: never) ...
-        period=5000,
-        # ... and every this many minutes, at the next log step (0: never).
-        minutes=0,
-        # Keep this many of the newest files (0: all) ...
-        keep_last=3,
-        # ... and save every this many iterations a file that is never deleted (0: none).
-        keep_every=0,
-    ),
+    # Save model_NNNNNNN.pth every `period` iterations (0: never) and keep only the newest
+    # `max_to_keep` of these files (null: all).
+    checkpointer=dict(period=5000, max_to_keep=3),
+    # Save such a file also every this many minutes, at the next log step (0: never).
+    checkpoint_minutes=0,
+    # Every this many iterations, save such a file and never delete it (0: never).
+    checkpoint_keep_every=0,
     # Allow resuming with another number of processes: the images and their global order stay the
     # same, but the run does not continue bit for bit.
     allow_world_size_change=False,

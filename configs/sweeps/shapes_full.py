@@ -88,7 +88,7 @@ sweep = benchmark(
         "dataloader.train.num_workers=4",
         "train.log_period=10",
         "train.checkpointer.period=0",
-        "train.checkpointer.keep_every=0",
+        "train.checkpoint_keep_every=0",
     ],
     finetune_overrides=[
         "model.roi_heads.num_classes=8",

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.dataset import PretrainDataset
-from region_pretrain.data.workers import init_worker
+from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.errors import UserError
 
 
@@ -39,7 +39,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, iteration: int) -> ViewBatch:
         epoch, indices = self.indices(iteration)
-        return self.dataset.batch(self.seed, epoch, indices)
+        return share(self.dataset.batch(self.seed, epoch, indices))
 
 
 class PretrainLoader:
@@ -90,6 +90,15 @@ class PretrainLoader:
     def iterations_per_epoch(self) -> int:
         """Full batches per epoch."""
         return len(self.dataset) // self.total_batch_size
+
+    def prefetched_bytes(self) -> int:
+        """Shared memory that this rank's batches occupy at most, in bytes; loads one image."""
+        epoch, indices = self._batches.indices(0)
+        return prefetched_bytes(
+            lambda: self.dataset.batch(self._batches.seed, epoch, indices[:1]),
+            len(indices),
+            self.num_workers,
+        )
 
     def iterate(self, start_iter: int, stop_iter: int) -> Iterator[ViewBatch]:
         """This rank's batches of iterations ``start_iter`` to ``stop_iter - 1``, in order."""

@@ -1,11 +1,19 @@
-"""Set-up of a loader's worker processes."""
+"""Worker processes of a loader, and the shared memory through which they pass batches."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import cv2
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+
+_PREFETCH_FACTOR = 2  # DataLoader's default: batches that each worker prepares ahead
+T = TypeVar("T")
 
 
 def init_worker(_: int) -> None:
@@ -18,3 +26,64 @@ def init_worker(_: int) -> None:
     if "SUBMITIT_EXECUTOR" in os.environ:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def share(batch: T) -> T:
+    """Move a worker's batch to shared memory.
+
+    PyTorch would do so in a thread that loses errors, and the training process would wait forever
+    for a batch that did not fit. An error raised here reaches it.
+    """
+    if get_worker_info() is not None:
+        for tensor in _tensors(batch):
+            tensor.share_memory_()
+    return batch
+
+
+def share_batches_of(loader: DataLoader) -> None:
+    """Apply :func:`share` to each batch of a loader that has not started yet."""
+    loader.collate_fn = partial(_collate_and_share, loader.collate_fn)
+
+
+def _collate_and_share(collate: Callable[[list[Any]], T], samples: list[Any]) -> T:
+    return share(collate(samples))
+
+
+def prefetched_bytes(load_one: Callable[[], Any], batch_size: int, num_workers: int) -> int:
+    """Shared memory that the batches of one loader occupy at most.
+
+    Args:
+        load_one: loads a batch of one image; called once, and only if there are workers.
+        batch_size: images per batch of this process.
+        num_workers: worker processes of this process.
+
+    Returns:
+        Bytes: all batches that the workers prepare ahead, and the one that is being trained on.
+    """
+    if not num_workers:
+        return 0
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # a forked worker would wait for OpenCV threads that it does not have
+    try:
+        size = sum(t.numel() * t.element_size() for t in _tensors(load_one()))
+    finally:
+        cv2.setNumThreads(threads)
+    return size * batch_size * (_PREFETCH_FACTOR * num_workers + 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers and objects, such as Detectron2's ``Instances``, once."""
+    waiting, seen = [batch], {}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif hasattr(value, "__dict__"):
+            waiting.append(vars(value))

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch import nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 from region_pretrain.modeling.trunk import compile_trunks
@@ -33,6 +34,9 @@ class TrainingData(Protocol):
     Attributes:
         total_batch_size: images per iteration, summed over all processes.
         iterations_per_epoch: full batches per epoch; None if the data has no epochs.
+
+    An optional method ``prefetched_bytes()`` returns the shared memory that this process's batches
+    occupy at most; see :func:`region_pretrain.engine.memory.check_shared_memory`.
     """
 
     total_batch_size: int
@@ -121,6 +125,28 @@ def check_batch_size(cfg: DictConfig, data: TrainingData) -> None:
             f"processes, with at least train.accumulate_steps={cfg.train.accumulate_steps} "
             "images for each"
         )
+
+
+def warn_of_single_images(cfg: DictConfig, data: TrainingData, model: nn.Module) -> None:
+    """Warn if a batch norm over vectors may receive only those of one image at a time."""
+    world, parts = comm.get_world_size(), cfg.train.accumulate_steps
+    vector_norms = [m for m in model.modules() if isinstance(m, VectorNorm)]
+    if data.total_batch_size // world // parts == 1 and any(m.is_local() for m in vector_norms):
+        logger.warning(
+            "%s: a batch norm that receives a single vector uses its running statistics, which "
+            "then never change",
+            one_image_at_a_time(data.total_batch_size, parts),
+        )
+
+
+def one_image_at_a_time(total_batch_size: int, accumulate_steps: int) -> str:
+    """What a message says about a run whose processes train on one image at a time."""
+    return (
+        "each process trains on one image at a time (dataloader.train.total_batch_size="
+        f"{total_batch_size}, {comm.get_world_size()} processes, train.accumulate_steps="
+        f"{accumulate_steps}), too few for batch norm: raise the batch size, lower "
+        "accumulate_steps, or use SyncBN with several processes"
+    )
 
 
 def build_part(lazy: DictConfig, key: str) -> Any:

@@ -154,17 +154,17 @@ class RunCheckpointer(DetectionCheckpointer):
             (int(m[1]), os.path.join(self.save_dir, m[0])) for m in found if m and m[1] != "final"
         )
 
-    def remove_old(self, keep_last: int, keep_every: int) -> None:
+    def remove_old(self, max_to_keep: int | None, keep_every: int) -> None:
         """Delete numbered checkpoints.
 
         Args:
-            keep_last: number of newest files to keep; 0 keeps all.
+            max_to_keep: number of newest files to keep; None keeps all.
             keep_every: also keep the files written after each multiple of this many iterations;
                 0 keeps none.
         """
-        if not keep_last or not self.save_to_disk:
+        if max_to_keep is None or not self.save_to_disk:
             return
-        for iteration, path in self.numbered()[:-keep_last]:
+        for iteration, path in self.numbered()[:-max_to_keep]:
             if not keep_every or (iteration + 1) % keep_every:
                 PathManager.rm(path)
 

@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetFromList, build_detection_train_loader
-from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from region_pretrain.data.workers import init_worker
+from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
@@ -184,13 +183,18 @@ class DetectionTrainData:
         if aspect_ratio_grouping and all("width" in r and "height" in r for r in records):
             self._wide = np.array([r["width"] > r["height"] for r in records])
 
+    def prefetched_bytes(self) -> int:
+        """Shared memory that this process's batches occupy at most, in bytes; loads one image."""
+        batch = next(self._batches())
+        return prefetched_bytes(lambda: self._dataset[batch[0]], len(batch), self._num_workers)
+
     def iterate(self, start_iter: int, stop_iter: int) -> Iterator[list[Any]]:
         """The batches of iterations ``start_iter`` to ``stop_iter`` - 1."""
         loader = DataLoader(
             self._dataset,
             batch_sampler=itertools.islice(self._batches(), start_iter, stop_iter),
             num_workers=self._num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=share,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # the default would draw from the model's generator
         )

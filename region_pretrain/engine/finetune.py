@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import isnan
 from typing import Any
 
 from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    inference_on_dataset,
+    print_csv_format,
+)
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.config import complete_train
+from region_pretrain.data.workers import share_batches_of
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
 from region_pretrain.engine.labelled_data import (
@@ -26,6 +33,7 @@ from region_pretrain.engine.labelled_data import (
     missing_files_are_user_errors,
 )
 from region_pretrain.engine.output_dir import start_logging
+from region_pretrain.engine.processes import fail_together
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
@@ -51,13 +59,30 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
     """
     if "evaluator" not in cfg.dataloader:
         return {}
-    results = inference_on_dataset(
-        model, build_test_loader(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
-    if not comm.is_main_process() or not results:
-        return {}
-    print_csv_format(results)
-    return {task: dict(values) for task, values in results.items()}
+    with fail_together():
+        loader = build_test_loader(cfg.dataloader.test)
+        evaluator = instantiate(cfg.dataloader.evaluator)
+        share_batches_of(loader)
+        results = inference_on_dataset(model, loader, _Together(evaluator))
+        if not comm.is_main_process() or not results:
+            return {}
+        print_csv_format(results)
+        return {
+            task: {name: float(value) for name, value in values.items()}
+            for task, values in results.items()
+        }
+
+
+class _Together(DatasetEvaluators):
+    """Evaluates once all processes have done their part of the inference without an error."""
+
+    def __init__(self, evaluator: DatasetEvaluator | list[DatasetEvaluator]) -> None:
+        super().__init__(list(evaluator) if isinstance(evaluator, Sequence) else [evaluator])
+
+    def evaluate(self) -> Mapping[str, Any]:
+        with fail_together():
+            pass
+        return super().evaluate()
 
 
 def do_evaluate(cfg: DictConfig) -> Results:
@@ -119,7 +144,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         process.
 
     Raises:
-        UserError: the config, the data or the output folder is invalid.
+        UserError: the config, the data or the output folder is invalid, or the final evaluation
+            failed.
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
@@ -132,21 +158,14 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         )
         if "test" in cfg.dataloader:
             build_test_loader(cfg.dataloader.test)  # finds missing files now, not after training
-    evaluated: list[Results] = []
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
-        def evaluate() -> Results:
-            evaluated.append(do_test(cfg, trainer.module))
-            return evaluated[-1]
+        return [_precise_bn(cfg, trainer, data)] if cfg.train.precise_bn.enabled else []
 
-        evaluation = _EvalHook(cfg.train.eval_period, evaluate)
-        if not cfg.train.precise_bn.enabled:
-            return [evaluation]
-        return [_precise_bn(cfg, trainer, data), evaluation]
-
-    model, _ = run_training(cfg, data, resume=resume, classes=classes, make_hooks=make_hooks)
-    # A run that was killed after its last checkpoint still has to be evaluated.
-    results = evaluated[-1] if evaluated else do_test(cfg, model)
+    evaluate = partial(do_test, cfg) if "evaluator" in cfg.dataloader else None
+    _, results = run_training(
+        cfg, data, resume=resume, classes=classes, make_hooks=make_hooks, evaluate=evaluate
+    )
     if comm.is_main_process():
         _write_results(os.path.join(cfg.train.output_dir, "results.json"), results)
     return results
@@ -163,14 +182,6 @@ class _NextBatches:
     def __iter__(self) -> Iterator[Any]:
         start = self._trainer.iter + 1
         return iter(self._data.iterate(start, start + self._count))
-
-
-class _EvalHook(hooks.EvalHook):
-    """Skips the final evaluation, for which all processes would wait, if the last step failed."""
-
-    def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter:
-            super().after_train()
 
 
 class _PreciseBN(hooks.PreciseBN):
@@ -191,7 +202,7 @@ def _precise_bn(cfg: DictConfig, trainer: Trainer, data: TrainingData) -> HookBa
 def _write_results(path: str, results: Results) -> None:
     if results:
         table = {
-            task: {name: None if isnan(value) else float(value) for name, value in values.items()}
+            task: {name: None if isnan(value) else value for name, value in values.items()}
             for task, values in results.items()
         }  # JSON has no NaN (the AP of a class without boxes)
         text = json.dumps(table, indent=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -19,6 +20,8 @@ HARMLESS = (
     "train.output_dir",
     "train.log_period",
     "train.checkpointer",
+    "train.checkpoint_minutes",
+    "train.checkpoint_keep_every",
     "train.allow_world_size_change",
     "train.eval_period",
     "train.device",
@@ -119,4 +122,8 @@ def start_logging(folder: str | None) -> None:
         log = logging.getLogger(name)
         before = list(log.handlers)
         setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
-        _log_handlers.extend((log, h) for h in log.handlers if h not in before)
+        new = [h for h in log.handlers if h not in before]
+        _log_handlers.extend((log, h) for h in new)
+        for handler in new:
+            if handler.stream is sys.stdout:
+                handler.setLevel(logging.INFO)  # tracebacks are only in log.txt

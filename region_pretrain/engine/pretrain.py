@@ -44,5 +44,5 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
             f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
             "iterations_per_epoch or iterate(start_iter, stop_iter)"
         )
-    _, metrics = run_training(cfg, data, resume=resume, build=build_pretraining_model)
+    metrics, _ = run_training(cfg, data, resume=resume, build=build_pretraining_model)
     return metrics

@@ -6,7 +6,8 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from detectron2.utils import comm
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException
 
-from region_pretrain.errors import STOPPED, Stopped, UserError
+from region_pretrain.errors import STOPPED, Stopped, UserError, describe
 
 _EXIT_CODE = 2
 T = TypeVar("T")
@@ -40,6 +41,33 @@ def on_main_process(function: Callable[[], T]) -> T:
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
+
+
+class FailedElsewhere(UserError):
+    """Another process failed; the message says which, and how."""
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Let all processes fail if one of them does. All processes enter this together.
+
+    The process that failed re-raises its exception. A process that is waiting inside the block for
+    a failed one would wait forever: before a collective operation within it, all processes check
+    with ``with fail_together(): pass`` that they have got that far.
+
+    Raises:
+        FailedElsewhere: another process failed.
+    """
+    try:
+        yield
+    except FailedElsewhere:
+        raise  # all processes know already
+    except Exception as error:
+        comm.all_gather(describe(error))
+        raise
+    for rank, message in enumerate(comm.all_gather("")):
+        if message:
+            raise FailedElsewhere(f"rank {rank}: {message}")
 
 
 def launch(

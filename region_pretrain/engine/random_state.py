@@ -46,6 +46,16 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore all random states after the context, which may then draw as it likes."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+@contextmanager
 def random_state_of(seed: int) -> Iterator[None]:
     """Seed ``random``, NumPy and PyTorch (CPU) within the context; restore their states after it.
 

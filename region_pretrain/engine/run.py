@@ -26,18 +26,25 @@ from region_pretrain.engine.build import (
     resolve_device,
     resolve_max_iter,
     scale_lr,
+    warn_of_single_images,
     wrap_model,
 )
 from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
-from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
+from region_pretrain.engine.hooks import (
+    CheckpointHook,
+    CollapseWarning,
+    EvaluationHook,
+    MetricsHook,
+)
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
+from region_pretrain.engine.memory import check_shared_memory
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
-from region_pretrain.engine.writers import build_writers
-from region_pretrain.metrics import newest_metrics
+from region_pretrain.errors import UserError
+from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 
 logger = logging.getLogger(__name__)
@@ -74,11 +81,13 @@ def run_training(
     classes: Classes | None = None,
     build: Callable[[DictConfig, torch.device], nn.Module] = build_model,
     make_hooks: Callable[[Trainer], list[HookBase]] = lambda trainer: [],
-) -> tuple[nn.Module, dict[str, float]]:
+    evaluate: Callable[[nn.Module], Results] | None = None,
+) -> tuple[dict[str, float], Results]:
     """Train ``cfg.model`` from its initialisation or its newest checkpoint to the last iteration.
 
     A new run first loads ``train.init_checkpoint``; the momentum copies of a ``PretrainingModel``
-    are then made equal to their online networks.
+    are then made equal to their online networks. After each step come the learning rate,
+    ``make_hooks``, ``train.hooks``, the checkpoint, the evaluation and the metrics, in this order.
 
     Args:
         cfg: :func:`start_run` has been called with it.
@@ -86,22 +95,28 @@ def run_training(
         resume: continue from the newest checkpoint in ``train.output_dir``.
         classes: a detector's classes, kept in its checkpoints.
         build: (config, device) -> the model.
-        make_hooks: further hooks, which run between the learning-rate hook and ``train.hooks``.
+        make_hooks: hooks that run before ``train.hooks``.
+        evaluate: see :class:`~region_pretrain.engine.hooks.EvaluationHook`; called every
+            ``train.eval_period`` iterations and after the last one.
 
     Returns:
-        The trained model without DDP, and the newest value of each metric (on the main process).
+        The newest value of each metric, and the results of the final evaluation (on the main
+        process).
 
     Raises:
+        UserError: the final evaluation failed; the final checkpoint has been saved.
         Stopped: the process received USR2 (TERM as well in a SLURM job); a checkpoint of the last
             finished step has been saved.
     """
     train = cfg.train
     device = resolve_device(train.device)
     check_batch_size(cfg, data)
+    check_shared_memory(data)
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)
     lr = scale_lr(cfg, data, max_iter)
 
     model = build(cfg, device)
+    warn_of_single_images(cfg, data, model)
     optimizer = build_optimizer(cfg, model, lr)
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
     trainer = Trainer(
@@ -131,12 +146,27 @@ def run_training(
     checkpointer.trainer = trainer
     trainer.last_checkpoint = checkpointer.last_good
     on_main_process(lambda: check_free_space(train.output_dir, model, optimizer))
+    stop = StopRequest()
+    evaluation = None
+    if evaluate is not None:
+        evaluation = EvaluationHook(
+            train.eval_period, evaluate, train.output_dir, checkpointer.last_good
+        )
     trainer.register_hooks(
         [
             hooks.LRScheduler(optimizer, scheduler),
             *make_hooks(trainer),
             *instantiate(train.hooks),
             CollapseWarning(),
+            CheckpointHook(
+                checkpointer,
+                **train.checkpointer,
+                minutes=train.checkpoint_minutes,
+                keep_every=train.checkpoint_keep_every,
+                stop=stop.agreed,
+            ),
+            evaluation,
+            MetricsHook(train.output_dir, train.log_period, evaluation),
         ]
     )
 
@@ -149,14 +179,14 @@ def run_training(
             renew_momentum_copies(model)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
-        return model, newest_metrics(train.output_dir)
-
-    if comm.is_main_process():
-        writers = build_writers(train.output_dir, start_iter, max_iter)
-        trainer.register_hooks([hooks.PeriodicWriter(writers, train.log_period)])
-    stop = StopRequest()
-    trainer.register_hooks([CheckpointHook(checkpointer, **train.checkpointer, stop=stop.agreed)])
     with stop.listen():
         trainer.train(start_iter, max_iter)
     stop.close()
-    return model, {name: value for name, (value, _) in trainer.storage.latest().items()}
+    if evaluation is not None and evaluation.error:
+        raise UserError(
+            f"the final evaluation failed: {evaluation.error}. The trained model is "
+            f"{checkpointer.last_good()}; evaluate it again with tools/train_net.py --config-file "
+            f"{os.path.join(train.output_dir, 'config.yaml')} --eval-only "
+            f"train.init_checkpoint={checkpointer.last_good()}"
+        )
+    return newest_metrics(train.output_dir), evaluation.results if evaluation else {}

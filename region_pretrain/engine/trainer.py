@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
-from region_pretrain.engine.memory import peak_memory_mib
+from region_pretrain.engine.build import one_image_at_a_time
+from region_pretrain.engine.memory import MORE_SHARED_MEMORY, peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
@@ -162,13 +163,15 @@ class Trainer(TrainerBase):
     def before_train(self) -> None:
         # Starting a loader may draw from the global generators. The first batch is therefore loaded
         # before the hooks run, one of which restores the generators of a resumed run.
-        self._batches = iter(self.data(self.start_iter, self.max_iter))
-        self._next_batch = self._load()
+        if self.start_iter < self.max_iter:
+            self._batches = iter(self.data(self.start_iter, self.max_iter))
+            self._next_batch = self._load()
         self._reset_clocks()
         super().before_train()
 
     def after_train(self) -> None:
         self._batches = self._next_batch = None  # ends the loader's workers
+        self.iter = min(self.iter, self.max_iter)  # more if a finished run is resumed
         super().after_train()
 
     def run_step(self) -> None:
@@ -206,6 +209,12 @@ class Trainer(TrainerBase):
             return next(self._batches)
         except UserError as error:  # a loader's worker prepends its traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except RuntimeError as error:
+            if "shared memory" not in str(error):  # also in PyTorch's text for a bus error
+                raise
+            raise UserError(
+                "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)
+            ) from None
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "
@@ -228,7 +237,13 @@ class Trainer(TrainerBase):
             reduce = i == len(parts) - 1 or not distributed
             with nullcontext() if reduce else self.model.no_sync():
                 with self._autocast(), scalars:
-                    output = self.model(part)
+                    try:
+                        output = self.model(part)
+                    except ValueError as error:  # PyTorch's text
+                        if len(part) > 1 or "more than 1 value per channel" not in str(error):
+                            raise
+                        total = len(batch) * comm.get_world_size()
+                        raise UserError(one_image_at_a_time(total, len(parts))) from None
                     losses = {k: v for k, v in output.items() if k.startswith("loss")}
                     if not losses:
                         raise RuntimeError(f"the model returned no loss, only {list(output)}")

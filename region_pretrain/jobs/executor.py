@@ -14,6 +14,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.jobs.job import MAX_TIMEOUTS, ToolJob
+from region_pretrain.jobs.slurm import outside_allocation
 
 
 def submit(
@@ -45,7 +46,7 @@ def submit(
     root = _common_root(jobs)
     jobs = [_for_cluster(job, cluster) for job in jobs]
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    with environment_variables(PYTHONPATH=path):
+    with outside_allocation(), environment_variables(PYTHONPATH=path):
         if cluster.kind != "slurm":
             local = cluster.kind == "local"
             executor = _local_executor(folder, cluster) if local else submitit.DebugExecutor(folder)

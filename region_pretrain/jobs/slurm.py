@@ -9,10 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from region_pretrain.errors import UserError
 
+#: Variables that a user sets for SLURM's commands, as opposed to those that describe a job.
+_SETTINGS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+#: Beginnings of the variables that SLURM, its MPI support and submitit set in a job.
+_ALLOCATION = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
+_ALLOCATION += ("SUBMITIT_", "PMI_", "PMIX_")
+#: Variables by which the processes of a job find one another.
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: The states of a job that has not started, or that waits to be started again.
 WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
@@ -59,6 +67,31 @@ def requeue(job_id: str) -> None:
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs."""
     _run("scancel", *job_ids, seconds=120)
+
+
+@contextmanager
+def outside_allocation() -> Iterator[None]:
+    """Hide the variables of an allocation that this process runs in.
+
+    ``sbatch``, the new job and its ``srun`` would otherwise inherit the allocation's tasks, cores
+    and memory, and a local run would take itself for one of its tasks. Outside an allocation
+    nothing is hidden. The user's own settings stay: :data:`_SETTINGS`, and the options of
+    ``sbatch`` in ``SBATCH_*``.
+    """
+    if "SLURM_JOB_ID" not in os.environ and "SLURM_JOBID" not in os.environ:
+        yield
+        return
+    hidden = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _RENDEZVOUS or (name.startswith(_ALLOCATION) and name not in _SETTINGS)
+    }
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def restart_count() -> int:

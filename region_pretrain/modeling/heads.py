@@ -34,12 +34,12 @@ class VectorNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = self.norm
-        if len(x) < 2 and norm.training and self._is_local():
+        if len(x) < 2 and norm.training and self.is_local():
             statistics = norm.running_mean, norm.running_var
             return F.batch_norm(x, *statistics, norm.weight, norm.bias, eps=norm.eps)
         return norm(x[..., None, None]).flatten(1)
 
-    def _is_local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether the norm is a batch norm that sees this process's vectors only."""
         if isinstance(self.norm, SHARED_BATCH_NORMS) and comm.get_world_size() > 1:
             return False

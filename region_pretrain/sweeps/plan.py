@@ -144,7 +144,7 @@ class _Planner:
                 )
             overrides.append(f"train.max_iter={sweep.images_seen // batch}")
         periods = {e.checkpoints for e in sweep.finetune.values() if e.checkpoints != FINAL}
-        return [*overrides, *(f"train.checkpointer.keep_every={k}" for k in periods)]
+        return [*overrides, *(f"train.checkpoint_keep_every={k}" for k in periods)]
 
     def _pretrain(self, init: str, seed: int) -> Run:
         entry = self._sweep.pretrain[init]

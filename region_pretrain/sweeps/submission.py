@@ -122,7 +122,8 @@ def _run_here(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None
         say(f"[{run.name}]")
         for job in jobs.submit_runs([run], sweep, folder, run.name)[run.id]:
             # result() would open a debugger, and exception() does not set the environment.
-            with environment_variables(SUBMITIT_DEBUG_JOB_ID=job.job_id):
+            names = environment_variables(SUBMITIT_DEBUG_JOB_ID=job.job_id)
+            with slurm.outside_allocation(), names:
                 error = job.exception()
             if error is not None:
                 say(f"[{run.name}] failed: {error}")

@@ -57,7 +57,7 @@ def pretrain(checkout, region_folder, tmp_path):
                 "train.device=cpu",
                 "train.log_period=1",
                 "train.checkpointer.period=1",
-                "train.checkpointer.keep_last=0",
+                "train.checkpointer.max_to_keep=null",
                 *overrides,
             ],
         )

@@ -185,12 +185,12 @@ def test_old_files_go_but_every_kth_stays(tmp_path):
         (tmp_path / f"model_{iteration:07d}.pth").touch()
     for name in ("model_final.pth", "model_best.pth"):
         (tmp_path / name).touch()
-    checkpointer.remove_old(keep_last=2, keep_every=3)
+    checkpointer.remove_old(max_to_keep=2, keep_every=3)
     left = sorted(p.name for p in tmp_path.iterdir())
     # iterations 3, 6 and 9 are done after the 0-based 2, 5 and 8
     numbers = [2, 5, 7, 8]
     assert left == [f"model_{n:07d}.pth" for n in numbers] + ["model_best.pth", "model_final.pth"]
-    checkpointer.remove_old(keep_last=0, keep_every=0)
+    checkpointer.remove_old(max_to_keep=0, keep_every=0)
     assert len(list(tmp_path.iterdir())) == 6
 
 

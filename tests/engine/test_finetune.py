@@ -1,24 +1,31 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.utils.events import get_event_storage
 from tiny_run import (
     CLOCK,
+    FailingMean,
     MeanOutput,
     NoisyMapper,
     Poison,
     StopAt,
     TinyDetector,
+    fine_tune_in_process,
     make_config,
     make_detection_config,
     records,
 )
 
+from region_pretrain.config import load_config
+from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage
 
@@ -61,6 +68,91 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):
     assert results["bbox"]["AP"] == expected["bbox"]["AP"]
     a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, stopped))
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def final_weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def test_a_failed_evaluation_costs_nothing_but_itself(tmp_path, capsys):
+    do_train(make_detection_config(tmp_path / "whole", checkpointer={"period": 3}))
+    folder = tmp_path / "failed"
+    cfg = make_detection_config(folder, checkpointer={"period": 3})
+    working = cfg.dataloader.evaluator
+    cfg.dataloader.evaluator = L(FailingMean)(process={2: 0}, evaluate={8: 0, 12: 0})
+    with pytest.raises(
+        UserError, match=r"the final evaluation failed: KeyError: 'area'\."
+    ) as error:
+        do_train(cfg)
+    assert "\n" not in str(error.value) and not (folder / "results.json").exists()
+
+    without = [{k: v for k, v in m.items() if "AP" not in k} for m in metrics(tmp_path / "whole")]
+    failed = metrics(folder)
+    assert [{k: v for k, v in m.items() if "AP" not in k} for m in failed] == without[:-1]
+    assert [m["iteration"] for m in failed if "bbox/AP" in m] == [5]
+    a, b = final_weights(folder), final_weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+    log, console = (folder / "log.txt").read_text(), capsys.readouterr().out
+    for iteration in (2, 8):
+        text = f"the evaluation after iteration {iteration} failed: KeyError: 'area'. "
+        text += f"The training continues; newest checkpoint: {folder}/model_000000{iteration}.pth"
+        assert log.count(text) == console.count(text) == 1
+    assert log.count("Traceback") == 3 and "Traceback" not in console
+
+    # The command in the message repeats the evaluation.
+    command = re.search(r"tools/train_net.py (.+)$", str(error.value))[1].split()
+    args = argument_parser("", "").parse_intermixed_args(command)
+    assert args.eval_only
+    again = load_config(args.config_file, args.opts)
+    again.dataloader.evaluator = working
+    whole = json.loads((tmp_path / "whole/results.json").read_text())
+    assert do_evaluate(again)["bbox"]["AP"] == whole["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("at", [8, 11, 12])
+@pytest.mark.parametrize("log_period", [1, 5])
+def test_an_evaluation_that_was_killed_is_made_on_resume(tmp_path, monkeypatch, at, log_period):
+    # 12 is the final evaluation, after model_final.pth
+    train = {"checkpointer": {"period": 3}, "log_period": log_period, "max_iter": 14}
+    train["eval_period"] = 12 if at == 11 else 3
+    if at == 12:
+        train["max_iter"] = 12
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    expected = do_train(make_detection_config(whole, **train))
+
+    def evaluate(self, original=MeanOutput.evaluate):
+        if get_event_storage().iter == at:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MeanOutput, "evaluate", evaluate)
+        do_train(make_detection_config(killed, **train))
+    assert all(m["iteration"] < at for m in metrics(killed) if "bbox/AP" in m)
+    name = "model_final" if at == 12 else f"model_{at:07d}"
+    assert (killed / "last_checkpoint").read_text() == f"{name}.pth"
+
+    results = do_train(make_detection_config(killed, **train), resume=True)
+    assert results["bbox"]["AP"] == expected["bbox"]["AP"]
+    assert metrics(killed) == metrics(whole)
+    assert [m["iteration"] for m in metrics(whole) if "bbox/AP" in m][-1] == train["max_iter"]
+    a, b = final_weights(killed), final_weights(whole)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    resumed = (killed / "log.txt").read_text()
+    assert (f"the evaluation after iteration {at} is missing" in resumed) == (at != 12)
+
+
+def test_processes_agree_that_an_evaluation_failed(tmp_path):
+    # rank 1 fails in the inference, the main process after it has gathered the outputs
+    arguments = (str(tmp_path), {2: 1, 5: 0}, {8: 0})
+    launch(fine_tune_in_process, 2, device="cpu", args=arguments)
+    assert (tmp_path / "results.json").exists()
+    log = (tmp_path / "log.txt").read_text()
+    for iteration, where in ((2, "rank 1: "), (5, ""), (8, "")):
+        assert f"the evaluation after iteration {iteration} failed: {where}KeyError: 'area'" in log
+    assert [m["iteration"] for m in metrics(tmp_path) if "bbox/AP" in m] == [12]
+    assert [m["iteration"] for m in metrics(tmp_path) if "loss_y" in m] == list(range(12))
 
 
 def test_a_finished_run_is_only_evaluated(tmp_path):

@@ -17,8 +17,8 @@ class Files:
     def save(self, name, iteration):
         self.saved.append((name, iteration))
 
-    def remove_old(self, keep_last, keep_every):
-        self.removed.append((keep_last, keep_every))
+    def remove_old(self, max_to_keep, keep_every):
+        self.removed.append((max_to_keep, keep_every))
 
     def restore_random_state(self):
         self.restored += 1
@@ -39,7 +39,7 @@ def run(hook, iterations, before_step=lambda t: None):
 
 def test_saves_by_iterations_and_at_the_end_after_a_check_for_nan():
     files = Files()
-    checked = run(CheckpointHook(files, period=4, keep_last=2, keep_every=6), 10)
+    checked = run(CheckpointHook(files, period=4, max_to_keep=2, keep_every=6), 10)
     assert files.saved == [
         ("model_0000003", 3),
         ("model_0000005", 5),

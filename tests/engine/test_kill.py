@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import CLOCK
+from tiny_run import CLOCK, final_checkpoint
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
@@ -36,7 +36,7 @@ class Run:
             f"train.max_iter={ITERATIONS}",
             "train.log_period=1",
             "train.checkpointer.period=3",
-            "train.checkpointer.keep_last=2",
+            "train.checkpointer.max_to_keep=2",
             "train.device=cpu",
         ]
 
@@ -138,7 +138,7 @@ def test_killed_at_random_instants_it_follows_the_undisturbed_run(
     assert killed.lines() == whole.lines()  # every loss of every iteration, bit for bit, each once
     for line in whole.lines():
         assert {"total_loss", "loss_view2", "loss_view3", "lr", "target_momentum"} <= line.keys()
-    files = [torch.load(r.folder / "model_final.pth", weights_only=True) for r in (whole, killed)]
+    files = [final_checkpoint(run.folder) for run in (whole, killed)]
     assert len(files[0]["rng"]) == processes
     assert equal(*files)
     assert not list(killed.folder.glob("*.part*"))

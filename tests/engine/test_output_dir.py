@@ -45,7 +45,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     [
         {},
         {"log_period": 50},
-        {"checkpointer": {"period": 1, "minutes": 3, "keep_last": 9}},
+        {"checkpointer": {"period": 1, "max_to_keep": 9}, "checkpoint_minutes": 3},
         {"eval_period": 7},
         {"device": None},
         {"compile": True},

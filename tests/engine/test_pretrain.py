@@ -9,11 +9,22 @@ import time
 import pytest
 import torch
 from detectron2.config import LazyCall as L
-from tiny_run import CLOCK, KillAt, KillInSave, Poison, make_config
+from tiny_run import (
+    CLOCK,
+    KillAt,
+    KillInSave,
+    Poison,
+    TinyMethod,
+    final_checkpoint,
+    make_config,
+    train_in_process,
+)
 from torch import nn
 
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.progress import read_progress
 
 CHILD = (
@@ -59,15 +70,14 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch, hook, at, res
     assert not (killed / "model_final.pth").exists()
     progress = read_progress(str(killed / "progress.json"))
     assert 1 <= progress.done <= at and progress.total == 20 and progress.seconds_left > 0
-    assert len(metrics(killed)) == (14 if hook is KillAt else 12)
+    assert len(metrics(killed)) == (14 if hook is KillAt else 11)
     cfg = make_config(killed, hooks=[L(hook)()])
     do_pretrain(cfg, resume=True)
     assert f"Starting training from iteration {resumed_at}" in log(killed)
 
     assert metrics(killed) == metrics(whole)  # every loss of every iteration, each once
     assert [line["iteration"] for line in metrics(killed)] == list(range(20))
-    files = [torch.load(f / "model_final.pth", weights_only=True) for f in (whole, killed)]
-    assert equal(*files)
+    assert equal(final_checkpoint(whole), final_checkpoint(killed))
     assert not list(killed.glob("*.part*"))
     progress = read_progress(str(killed / "progress.json"))
     assert (progress.done, progress.total, progress.seconds_left) == (20, 20, 0.0)
@@ -197,3 +207,56 @@ def test_a_loader_that_is_not_training_data_is_named(tmp_path):
     cfg.dataloader.train = {"_target_": "builtins.dict"}
     with pytest.raises(UserError, match="dataloader.train builds a dict, which lacks"):
         do_pretrain(cfg)
+
+
+ONE_IMAGE = (
+    "each process trains on one image at a time (dataloader.train.total_batch_size={}, 1 "
+    "processes, train.accumulate_steps={}), too few for batch norm: raise the batch size, lower "
+    "accumulate_steps, or use SyncBN with several processes"
+)
+
+
+@pytest.mark.parametrize("size, parts", [(1, 1), (2, 2)])
+def test_batch_norm_over_single_images_is_refused_in_one_line(tmp_path, size, parts):
+    cfg = make_config(tmp_path, accumulate_steps=parts)
+    cfg.model.norm = "BN"
+    cfg.dataloader.train.total_batch_size = size
+    with pytest.raises(UserError) as error:
+        do_pretrain(cfg)
+    assert str(error.value) == ONE_IMAGE.format(size, parts)
+    assert "Traceback" not in log(tmp_path)
+
+
+def test_single_images_train_without_batch_norm_or_with_syncbn_in_two_processes(tmp_path):
+    cfg = make_config(tmp_path / "none", max_iter=2)
+    cfg.dataloader.train.total_batch_size = 1
+    do_pretrain(cfg)
+    model = {"norm": "SyncBN"}
+    launch(
+        train_in_process,
+        2,
+        device="cpu",
+        args=(str(tmp_path / "sync"), False, {"max_iter": 2}, model, {"total_batch_size": 2}),
+    )
+    for name in ("none", "sync"):
+        assert len(metrics(tmp_path / name)) == 2
+        assert "one image at a time" not in log(tmp_path / name)
+
+
+class VectorNormMethod(TinyMethod):
+    """Normalises vectors as the projectors of the methods do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.predictor = nn.Sequential(self.predictor, VectorNorm(norm, 5))
+
+
+@pytest.mark.parametrize(
+    "norm, size, warned", [("BN", 1, True), ("BN", 2, False), ("LN", 1, False)]
+)
+def test_a_head_whose_batch_norm_may_never_see_two_vectors_is_named(tmp_path, norm, size, warned):
+    cfg = make_config(tmp_path, max_iter=1)
+    cfg.model = L(VectorNormMethod)(norm=norm)
+    cfg.dataloader.train.total_batch_size = size
+    do_pretrain(cfg)
+    assert (ONE_IMAGE.format(size, 1) + ": a batch norm that receives" in log(tmp_path)) == warned

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 from torch import distributed as dist
 from torch import nn
 
+from region_pretrain.engine.finetune import do_train
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import on_main_process
@@ -40,6 +41,16 @@ from region_pretrain.solver import (
 
 #: What is not the same in two runs of one computation.
 CLOCK = {"time", "data_time", "img_per_sec", "peak_memory_mib"}
+
+
+def final_checkpoint(folder: Path) -> dict:
+    """``model_final.pth`` without the measurements of time and memory."""
+    data = torch.load(folder / "model_final.pth", weights_only=True)
+    metrics = data["hooks"]["MetricsHook"]["metrics"]
+    assert CLOCK <= metrics.keys()
+    for name in CLOCK:
+        del metrics[name]
+    return data
 
 
 @dataclass
@@ -175,7 +186,7 @@ def make_config(output_dir, **train) -> OmegaConf:
         "base_batch_size": 16,
         "device": "cpu",
         "log_period": 1,
-        "checkpointer": {"period": 6, "keep_last": 2},
+        "checkpointer": {"period": 6, "max_to_keep": 2},
         **train,
     }
     return OmegaConf.create(
@@ -236,6 +247,33 @@ class MeanOutput(DatasetEvaluator):
         return {"bbox": {"AP": float(np.mean(self.values)), "AP-none": float("nan")}}
 
 
+class FailingMean(MeanOutput):
+    """Raises an error in the evaluations at some iterations.
+
+    Args:
+        process, evaluate: iteration of the evaluation -> rank on which this method fails.
+    """
+
+    def __init__(self, process: dict, evaluate: dict):
+        self._fails = {"process": dict(process), "evaluate": dict(evaluate)}
+
+    def _run(self, method: str) -> None:
+        if self._fails[method].get(get_event_storage().iter) == comm.get_rank():
+            raise KeyError("area")
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        self._run("process")
+        super().process(inputs, outputs)
+
+    def evaluate(self) -> dict | None:
+        gathered = comm.gather(self.values)
+        self._run("evaluate")
+        if not comm.is_main_process():
+            return None
+        self.values = [value for values in gathered for value in values]
+        return super().evaluate()
+
+
 def make_detection_config(output_dir, **train) -> OmegaConf:
     """A fine-tuning config in Detectron2's form."""
     return OmegaConf.create(
@@ -263,7 +301,7 @@ def make_detection_config(output_dir, **train) -> OmegaConf:
                 "device": "cpu",
                 "log_period": 1,
                 "eval_period": 3,
-                "checkpointer": {"period": 4, "keep_last": 0},
+                "checkpointer": {"period": 4, "max_to_keep": None},
                 "precise_bn": {"enabled": True, "num_iter": 2},
                 **train,
             },
@@ -272,12 +310,24 @@ def make_detection_config(output_dir, **train) -> OmegaConf:
     )
 
 
+def fine_tune_in_process(output_dir: str, process: dict, evaluate: dict) -> None:
+    """Fine-tuning with failing evaluations, in one of the processes of a test."""
+    cfg = make_detection_config(output_dir, eval_period=3)
+    cfg.dataloader.evaluator = L(FailingMean)(process=process, evaluate=evaluate)
+    do_train(cfg)
+
+
 def train_in_process(
-    output_dir: str, resume: bool, train: dict | None = None, model: dict | None = None
+    output_dir: str,
+    resume: bool,
+    train: dict | None = None,
+    model: dict | None = None,
+    loader: dict | None = None,
 ) -> None:
     """What the processes of a test run."""
     cfg = make_config(output_dir, **(train or {}))
     cfg.model.update(model or {})
+    cfg.dataloader.train.update(loader or {})
     do_pretrain(cfg, resume)
 
 

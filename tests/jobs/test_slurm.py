@@ -1,6 +1,8 @@
 """SLURM's commands: their answers, their errors, and that only one module runs them."""
 
 import ast
+import json
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +12,9 @@ import pytest
 
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
+from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.jobs.executor import submit
 from region_pretrain.jobs.job import ToolJob, _Task
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +99,76 @@ def test_a_stopped_job_is_requeued_unless_it_was_cancelled(
     task = _Task(ToolJob("tools/tool.py", [], str(tmp_path), str(tmp_path)), Environment())
     task.signalled = number
     assert task._needs_requeue() == requeued
+
+
+INHERITED = {
+    "SLURM_JOB_ID": "999",
+    "SLURM_JOBID": "999",
+    "SLURM_NTASKS": "5",
+    "SLURM_NPROCS": "5",
+    "SLURM_PROCID": "3",
+    "SLURM_CPUS_PER_TASK": "7",
+    "SLURM_TRES_PER_TASK": "cpu=7",
+    "SLURM_MEM_PER_NODE": "1",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_RESTART_COUNT": "4",
+    "SLURMD_NODENAME": "n1",
+    "SRUN_DEBUG": "3",
+    "SBATCH_CPU_BIND": "none",
+    "SUBMITIT_EXECUTOR": "slurm",
+    "PMI_RANK": "3",
+    "RANK": "3",
+    "MASTER_ADDR": "n1",
+}
+SETTINGS = {
+    "SLURM_CONF": "/etc/slurm.conf",
+    "SLURM_TIME_FORMAT": "relative",
+    "SBATCH_ACCOUNT": "vision",
+    "RANKING": "1",
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_sbatch_inherits_nothing_of_the_allocation_it_is_called_in(
+    fake, tmp_path, monkeypatch, inside
+):
+    fake("srun", "")
+    fake("sbatch", f"env -0 >{tmp_path}/environment; echo Submitted batch job 7")
+    given = (INHERITED if inside else {"SLURM_PARTITION": "gpu"}) | SETTINGS
+    for name in INHERITED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    job = ToolJob("tools/tool.py", [], str(tmp_path), str(tmp_path))
+    assert [j.job_id for j in submit([job], Cluster(), str(tmp_path / "jobs"), "run")] == ["7"]
+    received = (tmp_path / "environment").read_text().split("\0")
+    received = dict(line.split("=", 1) for line in received if line)
+    assert {k: v for k, v in received.items() if k in INHERITED | given} == (
+        SETTINGS if inside else given
+    )
+    assert dict(os.environ) == before
+
+
+def test_a_local_job_is_not_part_of_the_allocation_it_is_started_in(monkeypatch, tmp_path):
+    for name, value in (INHERITED | SETTINGS).items():
+        monkeypatch.setenv(name, value)
+    tool = tmp_path / "tool.py"
+    tool.write_text(
+        "import os, sys, json\nopen(sys.argv[1], 'w').write(json.dumps(dict(os.environ)))\n"
+    )
+    out = tmp_path / "environment.json"
+    job = ToolJob("tool.py", [str(out)], str(tmp_path / "run"), str(tmp_path), resume="")
+    (submitted,) = submit([job], Cluster(kind="local"), str(tmp_path / "jobs"), "run")
+    assert submitted.result() == str(tmp_path / "run")
+    received = json.loads(out.read_text())
+    # submitit's local executor sets its own
+    own = {k: v for k, v in received.items() if k in INHERITED}
+    assert own == {"SUBMITIT_EXECUTOR": "local"}
+    assert SETTINGS.items() <= received.items()
+    assert os.environ["SLURM_JOB_ID"] == "999"
+    (attempt,) = read_attempts(str(tmp_path / "run"))
+    assert (attempt["restart"], attempt["outcome"]) == (0, "finished")
 
 
 def commands_in(path: Path) -> set[str]:

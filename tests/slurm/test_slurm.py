@@ -163,6 +163,27 @@ def test_a_throttled_array_and_its_dependents(slurm, tmp_path):
     assert read_attempts(f"{tmp_path}/after")[0]["started"] > max(ends)
 
 
+def test_a_job_submitted_inside_an_allocation_gets_its_own_resources(slurm, tmp_path, monkeypatch):
+    # srun refuses these: more tasks and cores than the job has, and two kinds of memory
+    inherited = {"SLURM_JOB_ID": "999", "SLURM_NTASKS": "64", "SLURM_CPUS_PER_TASK": "64"}
+    inherited |= {"SLURM_NPROCS": "64", "SLURM_TRES_PER_TASK": "cpu=64", "SLURM_NNODES": "9"}
+    inherited |= {"SLURM_MEM_PER_CPU": "9", "SLURM_MEM_PER_NODE": "9", "SLURM_RESTART_COUNT": "4"}
+    for name, value in inherited.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "well"
+    folder.mkdir()
+    (tmp_path / "code/tools").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
+    job = ToolJob("tools/tool.py", ["well", str(folder)], str(folder), str(tmp_path / "code"))
+    submit_jobs([job], Cluster(partition="low"), f"{tmp_path}/jobs", "inside")
+    for name in inherited:
+        monkeypatch.delenv(name)
+    wait_until(lambda: not subprocess.check_output(["squeue", "--noheader"]), tmp_path)
+    assert outcomes(folder) == ["finished"]
+    assert [attempt["restart"] for attempt in read_attempts(str(folder))] == [0]
+    assert len((folder / "seen0").read_text().splitlines()) == 1
+
+
 def test_a_job_whose_step_ended_is_requeued_and_a_cancelled_one_is_not(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
     shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")

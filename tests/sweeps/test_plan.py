@@ -138,7 +138,7 @@ def test_every_kth_checkpoint(tmp_path):
     det = {"config": DETECTOR, "checkpoints": 4}
     found = make_plan(sweep(tmp_path, pretrain={"moco": {"config": MOCO}}, finetune={"det": det}))
     (pretrain,) = entries(found, PRETRAIN)
-    assert overrides(pretrain)["train.checkpointer.keep_every"] == "4"
+    assert overrides(pretrain)["train.checkpoint_keep_every"] == "4"
     names = [overrides(r)["train.init_checkpoint"] for r in entries(found, FINETUNE)]
     # Of 10 iterations; files are named by the last finished one, from 0.
     wanted = ["model_0000003.pth", "model_0000007.pth", "model_final.pth"]

@@ -16,7 +16,7 @@ dataloader = _shared.dataloader
 optimizer.lr = 0.3
 lr_multiplier.update(warmup_epochs=10, warmup_factor=1e-4, rescale=False)
 train.checkpointer.period = 2310  # 5 ep of COCO
-train.checkpointer.keep_every = 23_100  # 50 ep
+train.checkpoint_keep_every = 23_100  # 50 ep
 
 _dataset = dataloader.train.dataset
 _dataset.names = "coco_2017_train_images"

@@ -17,7 +17,7 @@ train.base_batch_size = 256  # lr 1.0 * 2048 / 256 = 8.0
 train.amp.enabled = True
 train.channels_last = True
 train.checkpointer.period = 2000
-train.checkpointer.keep_every = 10000
+train.checkpoint_keep_every = 10000
 
 dataloader.train.total_batch_size = 2048
 dataloader.train.dataset.regions = "regions/imagenet_train.arrow"
