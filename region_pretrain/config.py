@@ -12,13 +12,20 @@ from typing import Any
 
 import yaml
 from detectron2.config import LazyConfig
-from detectron2.utils.file_io import PathManager
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from region_pretrain.errors import UserError
+from region_pretrain.lazy import refer_to_file, unsaveable
+from region_pretrain.yacs import (
+    find_config_file,
+    is_yacs,
+    read_yacs,
+    split_overrides,
+    to_lazy_config,
+)
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -52,11 +59,12 @@ def get_config(name: str) -> DictConfig:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Load a LazyConfig file, complete it and apply command-line overrides.
+    """Load a config file, complete it and apply command-line overrides.
 
     Args:
-        path: a ``.py`` config, or the ``config.yaml`` of a run.
-        overrides: see :func:`apply_overrides`.
+        path: see :func:`load_file`.
+        overrides: see :func:`apply_overrides`; those of a yacs config (``MODEL.MASK_ON=False``)
+            are applied before it is converted, all others after.
 
     Returns:
         The config. ``train`` has every key of ``configs/common/train.py``, so that each can be
@@ -65,21 +73,35 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: there is no such file, it cannot be loaded, or an override is invalid.
     """
-    return apply_overrides(complete_train(load_file(path)), overrides)
+    of_yacs, overrides = split_overrides(overrides)
+    return apply_overrides(complete_train(load_file(path, of_yacs)), overrides)
 
 
-def load_file(path: str) -> DictConfig:
-    """Load a LazyConfig file without completing it.
+def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+    """Load a config file without completing it.
+
+    Args:
+        path: a LazyConfig (``.py``), the ``config.yaml`` of a run, or a yacs config (``.yaml``),
+            which is converted; a path, or a name in Detectron2's model zoo.
+        yacs_overrides: overrides of a yacs config.
 
     Raises:
-        UserError: there is no such file, or it cannot be loaded.
+        UserError: there is no such file, it cannot be loaded or converted, or an override is
+            invalid.
     """
     if not path:
         raise UserError("no config given: use --config-file PATH")
-    if not PathManager.isfile(path):
-        raise UserError(f"no config file {path}")
+    path = find_config_file(path)
+    if is_yacs(path):
+        return to_lazy_config(read_yacs(path, yacs_overrides))
+    if yacs_overrides:
+        raise UserError(
+            f"override {yacs_overrides[0]!r}: {path} is not a yacs config, and the keys of a "
+            "LazyConfig are in lower case"
+        )
     try:
-        return LazyConfig.load(path)
+        cfg = LazyConfig.load(path)
+        return refer_to_file(cfg, path) if path.endswith(".py") else cfg
     except UserError:
         raise
     except Exception as error:
@@ -210,7 +232,7 @@ def to_yaml(cfg: DictConfig) -> str:
         LazyConfig.save(cfg, path)
         if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
             raise UserError(
-                "the config cannot be saved as YAML (see the log above): "
+                f"{', '.join(unsaveable(cfg)) or 'the config'} cannot be saved as YAML: "
                 "use importable functions and classes instead of lambdas"
             )
         with open(path, encoding="utf-8") as f:
