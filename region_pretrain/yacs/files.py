@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from region_pretrain.errors import UserError
 
 _ZOO = "model_zoo://"
-_YACS_KEY = re.compile(r"^[\"']?(_BASE_|[A-Z][A-Z0-9_]*)[\"']?\s*:", re.MULTILINE)
+_TOP_LEVEL_KEY = re.compile(r"^[\"']?(\w+)[\"']?\s*:", re.MULTILINE)
 _YACS_OVERRIDE = re.compile(r"\+?[A-Z][A-Z0-9_]*($|[.=])")
 
 
@@ -37,21 +38,21 @@ def find_config_file(name: str) -> str:
         )
     if not name.startswith(_ZOO) and PathManager.isfile(name):
         return name
-    try:
-        path = model_zoo.get_config_file(name.removeprefix(_ZOO))
-    except RuntimeError:
-        path = ""
+    path, zoo_name = "", name.removeprefix(_ZOO)
+    if not zoo_name.startswith(("/", ".")):
+        with contextlib.suppress(RuntimeError):
+            path = model_zoo.get_config_file(zoo_name)
     if not PathManager.isfile(path):
         raise UserError(f"no config file {name}, and no config of this name in the model zoo")
     return path
 
 
 def is_yacs(path: str) -> bool:
-    """Whether a file is a yacs config: a YAML file with upper-case keys such as ``MODEL``."""
+    """Whether a file is YAML with top-level keys of Detectron2's yacs configs, e.g. ``MODEL``."""
     if not path.endswith((".yaml", ".yml")):
         return False
     with PathManager.open(path, "r") as file:
-        return _YACS_KEY.search(file.read()) is not None
+        return not {"_BASE_", *get_cfg()}.isdisjoint(_TOP_LEVEL_KEY.findall(file.read()))
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
