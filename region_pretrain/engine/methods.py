@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 from region_pretrain.config import CONFIG_ROOT, apply_overrides, complete_train, load_file
 from region_pretrain.engine.build import build_part, check_trainable
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.meta_arch import check_contract
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.yacs import lazy_detector, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
 
@@ -76,18 +77,19 @@ def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
         UserError: the config cannot be loaded or converted, or is not that of a detector.
     """
     try:
-        model = load_file(path, yacs_overrides).get("model")
-        target = None if model is None else model.get("_target_")
-        if target in (build_detector, f"{build_detector.__module__}.{build_detector.__name__}"):
+        model = load_file(path, yacs_overrides).get("model", {})
+        target = model.get("_target_")
+        target = locate(target) if isinstance(target, str) else target
+        if target is build_detector:
             return lazy_detector(as_cfg_node(model.cfg))
     except UserError as error:
         raise UserError(f"--detector {path}: {error}") from error
-    if model is None or not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
+    if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
         raise UserError(
             f"--detector {path}: not the config of a detector, whose model has backbone, "
             "pixel_mean and pixel_std"
         )
-    if "momentum" in model or "proposal_generator" not in model and "head" not in model:
+    if isinstance(target, type) and issubclass(target, PretrainingModel):
         raise UserError(f"--detector {path}: a pre-training config; give the detector's own")
     model.setdefault("input_format", "BGR")  # Detectron2's default
     return model

@@ -92,14 +92,9 @@ def test_a_converted_detector_has_detectron2s_names_and_shapes(name):
     for key in ("box_pooler", "pooler"):
         if key in heads:
             mine, theirs = instantiate(heads[key]), getattr(stock.roi_heads, key)
-            assert mine.output_size == theirs.output_size
-            assert [vars(p) for p in mine.level_poolers] == [
-                vars(p) for p in theirs.level_poolers
-            ] or str(mine) == str(theirs)
-            features = heads["box_in_features" if key == "box_pooler" else "in_features"]
-            assert features == getattr(
-                stock.roi_heads, "box_in_features" if key == "box_pooler" else "in_features"
-            )
+            assert str(mine) == str(theirs) and "spatial_scale" in str(mine)
+            features = "box_in_features" if key == "box_pooler" else "in_features"
+            assert heads[features] == getattr(stock.roi_heads, features)
     assert "box_head" in heads or "res5" in heads or name in (RETINA, CASCADE) or "rpn" in name
     assert torch.tensor(list(lazy.pixel_mean)).shape == (3,)
     assert (list(lazy.pixel_mean), list(lazy.pixel_std), lazy.input_format) == (

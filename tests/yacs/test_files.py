@@ -131,8 +131,8 @@ def test_proposals():
     assert cfg.test.mapper.precomputed_proposal_topk == 1000
 
 
-def test_fine_tuning_on_two_processes_then_resumed(tmp_path):
-    """The tool, from a zoo name; what it saves is what it resumes with."""
+def test_fine_tuning_on_two_processes(tmp_path):
+    """The tool, from a zoo name."""
     shapes = "{_target_:region_pretrain.data.shapes.shapes,split:val,size:4,side:64}"
     command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", FASTER, *SMALL]
     command += [f"dataloader.{split}.dataset.names={shapes}" for split in ("train", "test")]
@@ -141,5 +141,3 @@ def test_fine_tuning_on_two_processes_then_resumed(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Path(tmp_path, "model_final.pth").exists()
-    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
-    assert again.returncode == 0 and "is finished: 2 iterations" in again.stdout + again.stderr

@@ -314,3 +314,6 @@ def test_two_iterations(name, coco, tmp_path):
     results = do_train(cfg)
     assert results["bbox"].keys() >= {"AP", "AP50"}
     assert (tmp_path / "run" / "model_final.pth").exists()
+    # What was saved is what the run resumes with.
+    _, again = both(name, coco, "SOLVER.MAX_ITER=2", f"OUTPUT_DIR={tmp_path / 'run'}")
+    assert do_train(again, resume=True)["bbox"].keys() == results["bbox"].keys()
