@@ -102,8 +102,9 @@ def _override(cfg: CfgNode, text: str) -> None:
         parsed = _parse(value, node)
         cfg.merge_from_list([key, repr(parsed) if isinstance(parsed, str) else parsed])
     except ValueError:
-        kind = "group, not a value" if isinstance(node, CfgNode) else type(node).__name__
-        raise UserError(f"override {text!r}: {key} is a {kind}") from None
+        group = isinstance(node, CfgNode)
+        what = "is a group, not a value" if group else f"must be of type {type(node).__name__}"
+        raise UserError(f"override {text!r}: {key} {what}") from None
 
 
 def _parse(text: str, old: Any) -> Any:

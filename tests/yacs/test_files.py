@@ -75,7 +75,7 @@ def test_bases_and_overrides(tmp_path):
     assert both.dataloader.train.dataset.names == ["a", "b"]
 
 
-def test_overrides_are_told_apart_by_case():
+def test_overrides_are_separated_by_case():
     yacs = ["MODEL.X=1", "SEED=3", "+MODEL.Y=2", "MODEL.WEIGHTS"]
     lazy = ["train.X=1", "+model.Y=2", "model.cfg.MODEL.X=3", "trainX=1"]
     assert split_overrides([*yacs, *lazy]) == (yacs, lazy)
@@ -85,8 +85,8 @@ def test_overrides_are_told_apart_by_case():
     "override, message",
     [
         ("MODEL.ROI_HEADS.NUM_CLASS=3", "no key .*did you mean MODEL.ROI_HEADS.NUM_CLASSES"),
-        ("MODEL.ROI_HEADS.NUM_CLASSES=many", "MODEL.ROI_HEADS.NUM_CLASSES is a int"),
-        ("MODEL.MASK_ON=3", "MODEL.MASK_ON is a bool"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES=many", "MODEL.ROI_HEADS.NUM_CLASSES must be of type int"),
+        ("MODEL.MASK_ON=3", "MODEL.MASK_ON must be of type bool"),
         ("MODEL.ROI_HEADS=3", "MODEL.ROI_HEADS is a group"),
         ("MODEL.WEIGHTS", "write MODEL.WEIGHTS=VALUE"),
         ("MODEL.MASK_ON.X=3", "no key 'MODEL.MASK_ON.X'"),
