@@ -12,13 +12,20 @@ from typing import Any
 
 import yaml
 from detectron2.config import LazyConfig
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.errors import UserError
+from region_pretrain.lazy import refer_to_file, unsaveable
 from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
 from region_pretrain.registration import complete_register, recording
+from region_pretrain.yacs import (
+    find_config_file,
+    is_yacs,
+    read_yacs,
+    split_overrides,
+    to_lazy_config,
+)
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -29,7 +36,13 @@ CONFIG_ROOT = next(
 )
 
 #: Keys of a detector's number of classes. With null it follows from the data.
-NUM_CLASSES = ("model.roi_heads.num_classes", "model.num_classes", "model.head.num_classes")
+NUM_CLASSES = (
+    "model.roi_heads.num_classes",
+    "model.num_classes",
+    "model.head.num_classes",
+    "model.cfg.MODEL.ROI_HEADS.NUM_CLASSES",
+    "model.cfg.MODEL.RETINANET.NUM_CLASSES",
+)
 
 
 def get_config(name: str) -> DictConfig:
@@ -52,11 +65,12 @@ def get_config(name: str) -> DictConfig:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Load a LazyConfig file, complete it and apply command-line overrides.
+    """Load a config file, complete it and apply command-line overrides.
 
     Args:
-        path: a ``.py`` config, or the ``config.yaml`` of a run.
-        overrides: see :func:`override_config`.
+        path: see :func:`load_file`.
+        overrides: see :func:`override_config`; those of a yacs config (``MODEL.MASK_ON=False``) are
+            applied before it is converted, all others after.
 
     Returns:
         The config. ``train`` has every key of ``configs/common/train.py``, so that each can be
@@ -65,10 +79,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: there is no such file, it cannot be loaded, or an override is invalid.
     """
-    return override_config(complete_train(load_file(path)), overrides, path)
+    of_yacs, overrides = split_overrides(overrides)
+    cfg = complete_train(load_file(path, of_yacs))
+    return override_config(cfg, overrides, path, of_yacs)
 
 
-def override_config(cfg: DictConfig, overrides: Sequence[str], path: str) -> DictConfig:
+def override_config(
+    cfg: DictConfig, overrides: Sequence[str], path: str, of_yacs: Sequence[str] = ()
+) -> DictConfig:
     """Apply command-line overrides, and what follows from them.
 
     - Other training data than the config's: the number of classes is that of the data, see
@@ -81,6 +99,7 @@ def override_config(cfg: DictConfig, overrides: Sequence[str], path: str) -> Dic
         cfg: changed in place; complete.
         overrides: see :func:`~region_pretrain.overrides.apply_overrides`.
         path: the file that it was loaded from.
+        of_yacs: overrides that were applied before the config was converted.
 
     Returns:
         ``cfg``.
@@ -90,7 +109,11 @@ def override_config(cfg: DictConfig, overrides: Sequence[str], path: str) -> Dic
     """
     apply_overrides(cfg, overrides)
     check_values(cfg, _train_defaults())
-    _follow_new_data(cfg, {text.partition("=")[0].lstrip("+") for text in overrides})
+    changed = {text.partition("=")[0].lstrip("+") for text in overrides}
+    for key in {text.partition("=")[0] for text in of_yacs}:
+        is_data = key == "DATASETS.TRAIN"
+        changed.add("dataloader.train.dataset.names" if is_data else f"model.cfg.{key}")
+    _follow_new_data(cfg, changed)
     make_names_absolute(cfg)
     complete_register(cfg, path)
     return cfg
@@ -103,12 +126,22 @@ def _follow_new_data(cfg: DictConfig, changed: set[str]) -> None:
             OmegaConf.update(cfg, key, None)
 
 
+def class_keys(cfg: DictConfig) -> tuple[str, ...]:
+    """Where a detector of this kind has its number of classes."""
+    architecture = OmegaConf.select(cfg, "model.cfg.MODEL.META_ARCHITECTURE")
+    if architecture is None:
+        return NUM_CLASSES[:3]
+    if architecture == "ProposalNetwork":
+        return ()
+    return NUM_CLASSES[4:] if architecture in ("RetinaNet", "FCOS") else NUM_CLASSES[3:4]
+
+
 def num_classes_keys(cfg: DictConfig) -> list[str]:
     """Those of :data:`NUM_CLASSES` that a detection config has, without interpolations."""
     if not {"test", "evaluator"} & set(cfg.get("dataloader", {})):
         return []
     found = []
-    for key in NUM_CLASSES:
+    for key in class_keys(cfg):
         parent, _, last = key.rpartition(".")
         node = OmegaConf.select(cfg, parent)
         if isinstance(node, DictConfig) and last in node.keys():
@@ -118,19 +151,32 @@ def num_classes_keys(cfg: DictConfig) -> list[str]:
     return found
 
 
-def load_file(path: str) -> DictConfig:
-    """Load a LazyConfig file without completing it.
+def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+    """Load a config file without completing it.
+
+    Args:
+        path: a LazyConfig (``.py``), the ``config.yaml`` of a run, or a yacs config (``.yaml``),
+            which is converted; a path, or a name in Detectron2's model zoo.
+        yacs_overrides: overrides of a yacs config.
 
     Raises:
-        UserError: there is no such file, or it cannot be loaded.
+        UserError: there is no such file, it cannot be loaded or converted, or an override is
+            invalid.
     """
     if not path:
         raise UserError("no config given: use --config-file PATH")
-    if not PathManager.isfile(path):
-        raise UserError(f"no config file {path}")
+    path = find_config_file(path)
+    if is_yacs(path):
+        return to_lazy_config(read_yacs(path, yacs_overrides))
+    if yacs_overrides:
+        raise UserError(
+            f"override {yacs_overrides[0]!r}: {path} is not a yacs config, and the keys of a "
+            "LazyConfig are in lower case"
+        )
     try:
         with recording(path):
-            return LazyConfig.load(path)
+            cfg = LazyConfig.load(path)
+        return refer_to_file(cfg, path) if path.endswith(".py") else cfg
     except UserError:
         raise
     except Exception as error:
@@ -182,7 +228,7 @@ def to_yaml(cfg: DictConfig) -> str:
         LazyConfig.save(cfg, path)
         if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
             raise UserError(
-                "the config cannot be saved as YAML (see the log above): "
+                f"{', '.join(unsaveable(cfg)) or 'the config'} cannot be saved as YAML: "
                 "use importable functions and classes instead of lambdas"
             )
         with open(path, encoding="utf-8") as f:

@@ -184,7 +184,7 @@ def _check_types(key: str, defaults: DictConfig, given: DictConfig) -> None:
         elif isinstance(default, int | float):
             right, must = number, "a number"
         elif isinstance(default, str):
-            right, must = isinstance(value, str), "text"
+            right, must = isinstance(value, str) or path == "train.device" and value is None, "text"
         elif isinstance(default, ListConfig):
             right, must = isinstance(value, ListConfig | list | tuple), "a list"
         else:

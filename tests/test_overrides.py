@@ -163,6 +163,11 @@ def test_values_of_another_type_are_refused_before_anything_is_computed(override
         load_config(path, [override])
 
 
+def test_a_null_device_is_the_gpu_if_there_is_one():
+    path = str(CONFIG_ROOT / "detection/mask_rcnn_r18_fpn_shapes.py")
+    assert load_config(path, ["train.device=null"]).train.device is None
+
+
 def test_a_config_from_python_is_checked_as_well():
     cfg = OmegaConf.create({"train": {"amp": {"enabled": "off"}}})
     with pytest.raises(UserError, match="train.amp.enabled=off: must be true or false"):

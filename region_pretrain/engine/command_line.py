@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser
+from omegaconf import DictConfig
 
 from region_pretrain.config import load_config
+from region_pretrain.engine.methods import load_method
 from region_pretrain.engine.processes import launch
+from region_pretrain.errors import UserError
 
 
 def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
@@ -42,13 +45,37 @@ On 8 GPUs, or with 2 processes on a CPU:
         "num_gpus": "GPUs per machine; with train.device=cpu, the number of processes",
         "dist_url": "rendezvous address tcp://HOST:PORT; default auto, for a single machine",
         "eval_only": "only evaluate train.init_checkpoint",
-        "opts": "key=value overrides a key of the config, +key=value adds one, @FILE reads more",
+        "config_file": "a LazyConfig (.py), the config.yaml of a run, a yacs config (.yaml), or a "
+        "name in Detectron2's model zoo",
+        "opts": "key=value overrides a key of the config, +key=value adds one, @FILE reads more; "
+        "KEY.IN.UPPER_CASE=value overrides a yacs config before it is converted",
     }
     for action in parser._actions:
         action.help = changed_help.get(action.dest, action.help)
         if action.dest == "opts":
             action.nargs = "*"  # flags may follow overrides: parse with parse_intermixed_args
     return parser
+
+
+def config_of(args: argparse.Namespace) -> DictConfig:
+    """The config of a parsed command line.
+
+    Args:
+        args: parsed by :func:`argument_parser`, perhaps with
+            :func:`~region_pretrain.engine.methods.add_method_arguments`.
+
+    Raises:
+        UserError: see :func:`~region_pretrain.config.load_config` and
+            :func:`~region_pretrain.engine.methods.load_method`; or both ways are mixed.
+    """
+    method, detector = getattr(args, "method", None), getattr(args, "detector", None)
+    if method is None and detector is None:
+        return load_config(args.config_file, args.opts)
+    if not method or not detector or args.config_file:
+        raise UserError(
+            "--method NAME and --detector FILE belong together and replace --config-file"
+        )
+    return load_method(method, detector, args.opts)
 
 
 def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more: Any) -> None:
@@ -59,7 +86,7 @@ def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more
         main: importable by name.
         more: further arguments of ``main``.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = config_of(args)
     on_cpu = cfg.train.device == "cpu" or not torch.cuda.is_available()
     launch(
         main,

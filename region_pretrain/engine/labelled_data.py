@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from region_pretrain.config import NUM_CLASSES, num_classes_keys
+from region_pretrain.config import class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.sources import register_named
@@ -199,7 +199,7 @@ def _compare_number(
                 f"{key} is null, but {_shown(names) or 'dataloader.train'} has no class names "
                 f"(thing_classes): set {key}=NUMBER"
             )
-    for key in NUM_CLASSES:
+    for key in class_keys(cfg):
         number = OmegaConf.select(cfg, key)
         if not isinstance(number, int) or not names:
             continue

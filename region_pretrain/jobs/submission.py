@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from omegaconf import DictConfig
 
-from region_pretrain.config import load_config, to_yaml
+from region_pretrain.config import to_yaml
+from region_pretrain.engine.command_line import config_of
 from region_pretrain.engine.output_dir import refuse_existing_run
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
@@ -65,7 +66,7 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
             "--slurm nodes=N,gpus-per-node=M"
         )
     cluster = _cluster(args)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = config_of(args)
     _check_batch(cfg, cluster)
     text = to_yaml(cfg)
     output_dir = cfg.train.output_dir

@@ -17,13 +17,30 @@ from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
-from region_pretrain.jobs.snapshot import in_checkout
+from region_pretrain.jobs.snapshot import CHECKOUT, in_checkout
 from region_pretrain.modeling.meta_arch import check_contract
+from region_pretrain.yacs import find_config_file, split_overrides
 
 
 @functools.cache
-def _file(path: str) -> DictConfig:
-    return load_config(path)
+def _file(path: str, of_yacs: tuple[str, ...]) -> DictConfig:
+    return load_config(path, of_yacs)
+
+
+def _load(path: str, overrides: Sequence[str]) -> DictConfig:
+    """``load_config``, which reads a file only once."""
+    of_yacs, rest = split_overrides(overrides)
+    return override_config(copy.deepcopy(_file(path, tuple(of_yacs))), rest, path)
+
+
+def in_zoo(path: str) -> bool:
+    """Whether a config is one of Detectron2's model zoo, and not a file of the checkout."""
+    if (CHECKOUT / path).is_file():
+        return False
+    try:
+        return bool(find_config_file(path))
+    except UserError:
+        return False
 
 
 #: Overrides that do not affect whether a config builds.
@@ -37,7 +54,7 @@ _VALUES = (
 
 @functools.cache
 def _build_once(path: str, overrides: tuple[str, ...]) -> None:
-    cfg = override_config(copy.deepcopy(_file(path)), overrides, path)
+    cfg = _load(path, overrides)
     try:
         _build(cfg)
     except UserError as error:
@@ -54,7 +71,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     """Load a config and build its model (on the meta device), optimiser and schedule.
 
     Args:
-        path: the config's path in the checkout.
+        path: the config's path in the checkout, or its name in Detectron2's model zoo.
         overrides: ``key=value``.
         detection: whether it must be a detection config; otherwise a pre-training config.
 
@@ -64,8 +81,8 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     Raises:
         UserError: the config is of the wrong kind or does not build.
     """
-    path = in_checkout(path)
-    cfg = override_config(copy.deepcopy(_file(path)), overrides, path)
+    path = find_config_file(path) if in_zoo(path) else in_checkout(path)
+    cfg = _load(path, overrides)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):
         wrong = "is not a detection config: it has no dataloader.test and dataloader.evaluator"

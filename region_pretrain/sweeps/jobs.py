@@ -30,9 +30,12 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
         arguments = list(task)
         if _CONFIG in arguments:
             at = arguments.index(_CONFIG) + 1
-            copy = os.path.join(sweep.root, arguments[at])
-            # The snapshot may lack a config that the user keeps elsewhere.
-            arguments[at] = copy if os.path.isfile(copy) else str(CHECKOUT / arguments[at])
+            # The snapshot may lack a config that the user keeps elsewhere; neither contains those
+            # of Detectron2's model zoo, which have a name instead of a path.
+            for root in (sweep.root, CHECKOUT):
+                if os.path.isfile(path := os.path.join(root, arguments[at])):
+                    arguments[at] = path
+                    break
         folder = run.folder if len(tasks) == 1 else os.path.join(run.folder, f"shard{i}")
         resume = "" if run.kind in (REGIONS, CHOICE) else "--resume"
         jobs.append(ToolJob(run.tool, arguments, folder, sweep.root, resume, sweep.cwd))

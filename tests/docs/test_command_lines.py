@@ -15,6 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from region_pretrain.config import load_config
+from region_pretrain.engine.command_line import config_of
 from region_pretrain.jobs.cluster import parse_slurm
 from region_pretrain.overrides import dotted_keys
 from region_pretrain.sweeps.definition import load_sweep, parse_sweep
@@ -124,7 +125,9 @@ def test_command_line_is_valid(words, monkeypatch, capsys):
         parse_slurm(args.slurm)
     if getattr(args, "config", None):
         load_sweep(args.config, args.opts)
-    if getattr(args, "config_file", None):
+    if getattr(args, "detector", None):
+        config_of(args)
+    elif getattr(args, "config_file", None):
         load_config(args.config_file, args.opts)
 
 

@@ -171,6 +171,22 @@ def test_errors_are_raised_before_anything_is_written(tmp_path, changes, message
     assert not (tmp_path / "out").exists()
 
 
+def test_a_detector_of_detectron2s_model_zoo(tmp_path):
+    """Its overrides in upper case are applied before the others; jobs keep the name."""
+    zoo = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    entry = {"config": zoo, "overrides": ["optimizer.lr=0.5", "SOLVER.BASE_LR=0.1"]}
+    found = make_plan(sweep(tmp_path, finetune={"det": entry}))
+    (run,) = entries(found, FINETUNE, init="soco")
+    made = state.SweepFile("s", "s", "", Cluster(), str(tmp_path), "/", {}, None, found)
+    (job,) = jobs.tool_jobs(run, made)
+    assert job.arguments[:2] == ["--config-file", zoo]
+    cfg = load_config(zoo, job.arguments[2:])
+    assert (cfg.optimizer.lr, cfg.model.cfg.SOLVER.BASE_LR) == (0.5, 0.1)
+    assert cfg.train.init_checkpoint.endswith("model_final.pth")
+    with pytest.raises(UserError, match="no key 'MODEL.MASK'"):
+        make_plan(sweep(tmp_path, finetune={"det": {**entry, "overrides": ["MODEL.MASK=1"]}}))
+
+
 def test_slurm_arrays_and_dependencies(plan, tmp_path):
     now = dict.fromkeys(plan.runs, state.WAITING)
     groups = submission.missing(plan, now)

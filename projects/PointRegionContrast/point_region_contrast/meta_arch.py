@@ -24,6 +24,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.modeling.res5 import as_module
 from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.projects.point_region_contrast.affinity_head import AffinityHead
@@ -91,7 +92,7 @@ class PointRegionContrast(PretrainingModel):
         *,
         backbone: Trunk | Backbone,
         feature: str = "res5",
-        res5: nn.Module | None = None,
+        res5: nn.Module | Sequence[nn.Module] | None = None,
         head: nn.Module,
         affinity_head: AffinityHead,
         queue: KeyQueue,
@@ -121,6 +122,8 @@ class PointRegionContrast(PretrainingModel):
         if not isinstance(backbone, Trunk) and feature not in backbone.output_shape():
             known = ", ".join(backbone.output_shape())
             raise UserError(f"model.feature={feature} must be one of {known}")
+        if res5 is not None:
+            res5 = as_module(res5)
         if zero_init:
             for module in filter(None, (backbone, res5)):
                 zero_init_residual(module)

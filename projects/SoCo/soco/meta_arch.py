@@ -22,6 +22,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import pyramid_features
 from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
+from region_pretrain.modeling.res5 import as_module
 from region_pretrain.projects.soco.views import pair_groups
 
 
@@ -37,8 +38,8 @@ class SoCo(PretrainingModel):
         backbone: the detector's backbone.
         in_features: names of the backbone's maps that are pooled, in the pooler's order.
         pooler: the detector's box pooler.
-        head: the detector's head for pooled regions. If it returns maps (res5 of a C4 detector),
-            they are averaged over space.
+        head: the detector's head for pooled regions, or its blocks. If it returns maps (res5 of a
+            C4 detector), they are averaged over space.
         head_name: name of the head in ``roi_heads``: ``"box_head"`` or ``"res5"``.
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
@@ -63,7 +64,7 @@ class SoCo(PretrainingModel):
         backbone: Backbone,
         in_features: Sequence[str],
         pooler: ROIPooler,
-        head: nn.Module,
+        head: nn.Module | Sequence[nn.Module],
         head_name: str = "box_head",
         projector: nn.Module,
         predictor: nn.Module,
@@ -77,6 +78,7 @@ class SoCo(PretrainingModel):
         input_format: str,
     ) -> None:
         super().__init__()
+        head = as_module(head)
         if len(in_features) > 1 and len(level_scales) != len(in_features):
             raise UserError(
                 f"model.level_scales={list(level_scales)} must give one scale for each of "

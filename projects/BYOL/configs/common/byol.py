@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
 from region_pretrain.data.two_crops import TwoCrops
+from region_pretrain.modeling.detector import last_map, require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.projects.byol import BYOL
@@ -28,6 +29,27 @@ dataloader.train.dataset.views = L(TwoCrops)(
     second_photometry=_augmentation.second,
     crop_area=(0.08, 1.0),
 )
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """BYOL for 100 epochs on the trunk of any detector with FPN (``--method byol``).
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    require(
+        detector,
+        "backbone.bottom_up",
+        otherwise="BYOL pre-trains the trunk below an FPN; for C4, use --method soco or "
+        "point_region",
+    )
+    train.update(epochs=100, output_dir="output/byol")
+    optimizer.lr = 0.45
+    optimizer.params.weight_decay = 1e-6
+    feature, channels = last_map(detector.backbone.bottom_up)
+    model = byol(detector, trunk_dim=channels)
+    model.backbone.feature = feature
+    return model
 
 
 def byol(

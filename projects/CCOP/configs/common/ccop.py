@@ -5,6 +5,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
+from region_pretrain.modeling.detector import last_map, require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.projects.ccop import CCOP, CCOPViews, Curriculum
@@ -31,6 +32,23 @@ _dataset.views = L(CCOPViews)(
     min_area=144.0,
 )
 _dataset.views.photometry.saturation = 0.2
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """CCOP for 200 epochs on an R-CNN with FPN (``--method ccop``).
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    require(
+        detector,
+        "backbone.bottom_up",
+        "roi_heads.box_pooler",
+        otherwise="CCOP needs an R-CNN with an FPN; for C4, use --method soco or point_region, "
+        "for other detectors with an FPN moco, byol or point_region",
+    )
+    train.update(epochs=200, output_dir="output/ccop")
+    return ccop_fpn(detector, trunk_dim=last_map(detector.backbone.bottom_up)[1])
 
 
 def ccop_fpn(

@@ -5,6 +5,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.config import get_config
+from region_pretrain.modeling.detector import require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.projects.mcl import (
     MCL,
@@ -52,6 +53,25 @@ dataloader.train.dataset.views = L(MCLViews)(
     key_photometry=_augmentation.second,
     crop_area=(0.2, 1.0),
 )
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """MCL for 100 epochs on an R-CNN with FPN (``--method mcl``).
+
+    Its fc layers are trained as well if the box head has no convolutions.
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    require(
+        detector,
+        "backbone.bottom_up",
+        "roi_heads.box_head",
+        otherwise="MCL needs an R-CNN with an FPN and one box head; for C4, use --method soco or "
+        "point_region, for other detectors with an FPN moco, byol or point_region",
+    )
+    train.update(epochs=100, output_dir="output/mcl")
+    return mcl_fpn(detector, fc=not detector.roi_heads.box_head.conv_dims)
 
 
 def _tile_model(target: type, detector: DictConfig, fc: bool, **parts) -> DictConfig:

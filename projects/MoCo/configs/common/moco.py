@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
 from region_pretrain.data.two_crops import TwoCrops
+from region_pretrain.modeling.detector import last_map, require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
@@ -21,6 +22,25 @@ dataloader.train.dataset.views = L(TwoCrops)(
     second_photometry=_shared.photometry,
     crop_area=(0.2, 1.0),
 )
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """MoCo v2 for 200 epochs on the trunk of any detector with FPN (``--method moco``).
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    require(
+        detector,
+        "backbone.bottom_up",
+        otherwise="MoCo pre-trains the trunk below an FPN; for C4, use --method soco or "
+        "point_region",
+    )
+    train.update(epochs=200, output_dir="output/moco")
+    feature, channels = last_map(detector.backbone.bottom_up)
+    model = moco(detector, trunk_dim=channels)
+    model.backbone.feature = feature
+    return model
 
 
 def moco(

@@ -7,6 +7,7 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
+from region_pretrain.modeling.detector import has, last_map, require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
@@ -36,6 +37,30 @@ dataloader.train.dataset.views = L(PointRegionViews)(
     min_overlap=0.5,
     max_draws=101,
 )
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """Point-level region contrast for 200 epochs (``--method point_region``).
+
+    On P4 of an R-CNN with FPN, res5 of a C4 detector, or the trunk of another detector with FPN.
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    train.update(epochs=200, output_dir="output/point_region")
+    if has(detector, "roi_heads.res5"):
+        return point_region_c4(detector)
+    require(
+        detector,
+        "backbone.bottom_up",
+        otherwise="point-level region contrast needs an FPN or C4; use --method soco",
+    )
+    if has(detector, "roi_heads.box_pooler"):
+        return point_region_fpn(detector)
+    feature, channels = last_map(detector.backbone.bottom_up)
+    model = point_region(detector, trunk_dim=channels)
+    model.feature = model.backbone.feature = feature
+    return model
 
 
 def point_region(

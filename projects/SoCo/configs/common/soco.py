@@ -4,6 +4,7 @@ from detectron2.config import LazyCall as L
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
+from region_pretrain.modeling.detector import has, require
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.projects.soco import SoCo, SoCoViews
 from region_pretrain.solver import cosine_momentum
@@ -36,6 +37,29 @@ dataloader.train.dataset.views = L(SoCoViews)(
     jitter_ratio=0.1,
     min_box_side=0.0,
 )
+
+
+#: The C4 variant: two views, no box jitter.
+C4_VIEWS = dict(sizes=[224, 224], sources=["crop"], crop_area=(0.6, 1.0), jitter_prob=0.0)
+
+
+def pretrain(detector: DictConfig) -> DictConfig:
+    """SoCo for 100 epochs on an R-CNN with FPN or C4 (``--method soco``).
+
+    Args:
+        detector: ``model`` of a detection config.
+    """
+    train.update(epochs=100, output_dir="output/soco")
+    if has(detector, "roi_heads.res5"):
+        dataloader.train.dataset.views.update(C4_VIEWS)
+        return soco_c4(detector)
+    require(
+        detector,
+        "roi_heads.box_head.fc_dims.0",
+        otherwise="SoCo needs an R-CNN with one box head, or with res5 as in C4; for other "
+        "detectors with an FPN, use --method moco, byol, point_region or (R-CNN only) ccop",
+    )
+    return soco_fpn(detector)
 
 
 def _soco(detector: DictConfig, feature_dim: int, hidden_dim: int, dim: int, **parts) -> DictConfig:

@@ -2,9 +2,7 @@
 
 from region_pretrain.config import get_config
 
-from .soco import dataloader, lr_multiplier, optimizer, soco_c4, train
+from .soco import C4_VIEWS, dataloader, lr_multiplier, optimizer, soco_c4, train
 
 model = soco_c4(get_config("detection/mask_rcnn_r50_c4_moco.py").model)
-dataloader.train.dataset.views.update(
-    sizes=[224, 224], sources=["crop"], crop_area=(0.6, 1.0), jitter_prob=0.0
-)
+dataloader.train.dataset.views.update(C4_VIEWS)

@@ -1,0 +1,115 @@
+"""Pre-training configs made from the name of a method and a detector's config."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig
+
+from region_pretrain.config import CONFIG_ROOT, complete_train, load_file, override_config
+from region_pretrain.engine.build import build_part, check_trainable
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.yacs import lazy_detector, split_overrides
+from region_pretrain.yacs.build import as_cfg_node, build_detector
+
+_PARTS = ("dataloader", "optimizer", "lr_multiplier", "train")
+
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--method`` and ``--detector``."""
+    group = parser.add_argument_group("instead of --config-file")
+    group.add_argument(
+        "--method", metavar="NAME", help=f"a folder of projects/: {', '.join(sorted(_folders()))}"
+    )
+    group.add_argument(
+        "--detector",
+        metavar="FILE",
+        help="config of the detector to pre-train: a Detectron2 .yaml or .py, the config.yaml of a "
+        "run, or a name in Detectron2's model zoo; KEY.IN.UPPER_CASE=value changes a .yaml",
+    )
+
+
+def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """A method's default recipe for a detector.
+
+    A file in the project's ``configs/common`` defines ``dataloader``, ``optimizer``,
+    ``lr_multiplier`` and ``train``, and a function ``pretrain(detector)`` that returns ``model``.
+    It may adapt the other four, and raises a ``UserError`` for detectors that do not fit.
+
+    Args:
+        method: the name of a folder in ``projects/`` or of that file; upper and lower case, ``-``
+            and ``_`` do not matter.
+        detector: a detection config, see :func:`region_pretrain.config.load_file`.
+        overrides: those of a yacs detector apply to it, all others to the pre-training config.
+
+    Returns:
+        A complete config, whose model has been built on the meta device.
+
+    Raises:
+        UserError: there is no such method or detector, or they do not fit.
+    """
+    path = _find(method)
+    of_yacs, overrides = split_overrides(overrides)
+    pretrain, *parts = LazyConfig.load(str(path), ("pretrain", *_PARTS))
+    model = pretrain(load_detector(detector, of_yacs))
+    cfg = DictConfig(
+        {"model": model, **dict(zip(_PARTS, parts, strict=True))}, flags={"allow_objects": True}
+    )
+    override_config(complete_train(cfg), overrides, str(path))
+    with torch.device("meta"):
+        built = check_contract(build_part(cfg.model, "model"))
+    check_trainable(cfg, built)
+    return cfg
+
+
+def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+    """``model`` of a detection config, with lazy modules even if the config is one of yacs.
+
+    Raises:
+        UserError: the config cannot be loaded or converted, or is not that of a detector.
+    """
+    try:
+        model = load_file(path, yacs_overrides).get("model", {})
+        target = model.get("_target_")
+        target = locate(target) if isinstance(target, str) else target
+        if target is build_detector:
+            return lazy_detector(as_cfg_node(model.cfg))
+    except UserError as error:
+        raise UserError(f"--detector {path}: {error}") from error
+    if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
+        raise UserError(
+            f"--detector {path}: not the config of a detector, whose model has backbone, "
+            "pixel_mean and pixel_std"
+        )
+    if isinstance(target, type) and issubclass(target, PretrainingModel):
+        raise UserError(f"--detector {path}: a pre-training config; give the detector's own")
+    model.setdefault("input_format", "BGR")  # Detectron2's default
+    return model
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _folders() -> dict[str, Path]:
+    """Name of each project -> its ``configs`` folder, in a checkout or in an installed wheel."""
+    return {path.parent.name: path for path in (CONFIG_ROOT.parent / "projects").glob("*/configs")}
+
+
+def _find(method: str) -> Path:
+    """The file with a method's ``pretrain``."""
+    for name, configs in _folders().items():
+        for path in sorted((configs / "common").glob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            if "pretrain" in functions and _plain(method) in (_plain(name), _plain(path.stem)):
+                return path
+    raise UserError(f"--method {method}: must be one of {', '.join(sorted(_folders()))}")

@@ -1,0 +1,139 @@
+"""The pre-trainable modules of a yacs config as lazy objects, with the names of LazyConfigs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN, BottleneckBlock, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
+from omegaconf import DictConfig
+
+from region_pretrain.errors import UserError
+from region_pretrain.yacs.build import build_resnet
+
+_BACKBONES = (
+    "build_resnet_backbone",
+    "build_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone",
+)
+_ROI_HEADS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
+
+
+def lazy_detector(cfg: CfgNode) -> DictConfig:
+    """The modules of a detector that can be pre-trained, as in ``model`` of a LazyConfig.
+
+    Args:
+        cfg: a complete yacs config of a ResNet or ResNeXt detector: R-CNN with FPN, C4 or dilated
+            C5, or RetinaNet.
+
+    Returns:
+        ``backbone``, ``pixel_mean``, ``pixel_std``, ``input_format`` and, of an R-CNN,
+        ``roi_heads`` with pooler and box head or ``res5``. Names of parameters are those of
+        ``detectron2.modeling.build_model``. A Cascade R-CNN has one box head per stage, so the
+        result has none.
+
+    Raises:
+        UserError: another backbone, RoI heads or box head; the message names the key.
+    """
+    detector = dict(
+        backbone=_backbone(cfg),
+        pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
+        pixel_std=list(cfg.MODEL.PIXEL_STD),
+        input_format=cfg.INPUT.FORMAT,
+    )
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        detector["roi_heads"] = _roi_heads(cfg)
+    return DictConfig(detector, flags={"allow_objects": True})
+
+
+def plain(cfg: CfgNode) -> dict[str, Any]:
+    """A yacs config as nested dicts and lists."""
+    return json.loads(json.dumps(cfg))
+
+
+def _backbone(cfg: CfgNode) -> DictConfig:
+    name, fpn = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN
+    _check("MODEL.BACKBONE.NAME", name, _BACKBONES)
+    part = {key: plain(cfg.MODEL[key]) for key in ("BACKBONE", "RESNETS")}
+    trunk = L(build_resnet)(cfg={"MODEL": part})
+    if name == "build_resnet_backbone":
+        return trunk
+    top_block = L(LastLevelMaxPool)()
+    if name == "build_retinanet_resnet_fpn_backbone":
+        top_block = L(LastLevelP6P7)(
+            in_channels=_channels(cfg, 5), out_channels="${..out_channels}"
+        )
+    return L(FPN)(
+        bottom_up=trunk,
+        in_features=list(fpn.IN_FEATURES),
+        out_channels=fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
+        top_block=top_block,
+        fuse_type=fpn.FUSE_TYPE,
+    )
+
+
+def _roi_heads(cfg: CfgNode) -> dict[str, Any]:
+    _check("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, _ROI_HEADS)
+    box, features = cfg.MODEL.ROI_BOX_HEAD, list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    size = box.POOLER_RESOLUTION
+    pooler = L(ROIPooler)(
+        output_size=size,
+        scales=[1.0 / _stride(cfg, name) for name in features],
+        sampling_ratio=box.POOLER_SAMPLING_RATIO,
+        pooler_type=box.POOLER_TYPE,
+    )
+    if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
+        return dict(in_features=features, pooler=pooler, res5=_res5(cfg))
+    heads = dict(box_in_features=features, box_pooler=pooler)
+    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads":
+        _check("MODEL.ROI_BOX_HEAD.NAME", box.NAME, ("FastRCNNConvFCHead",))
+        level = features[0]
+        channels = cfg.MODEL.FPN.OUT_CHANNELS if level[0] == "p" else _channels(cfg, int(level[3:]))
+        heads["box_head"] = L(FastRCNNConvFCHead)(
+            input_shape=L(ShapeSpec)(channels=channels, height=size, width=size),
+            conv_dims=[box.CONV_DIM] * box.NUM_CONV,
+            fc_dims=[box.FC_DIM] * box.NUM_FC,
+            conv_norm=box.NORM,
+        )
+    return heads
+
+
+def _res5(cfg: CfgNode) -> DictConfig:
+    """``Res5ROIHeads._build_res5_block``, lazily."""
+    resnet = cfg.MODEL.RESNETS
+    return L(ResNet.make_stage)(
+        block_class=BottleneckBlock,
+        num_blocks=3,
+        stride_per_block=[2, 1, 1],
+        in_channels=_channels(cfg, 4),
+        bottleneck_channels=resnet.NUM_GROUPS * resnet.WIDTH_PER_GROUP * 8,
+        out_channels=_channels(cfg, 5),
+        num_groups=resnet.NUM_GROUPS,
+        norm=resnet.NORM,
+        stride_in_1x1=resnet.STRIDE_IN_1X1,
+    )
+
+
+def _channels(cfg: CfgNode, stage: int) -> int:
+    return cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (stage - 2)
+
+
+def _stride(cfg: CfgNode, name: str) -> int:
+    """Of ``p2`` to ``p5``, or ``res2`` to ``res5``."""
+    stride = 2 ** int(name.removeprefix("res").removeprefix("p"))
+    return stride // cfg.MODEL.RESNETS.RES5_DILATION if name == "res5" else stride
+
+
+def _check(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(
+            f"{key}={value} cannot be converted for pre-training; known are {', '.join(known)}: "
+            "write the detector as a LazyConfig"
+        )

@@ -1,0 +1,129 @@
+"""Finds config files, recognises and reads those of yacs, and applies ``UPPER.CASE=value``."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from region_pretrain.errors import UserError
+
+_ZOO = "model_zoo://"
+_TOP_LEVEL_KEY = re.compile(r"^[\"']?(\w+)[\"']?\s*:", re.MULTILINE)
+_YACS_OVERRIDE = re.compile(r"\+?[A-Z][A-Z0-9_]*($|[.=])")
+
+
+def find_config_file(name: str) -> str:
+    """The path of a config file.
+
+    Args:
+        name: a path, or the name of one of Detectron2's model-zoo configs, with or without
+            ``model_zoo://``, e.g. ``COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if name.startswith("detectron2://"):
+        raise UserError(
+            f"{name}: detectron2:// names weights; write a config of the model zoo as "
+            "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+        )
+    if not name.startswith(_ZOO) and PathManager.isfile(name):
+        return name
+    path, zoo_name = "", name.removeprefix(_ZOO)
+    if not zoo_name.startswith(("/", ".")):
+        with contextlib.suppress(RuntimeError):
+            path = model_zoo.get_config_file(zoo_name)
+    if not PathManager.isfile(path):
+        raise UserError(f"no config file {name}, and no config of this name in the model zoo")
+    return path
+
+
+def is_yacs(path: str) -> bool:
+    """Whether a file is YAML with top-level keys of Detectron2's yacs configs, e.g. ``MODEL``."""
+    if not path.endswith((".yaml", ".yml")):
+        return False
+    with PathManager.open(path, "r") as file:
+        return not {"_BASE_", *get_cfg()}.isdisjoint(_TOP_LEVEL_KEY.findall(file.read()))
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the overrides of a yacs config (``MODEL.MASK_ON=False``) from all others.
+
+    Returns:
+        (those whose first part is in upper case, the others).
+    """
+    upper = [text for text in overrides if _YACS_OVERRIDE.match(text)]
+    return upper, [text for text in overrides if text not in upper]
+
+
+def read_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a yacs config, with its ``_BASE_`` and Detectron2's defaults.
+
+    Args:
+        path: the file.
+        overrides: ``KEY=value``; lists are ``[a,b]``, and a list of one may be written as the item.
+
+    Raises:
+        UserError: the file or an override has an unknown key or a value of the wrong type.
+    """
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(path)
+    except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).strip("'\"").split())
+        raise UserError(f"{path} is not a config of Detectron2: {reason}") from error
+    for text in overrides:
+        _override(cfg, text)
+    return cfg
+
+
+def _override(cfg: CfgNode, text: str) -> None:
+    key, equals, value = text.removeprefix("+").partition("=")
+    if not equals:
+        raise UserError(f"override {text!r}: write {key}=VALUE")
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(f"no key {key!r} in Detectron2's yacs configs{hint}")
+        node = node[part]
+    try:
+        # A string goes through literal_eval once more.
+        parsed = _parse(value, node)
+        cfg.merge_from_list([key, repr(parsed) if isinstance(parsed, str) else parsed])
+    except ValueError:
+        group = isinstance(node, CfgNode)
+        what = "is a group, not a value" if group else f"must be of type {type(node).__name__}"
+        raise UserError(f"override {text!r}: {key} {what}") from None
+
+
+def _parse(text: str, old: Any) -> Any:
+    """A value of the type of the one that it replaces, if it can be read as one."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = yaml.safe_load(text) if re.match(r"\[|\w+$", text) else text
+    if isinstance(old, str) and value is not None:
+        return value if isinstance(value, str) else text
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    if isinstance(old, list | tuple) and not isinstance(value, list | tuple):
+        return [value]
+    return value
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")

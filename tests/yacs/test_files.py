@@ -1,0 +1,143 @@
+"""Finding, recognising, reading and overriding yacs configs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2 import model_zoo
+from zoo import SMALL
+
+from region_pretrain.config import CONFIG_ROOT, load_config, to_yaml
+from region_pretrain.errors import UserError
+from region_pretrain.yacs import find_config_file, is_yacs, read_yacs, split_overrides
+
+FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+TOOLS = CONFIG_ROOT.parent / "tools"
+
+
+def test_a_name_of_the_model_zoo_and_a_path():
+    path = model_zoo.get_config_file(FASTER)
+    assert find_config_file(FASTER) == find_config_file(f"model_zoo://{FASTER}") == path
+    assert find_config_file(path) == path
+    lazy = load_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
+    assert lazy.train.max_iter == 90000
+    with pytest.raises(UserError, match="detectron2:// names weights; write a config of the mod"):
+        find_config_file(f"detectron2://{FASTER}")
+    with pytest.raises(UserError, match="no config file absent.yaml, and no config of this name"):
+        find_config_file("absent.yaml")
+
+
+def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "COCO-Detection").mkdir()
+    (tmp_path / FASTER).write_text("train: {max_iter: 3}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(FASTER).train.max_iter == 3
+    assert load_config(f"model_zoo://{FASTER}").train.max_iter == 90000
+
+
+def test_recognised_by_content(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text in ("_BASE_: x.yaml\n", "# a\nMODEL:\n  MASK_ON: True\n", '"SOLVER": {}\n'):
+        path.write_text(text)
+        assert is_yacs(str(path)), text
+    path.write_text(to_yaml(load_config(FASTER)))  # contains a yacs config in lower-case keys
+    assert not is_yacs(str(path))
+    assert not is_yacs(str(CONFIG_ROOT / "common/train.py"))
+
+
+def test_bases_and_overrides(tmp_path):
+    base = model_zoo.get_config_file("Base-RCNN-FPN.yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {base}\nMODEL:\n  MASK_ON: False\nSOLVER:\n  BASE_LR: 0.01\n")
+    overrides = [
+        "MODEL.ROI_HEADS.NUM_CLASSES=3",
+        "SOLVER.BASE_LR=1",
+        "DATASETS.TRAIN=[a,b]",
+        "DATASETS.TEST=coco://x.json?images=DIR",
+        "OUTPUT_DIR=123",
+        "MODEL.WEIGHTS=",
+        "INPUT.MIN_SIZE_TRAIN=(320,)",
+        "SOLVER.NESTEROV=true",
+        "SOLVER.WEIGHT_DECAY_BIAS=null",
+    ]
+    cfg = read_yacs(str(path), overrides)
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"  # of the base
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3 and cfg.SOLVER.BASE_LR == 1.0
+    assert cfg.DATASETS.TRAIN == ("a", "b") and cfg.DATASETS.TEST == ("coco://x.json?images=DIR",)
+    assert (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS) == ("123", "")
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (320,) and cfg.SOLVER.NESTEROV is True
+    assert cfg.SOLVER.WEIGHT_DECAY_BIAS is None
+
+    both = load_config(str(path), ["train.output_dir=here", *overrides, "optimizer.lr=0.5"])
+    assert (both.train.output_dir, both.optimizer.lr) == ("here", 0.5)
+    assert both.model.cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert both.dataloader.train.dataset.names == ["a", "b"]
+
+
+def test_overrides_are_separated_by_case():
+    yacs = ["MODEL.X=1", "SEED=3", "+MODEL.Y=2", "MODEL.WEIGHTS"]
+    lazy = ["train.X=1", "+model.Y=2", "model.cfg.MODEL.X=3", "trainX=1"]
+    assert split_overrides([*yacs, *lazy]) == (yacs, lazy)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("MODEL.ROI_HEADS.NUM_CLASS=3", "no key .*did you mean MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES=many", "MODEL.ROI_HEADS.NUM_CLASSES must be of type int"),
+        ("MODEL.MASK_ON=3", "MODEL.MASK_ON must be of type bool"),
+        ("MODEL.ROI_HEADS=3", "MODEL.ROI_HEADS is a group"),
+        ("MODEL.WEIGHTS", "write MODEL.WEIGHTS=VALUE"),
+        ("MODEL.MASK_ON.X=3", "no key 'MODEL.MASK_ON.X'"),
+        (
+            "TEST.AUG.ENABLED=True",
+            "TEST.AUG.ENABLED=True is not supported: set TEST.AUG.ENABLED",
+        ),
+        ("SOLVER.REFERENCE_WORLD_SIZE=8", "set SOLVER.REFERENCE_WORLD_SIZE=0"),
+        ("FLOAT32_PRECISION=high", "FLOAT32_PRECISION=high is not supported: set FLOAT32_PRECI"),
+        ("DATASETS.TEST=[a,b]", r"DATASETS.TEST=\['a', 'b'\]: name .*exactly one test set"),
+        ("DATASETS.TRAIN=()", r"DATASETS.TRAIN=\[\].*at least one training set"),
+        ("DATALOADER.SAMPLER_TRAIN=Mine", "DATALOADER.SAMPLER_TRAIN=Mine: must be"),
+        ("SOLVER.LR_SCHEDULER_NAME=Mine", "SOLVER.LR_SCHEDULER_NAME=Mine: must be"),
+        ("MODEL.DEVICE=cuda:1", "MODEL.DEVICE=cuda:1: must be cuda or cpu"),
+        ("MODEL.LOAD_PROPOSALS=True", "DATASETS.PROPOSAL_FILES_TRAIN=.*one file for each of"),
+    ],
+)
+def test_refused_in_one_line(override, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(FASTER, [override])
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_and_yacs_overrides_of_other_configs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("MODEL:\n  SWIN: {DEPTH: 3}\n")
+    with pytest.raises(UserError, match=r"mine.yaml is not a config of Detectron2: .*MODEL.SWIN"):
+        load_config(str(path))
+    path.write_text("MODEL: [\n")
+    with pytest.raises(UserError, match=r"mine.yaml is not a config of Detectron2"):
+        load_config(str(path))
+    with pytest.raises(UserError, match="'MODEL.MASK_ON=True': .* is not a yacs config"):
+        load_config("common/train.py", ["MODEL.MASK_ON=True"])
+
+
+def test_proposals():
+    cfg = load_config("COCO-Detection/fast_rcnn_R_50_FPN_1x.yaml").dataloader
+    assert cfg.train.dataset.proposal_files[0].endswith(
+        "rpn_R_50_FPN_1x/137258492/coco_2017_train" "_box_proposals_21bc3a.pkl"
+    )
+    assert cfg.train.mapper.precomputed_proposal_topk == 2000
+    assert cfg.test.mapper.precomputed_proposal_topk == 1000
+
+
+def test_fine_tuning_on_two_processes(tmp_path):
+    """The tool, from a zoo name."""
+    shapes = "{_target_:region_pretrain.data.shapes.shapes,split:val,size:4,side:64}"
+    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", FASTER, *SMALL]
+    command += [f"dataloader.{split}.dataset.names={shapes}" for split in ("train", "test")]
+    command += ["MODEL.DEVICE=cpu", "--num-gpus", "2", "SOLVER.MAX_ITER=2"]
+    command += ["MODEL.ROI_HEADS.NUM_CLASSES=8", f"train.output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Path(tmp_path, "model_final.pth").exists()
