@@ -20,6 +20,7 @@ from torch import nn
 
 from region_pretrain.config import complete_train
 from region_pretrain.data.catalog import FOLDER_PREFIX, check_registered
+from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import detection_training_data
 from region_pretrain.engine.output_dir import start_logging
@@ -57,8 +58,11 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
     return {task: dict(values) for task, values in results.items()}
 
 
-def _check_data(cfg: DictConfig) -> None:
+def _check_data(cfg: DictConfig) -> list[str]:
     """Check the config's data sets before anything is computed.
+
+    Returns:
+        See :func:`region_pretrain.data.inspection.prepare_labels`.
 
     Raises:
         UserError: the config is for pre-training, or names an unknown or unlabelled data set.
@@ -81,6 +85,8 @@ def _check_data(cfg: DictConfig) -> None:
                     "fine-tuning needs a registered data set with annotations"
                 )
             check_registered(name)
+    with _missing_files_are_user_errors():
+        return prepare_labels(cfg)
 
 
 @contextmanager
@@ -108,7 +114,8 @@ def do_evaluate(cfg: DictConfig) -> Results:
     """
     complete_train(cfg)
     start_logging(None)
-    _check_data(cfg)
+    for line in _check_data(cfg):
+        logger.info(line)
     if not cfg.train.init_checkpoint:
         raise UserError("no weights to evaluate: set train.init_checkpoint=PATH")
     if cfg.train.seed is None:
@@ -154,8 +161,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
         FloatingPointError: a loss became NaN or infinite.
     """
     complete_train(cfg)
-    _check_data(cfg)
+    labels = _check_data(cfg)
     start_run(cfg, resume)
+    for line in labels:
+        logger.info(line)
     with _missing_files_are_user_errors():
         data = detection_training_data(cfg.dataloader.train, cfg.train.seed)
         if "test" in cfg.dataloader:
