@@ -231,15 +231,17 @@ class _File(NamedTuple):
 
 def _read_file(record: Mapping, decode: bool) -> _File:
     path = record["file_name"]
+    kind = _File()
     try:
-        given = record.get("width"), record.get("height")
-        size = upright_size(path, None if None in given else given)
         kind = _file_format(path)
+        given = record.get("width"), record.get("height")
+        kind = kind._replace(size=upright_size(path, None if None in given else given))
         if decode and kind.bands in (1, 3):
             read_image(path)
-        return kind._replace(size=size)
     except (UnreadableImage, OSError) as error:
-        return _File(error=" ".join(str(error).split()))
+        if kind.bands in (1, 3):
+            return _File(error=" ".join(str(error).split()))
+    return kind
 
 
 def _file_format(path: str) -> _File:
@@ -282,8 +284,12 @@ def _inspect_files(
             if file.error:
                 unreadable.append(file.error)
                 continue
-            found.sizes.append(file.size)
             found.formats[file.format] += 1
+            if file.bands not in (1, 3) and "bands" not in record.get("reading", {}):
+                hint = f"image of {file.bands} bands; choose three: add &bands="
+                wrong.add(f"{hint} to the name", path)
+                continue
+            found.sizes.append(file.size)
             given = record.get("width", file.size[0]), record.get("height", file.size[1])
             if "crop" not in record and given != file.size:
                 turned = given == file.size[::-1]
@@ -291,13 +297,9 @@ def _inspect_files(
                 if not (turned and coco):
                     both = f"{path}: {given[0]}x{given[1]}, file {file.size[0]}x{file.size[1]}"
                     wrong.add("size that contradicts the file", both)
-            reading = record.get("reading", {})
-            if file.bits > 8 and "bits" not in reading:
+            if file.bits > 8 and "bits" not in record.get("reading", {}):
                 hint = "of more than 8 bits; for less than 16 significant bits, add &bits="
                 notes.add(f"image {hint} to the name", path, fixed=False)
-            if file.bands not in (1, 3) and "bands" not in reading:
-                hint = f"image of {file.bands} bands; choose three: add &bands="
-                wrong.add(f"{hint} to the name", path)
     if unreadable:
         text = f"{len(unreadable)} unreadable files, e.g. {unreadable[0]}"
         if len(unreadable) > MAX_UNREADABLE * len(records):

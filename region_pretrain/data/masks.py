@@ -160,6 +160,6 @@ def _boxes_only_config(cfg: DictConfig) -> str | None:
     for path in sorted((CONFIG_ROOT / "detection").glob(_BOXES_ONLY)):
         changed = changed_keys(get_config(f"detection/{path.name}"), cfg)
         model = [key for key in changed if key.startswith("model.")]
-        if all("mask_" in key or key.endswith("num_classes") for key in model):
+        if all(any(part in key for part in ("mask_", "num_classes", ".test_")) for key in model):
             candidates[f"configs/detection/{path.name}"] = len(changed)
     return min(candidates, key=candidates.get, default=None)
