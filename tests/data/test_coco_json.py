@@ -10,56 +10,21 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from PIL import Image
 
 from region_pretrain.data import coco_fixes, coco_json
-from region_pretrain.data.coco_json import load_coco, mend_registered
+from region_pretrain.data.coco_json import load_coco
 from region_pretrain.errors import UserError
 
 WIDTH, HEIGHT = 60, 40
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "region_pretrain"
-
-
 def rectangle(x, y, w, h):
     return [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write three images of 60x40 and a json of six boxes of two classes, changed by a function."""
-
-    def write(change=lambda data: None):
-        root = tmp_path / "images"
-        root.mkdir(exist_ok=True)
-        images, annotations = [], []
-        for i in range(3):
-            Image.new("RGB", (WIDTH, HEIGHT), (i * 80, 0, 0)).save(root / f"{i}.jpg")
-            images.append({"id": i + 1, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT})
-            for j, box in enumerate(([2 + i, 3, 20, 10], [30, 12 + i, 24, 25 - i])):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1, "image_id": i + 1, "category_id": 3 + 4 * j,
-                        "bbox": box, "area": box[2] * box[3], "iscrowd": 0,
-                        "segmentation": rectangle(*box),
-                    }
-                )  # fmt: skip
-        categories = [{"id": 3, "name": "ant"}, {"id": 7, "name": "bee"}]
-        data = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-        change(data)
-        path = tmp_path / "ann.json"
-        path.write_text(json.dumps(data))
-        return str(path), str(root)
-
-    return write
 
 
 def perfect_ap(data, name="perfect"):
@@ -180,9 +145,9 @@ FIXES = {
 
 
 @pytest.mark.parametrize("kind", FIXES)
-def test_what_is_fixed_evaluates_perfectly(write, kind):
+def test_what_is_fixed_evaluates_perfectly(write_coco, kind):
     change, text, count = FIXES[kind]
-    data = load_coco(*write(change))
+    data = load_coco(*write_coco(change))
     found = {f.what: f.count for f in data.findings if text in f.what}
     assert list(found.values()) == [count], data.findings
     assert all(f.fixed or "without boxes" in f.what for f in data.findings)
@@ -195,9 +160,9 @@ def test_what_is_fixed_evaluates_perfectly(write, kind):
     assert again.records == data.records and not again.fixed
 
 
-def test_values_of_the_fixes(write):
+def test_values_of_the_fixes(write_coco):
     def boxes(change):
-        return load_coco(*write(change)).records[0]["annotations"]
+        return load_coco(*write_coco(change)).records[0]["annotations"]
 
     assert boxes(FIXES["box reaches out"][0])[0]["bbox"] == [0, 3, 15, 10]
     assert boxes(FIXES["negative box"][0])[0]["bbox"] == [2, 3, 20, 10]
@@ -207,12 +172,16 @@ def test_values_of_the_fixes(write):
     assert [a["category_id"] for a in boxes(FIXES["categories of one name"][0])] == [0, 1]
 
     triangle = {"area": None, "segmentation": [[10, 10, 20, 10, 10, 30]]}
-    data = load_coco(*write(first("annotations", **triangle)))
+    data = load_coco(*write_coco(first("annotations", **triangle)))
     assert json.loads(open(data.json_file).read())["annotations"][0]["area"] == 100
-    data = load_coco(*write(first("annotations", area=None, segmentation=[])))
+    data = load_coco(*write_coco(first("annotations", area=None, segmentation=[])))
     assert json.loads(open(data.json_file).read())["annotations"][0]["area"] == 200
-    assert [r["image_id"] for r in load_coco(*write(first("images", id="1"))).records] == [1, 2, 3]
-    mixed = load_coco(*write(FIXES["one image id as text"][0]))
+    assert [r["image_id"] for r in load_coco(*write_coco(first("images", id="1"))).records] == [
+        1,
+        2,
+        3,
+    ]
+    mixed = load_coco(*write_coco(FIXES["one image id as text"][0]))
     assert [r["image_id"] for r in mixed.records] == ["2", "3", "a"]
 
 
@@ -228,7 +197,7 @@ def rle(x, y, w, h, compressed):
     return {"size": [HEIGHT, WIDTH], "counts": counts}
 
 
-def test_a_correct_json_is_read_as_detectron2_reads_it(write):
+def test_a_correct_json_is_read_as_detectron2_reads_it(write_coco):
     def change(data):
         a = data["annotations"]
         a[0].update(keypoints=[4, 5, 2, 6, 7, 1], num_keypoints=2)
@@ -237,7 +206,7 @@ def test_a_correct_json_is_read_as_detectron2_reads_it(write):
         a[3].update(segmentation=[], bbox=[30, 13, 30.6, 24])  # within a pixel of the border
         data["images"].append(data["images"].pop(0))
 
-    path, root = write(change)
+    path, root = write_coco(change)
     data = load_coco(path, root)
     assert data.records == load_coco_json(path, root, "correct")
     assert (data.findings, data.fixed, data.json_file) == ([], False, path)
@@ -245,12 +214,12 @@ def test_a_correct_json_is_read_as_detectron2_reads_it(write):
     assert data.records[0]["annotations"][0]["keypoints"] == [4.5, 5.5, 2, 6.5, 7.5, 1]
 
 
-def test_missing_area_and_box_of_an_rle_mask(write):
+def test_missing_area_and_box_of_an_rle_mask(write_coco):
     def change(data):
         a = data["annotations"][0]
         a.update(segmentation=rle(*a.pop("bbox"), compressed=False), area=None)
 
-    data = load_coco(*write(change))
+    data = load_coco(*write_coco(change))
     assert data.records[0]["annotations"][0]["bbox"] == [2, 3, 20, 10]
     assert json.loads(open(data.json_file).read())["annotations"][0]["area"] == 200
     assert perfect_ap(data) == (pytest.approx(100), pytest.approx(100))
@@ -276,8 +245,8 @@ def test_missing_area_and_box_of_an_rle_mask(write):
         (lambda d: d["annotations"].append(3), "of `annotations` that is not an object: 3"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_fixed_is_refused(write, change, message):
-    path, root = write(change)
+def test_what_cannot_be_fixed_is_refused(write_coco, change, message):
+    path, root = write_coco(change)
     with pytest.raises(UserError) as error:
         load_coco(path, root)
     assert message in str(error.value) and path in str(error.value)
@@ -296,8 +265,8 @@ def test_files_that_are_no_jsons(tmp_path):
             load_coco(str(path), "images")
 
 
-def test_images_without_annotations(write):
-    path, root = write(lambda d: (d.pop("annotations"), d.pop("categories")))
+def test_images_without_annotations(write_coco):
+    path, root = write_coco(lambda d: (d.pop("annotations"), d.pop("categories")))
     data = load_coco(path, root)
     assert (len(data.records), data.classes, data.fixed) == (3, [], False)
     assert set(data.records[0]) == {"file_name", "image_id", "width", "height"}
@@ -310,8 +279,8 @@ def turn(root, name):
     Image.new("RGB", (HEIGHT, WIDTH)).save(os.path.join(root, name), exif=exif)
 
 
-def test_sizes_before_the_exif_turn(write, monkeypatch):
-    path, root = write(first("images", width=HEIGHT, height=WIDTH))
+def test_sizes_before_the_exif_turn(write_coco, monkeypatch):
+    path, root = write_coco(first("images", width=HEIGHT, height=WIDTH))
     turn(root, "0.jpg")
     data = load_coco(path, root)
     assert [f.count for f in data.findings if "EXIF orientation ignored" in f.what] == [1]
@@ -322,20 +291,20 @@ def test_sizes_before_the_exif_turn(write, monkeypatch):
         d["images"][0].update(width=HEIGHT, height=WIDTH)
         d["annotations"][0].update(bbox=[5, 30, 20, 28])
 
-    path, root = write(stored)
+    path, root = write_coco(stored)
     turn(root, "0.jpg")
     with pytest.raises(UserError, match=r"stored pixels of 0.jpg \(annotation 1\)"):
         load_coco(path, root)
 
 
-def test_sizes_are_compared_for_a_sample_and_where_boxes_do_not_fit(write, monkeypatch):
+def test_sizes_are_compared_for_a_sample_and_where_boxes_do_not_fit(write_coco, monkeypatch):
     monkeypatch.setattr(coco_fixes, "SAMPLED_SIZES", 1)
     change = first("images", width=70)
-    path, root = write(lambda d: (d["images"].reverse(), d["images"][2].update(width=70)))
+    path, root = write_coco(lambda d: (d["images"].reverse(), d["images"][2].update(width=70)))
     assert load_coco(path, root).records[0]["width"] == 70  # only the first is compared
     with pytest.raises(UserError, match="gives 0.jpg .id 1. the size 70x40"):
         load_coco(path, root, all_sizes=True)
-    path, root = write(change)
+    path, root = write_coco(change)
     with pytest.raises(UserError, match="gives 0.jpg .id 1. the size 70x40"):
         load_coco(path, root)
 
@@ -343,13 +312,13 @@ def test_sizes_are_compared_for_a_sample_and_where_boxes_do_not_fit(write, monke
         d["images"].reverse()
         d["images"][2].update(width=HEIGHT, height=WIDTH)  # swapped; the second box does not fit
 
-    data = load_coco(*write(box_beyond))
+    data = load_coco(*write_coco(box_beyond))
     assert data.records[0]["width"] == WIDTH and data.all_sizes is False
     assert "swapped" in data.findings[0].what
 
 
-def test_the_fixed_copy_is_written_once_and_used_again(write, cache, monkeypatch):
-    path, root = write(FIXES["no size"][0])
+def test_the_fixed_copy_is_written_once_and_used_again(write_coco, cache, monkeypatch):
+    path, root = write_coco(FIXES["no size"][0])
     data = load_coco(path, root)
     assert not list(cache.glob("ann-*"))  # nothing is written before somebody needs it
     assert data.json_file == str(next(cache.glob("ann-*")))
@@ -370,66 +339,3 @@ def test_the_fixed_copy_is_written_once_and_used_again(write, cache, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.setattr(coco_json.tempfile, "gettempdir", lambda: str(cache.parent))
     assert load_coco(path, root).json_file.startswith(f"{cache.parent}/region_pretrain-")
-
-
-@pytest.fixture
-def registered(request):
-    name = f"registered {request.node.name}"
-    yield name
-    DatasetCatalog.pop(name, None)
-    MetadataCatalog.pop(name, None)
-
-
-def test_stock_data_sets_are_fixed(write, registered):
-    path, root = write(FIXES["no area"][0])
-    register_coco_instances(registered, {}, path, root)
-    data = mend_registered(registered, evaluated=True)
-    metadata = MetadataCatalog.get(registered)
-    assert metadata.json_file == data.json_file != path
-    assert metadata.thing_classes == ["ant", "bee"]
-    records = [DatasetCatalog.get(registered) for _ in range(3)]
-    assert records[0] == records[1] == records[2] and records[1] is not records[2]
-    assert not mend_registered(registered, evaluated=True).fixed  # now a correct one
-    assert mend_registered(registered) is None
-
-
-def test_training_needs_no_copy_and_evaluation_afterwards_does(write, registered, cache):
-    register_coco_instances(registered, {}, *write(FIXES["one image id as text"][0]))
-    mend_registered(registered)
-    assert not cache.exists() or not list(cache.iterdir())
-    assert [r["image_id"] for r in DatasetCatalog.get(registered)] == ["2", "3", "a"]
-    mend_registered(registered, evaluated=True)
-    assert MetadataCatalog.get(registered).json_file == str(next(cache.glob("ann-*")))
-
-
-def test_metadata_that_contradict_the_json(write, registered):
-    register_coco_instances(registered, {"thing_classes": ["bee", "ant"]}, *write())
-    with pytest.raises(
-        UserError, match=r"thing_classes=\['bee', 'ant'\], but .* has \['ant', 'bee'\]"
-    ):
-        mend_registered(registered)
-
-
-def test_own_loaders_keep_their_records(write, registered):
-    path, root = write(FIXES["no area"][0])
-    own = load_coco(path, root).records[:2]
-    DatasetCatalog.register(registered, lambda: own)
-    MetadataCatalog.get(registered).set(json_file=path, image_root=root)
-    assert mend_registered(registered) is None
-    data = mend_registered(registered, evaluated=True)
-    assert DatasetCatalog.get(registered) is own
-    assert MetadataCatalog.get(registered).json_file == data.json_file != path
-
-
-def test_records_without_a_json_get_one_for_their_evaluation(write, registered, cache):
-    records = load_coco(*write()).records
-    DatasetCatalog.register(registered, lambda: records)
-    with pytest.raises(UserError, match="cannot be evaluated with COCO.*thing_classes"):
-        mend_registered(registered, evaluated=True)
-    MetadataCatalog.get(registered).thing_classes = ["ant", "bee"]
-    assert mend_registered(registered) is None
-    assert not hasattr(MetadataCatalog.get(registered), "json_file")
-    mend_registered(registered, evaluated=True)
-    written = json.loads(next(cache.glob("records-*")).read_text())
-    assert len(written["annotations"]) == 6
-    COCOEvaluator(registered, distributed=False)  # without an output_dir
