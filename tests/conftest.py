@@ -72,7 +72,7 @@ def coco_folder(tmp_path) -> Path:
                 }
             )
     categories = [{"id": 12, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 7, "name": "ant"}]
-    data = {"images": images, "annotations": boxes, "categories": categories}
+    data = {"info": {}, "images": images, "annotations": boxes, "categories": categories}
     (root / "ann.json").write_text(json.dumps(data))
     return root
 

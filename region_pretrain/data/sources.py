@@ -21,11 +21,20 @@ from omegaconf import DictConfig
 
 from region_pretrain import registration
 from region_pretrain.data.coco_json import load_coco
+from region_pretrain.data.findings import Finding
 from region_pretrain.data.folder import load_image_folder
 from region_pretrain.dataset_names import Source, is_path_name, names_in, parse
 from region_pretrain.errors import UserError
 
-__all__ = ["Source", "is_path_name", "parse", "read_like", "register", "register_named"]
+__all__ = [
+    "Source",
+    "findings_of",
+    "is_path_name",
+    "parse",
+    "read_like",
+    "register",
+    "register_named",
+]
 
 Records = list[dict[str, Any]]
 
@@ -84,8 +93,21 @@ def _labelled(name: str) -> bytes:
     return pickle.dumps(read_like(source, records))
 
 
+#: What was found in the jsons that were loaded.
+_FINDINGS: dict[tuple[str, str], list[Finding]] = {}
+
+
+def findings_of(name: str) -> list[Finding]:
+    """What was found in the json of a ``coco://`` name, which is loaded unless it was before."""
+    register(name)
+    _labelled(name)
+    source = parse(name)
+    return _FINDINGS.get((source.path, source.images), [])
+
+
 def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
     data = load_coco(source.path, source.images)
+    _FINDINGS[source.path, source.images] = data.findings
     return data.records, {
         "json_file": data.json_file,
         "image_root": source.images,

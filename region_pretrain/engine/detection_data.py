@@ -23,6 +23,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from region_pretrain.data.masks import check_masks
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.random_state import random_state_of
@@ -256,14 +257,18 @@ def detection_training_data(
         max_unreadable: see :class:`DetectionTrainData`; no effect on other loaders.
 
     Raises:
-        UserError: ``total_batch_size`` is missing, or there are no images.
+        UserError: ``total_batch_size`` is missing, there are no images, or they lack the masks that
+            the detector learns.
     """
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
     if target is build_detection_train_loader and fields <= _KNOWN:
-        options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
         records = instantiate(cfg.dataset)
+        check_masks(records, cfg._get_root())
+        options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
         return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
+    if {"dataset", "mapper"} <= fields and isinstance(records := instantiate(cfg.dataset), list):
+        check_masks(records, cfg._get_root())
     parts = dict(cfg.items())
     if parts.get("mapper") is not None:
         parts["mapper"] = SamePixels(instantiate(parts["mapper"]))

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from region_pretrain.config import class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.folder import FOLDER_PREFIX
+from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError
@@ -32,14 +33,18 @@ class Classes(NamedTuple):
         names: their names, in the order of ``category_id``; empty if the data set has none.
         datasets: the data sets.
         followed: keys of the config that were null and are now the number of names.
+        lines: what the log says about the labels.
     """
 
     names: list[str]
     datasets: list[str]
     followed: list[str]
+    lines: tuple[str, ...] = ()
 
     def log(self) -> None:
-        """Log the names, and which keys follow from them."""
+        """Log what the data contain, the names, and which keys follow from them."""
+        for line in self.lines:
+            logger.info("%s", line)
         if self.names:
             keys = "".join(
                 f"{key}={len(self.names)} follows from the data; " for key in self.followed
@@ -72,6 +77,7 @@ def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
     splits = ("train", "test") if training else ("test",)
     names = {split: _dataset_names(cfg, split) for split in splits}
     with missing_files_are_user_errors():
+        lines = prepare_labels(cfg, names)  # before Detectron2 loads what may need fixing
         classes = {split: _classes(f"dataloader.{split}", names[split]) for split in splits}
     first = splits[0]
     own = _maps_classes(cfg)
@@ -82,7 +88,7 @@ def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
             own,
         )
     followed = _compare_number(cfg, classes[first], names[first], own)
-    return Classes(classes[first], names[first], followed)
+    return Classes(classes[first], names[first], followed, tuple(lines))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Every shipped detection config is complete, can be saved, and follows its protocol."""
 
+import re
+
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -10,7 +12,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
-from region_pretrain.config import CONFIG_ROOT, get_config
+from region_pretrain.config import CONFIG_ROOT, changed_keys, get_config
 
 FPN_2FC = ["mask_rcnn_r50_fpn_moco.py", "mask_rcnn_r50_fpn_moco_2x.py"]
 MINI_COCO = {
@@ -29,6 +31,10 @@ C4 = ["mask_rcnn_r50_c4_moco.py", "mask_rcnn_r50_c4_moco_2x.py"]
 VOC = ["faster_rcnn_r50_c4_voc.py"]
 FPN = FPN_2FC + FPN_4CONV1FC + INFOMIN
 ALL = FPN + C4 + VOC
+#: Mask R-CNN config -> that of the same detector for boxes without masks.
+BOXES_ONLY = {name: name.replace("mask_rcnn", "faster_rcnn") for name in FPN + C4}
+SHAPES = "mask_rcnn_r18_fpn_shapes.py"
+BOXES_ONLY[SHAPES] = "faster_rcnn_r18_fpn_shapes.py"
 
 
 def build(name: str) -> nn.Module:
@@ -52,7 +58,7 @@ def learning_rates(cfg, iterations) -> list[float]:
 
 def test_every_config_is_in_this_file():
     shipped = {p.name for p in (CONFIG_ROOT / "detection").glob("*.py")}
-    assert {name for name in shipped if "shapes" not in name} == set(ALL)
+    assert shipped == {*ALL, SHAPES, *BOXES_ONLY.values()}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -224,6 +230,28 @@ def test_c4_detectors(name):
         {True: 2_000, False: 1_000},
     )
     assert heads.mask_on == (name in C4)
+
+
+@pytest.mark.parametrize("name", BOXES_ONLY)
+def test_boxes_only_differs_from_its_sibling_only_in_the_masks(name):
+    """Same detector, data and schedule, so a checkpoint of either fills the other's shared part."""
+    masks, boxes = get_config(f"detection/{name}"), get_config(f"detection/{BOXES_ONLY[name]}")
+    changed = changed_keys(masks, boxes)
+    mapper = changed.pop("dataloader.train.mapper.use_instance_mask")
+    assert mapper == ("True", "False")
+    if name == SHAPES:
+        changed.pop("train.output_dir")
+    assert changed and all(
+        re.match(r"model\.roi_heads\.mask_(head|pooler|in_features)", key) for key in changed
+    )
+    states = []
+    for cfg in (masks, boxes):
+        with torch.device("meta"):
+            model = instantiate(cfg.model)
+        states.append({key: value.shape for key, value in model.state_dict().items()})
+    assert not model.roi_heads.mask_on
+    expected = {k: v for k, v in states[0].items() if not k.startswith("roi_heads.mask_head.")}
+    assert states[1] == expected and len(states[0]) > len(expected) > 100
 
 
 def test_voc_data():

@@ -73,11 +73,15 @@ def test_null_follows_the_data_and_numbers_are_compared(data, training, caplog):
     classes = check_labelled_data(cfg, training)
     assert cfg.model.roi_heads.num_classes == cfg.model.roi_heads.mask.num_classes == 3
     assert cfg.model.sem_seg_head.num_classes == 54
-    assert classes == Classes(["dog", "ant", "cat"], [data()], [HEADS])
+    line = f"{data()}: 6 images, 12 boxes (dog 4, ant 4, cat 4)"
+    assert classes == Classes(["dog", "ant", "cat"], [data()], [HEADS], (line,))
     caplog.set_level("INFO")
     caplog.clear()
     classes.log()
-    assert caplog.messages == [f"{HEADS}=3 follows from the data; 3 classes: dog, ant, cat"]
+    assert caplog.messages == [
+        line,
+        f"{HEADS}=3 follows from the data; 3 classes: dog, ant, cat",
+    ]
 
     assert check_labelled_data(make_config(data(), data(), 3), training).followed == []
     for number in (2, 5):

@@ -1,0 +1,353 @@
+"""What is in a data set and what is wrong with it, before anything is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import BoxMode
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from tabulate import tabulate
+from tqdm import tqdm
+
+from region_pretrain.data.catalog import check_registered, get_records
+from region_pretrain.data.coco_fixes import upright_size
+from region_pretrain.data.coco_json import load_coco, mend_registered
+from region_pretrain.data.findings import Finding, Findings
+from region_pretrain.data.masks import check_evaluated_masks
+from region_pretrain.data.sources import findings_of, read_like
+from region_pretrain.dataset_names import is_path_name, parse
+from region_pretrain.errors import UserError
+from region_pretrain.images import UnreadableImage, read_record
+
+logger = logging.getLogger(__name__)
+
+#: Largest fraction of unreadable files that is not an error.
+MAX_UNREADABLE = 0.01
+_CLASSES_IN_A_LINE = 20
+_BITS, _BANDS, _EXTRA_BANDS = 258, 277, 338  # tags of a TIFF
+_HEAD_BYTES = 1 << 16
+
+
+def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Fix the labels of a detection config's data sets, and check what their evaluation needs.
+
+    Args:
+        cfg: complete; its data sets are registered.
+        names: split (``train``, ``test``) -> data sets.
+
+    Returns:
+        Lines for the log: images and boxes of each COCO data set, and what was fixed.
+
+    Raises:
+        UserError: a data set cannot be trained on or evaluated.
+    """
+    evaluator = cfg.dataloader.get("evaluator")
+    target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
+    by_coco = (locate(target) if isinstance(target, str) else target) is COCOEvaluator
+    lines: dict[str, None] = {}
+    for split, name in [(split, name) for split, some in names.items() for name in some]:
+        evaluated = split == "test" and by_coco
+        if is_path_name(name):
+            findings, records = findings_of(name), DatasetCatalog.get(name)
+        else:
+            data = mend_registered(name, evaluated)
+            if data is None:
+                continue
+            findings, records = data.findings, data.records
+        if split == "train" and not any(r.get("annotations") for r in records):
+            raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
+        if evaluated:
+            check_evaluated_masks(name, records, cfg)
+        classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
+        lines.update(dict.fromkeys(summary(name, records, classes, findings)))
+    return list(lines)
+
+
+def summary(
+    name: str, records: Sequence[Mapping], classes: Sequence[str], findings: Sequence[Finding]
+) -> list[str]:
+    """A data set in a few lines: images, boxes per class, findings."""
+    boxes = boxes_per_class(records, classes)
+    counts = [f"{c} {n}" for c, n in list(boxes.items())[:_CLASSES_IN_A_LINE]]
+    if len(boxes) > len(counts):
+        counts.append(f"and {len(boxes) - len(counts)} more classes")
+    total = f"{len(records)} images, {sum(boxes.values())} boxes ({', '.join(counts)})"
+    return [f"{name}: {total}", *(f"{name}: {finding}" for finding in findings)]
+
+
+def boxes_per_class(records: Sequence[Mapping], classes: Sequence[str]) -> dict[str, int]:
+    """Number of boxes of each class, crowd regions included."""
+    counts = Counter(a["category_id"] for r in records for a in r.get("annotations", ()))
+    return {name: counts[index] for index, name in enumerate(classes)}
+
+
+@dataclass
+class Inspection:
+    """A data set, inspected.
+
+    Attributes:
+        name: its name.
+        records: its Detectron2 records.
+        classes: class names; empty without labels.
+        findings: what is unusual, or was fixed.
+        problems: what has to be corrected before it can be used.
+        sizes: ``(width, height)`` of each inspected image that is readable.
+        formats: number of files per format.
+    """
+
+    name: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    formats: Counter = field(default_factory=Counter)
+
+    def lines(self) -> Iterator[str]:
+        """The report."""
+        yield self.name
+        formats = ", ".join(f"{n} {kind}" for kind, n in self.formats.most_common())
+        yield f"  images: {len(self.records)}" + (f"; inspected: {formats}" if formats else "")
+        if self.sizes:
+            columns = list(zip(*self.sizes, strict=True))
+            smallest, median, largest = (
+                "x".join(f"{of(column):.0f}" for column in columns)
+                for of in (min, statistics.median, max)
+            )
+            yield f"  width x height: smallest {smallest}, median {median}, largest {largest}"
+        labelled = [r["annotations"] for r in self.records if "annotations" in r]
+        if labelled:
+            boxes = sum(map(len, labelled))
+            yield f"  boxes: {boxes}; images without boxes: {labelled.count([])}"
+        if self.classes and labelled:
+            boxes = boxes_per_class(self.records, self.classes)
+            images = Counter(c for found in labelled for c in {a["category_id"] for a in found})
+            rows = [(c, boxes[c], images[index]) for index, c in enumerate(self.classes)]
+            table = tabulate(rows, ("class", "boxes", "images"), disable_numparse=[0])
+            yield from (f"    {line}" for line in table.splitlines())
+        for finding in self.findings:
+            yield f"  {'fixed' if finding.fixed else 'note'}: {finding}"
+        for problem in self.problems:
+            yield f"  error: {problem}"
+
+
+def inspect(
+    name: str, decode: bool = False, max_images: int | None = None, workers: int | None = None
+) -> Inspection:
+    """Inspect a data set: its labels, and the files of its images.
+
+    Args:
+        name: a registered data set, or one named by path.
+        decode: decode the images; by default only their headers are read.
+        max_images: inspect this many files, spread evenly; the labels are inspected completely.
+        workers: threads; default: one per core.
+
+    Returns:
+        The report. A data set that cannot be loaded has a problem and no records.
+    """
+    found = Inspection(name)
+    try:
+        source = _coco_source(name)
+        if source is None:
+            found.records = get_records(name)
+            found.classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
+            if any("bbox" in a for r in found.records for a in r.get("annotations", ())):
+                found.findings = _generic_findings(found.records)
+        else:
+            data = load_coco(*source)
+            found.records = _like(name, data.records)
+        swapped = _inspect_files(found, decode, max_images, workers, coco=source is not None)
+        if source is not None:
+            if swapped:
+                data = load_coco(*source, all_sizes=True)
+            if data.fixed:
+                data.json_file  # noqa: B018  written once, for the runs that follow
+            found.records, found.classes = _like(name, data.records), data.classes
+            found.findings = data.findings + found.findings
+    except UserError as error:
+        found.problems.append(str(error))
+    return found
+
+
+def _like(name: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return read_like(parse(name), records) if is_path_name(name) else records
+
+
+def _coco_source(name: str) -> tuple[str, str] | None:
+    """Json and image folder of ``coco://`` and of stock Detectron2's COCO data sets."""
+    if is_path_name(name):
+        source = parse(name)
+        return (source.path, source.images) if source.scheme == "coco" else None
+    if name.endswith(".json") and name not in DatasetCatalog:
+        raise UserError(f"no data set is called {name!r}; write coco://{name}?images=DIR")
+    check_registered(name)
+    if DatasetCatalog[name].__module__ != "detectron2.data.datasets.coco":
+        return None
+    metadata = MetadataCatalog.get(name)
+    return metadata.json_file, metadata.image_root
+
+
+def _generic_findings(records: Sequence[Mapping]) -> list[Finding]:
+    """Boxes of records that are not from a COCO json; these are only counted."""
+    findings = Findings()
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if len(annotation["bbox"]) != 4:
+                continue  # a rotated box
+            box = list(map(float, annotation["bbox"]))
+            x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            width, height = (record.get(key, float("inf")) for key in ("width", "height"))
+            if x1 <= x0 or y1 <= y0:
+                findings.add("empty box", record["file_name"], fixed=False)
+            elif max(-x0, -y0, x1 - width, y1 - height) > 1:
+                findings.add("box that reaches out of its image", record["file_name"], fixed=False)
+    return findings.list()
+
+
+class _File(NamedTuple):
+    """What a file is: an error, or size, format, bits per channel and colour bands."""
+
+    error: str = ""
+    size: tuple[int, int] = (0, 0)
+    format: str = ""
+    bits: int = 8
+    bands: int = 3
+
+
+def _read_file(record: Mapping, decode: bool) -> _File:
+    path, chosen = record["file_name"], "bands" in record.get("reading", {})
+    kind = _File()
+    try:
+        kind = _file_format(path)
+        given = record.get("width"), record.get("height")
+        kind = kind._replace(size=upright_size(path, None if None in given else given))
+        if decode and (kind.bands in (1, 3) or chosen):
+            read_record(record, "RGB")
+    except (UnreadableImage, OSError) as error:
+        if kind.bands in (1, 3) or chosen:
+            return _File(error=" ".join(str(error).split()))
+    return kind
+
+
+def _file_format(path: str) -> _File:
+    with open(path, "rb") as file:
+        head = file.read(_HEAD_BYTES)
+        if head.startswith(b"\x89PNG"):
+            return _File(format="PNG", bits=head[24], bands=1 if head[25] in (0, 4) else 3)
+        if head[:4] in (b"II*\0", b"MM\0*"):
+            tags = ImageFileDirectory_v2(head[:8])
+            file.seek(tags.next)
+            tags.load(file)
+            extra = sum(kind in (1, 2) for kind in tags.get(_EXTRA_BANDS, ()))  # alpha
+            bits = tags.get(_BITS, (1,))
+            return _File(format="TIFF", bits=max(bits), bands=tags.get(_BANDS, 1) - extra)
+    if head.startswith(b"\xff\xd8"):
+        return _File(format="JPEG")
+    try:
+        with Image.open(path) as image:
+            return _File(format=image.format, bits=16 if image.mode[0] in "IF" else 8)
+    except Exception:  # read by PathManager's or our own means
+        return _File(format=os.path.splitext(path)[1].lstrip(".").upper())
+
+
+def _inspect_files(
+    found: Inspection, decode: bool, max_images: int | None, workers: int | None, coco: bool
+) -> bool:
+    """Inspect the files of a data set; returns whether a size is that before the EXIF turn."""
+    records = found.records
+    if max_images is not None and max_images < len(records):
+        records = [records[i * len(records) // max_images] for i in range(max_images)]
+    notes, wrong = Findings(), Findings()
+    unreadable: list[str] = []
+    swapped = False
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        files = pool.map(lambda record: _read_file(record, decode), records)
+        for record, file in tqdm(
+            zip(records, files, strict=True), found.name, len(records), unit="img"
+        ):
+            path = record["file_name"]
+            if file.error:
+                unreadable.append(file.error)
+                continue
+            found.formats[file.format] += 1
+            if file.bands not in (1, 3) and "bands" not in record.get("reading", {}):
+                hint = f"image of {file.bands} bands; choose three: add &bands="
+                wrong.add(f"{hint} to the name", path)
+                continue
+            found.sizes.append(file.size)
+            given = record.get("width", file.size[0]), record.get("height", file.size[1])
+            if "crop" not in record and given != file.size:
+                turned = given == file.size[::-1]
+                swapped |= turned
+                if not (turned and coco):
+                    both = f"{path}: {given[0]}x{given[1]}, file {file.size[0]}x{file.size[1]}"
+                    wrong.add("size that contradicts the file", both)
+            if file.bits > 8 and "bits" not in record.get("reading", {}):
+                hint = "of more than 8 bits; for less than 16 significant bits, add &bits="
+                notes.add(f"image {hint} to the name", path, fixed=False)
+    if unreadable:
+        text = f"{len(unreadable)} unreadable files, e.g. {unreadable[0]}"
+        if len(unreadable) > MAX_UNREADABLE * len(records):
+            found.problems.append(f"{text}: repair or remove them")
+        else:
+            notes.add("unreadable file", unreadable[0], fixed=False)
+    found.findings += notes.list()
+    found.problems += map(str, wrong.list())
+    return swapped
+
+
+def compare(a: Inspection, b: Inspection) -> tuple[list[str], list[str]]:
+    """Compare two data sets, such as those for training and validation.
+
+    Returns:
+        Notes, and problems: images in both, and different classes.
+    """
+    notes, problems = [], []
+    both = f"{a.name} and {b.name}"
+    if a.classes and b.classes and a.classes != b.classes:
+        only = [
+            f"only {x.name} has {', '.join(missing)}"
+            for x, y in ((a, b), (b, a))
+            if (missing := [c for c in x.classes if c not in y.classes])
+        ]
+        problems.append(f"{both} differ in their classes: {'; '.join(only) or 'another order'}")
+    if shared := _shared_images(a.records, b.records):
+        notes.append(f"{both} have {len(shared)} images in common, e.g. {shared[0]}")
+    return notes, problems
+
+
+def _shared_images(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[str]:
+    """Files of ``a`` that are also in ``b``, by path or content."""
+
+    def by_size(records: Sequence[Mapping]) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for record in records:
+            path = os.path.realpath(record["file_name"])
+            if os.path.exists(path):
+                found.setdefault(os.path.getsize(path), []).append(path)
+        return found
+
+    def digest(path: str) -> bytes:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).digest()
+
+    sizes = by_size(b)
+    shared = []
+    for size, paths in by_size(a).items():
+        others = set(sizes.get(size, ()))
+        digests = {digest(path) for path in others} if set(paths) - others and others else set()
+        shared += [p for p in paths if p in others or digests and digest(p) in digests]
+    return shared
