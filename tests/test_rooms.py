@@ -12,7 +12,7 @@ PACKAGE = Path(region_pretrain.__file__).parent
 #: Rooms and single files, in order. All of them may import ``region_pretrain`` itself.
 ORDER = (
     "contract errors warnings files progress metrics overrides config images regions data "
-    "modeling solver engine evaluation reporting jobs sweeps benchmark projects"
+    "modeling convert solver engine evaluation reporting jobs sweeps benchmark projects"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError
@@ -69,7 +70,8 @@ class RunCheckpointer(DetectionCheckpointer):
     - ``hooks``: states of the hooks that have one;
     - ``iteration``: last finished iteration (0-based); a resumed run starts at the next one;
     - ``rng``: random states, one entry per rank;
-    - ``run``: properties of the run that the schedule depends on.
+    - ``run``: properties of the run that the schedule depends on;
+    - ``detector``: what the weights presume, see :class:`~region_pretrain.convert.facts.Facts`.
 
     Args:
         model: with or without DDP.
@@ -78,6 +80,8 @@ class RunCheckpointer(DetectionCheckpointer):
             ``world_size``.
         allow_world_size_change: resume even if the number of processes differs. The images and
             their global order stay the same; the random numbers that a process draws do not.
+        allow_new_length: resume even if ``max_iter`` differs; the schedules become those of the new
+            length.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
@@ -88,12 +92,14 @@ class RunCheckpointer(DetectionCheckpointer):
         *,
         run: dict[str, int],
         allow_world_size_change: bool = False,
+        allow_new_length: bool = False,
         **checkpointables: Any,
     ) -> None:
         given = {name: obj for name, obj in checkpointables.items() if obj is not None}
         super().__init__(model, save_dir, **given)
         self.run = dict(run)
         self.allow_world_size_change = allow_world_size_change
+        self.allow_new_length = allow_new_length
         self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
         self._random_state: dict[str, Any] | None = None
 
@@ -117,6 +123,7 @@ class RunCheckpointer(DetectionCheckpointer):
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         hooks = self.trainer.state_dict().get("hooks", {}) if self.trainer else {}
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
+        data["detector"] = facts_of(self.model).to_dict()
 
         path = os.path.join(self.save_dir, f"{name}.pth")
         try:
@@ -236,6 +243,15 @@ class RunCheckpointer(DetectionCheckpointer):
                     self.run[key],
                 )
                 continue
+            if key == "max_iter" and self.allow_new_length and self.run[key] > run[key]:
+                logger.info("%s: %d iterations become %d", path, run[key], self.run[key])
+                continue
+            if key == "max_iter":
+                raise UserError(
+                    f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: set "
+                    "train.allow_new_length=True to make the run longer, or choose another "
+                    "train.output_dir"
+                )
             if key == "world_size":
                 raise UserError(
                     f"{path} was written by {run[key]} processes, now there are {self.run[key]}, "

@@ -34,8 +34,9 @@ from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainer import Trainer
-from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained
 from region_pretrain.engine.writers import build_writers
+from region_pretrain.errors import UserError
 from region_pretrain.metrics import newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 
@@ -120,6 +121,7 @@ def run_training(
             "world_size": comm.get_world_size(),
         },
         allow_world_size_change=train.allow_world_size_change,
+        allow_new_length=train.allow_new_length,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=trainer.scaler,
@@ -137,10 +139,8 @@ def run_training(
     )
 
     start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
-    if start_iter == 0 and train.init_checkpoint:
-        load_pretrained(model, train.init_checkpoint)
-        if isinstance(model, PretrainingModel):
-            renew_momentum_copies(model)
+    if start_iter == 0:
+        _initialise(model, train)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
         return model, newest_metrics(train.output_dir)
@@ -154,3 +154,18 @@ def run_training(
         trainer.train(start_iter, max_iter)
     stop.close()
     return model, {name: value for name, (value, _) in trainer.storage.latest().items()}
+
+
+def _initialise(model: nn.Module, train: DictConfig) -> None:
+    """Load ``train.init_checkpoint``, if any, and look for layers that would stay random."""
+    report = None
+    if train.init_checkpoint:
+        report = load_pretrained(model, train.init_checkpoint, partial=train.init_partial)
+    frozen = frozen_random_layers(model, report)
+    if isinstance(model, PretrainingModel):
+        if frozen:
+            raise UserError(f"the detector cannot be pre-trained: {frozen}")
+        if train.init_checkpoint:
+            renew_momentum_copies(model)
+    elif frozen:
+        logger.warning(frozen)
