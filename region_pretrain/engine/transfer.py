@@ -114,16 +114,23 @@ def _first_parts(name: str) -> str:
     return module_of(name) if name.startswith(("backbone.", "roi_heads.")) else name.split(".")[0]
 
 
+def _is_trunk(name: str) -> bool:
+    return module_of(name) in ("backbone", "backbone.bottom_up", "backbone.net", "roi_heads.res5")
+
+
 def group_of(name: str) -> str:
     """The part of a detector that is loaded completely or not at all.
 
-    These are the stages of the trunk and the other modules of :func:`module_of`, e.g.
-    ``backbone.bottom_up.res3``, ``backbone.fpn``, ``roi_heads.box_head``.
+    These are the stages of the trunk, the convolutions and the fully connected layers of a box
+    head, and the other modules of :func:`module_of`, e.g. ``backbone.bottom_up.res3``,
+    ``backbone.fpn``, ``roi_heads.box_head.fc``.
     """
-    stage = re.match(r"(?:res\d|(?:layers|blocks|stages)\.\d+|[^.]+)", common_name(name))[0]
     module = module_of(name)
-    trunk = module in ("backbone", "backbone.bottom_up", "backbone.net", "roi_heads.res5")
-    return f"{module}.{stage}" if trunk and module != "roi_heads.res5" else module
+    if module in ("backbone", "backbone.bottom_up", "backbone.net"):
+        stage = re.match(r"(?:layers|blocks|stages)\.\d+|[^.]+", common_name(name))[0]
+        return f"{module}.{stage}"
+    layer = re.match(r"roi_heads\.box_head\.(conv|fc)\d", name)
+    return f"{module}.{layer[1]}" if layer else module
 
 
 def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> TransferReport:
@@ -255,6 +262,8 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
             surplus[group_of(common)].append(name)
     for group, common_group in groups.items():
         lacks, extra = missing.get(group, []), surplus.get(common_group, [])
+        if group == "roi_heads.box_head.fc":  # trained behind the convolutions of its head
+            extra = extra + surplus.get("roi_heads.box_head.conv", [])
         if not lacks and not extra:
             continue
         total = loaded[group] + len(lacks)
@@ -275,8 +284,8 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
 def frozen_random_layers(model: nn.Module, report: TransferReport | None) -> str:
     """Find layers that neither a checkpoint nor training will fill.
 
-    These are parameters without gradient, and the statistics of ``FrozenBatchNorm2d`` layers, which
-    are identities until weights are loaded.
+    These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
+    identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
 
     Args:
         model: a detector or a pre-training model, of which the ``detector_modules`` count.
@@ -287,7 +296,11 @@ def frozen_random_layers(model: nn.Module, report: TransferReport | None) -> str
     """
     part = _detector_part(model)
     loaded = set(report.matched) if report else set()
-    frozen = [n for n, p in part.named_parameters() if not p.requires_grad and n not in loaded]
+    frozen = [
+        name
+        for name, parameter in part.named_parameters()
+        if not parameter.requires_grad and name not in loaded and _is_trunk(name)
+    ]
     norms = [
         name
         for name, module in part.named_modules()

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from torch import nn
 
-from region_pretrain.engine.transfer import load_pretrained, module_of
+from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained, module_of
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
@@ -203,7 +203,9 @@ def test_a_fully_connected_layer_trained_behind_convolutions_is_refused(tmp_path
     weights = state(build(seed=1), *PRETRAINED)
     weights["roi_heads.box_head.conv1.weight"] = torch.zeros(16, 16, 3, 3)
     path = save(tmp_path, {"model": weights})
-    with pytest.raises(UserError, match=r"roi_heads.box_head and has others there.*box_head.conv1"):
+    with pytest.raises(
+        UserError, match=r"roi_heads.box_head.fc and has others there.*box_head.conv1"
+    ):
         load_pretrained(build(), path)
 
 
@@ -383,3 +385,21 @@ def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, che
     assert named and all("proposal_generator" in n or "roi_heads" in n for n in named), done.stderr
     assert "box_head" not in done.stderr and "backbone" not in done.stderr
     assert "not used by the model" not in done.stderr and "incompatible" not in done.stderr
+
+
+def test_frozen_layers_without_weights_are_found(tmp_path):
+    config = detector_config(norm="FrozenBN")
+    config.backbone.bottom_up.freeze_at = 2
+    model = instantiate(config)
+    # stem and res2: 3 convolutions; 11 convolutions of the trunk and 8 of the FPN have a norm
+    text = frozen_random_layers(model, None)
+    assert "3 frozen parameters (e.g. backbone.bottom_up.stem.conv1.weight)" in text
+    assert "19 FrozenBatchNorm2d layers" in text
+    assert "freeze_at=0" in text and "MODEL.RESNETS.NORM SyncBN" in text
+    path = save(tmp_path, {"model": state(instantiate(config), "backbone.")})
+    assert frozen_random_layers(model, load_pretrained(model, path)) == ""
+    path = save(tmp_path, {"model": state(instantiate(config), "backbone.bottom_up")})
+    text = frozen_random_layers(model, load_pretrained(model, path))
+    assert "8 FrozenBatchNorm2d layers (e.g. backbone.fpn_lateral2.norm)" in text
+    assert "frozen parameters" not in text
+    assert frozen_random_layers(build(), None) == ""
