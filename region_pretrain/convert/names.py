@@ -148,7 +148,7 @@ SOCO_RELEASE: tuple[Rule, ...] = (
 )
 
 _BLOCK = r"(norm\d\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc\d\.(?:weight|bias))"
-_BIAS_TABLE = r"attn\.(relative_position_bias_table|relative_position_index)"
+_BIAS_TABLE = r"attn\.(relative_position_bias_table)"
 
 #: Swin as its authors, mmdetection and timm before 0.9 name it, which is Detectron2's naming.
 SWIN: tuple[Rule, ...] = (

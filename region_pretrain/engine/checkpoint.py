@@ -186,6 +186,7 @@ class RunCheckpointer(DetectionCheckpointer):
         data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         self._check_run(path, data["run"])
         self._load_model_state(path, {**data["model"], **data["pretraining"]})
+        rates = self._base_rates()
         for key, obj in self.checkpointables.items():
             if key not in data:
                 raise UserError(
@@ -193,6 +194,8 @@ class RunCheckpointer(DetectionCheckpointer):
                     "setting"
                 )
             obj.load_state_dict(data[key])
+        if data["run"].get("max_iter") != self.run.get("max_iter"):
+            self._restart_schedule(rates)
         if self.trainer:
             state = {"iteration": data["iteration"], "hooks": data["hooks"]}
             TrainerBase.load_state_dict(self.trainer, state)
@@ -200,6 +203,21 @@ class RunCheckpointer(DetectionCheckpointer):
             self._random_state = data["rng"][comm.get_rank()]
         logger.info("resuming %s after iteration %d", path, data["iteration"])
         return data["iteration"] + 1
+
+    def _base_rates(self) -> list[float]:
+        scheduler = self.checkpointables.get("scheduler")
+        return list(getattr(scheduler, "base_lrs", []))
+
+    def _restart_schedule(self, rates: list[float]) -> None:
+        """Learning rates of the new length, from the config's base rates."""
+        scheduler, optimizer = (self.checkpointables.get(k) for k in ("scheduler", "optimizer"))
+        if not rates or optimizer is None:
+            return
+        scheduler.base_lrs = rates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
     def restore_random_state(self) -> None:
         """Set the random state that :meth:`resume` read, if any. Only the first call has effect."""
