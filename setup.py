@@ -89,6 +89,7 @@ setup(
         "pillow>=7.1",
         "pyarrow",
         "pycocotools>=2.0.2",
+        "safetensors",
         "scikit-image",
         "scipy>1.5.1",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed

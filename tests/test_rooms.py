@@ -12,8 +12,8 @@ PACKAGE = Path(region_pretrain.__file__).parent
 #: Rooms and single files, in order. All of them may import ``region_pretrain`` itself.
 ORDER = (
     "contract errors warnings files progress metrics dataset_names registration overrides lazy "
-    "yacs config images regions data modeling solver engine evaluation reporting jobs sweeps "
-    "benchmark projects"
+    "yacs config images regions data modeling convert solver engine evaluation reporting jobs "
+    "sweeps benchmark projects"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -5,6 +5,8 @@ train = dict(
     output_dir="./output",
     # Initial weights (a path, a URL, detectron2://...); "" for a random initialisation.
     init_checkpoint="",
+    # Accept weights that fill only a part of a stage, an FPN or a head.
+    init_partial=False,
     # Length of the run in passes over the images ...
     epochs=None,
     # ... or in iterations, which takes precedence.
@@ -46,6 +48,9 @@ train = dict(
     # Allow resuming with another number of processes: the images and their global order stay the
     # same, but the run does not continue bit for bit.
     allow_world_size_change=False,
+    # Allow resuming with more epochs or iterations, also a finished run: all schedules become those
+    # of the new length, which raises the learning rate again.
+    allow_new_length=False,
     # Fine-tuning: evaluate every this many iterations (0: never) and at the end.
     eval_period=5000,
     # Fine-tuning: largest fraction of the images that may be unreadable; each is replaced by the

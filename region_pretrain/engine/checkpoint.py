@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError
@@ -71,6 +72,7 @@ class RunCheckpointer(DetectionCheckpointer):
     - ``iteration``: last finished iteration (0-based); a resumed run starts at the next one;
     - ``rng``: random states, one entry per rank;
     - ``run``: properties of the run that the schedule depends on;
+    - ``detector``: what the weights presume, see :class:`~region_pretrain.convert.facts.Facts`;
     - ``thing_classes``: the names of a detector's classes, if they are known.
 
     Args:
@@ -81,6 +83,8 @@ class RunCheckpointer(DetectionCheckpointer):
         allow_world_size_change: resume even if the number of processes differs. The images and
             their global order stay the same; the random numbers that a process draws do not.
         classes: names of the detector's classes; empty if unknown.
+        allow_new_length: resume even if ``max_iter`` differs; the schedules become those of the new
+            length.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
@@ -92,6 +96,7 @@ class RunCheckpointer(DetectionCheckpointer):
         run: dict[str, int],
         allow_world_size_change: bool = False,
         classes: Sequence[str] = (),
+        allow_new_length: bool = False,
         **checkpointables: Any,
     ) -> None:
         given = {name: obj for name, obj in checkpointables.items() if obj is not None}
@@ -99,6 +104,7 @@ class RunCheckpointer(DetectionCheckpointer):
         self.run = dict(run)
         self.allow_world_size_change = allow_world_size_change
         self.classes = list(classes)
+        self.allow_new_length = allow_new_length
         self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
         self._random_state: dict[str, Any] | None = None
 
@@ -124,6 +130,7 @@ class RunCheckpointer(DetectionCheckpointer):
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
         if self.classes:
             data["thing_classes"] = self.classes
+        data["detector"] = facts_of(self.model).to_dict()
 
         path = os.path.join(self.save_dir, f"{name}.pth")
         try:
@@ -191,6 +198,7 @@ class RunCheckpointer(DetectionCheckpointer):
                 f"data has {', '.join(self.classes)}: choose another train.output_dir"
             )
         self._load_model_state(path, {**data["model"], **data["pretraining"]})
+        rates = self._base_rates()
         for key, obj in self.checkpointables.items():
             if key not in data:
                 raise UserError(
@@ -198,6 +206,8 @@ class RunCheckpointer(DetectionCheckpointer):
                     "setting"
                 )
             obj.load_state_dict(data[key])
+        if data["run"].get("max_iter") != self.run.get("max_iter"):
+            self._restart_schedule(rates)
         if self.trainer:
             state = {"iteration": data["iteration"], "hooks": data["hooks"]}
             TrainerBase.load_state_dict(self.trainer, state)
@@ -205,6 +215,21 @@ class RunCheckpointer(DetectionCheckpointer):
             self._random_state = data["rng"][comm.get_rank()]
         logger.info("resuming %s after iteration %d", path, data["iteration"])
         return data["iteration"] + 1
+
+    def _base_rates(self) -> list[float]:
+        scheduler = self.checkpointables.get("scheduler")
+        return list(getattr(scheduler, "base_lrs", []))
+
+    def _restart_schedule(self, rates: list[float]) -> None:
+        """Learning rates of the new length, from the config's base rates."""
+        scheduler, optimizer = (self.checkpointables.get(k) for k in ("scheduler", "optimizer"))
+        if not rates or optimizer is None:
+            return
+        scheduler.base_lrs = rates
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
+        for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
     def restore_random_state(self) -> None:
         """Set the random state that :meth:`resume` read, if any. Only the first call has effect."""
@@ -248,6 +273,15 @@ class RunCheckpointer(DetectionCheckpointer):
                     self.run[key],
                 )
                 continue
+            if key == "max_iter" and self.allow_new_length and self.run[key] > run[key]:
+                logger.info("%s: %d iterations become %d", path, run[key], self.run[key])
+                continue
+            if key == "max_iter":
+                raise UserError(
+                    f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: set "
+                    "train.allow_new_length=True to make the run longer, or choose another "
+                    "train.output_dir"
+                )
             if key == "world_size":
                 raise UserError(
                     f"{path} was written by {run[key]} processes, now there are {self.run[key]}, "

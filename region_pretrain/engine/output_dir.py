@@ -23,6 +23,7 @@ HARMLESS = (
     "train.checkpoint_minutes",
     "train.checkpoint_keep_every",
     "train.allow_world_size_change",
+    "train.allow_new_length",
     "train.eval_period",
     "train.device",
     "train.register",
@@ -31,6 +32,8 @@ HARMLESS = (
     "train.cudnn_benchmark",
 )
 _HARMLESS_LAST = ("num_workers",)
+#: Keys that may differ as well if train.allow_new_length is set.
+LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "optimizer.base_lr")
 
 
 def holds_run(folder: str) -> bool:
@@ -91,18 +94,21 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
 
 
 def _refuse_changes(path: str, saved: DictConfig, cfg: DictConfig) -> None:
+    allowed = HARMLESS + (LENGTH if cfg.train.allow_new_length else ())
     changed = {
         key: values
         for key, values in changed_keys(saved, cfg).items()
         if key.rsplit(".", 1)[-1] not in _HARMLESS_LAST
-        and not any(key == k or key.startswith(f"{k}.") for k in HARMLESS)
+        and not any(key == k or key.startswith(f"{k}.") for k in allowed)
     }
     if changed:
         shown = [f"{key}: {a} -> {b}" for key, (a, b) in list(changed.items())[:10]]
         more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
+        longer = all(key.startswith(LENGTH) for key in changed)
+        hint = "set train.allow_new_length=True to make the run longer" if longer else ""
         raise UserError(
             f"cannot resume with a config that differs from {path}: {'; '.join(shown)}{more}. "
-            "Undo the change or choose another train.output_dir"
+            f"Undo the change, {hint + ', ' if hint else ''}or choose another train.output_dir"
         )
 
 

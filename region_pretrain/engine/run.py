@@ -42,7 +42,7 @@ from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainer import Trainer
-from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
@@ -139,6 +139,7 @@ def run_training(
         },
         allow_world_size_change=train.allow_world_size_change,
         classes=classes.names if classes else (),
+        allow_new_length=train.allow_new_length,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=trainer.scaler,
@@ -171,12 +172,8 @@ def run_training(
     )
 
     start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
-    if start_iter == 0 and train.init_checkpoint:
-        report = load_pretrained(model, train.init_checkpoint)
-        if classes:
-            compare_with_checkpoint(report, classes, training=True)
-        if isinstance(model, PretrainingModel):
-            renew_momentum_copies(model)
+    if start_iter == 0:
+        _initialise(model, train, classes)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
     with stop.listen():
@@ -190,3 +187,19 @@ def run_training(
             f"train.init_checkpoint={checkpointer.last_good()}"
         )
     return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
+
+
+def _initialise(model: nn.Module, train: DictConfig, classes: Classes | None) -> None:
+    """Load ``train.init_checkpoint``, if any, and look for layers that would stay random."""
+    report = None
+    if train.init_checkpoint:
+        report = load_pretrained(model, train.init_checkpoint, partial=train.init_partial)
+        if classes:
+            compare_with_checkpoint(report, classes, training=True)
+    frozen = frozen_random_layers(model, report)
+    if isinstance(model, PretrainingModel):
+        if frozen:
+            raise UserError(f"the detector cannot be pre-trained: {frozen}")
+        renew_momentum_copies(model)
+    elif frozen:
+        logger.warning(frozen)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from fvcore.common.checkpoint import get_missing_parameters_message
+from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
-from region_pretrain.engine.safe_pickle import check_pickle
+from region_pretrain.convert.facts import differences, facts_of
+from region_pretrain.convert.names import common_name
+from region_pretrain.convert.recognise import Weights, read_weights
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
@@ -23,9 +21,11 @@ logger = logging.getLogger(__name__)
 
 #: Layers whose shape depends on the number of classes: if it differs, they are not loaded.
 CLASS_LAYERS = (".box_predictor.", ".mask_head.predictor.", ".cls_score.")
-#: A checkpoint that fills less than this fraction of a module's tensors is the wrong one.
-MIN_FILLED = 0.5
 _EXAMPLES = 3
+#: Buffers that are derived, or that only count: whoever lacks them loses nothing.
+_DERIVED = re.compile(r"num_batches_tracked$|relative_position_index$")
+#: Parameters that detectors add to a trunk, where they start at the identity.
+_ADDED = re.compile(r"attn\.rel_pos_[hw]$")
 
 
 @dataclass
@@ -42,13 +42,14 @@ class ModuleCount:
 class TransferReport:
     """What was loaded from a checkpoint. Names are those of the model's state dict.
 
-    ``num_batches_tracked`` counters that only one side has are left out.
+    Derived buffers, such as ``num_batches_tracked``, are left out if only one side has them.
 
     Attributes:
         path: path of the checkpoint.
+        source: what was recognised in it.
         matched: loaded tensors.
         missing: tensors of the model that the checkpoint lacks; they keep their values.
-        unexpected: tensors of the checkpoint that the model lacks.
+        unexpected: tensors of the checkpoint that the model lacks, under the checkpoint's names.
         mismatched: (name, shape in the checkpoint, shape in the model) of tensors that were not
             loaded because their shapes differ.
         modules: counts per module, in the model's order.
@@ -56,6 +57,7 @@ class TransferReport:
     """
 
     path: str
+    source: str = ""
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -77,7 +79,7 @@ class TransferReport:
                 )
             )
         lines = [
-            f"weights from {self.path}",
+            f"weights from {self.path} ({self.source})",
             tabulate(
                 rows,
                 headers=["module", "tensors", "values", ""],
@@ -85,7 +87,7 @@ class TransferReport:
             ),
         ]
         if self.unexpected:
-            unused = Counter(module_of(name) for name in self.unexpected)
+            unused = Counter(_first_parts(name) for name in self.unexpected)
             text = ", ".join(f"{name} ({n})" for name, n in unused.items())
             lines.append(f"not used by this model: {text}")
         return "\n".join(lines)
@@ -109,17 +111,43 @@ def module_of(name: str) -> str:
     return parts[0]
 
 
-def load_pretrained(model: nn.Module, path: str) -> TransferReport:
-    """Load a checkpoint into a detector, and check that it fits.
+def _first_parts(name: str) -> str:
+    name = name.removeprefix("module.")
+    return module_of(name) if name.startswith(("backbone.", "roi_heads.")) else name.split(".")[0]
 
-    :class:`detectron2.checkpoint.DetectionCheckpointer` does the loading: model-zoo ``.pkl`` files,
-    ``?matching_heuristics=True`` and all paths that ``PathManager`` supports work as usual. A
-    checkpoint of this library has the detector's tensors under ``"model"``.
+
+def _is_trunk(name: str) -> bool:
+    return module_of(name) in ("backbone", "backbone.bottom_up", "backbone.net", "roi_heads.res5")
+
+
+def group_of(name: str) -> str:
+    """The part of a detector that is loaded completely or not at all.
+
+    These are the stages of the trunk, the convolutions and the fully connected layers of a box
+    head, and the other modules of :func:`module_of`, e.g. ``backbone.bottom_up.res3``,
+    ``backbone.fpn``, ``roi_heads.box_head.fc``.
+    """
+    module = module_of(name)
+    if module in ("backbone", "backbone.bottom_up", "backbone.net"):
+        stage = re.match(r"(?:layers|blocks|stages)\.\d+|[^.]+", common_name(name))[0]
+        return f"{module}.{stage}"
+    layer = re.match(r"roi_heads\.box_head\.(conv|fc)\d", name)
+    return f"{module}.{layer[1]}" if layer else module
+
+
+def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> TransferReport:
+    """Load weights of any known origin into a detector, and check that they fit.
+
+    :func:`~region_pretrain.convert.recognise.read_weights` recognises the file and translates its
+    names. A checkpoint of this library has the detector's tensors under ``"model"``.
 
     Args:
         model: the detector, not wrapped in DDP; filled in place. Of a pre-training model only the
             ``detector_modules`` are filled.
-        path: checkpoint file or URL.
+        path: checkpoint file or URL, with the options of
+            :func:`~region_pretrain.convert.recognise.read_weights`.
+        partial: accept a file that has only some tensors of a stage, an FPN or a head; the others
+            keep their initialisation.
 
     Returns:
         What was loaded; its summary has been logged.
@@ -127,29 +155,23 @@ def load_pretrained(model: nn.Module, path: str) -> TransferReport:
     Raises:
         UserError: the file is missing, damaged, not a checkpoint, or contains code; no tensor of
             it fits; shapes differ in other layers than those that depend on the number of classes;
-            or it fills less than half of a module's tensors.
+            it fills only a part of a group (:func:`group_of`); or it was trained with another place
+            of the strides.
     """
-    checkpointer = _ReportingCheckpointer(_detector_part(model))
-    if not path:
-        raise UserError("no checkpoint to load: the path is empty (train.init_checkpoint)")
-    try:
-        checkpointer.load(path, checkpointables=[])
-    except UserError:
-        raise
-    except (AssertionError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint {path}: {_why(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {_why(error)}") from error
-    report = checkpointer.report
-    report.path, report.classes = path, checkpointer.classes
-    _check(report, checkpointer.keys)
+    part = _detector_part(model)
+    weights = read_weights(path)
+    report = _fill(part, weights)
+    faults, cautions = differences(weights.facts, facts_of(model))
+    _check(report, weights, faults, partial)
+    for text in cautions:
+        logger.warning("%s: %s", path, text)
     logger.info(report.summary())
     return report
 
 
 def _detector_part(model: nn.Module) -> nn.Module:
-    """The model without what only pre-training needs: the target network also has the detector's
-    names, which would be ambiguous for the matching heuristics."""
+    """The model without what only pre-training needs: the target network has the detector's names
+    as well."""
     if not isinstance(model, PretrainingModel):
         return model
     part = nn.Module()
@@ -158,98 +180,42 @@ def _detector_part(model: nn.Module) -> nn.Module:
     return part
 
 
-class _ReportingCheckpointer(DetectionCheckpointer):
-    """DetectionCheckpointer that never runs code from a file and records what it loaded."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__(model, save_to_disk=False)
-        self.report = TransferReport(path="")
-        self.keys: list[str] = []  # the checkpoint's names, as in the file
-        self.classes: list[str] = []
-        self._weights: dict[str, torch.Tensor] = {}
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            check_pickle(filename)
-        loaded = super()._load_file(filename)
-        weights = loaded["model"]
-        if not isinstance(weights, dict) or not weights:
-            raise UserError(f"{filename} is not a checkpoint: 'model' contains no named tensors")
-        odd = [str(k) for k, v in weights.items() if not hasattr(v, "shape")]
-        if odd:
-            hint = ", ".join(sorted(odd)[:6])
-            nested = [k for k in odd if isinstance(weights[k], dict)]
-            where = f"the weights seem to be in {nested[0]!r}: " if nested else ""
-            raise UserError(
-                f"{filename} has no weights under 'model', but entries such as {hint}; "
-                f"{where}save them as {{'model': state_dict}} with the detector's names"
-            )
-        self.keys = [str(k) for k in weights]
-        self.classes = [str(name) for name in loaded.get("thing_classes", ())]
-        return loaded
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        loaded = torch.load(f, map_location="cpu", weights_only=True)
-        if not isinstance(loaded, dict):
-            raise UserError(
-                f"{f} is not a checkpoint: it contains a {type(loaded).__name__}, not a dict"
-            )
-        return loaded
-
-    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
-        super()._convert_ndarray_to_tensor(state_dict)
-        self._weights = state_dict  # the last call has the names after the matching heuristics
-
-    def _load_model(self, checkpoint: dict[str, Any]):
-        incompatible = super()._load_model(checkpoint)
-        ours = self.model.state_dict()
-        unexpected = [k for k in incompatible.unexpected_keys if not _is_counter(k)]
-        mismatched = list(incompatible.incorrect_shapes)
-        absent = {*incompatible.missing_keys} - {name for name, _, _ in mismatched}
-        absent = {k for k in absent if not _is_counter(k)}
-        # The matching heuristics do not rename a tensor whose shape differs.
-        heuristics = checkpoint.get("matching_heuristics", False)
-        for name in list(unexpected) if heuristics else []:
-            for key in sorted(absent):
-                theirs, here = tuple(self._weights[name].shape), tuple(ours[key].shape)
-                if key.endswith("." + name) and theirs != here:
-                    mismatched.append((key, theirs, here))
-                    absent.remove(key)
-                    unexpected.remove(name)
-                    break
-        # Batch norm creates the counter that old files lack; it was not loaded.
-        counters = {k for k in ours if _is_counter(k) and k not in self._weights}
-        not_loaded = counters.union(incompatible.missing_keys)
-        self.report = _count(ours, absent, unexpected, mismatched, not_loaded)
-        return incompatible
-
-    def _log_incompatible_keys(self, incompatible) -> None:
-        """Nothing: the report logs them."""
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
+def _fill(model: nn.Module, weights: Weights) -> TransferReport:
+    """Load the tensors whose names and shapes fit."""
+    ours = model.state_dict()
+    found, unexpected = weights.fit(ours)
+    fitting = {name: t for name, t in found.items() if t.shape == ours[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    mismatched = [
+        (name, tuple(tensor.shape), tuple(ours[name].shape))
+        for name, tensor in found.items()
+        if name not in fitting
+    ]
+    unexpected = [name for name in [*unexpected, *weights.unused] if not _DERIVED.search(name)]
+    absent = {name for name in ours if name not in found and not _DERIVED.search(name)}
+    report = _count(ours, absent, unexpected, mismatched, fitting)
+    report.path, report.source, report.classes = weights.path, weights.title, weights.classes
+    return report
 
 
 def _count(
-    ours: dict[str, torch.Tensor],
+    ours: dict[str, Tensor],
     absent: set[str],
     unexpected: list[str],
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-    not_loaded: set[str],
+    loaded: dict[str, Tensor],
 ) -> TransferReport:
     report = TransferReport("", unexpected=unexpected, mismatched=mismatched)
-    skipped = not_loaded.union(name for name, _, _ in mismatched)
     modules: dict[str, ModuleCount] = defaultdict(ModuleCount)
     for name, tensor in ours.items():
-        if name in skipped and _is_counter(name):
+        if name not in loaded and _DERIVED.search(name):
             continue
         count = modules[module_of(name)]
         count.tensors += 1
         count.values += tensor.numel()
         if name in absent:
             report.missing.append(name)
-        if name not in skipped:
+        if name in loaded:
             report.matched.append(name)
             count.loaded_tensors += 1
             count.loaded_values += tensor.numel()
@@ -257,7 +223,7 @@ def _count(
     return report
 
 
-def _check(report: TransferReport, keys: list[str]) -> None:
+def _check(report: TransferReport, weights: Weights, faults: list[str], partial: bool) -> None:
     wrong = [m for m in report.mismatched if not any(layer in m[0] for layer in CLASS_LAYERS)]
     if wrong:
         shown = "; ".join(
@@ -271,45 +237,89 @@ def _check(report: TransferReport, keys: list[str]) -> None:
     for name, theirs, ours in report.mismatched:
         logger.warning("%s is not loaded: %s in the checkpoint, %s here", name, theirs, ours)
     if not report.matched:
-        here = report.missing[:_EXAMPLES]
+        theirs = [*weights.names.values(), *weights.unused][:_EXAMPLES]
         raise UserError(
-            f"no tensor of {report.path} fits the detector. The file has names such as "
-            f"{', '.join(keys[:_EXAMPLES])}; the detector has {', '.join(here)}. "
-            + _likely_cause(keys)
+            f"no tensor of {report.path} fits the detector. The file was read as {report.source} "
+            f"and has names such as {', '.join(theirs)}; the detector has "
+            f"{', '.join(report.missing[:_EXAMPLES])}. Was it written for another kind of "
+            "detector? If it was misread, append ?as=LIBRARY or ?part=NAME to the path"
         )
-    for module, count in report.modules.items():
-        if count.loaded_tensors in (0, count.tensors):
+    if faults:
+        raise UserError(f"{report.path} does not fit the detector: {'; '.join(faults)}")
+    _check_groups(report, weights, partial)
+
+
+def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> None:
+    """All or nothing in each group, in both directions."""
+    loaded = Counter(map(group_of, report.matched))
+    missing: dict[str, list[str]] = defaultdict(list)
+    for name in report.missing:
+        if not _ADDED.search(name):
+            missing[group_of(name)].append(name)
+    groups = {group_of(name): group_of(common_name(name)) for name in report.matched}
+    left = set(report.unexpected)
+    surplus: dict[str, list[str]] = defaultdict(list)
+    for common, name in weights.names.items():
+        if name in left:
+            surplus[group_of(common)].append(name)
+    for group, common_group in groups.items():
+        lacks, extra = missing.get(group, []), surplus.get(common_group, [])
+        if group == "roi_heads.box_head.fc":  # trained behind the convolutions of its head
+            extra = extra + surplus.get("roi_heads.box_head.conv", [])
+        if not lacks and not extra:
             continue
-        missing = [k for k in report.missing if module_of(k) == module]
-        if count.loaded_tensors < MIN_FILLED * count.tensors:
+        total = loaded[group] + len(lacks)
+        text = f"fills {loaded[group]} of the {total} tensors of {group}"
+        if lacks:
+            text += f" and lacks {', '.join(lacks[:_EXAMPLES])}"
+        if extra:
+            text += f" and has others there, such as {', '.join(extra[:_EXAMPLES])}"
+        if not partial:
             raise UserError(
-                f"{report.path} fills only {count.loaded_tensors} of the {count.tensors} tensors "
-                f"of {module}; it lacks, e.g., {', '.join(missing[:_EXAMPLES])}. Does it come from "
-                "a model of another depth or with another head?"
+                f"{report.path} {text}: it comes from a detector of another depth, with other "
+                "norms or with another head. Change the detector, or set train.init_partial=True "
+                "to load what fits and train the rest from its initialisation"
             )
-        if missing:
-            logger.warning(
-                "%s is only partly loaded (%d of %d tensors). %s",
-                *(module, count.loaded_tensors, count.tensors),
-                get_missing_parameters_message(missing),
-            )
+        logger.warning("%s %s", report.path, text)
 
 
-def _likely_cause(keys: list[str]) -> str:
-    if any(k.startswith(("layer1.", "conv1.", "backbone.layer1.")) for k in keys):
-        return "These are torchvision's names: convert the file to Detectron2's names first"
-    if any(".layer1." in k or "encoder_q." in k for k in keys):
-        return "These are the names of a self-supervised release: convert the file first"
-    if all("." in k for k in keys) and any(k.startswith(("stem.", "res2.")) for k in keys):
-        return "These are a bare backbone's names: append ?matching_heuristics=True to the path"
-    return "Was it written for another detector, or saved with a prefix?"
+def frozen_random_layers(model: nn.Module, report: TransferReport | None) -> str:
+    """Find layers that neither a checkpoint nor training will fill.
 
+    These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
+    identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
 
-def _why(error: Exception) -> str:
-    text = str(error).strip()
-    if "Weights only load failed" in text:
-        code = re.search(r"Unsupported global: GLOBAL (\S+)", text)
-        if code:
-            return f"it contains Python objects ({code[1]}), which are not loaded for safety"
-        return "it is damaged, or not a checkpoint"
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    Args:
+        model: a detector or a pre-training model, of which the ``detector_modules`` count.
+        report: what was loaded into it, if anything.
+
+    Returns:
+        What was found, and the keys to set; "" if there is nothing.
+    """
+    part = _detector_part(model)
+    loaded = set(report.matched) if report else set()
+    frozen = [
+        name
+        for name, parameter in part.named_parameters()
+        if not parameter.requires_grad and name not in loaded and _is_trunk(name)
+    ]
+    norms = [
+        name
+        for name, module in part.named_modules()
+        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_var" not in loaded
+    ]
+    found, keys, yacs = [], [], []
+    if frozen:
+        found.append(f"{len(frozen)} frozen parameters (e.g. {frozen[0]})")
+        keys.append("freeze_at=0 in the backbone")
+        yacs.append("MODEL.BACKBONE.FREEZE_AT 0")
+    if norms:
+        found.append(f"{len(norms)} FrozenBatchNorm2d layers (e.g. {norms[0]})")
+        keys.append('norm="SyncBN" in the backbone\'s stem and stages')
+        yacs.append("MODEL.RESNETS.NORM SyncBN")
+    if not found:
+        return ""
+    return (
+        f"{' and '.join(found)} have random or no weights and would never be trained: set "
+        f"{' and '.join(keys)} (yacs: {' '.join(yacs)}), or load weights with train.init_checkpoint"
+    )

@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from torch import nn
 
-from region_pretrain.engine.transfer import load_pretrained, module_of
+from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained, module_of
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_shares_no_tensor_is_an_error_with_names_of_both_sides
         load_pretrained(build(), path)
     assert "encoder_q.layer1.0.conv0.weight" in str(error.value)
     assert "backbone.fpn_lateral2.weight" in str(error.value)
-    assert "convert" in str(error.value)
+    assert "read as a Detectron2 model" in str(error.value) and "?as=LIBRARY" in str(error.value)
 
 
 def test_tensors_that_the_model_lacks_are_counted_by_module(tmp_path):
@@ -181,15 +181,42 @@ def test_another_number_of_classes_is_a_warning(tmp_path, caplog):
     assert "cls_score.bias is not loaded" in caplog.text
 
 
-def test_half_filled_backbone_warns_and_less_is_an_error(tmp_path, checkpoint, caplog):
+def test_a_part_of_a_stage_is_refused_unless_allowed(checkpoint, caplog):
     # each further block of the 4 stages adds 2 convolutions of 5 tensors (absent counters apart)
-    report = load_pretrained(build(blocks=2), checkpoint)
+    message = r"fills 12 of the 22 tensors of backbone.bottom_up.res2 and lacks .*res2.1.conv1.weig"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(build(blocks=2), checkpoint)
+    report = load_pretrained(build(blocks=2), checkpoint, partial=True)
     body = report.modules["backbone.bottom_up"]
     assert (body.loaded_tensors, body.tensors) == (66, 106)
-    assert "backbone.bottom_up is only partly loaded (66 of 106 tensors)" in caplog.text
-    assert "backbone.bottom_up.res4.1.conv2" in caplog.text
-    with pytest.raises(UserError, match="only 66 of the 146 tensors of backbone.bottom_up"):
-        load_pretrained(build(blocks=3), checkpoint)
+    assert "fills 12 of the 22 tensors of backbone.bottom_up.res2" in caplog.text
+
+
+def test_a_deeper_stage_is_refused_unless_allowed(tmp_path):
+    path = save(tmp_path, {"model": state(build(seed=1, blocks=2), "backbone.")})
+    with pytest.raises(UserError, match="has others there, such as .*res2.1.conv1.weight"):
+        load_pretrained(build(), path)
+    assert load_pretrained(build(), path, partial=True).modules["backbone.fpn"].loaded_tensors == 48
+
+
+def test_a_fully_connected_layer_trained_behind_convolutions_is_refused(tmp_path):
+    weights = state(build(seed=1), *PRETRAINED)
+    weights["roi_heads.box_head.conv1.weight"] = torch.zeros(16, 16, 3, 3)
+    path = save(tmp_path, {"model": weights})
+    with pytest.raises(
+        UserError, match=r"roi_heads.box_head.fc and has others there.*box_head.conv1"
+    ):
+        load_pretrained(build(), path)
+
+
+def test_a_pyramid_without_norms_is_refused_unless_allowed(tmp_path):
+    weights = state(build(seed=1, norm=""), "backbone.fpn")
+    path = save(tmp_path, {"model": weights})
+    with pytest.raises(UserError, match="fills 8 of the 40 tensors of backbone.fpn and lacks"):
+        load_pretrained(build(), path)
+    model = build()
+    assert load_pretrained(model, path, partial=True).modules["backbone.fpn"].loaded_tensors == 8
+    assert torch.equal(model.backbone.fpn_lateral3.weight, weights["backbone.fpn_lateral3.weight"])
 
 
 def zoo_weights(model: nn.Module) -> dict:
@@ -239,12 +266,11 @@ def test_a_pretraining_model_gets_the_detectors_own_modules(tmp_path, checkpoint
     assert torch.equal(model.state_dict()["target." + name], build(seed=0).state_dict()[name])
 
 
-def test_short_names_in_a_pth_need_the_heuristics(tmp_path):
+@pytest.mark.parametrize("query", ["", "?matching_heuristics=True", "?as=detectron2"])
+def test_a_bare_backbone_is_recognised(tmp_path, query):
     weights = {k: torch.from_numpy(v) for k, v in zoo_weights(build(seed=1)).items()}
     path = save(tmp_path, {"model": weights})
-    with pytest.raises(UserError, match=r"append \?matching_heuristics=True"):
-        load_pretrained(build(), path)
-    report = load_pretrained(build(), path + "?matching_heuristics=True")
+    report = load_pretrained(build(), path + query)
     assert report.modules["backbone.bottom_up"].loaded_tensors == 66
 
 
@@ -293,7 +319,7 @@ def test_files_that_are_not_checkpoints(tmp_path, checkpoint):
         return str(error.value)
 
     assert "the path is empty" in message("")
-    assert "none.pth not found" in message(tmp_path / "none.pth")
+    assert "none.pth: no such file" in message(tmp_path / "none.pth")
 
     half = tmp_path / "half.pth"
     data = open(checkpoint, "rb").read()
@@ -313,12 +339,13 @@ def test_files_that_are_not_checkpoints(tmp_path, checkpoint):
         ("empty.pkl", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        assert f"{name} is damaged or not a checkpoint" in message(tmp_path / name)
+        text = message(tmp_path / name)
+        assert "cannot read the checkpoint" in text and f"{name}: it is damaged" in text
 
     assert "contains a list" in message(save(tmp_path, [torch.ones(2)], "list.pth"))
     nested = {"state_dict": {"a": torch.ones(2)}, "epoch": 3, "arch": "resnet50"}
     text = message(save(tmp_path, nested, "moco.pth"))
-    assert "seem to be in 'state_dict'" in text and "epoch" in text
+    assert "no tensor" in text and "in 'state_dict' and has names such as a;" in text
     assert "no named tensors" in message(save(tmp_path, {"model": {}}, "bare.pth"))
 
 
@@ -358,3 +385,21 @@ def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, che
     assert named and all("proposal_generator" in n or "roi_heads" in n for n in named), done.stderr
     assert "box_head" not in done.stderr and "backbone" not in done.stderr
     assert "not used by the model" not in done.stderr and "incompatible" not in done.stderr
+
+
+def test_frozen_layers_without_weights_are_found(tmp_path):
+    config = detector_config(norm="FrozenBN")
+    config.backbone.bottom_up.freeze_at = 2
+    model = instantiate(config)
+    # stem and res2: 3 convolutions; 11 convolutions of the trunk and 8 of the FPN have a norm
+    text = frozen_random_layers(model, None)
+    assert "3 frozen parameters (e.g. backbone.bottom_up.stem.conv1.weight)" in text
+    assert "19 FrozenBatchNorm2d layers" in text
+    assert "freeze_at=0" in text and "MODEL.RESNETS.NORM SyncBN" in text
+    path = save(tmp_path, {"model": state(instantiate(config), "backbone.")})
+    assert frozen_random_layers(model, load_pretrained(model, path)) == ""
+    path = save(tmp_path, {"model": state(instantiate(config), "backbone.bottom_up")})
+    text = frozen_random_layers(model, load_pretrained(model, path))
+    assert "8 FrozenBatchNorm2d layers (e.g. backbone.fpn_lateral2.norm)" in text
+    assert "frozen parameters" not in text
+    assert frozen_random_layers(build(), None) == ""

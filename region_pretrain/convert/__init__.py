@@ -1,0 +1,1 @@
+"""Weights of other libraries and releases, to the detector's names and back."""

@@ -1,0 +1,133 @@
+"""What weights presume of their network besides its shapes: input format, mean, std and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import nn
+
+from region_pretrain.modeling.preprocess import Preprocess
+
+_RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a network; None where it is not.
+
+    Attributes:
+        input_format: ``"RGB"`` or ``"BGR"``.
+        pixel_mean, pixel_std: per channel in the order of ``input_format``, for pixels in [0, 255].
+        stride_in_1x1: whether a ResNet's bottlenecks have their stride in the first 1x1
+            convolution instead of the 3x3 one.
+        norm: class of the trunk's norms, e.g. ``"SyncBatchNorm"``; only for information.
+    """
+
+    input_format: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    stride_in_1x1: bool | None = None
+    norm: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> Facts:
+        """The facts of a checkpoint; unknown entries are ignored."""
+        known = {field.name for field in fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known}
+        return cls(**values)
+
+
+#: Networks of torchvision, and releases that train them.
+IMAGENET = Facts("RGB", _RGB_MEAN, _RGB_STD, stride_in_1x1=False)
+#: The Caffe2 files of Detectron2's model zoo: MSRA's ResNets.
+MSRA = Facts("BGR", _RGB_MEAN[::-1], (1.0, 1.0, 1.0), stride_in_1x1=True)
+#: FAIR's ResNeXts in the same format.
+FAIR_RESNEXT = Facts("BGR", _RGB_MEAN[::-1], _RGB_STD[::-1], stride_in_1x1=False)
+
+
+def facts_of(model: nn.Module) -> Facts:
+    """The facts of a detector or a pre-training model."""
+    source: Any = next((m for m in model.modules() if isinstance(m, Preprocess)), model)
+    if isinstance(source, Preprocess):
+        input_format = "BGR" if source.flip_channels else "RGB"
+    else:
+        input_format = getattr(model, "input_format", None)
+    mean, std = (_values(getattr(source, key, None)) for key in ("pixel_mean", "pixel_std"))
+    blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
+    strided = next((b for b in blocks if (2, 2) in (b.conv1.stride, b.conv2.stride)), None)
+    norm = getattr(blocks[0].conv1, "norm", None) if blocks else None
+    return Facts(
+        input_format,
+        mean,
+        std,
+        None if strided is None else strided.conv1.stride == (2, 2),
+        None if norm is None else type(norm).__name__,
+    )
+
+
+def _values(tensor: torch.Tensor | None) -> tuple[float, ...] | None:
+    if tensor is None:
+        return None
+    return tuple(round(value, 4) for value in tensor.flatten().tolist())
+
+
+def differences(theirs: Facts, ours: Facts) -> tuple[list[str], list[str]]:
+    """Compare the facts of weights with those of the model that is to be filled.
+
+    Returns:
+        (faults, cautions). Faults make the weights wrong for the model: the place of the strides.
+        Cautions are pixels that the weights have not seen; each names the overrides that agree with
+        the weights, in LazyConfig's and in yacs's keys.
+    """
+    faults, cautions = [], []
+    if None not in (theirs.stride_in_1x1, ours.stride_in_1x1) and (
+        theirs.stride_in_1x1 != ours.stride_in_1x1
+    ):
+        faults.append(
+            f"its bottlenecks have the stride in the {'1x1' if theirs.stride_in_1x1 else '3x3'} "
+            f"convolution, the detector's in the {'1x1' if ours.stride_in_1x1 else '3x3'} one: set "
+            f"stride_in_1x1={theirs.stride_in_1x1} in the backbone's stages (yacs: "
+            f"MODEL.RESNETS.STRIDE_IN_1X1 {theirs.stride_in_1x1})"
+        )
+    if None not in (theirs.input_format, ours.input_format) and (
+        theirs.input_format != ours.input_format
+    ):
+        cautions.append(
+            f"it was trained on {theirs.input_format} images, the detector reads "
+            f"{ours.input_format}: set model.input_format={theirs.input_format} and "
+            f"dataloader.train.mapper.image_format={theirs.input_format} (yacs: INPUT.FORMAT "
+            f"{theirs.input_format})"
+        )
+    for key, mine in (("pixel_mean", ours.pixel_mean), ("pixel_std", ours.pixel_std)):
+        value = getattr(theirs, key)
+        if None in (value, mine) or _close(_in_order(value, theirs, ours), mine):
+            continue
+        text = "[" + ",".join(f"{v:g}" for v in value) + "]"
+        cautions.append(
+            f"it was trained with {key} {text} ({theirs.input_format}), the detector has "
+            f"{[*mine]} ({ours.input_format}): set model.{key}={text} (yacs: MODEL.{key.upper()} "
+            f"{text})"
+        )
+    return faults, cautions
+
+
+def _in_order(value: tuple[float, ...], theirs: Facts, ours: Facts) -> tuple[float, ...]:
+    """Values per channel in our channel order."""
+    swapped = None not in (theirs.input_format, ours.input_format) and (
+        theirs.input_format != ours.input_format
+    )
+    return value[::-1] if swapped else value
+
+
+def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    if len(a) != len(b):
+        return False
+    return all(abs(x - y) <= 0.02 * abs(y) + 1e-3 for x, y in zip(a, b, strict=True))

@@ -1,0 +1,295 @@
+"""Recognises whose weights a file contains, and translates their names to Detectron2's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from torch import Tensor
+
+from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts
+from region_pretrain.convert.names import SCHEMES, Scheme, common_name, translate, with_levels
+from region_pretrain.convert.reading import read_checkpoint
+from region_pretrain.errors import UserError
+
+#: Entries of a checkpoint that contain its weights, the preferred ones first.
+_CONTAINERS = (
+    "model",
+    "state_dict",
+    "model_state",
+    "model_state_dict",
+    "network",
+    "net",
+    "backbone",
+    "teacher",
+    "student",
+    "online_network",
+)
+#: Parts of names that mark a copy of the network which is not the one to fine-tune.
+_COPIES = re.compile(r"(^|[._])(k|key|target|momentum|ema|teacher)([._]|$)")
+#: Names of Detectron2's detectors and trunks, after a prefix such as "module.".
+_DETECTRON2 = re.compile(
+    r"(?:backbone\w*\.)?(?:bottom_up\.|net\.)?"
+    r"(?:stem\.conv1\.weight|res[2-5]\.0\.conv\d\.weight)"
+)
+_DETECTRON2_ROOT = re.compile(r"(.*?)backbone(\w*)\.(?:bottom_up|net|fpn_\w+|stem|res\d)\.")
+
+
+@dataclass
+class Weights:
+    """The weights of a file under common names; see :mod:`region_pretrain.convert.names`.
+
+    Attributes:
+        path: the file.
+        title: what was recognised.
+        tensors: common name -> tensor.
+        names: common name -> name in the file.
+        unused: names in the file that have no counterpart in a detector.
+        facts: what the weights presume.
+        classes: names of the detector's classes, if the file has them.
+        by_suffix: whether names lack the modules above them, as in the model zoo's older files.
+    """
+
+    path: str
+    title: str
+    tensors: dict[str, Tensor]
+    names: dict[str, str]
+    unused: list[str] = field(default_factory=list)
+    facts: Facts = Facts()
+    classes: list[str] = field(default_factory=list)
+    by_suffix: bool = False
+
+    def fit(self, target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Find a tensor for each name of a model.
+
+        Args:
+            target: the model's state dict.
+
+        Returns:
+            (the model's name -> tensor of the file, whose shape may differ; names in the file of
+            tensors that the model lacks).
+        """
+        found, used = {}, set()
+        for name in target:
+            common = common_name(name)
+            if common not in self.tensors and self.by_suffix:
+                parts = common.split(".")
+                suffixes = (".".join(parts[i:]) for i in range(1, len(parts) - 1))
+                common = next((s for s in suffixes if s in self.tensors), common)
+            if common in self.tensors:
+                found[name] = self.tensors[common]
+                used.add(common)
+        return found, [self.names[c] for c in self.tensors if c not in used]
+
+
+def read_weights(path: str) -> Weights:
+    """Read a checkpoint of any known origin.
+
+    Args:
+        path: file or URL. ``?as=LIBRARY`` overrides what is recognised (``detectron2``,
+            ``torchvision``, ``timm``, ``mmdet``, ``soco``, ``swin``), ``?part=NAME`` selects an
+            entry of the file or a prefix of the names, e.g. ``student``.
+
+    Raises:
+        UserError: see :func:`~region_pretrain.convert.reading.read_checkpoint`; an unknown option;
+            or the file has no weights.
+    """
+    file, options = _split(path)
+    content = read_checkpoint(file)
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{file} is not a checkpoint: it contains a {type(content).__name__}, not a dict"
+        )
+    if _is_caffe2(content):
+        return _caffe2(file, content)
+    where, state = _weights_of(file, content, options.get("part"))
+    weights = _recognise(file, state, options)
+    if where:
+        weights.title += f", in {where!r}"
+    if isinstance(content.get("detector"), Mapping):
+        weights.facts = Facts.from_dict(content["detector"])
+    weights.classes = [str(name) for name in content.get("thing_classes", ())]
+    if content.get("__author__") == "Detectron2 Model Zoo":
+        weights.facts = _zoo(weights.tensors)
+    weights.by_suffix = bool(content.get("matching_heuristics")) or "matching_heuristics" in options
+    return weights
+
+
+def _split(path: str) -> tuple[str, dict[str, str]]:
+    query = urlsplit(path).query
+    options = {key: values[-1] for key, values in parse_qs(query).items()}
+    if not options:
+        return path, {}
+    unknown = options.keys() - {"as", "part", "matching_heuristics"}
+    if unknown:
+        raise UserError(f"{path}: unknown option {sorted(unknown)[0]!r}; known: as, part")
+    libraries = sorted({"detectron2", *(scheme.library for scheme in SCHEMES)})
+    if "as" in options and options["as"] not in libraries:
+        raise UserError(f"{path}: as={options['as']} must be one of {', '.join(libraries)}")
+    return path[: path.rindex("?")], options
+
+
+def _is_caffe2(content: Mapping[str, Any]) -> bool:
+    return "blobs" in content or "res2_0_branch2a_w" in content
+
+
+def _caffe2(path: str, content: Mapping[str, Any]) -> Weights:
+    """The model zoo's files from Detectron 1: affine norms without statistics."""
+    blobs = content.get("blobs", content)
+    state = {
+        k: v for k, v in blobs.items() if isinstance(v, Tensor) and not k.endswith("_momentum")
+    }
+    tensors, names = convert_c2_detectron_names(state)
+    for name in [n for n in tensors if n.endswith("norm.weight")]:
+        stem = name.removesuffix("weight")
+        if f"{stem}running_mean" not in tensors:  # they are part of weight and bias
+            for statistic, value in (("running_mean", 0.0), ("running_var", 1.0 - 1e-5)):
+                tensors[stem + statistic] = torch.full_like(tensors[name], value)
+                names[stem + statistic] = names[name]
+    return Weights(path, "a Caffe2 model", tensors, names, facts=_zoo(tensors), by_suffix=True)
+
+
+def _zoo(tensors: Mapping[str, Tensor]) -> Facts:
+    """The facts of the model zoo's networks that were trained from Caffe2 files."""
+    block = tensors.get("res2.0.conv2.weight")
+    if block is None or "fpn_lateral2.norm.weight" in tensors:
+        return Facts()
+    return FAIR_RESNEXT if block.shape[0] != block.shape[1] else MSRA
+
+
+def _weights_of(
+    path: str, content: Mapping[str, Any], part: str | None
+) -> tuple[str, dict[str, Tensor]]:
+    """The entry of a checkpoint that contains the weights, and its name."""
+    found = dict(_state_dicts(content))
+    if not found:
+        entries = ", ".join(sorted(map(str, content))[:6]) or "nothing"
+        raise UserError(f"{path} is not a checkpoint: no named tensors, but {entries}")
+    if part is not None:
+        chosen = [name for name in found if part in name.split(".")]
+        if chosen:
+            return chosen[0], found[chosen[0]]
+    ranks = {name: i for i, name in enumerate(_CONTAINERS)}
+
+    def rank(name: str) -> tuple[int, int]:
+        return ranks.get(name.split(".")[-1], len(ranks) if name else -1), -len(found[name])
+
+    best = min(found, key=rank)
+    if best == "" and max(map(len, found.values())) > len(found[best]):
+        best = min((name for name in found if name), key=rank)
+    return best, found[best]
+
+
+def _state_dicts(content: Mapping, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield name, tensors
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and name.count(".") < 2:
+            yield from _state_dicts(value, f"{name}.{key}" if name else key)
+
+
+def _recognise(path: str, state: dict[str, Tensor], options: Mapping[str, str]) -> Weights:
+    library, part = options.get("as"), options.get("part")
+    if library in (None, "detectron2") and (library or any(map(_is_detectron2, state))):
+        return _detectron2(path, state, part)
+    for scheme in SCHEMES:
+        if library not in (None, scheme.library):
+            continue
+        prefixes = _prefixes(state, scheme)
+        if prefixes:
+            return _translated(path, state, scheme, _preferred(prefixes, part))
+    if library is not None:
+        raise UserError(f"{path} has no names of {library}, but e.g. {', '.join([*state][:3])}")
+    return _detectron2(path, state, part)
+
+
+def _is_detectron2(name: str) -> bool:
+    return bool(_DETECTRON2_ROOT.match(name)) or bool(_DETECTRON2.fullmatch(name))
+
+
+def _prefixes(state: Mapping[str, Tensor], scheme: Scheme) -> list[str]:
+    """What may precede the names of a scheme; empty if it does not fit."""
+    prefixes = [m[1] for m in (re.fullmatch(rf"(.*?){scheme.anchor}", k) for k in state) if m]
+    return [
+        prefix
+        for prefix in prefixes
+        if all(
+            any(k.startswith(prefix) and re.fullmatch(o, k[len(prefix) :]) for k in state)
+            for o in scheme.others
+        )
+    ]
+
+
+def _preferred(prefixes: list[str], part: str | None) -> str:
+    """The online or query network rather than its momentum copy; then the shortest prefix."""
+
+    def rank(prefix: str) -> tuple[bool, bool, int]:
+        return part is not None and part not in prefix, bool(_COPIES.search(prefix)), len(prefix)
+
+    return min(prefixes, key=rank)
+
+
+def _translated(path: str, state: dict[str, Tensor], scheme: Scheme, prefix: str) -> Weights:
+    tensors, names, unused = {}, {}, []
+    for name, tensor in state.items():
+        common = None
+        if name.startswith(prefix):
+            common = translate(scheme.rules, name[len(prefix) :])
+        if common is None:
+            unused.append(name)
+        else:
+            tensors[common], names[common] = tensor, name
+    numbered = with_levels(tensors)
+    names = dict(zip(numbered, names.values(), strict=True))
+    if scheme.library == "torchvision":
+        numbered = _background_last(numbered)
+    title = scheme.title + (f" under {prefix!r}" if prefix else "")
+    return Weights(path, title, numbered, names, unused, IMAGENET if scheme.imagenet else Facts())
+
+
+def _background_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's class layers begin with the background; Detectron2's end with it or omit it."""
+    anchors = (
+        tensors["head.bbox_pred.weight"].shape[0] // 4 if "head.bbox_pred.weight" in tensors else 0
+    )
+    moved = {}
+    for name, tensor in tensors.items():
+        if name.startswith("roi_heads.box_predictor.cls_score."):
+            tensor = tensor.roll(-1, 0)
+        elif name.startswith("roi_heads.box_predictor.bbox_pred."):
+            tensor = tensor[4:]
+        elif name.startswith("roi_heads.mask_head.predictor."):
+            tensor = tensor[1:]
+        elif name.startswith("head.cls_score."):
+            tensor = tensor.unflatten(0, (anchors, -1))[:, 1:].flatten(0, 1)
+        moved[name] = tensor
+    return moved
+
+
+def _detectron2(path: str, state: dict[str, Tensor], part: str | None) -> Weights:
+    """Names of Detectron2, possibly with ``module.`` or another backbone's name before them."""
+    roots = {(m[1], m[2]) for m in map(_DETECTRON2_ROOT.match, state) if m}
+    prefix = root = ""
+    if roots:
+        texts = {f"{before}backbone{after}.": before for before, after in roots}
+        root = _preferred(sorted(texts), part)
+        prefix = texts[root]
+    others = tuple(text for text in texts if text != root) if roots else ()
+    tensors, names, unused = {}, {}, []
+    for name, tensor in state.items():
+        if others and name.startswith(others):
+            unused.append(name)
+            continue
+        plain = name.removeprefix(prefix)
+        if root and name.startswith(root):
+            plain = "backbone." + name.removeprefix(root)
+        common = common_name(plain)
+        tensors[common], names[common] = tensor, name
+    title = "a Detectron2 model" + (f" under {root!r}" if root not in ("", "backbone.") else "")
+    return Weights(path, title, tensors, names, unused)

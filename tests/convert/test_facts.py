@@ -1,0 +1,168 @@
+"""What weights presume, and what is said if the model at hand differs."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
+from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+
+from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts, differences, facts_of
+from region_pretrain.convert.recognise import read_weights
+from region_pretrain.engine.checkpoint import RunCheckpointer
+from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.errors import UserError
+
+WIDTHS = (64, 256, 512, 1024, 2048)
+
+
+def detector(stride_in_1x1: bool, rgb: bool, norm: str = "BN", groups: int = 1):
+    """Detectron2's Mask R-CNN whose trunk has one bottleneck per stage."""
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model.backbone.bottom_up.stem.norm = norm
+    model.backbone.bottom_up.stages = [
+        L(ResNet.make_stage)(
+            block_class=BottleneckBlock,
+            num_blocks=1,
+            stride_per_block=[1 if i == 0 else 2],
+            in_channels=WIDTHS[i],
+            out_channels=WIDTHS[i + 1],
+            bottleneck_channels=WIDTHS[i + 1] // (4 if groups == 1 else 1),
+            num_groups=groups,
+            stride_in_1x1=stride_in_1x1,
+            norm=norm,
+        )
+        for i in range(4)
+    ]
+    if rgb:
+        model.input_format = "RGB"
+        model.pixel_mean = [123.675, 116.28, 103.53]
+        model.pixel_std = [58.395, 57.12, 57.375]
+    return instantiate(model)
+
+
+def test_the_facts_of_a_detector():
+    assert facts_of(detector(False, rgb=True)) == Facts(
+        "RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False, "BatchNorm2d"
+    )
+    bgr = facts_of(detector(True, rgb=False, norm="FrozenBN"))
+    assert bgr == Facts("BGR", (103.53, 116.28, 123.675), (1, 1, 1), True, "FrozenBatchNorm2d")
+    assert Facts.from_dict(bgr.to_dict() | {"new": 1}) == bgr
+
+
+def test_agreeing_facts_say_nothing():
+    for facts in (IMAGENET, MSRA, FAIR_RESNEXT, Facts()):
+        assert differences(facts, facts) == ([], [])
+        assert differences(Facts(), facts) == ([], [])
+
+
+def test_differences_name_the_overrides():
+    (fault,), cautions = differences(MSRA, IMAGENET)
+    assert "stride in the 1x1 convolution, the detector's in the 3x3 one" in fault
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 True" in fault
+    channels, std = cautions  # the mean is the same but for the order of the channels
+    assert "model.input_format=BGR" in channels and "INPUT.FORMAT BGR" in channels
+    assert "set model.pixel_std=[1,1,1]" in std
+
+
+def caffe2(groups: int = 1) -> dict:
+    """The names and layout of MSRA's R-50.pkl, with one block per stage."""
+    rng = np.random.default_rng(0)
+
+    def norm(name: str, channels: int) -> dict:
+        return {f"{name}_{k}": rng.random(channels, np.float32) for k in "sb"}
+
+    blobs = {"conv1_w": rng.random((64, 3, 7, 7), np.float32), **norm("res_conv1_bn", 64)}
+    for i in range(4):
+        outputs = WIDTHS[i + 1]
+        width = outputs // (4 if groups == 1 else 1)
+        shapes = {
+            "branch1": (outputs, WIDTHS[i], 1, 1),
+            "branch2a": (width, WIDTHS[i], 1, 1),
+            "branch2b": (width, width // groups, 3, 3),
+            "branch2c": (outputs, width, 1, 1),
+        }
+        for branch, shape in shapes.items():
+            name = f"res{i + 2}_0_{branch}"
+            blobs[f"{name}_w"] = rng.random(shape, np.float32)
+            blobs |= norm(f"{name}_bn", shape[0])
+    return blobs | {"fc1000_w": rng.random((5, 2048), np.float32), "conv1_w_momentum": np.ones(1)}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_msras_weights_are_complete(tmp_path, wrapped):
+    blobs = caffe2()
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"blobs": blobs} if wrapped else blobs))
+    model = detector(stride_in_1x1=True, rgb=False, norm="FrozenBN")
+    report = load_pretrained(model, str(path))
+    body = report.modules["backbone.bottom_up"]
+    assert body.loaded_tensors == body.tensors == 17 * 5
+    state = model.state_dict()
+    name = "backbone.bottom_up.res3.0.conv2"
+    assert np.array_equal(state[f"{name}.weight"].numpy(), blobs["res3_0_branch2b_w"])
+    assert np.array_equal(state[f"{name}.norm.weight"].numpy(), blobs["res3_0_branch2b_bn_s"])
+    assert torch.all(state[f"{name}.norm.running_mean"] == 0)
+    assert torch.all(state[f"{name}.norm.running_var"] == 1 - 1e-5)
+
+
+def test_caffe2_weights_in_another_network_are_refused(tmp_path, caplog):
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(caffe2()))
+    with pytest.raises(UserError, match="R-50.pkl does not fit the detector: its bottlenecks have"):
+        load_pretrained(detector(stride_in_1x1=False, rgb=True), str(path))
+    load_pretrained(detector(stride_in_1x1=True, rgb=True), str(path))
+    assert "it was trained on BGR images, the detector reads RGB" in caplog.text
+    path.write_bytes(pickle.dumps(caffe2(groups=2)))
+    assert read_weights(str(path)).facts == FAIR_RESNEXT
+
+
+def test_a_checkpoint_of_this_library_carries_its_facts(tmp_path, caplog):
+    source = detector(stride_in_1x1=False, rgb=True)
+    run = {"max_iter": 1, "total_batch_size": 1, "world_size": 1}
+    RunCheckpointer(source, str(tmp_path), run=run).save("model_final", iteration=0)
+    path = str(tmp_path / "model_final.pth")
+    assert read_weights(path).facts == facts_of(source)
+    load_pretrained(detector(stride_in_1x1=False, rgb=True), path)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    load_pretrained(detector(stride_in_1x1=False, rgb=False), path)
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 2 and "INPUT.FORMAT RGB" in warnings[0]
+    assert "MODEL.PIXEL_STD [58.395,57.12,57.375]" in warnings[1]
+    with pytest.raises(UserError, match="stride in the 3x3 convolution, the detector's in the 1x1"):
+        load_pretrained(detector(stride_in_1x1=True, rgb=True), path)
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("?as=keras", "as=keras must be one of detectron2, mmdet, soco, swin, timm, torchvision"),
+        ("?like=timm", "unknown option 'like'; known: as, part"),
+        ("?as=mmdet", "has no names of mmdet, but e.g. conv1.weight"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, query, message):
+    torch.save(
+        {"conv1.weight": torch.ones(1), "layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "w.pth"
+    )
+    with pytest.raises(UserError, match=message):
+        read_weights(f"{tmp_path}/w.pth{query}")
+
+
+def test_a_part_is_chosen_by_name(tmp_path):
+    def state(value: float, prefix: str) -> dict:
+        names = ("conv1.weight", "layer1.0.conv1.weight")
+        return {prefix + name: torch.full((1,), value) for name in names}
+
+    path = f"{tmp_path}/w.pth"
+    torch.save({"student": state(1.0, "module."), "teacher": state(2.0, "")}, path)
+    assert read_weights(path).tensors["stem.conv1.weight"] == 2
+    assert read_weights(f"{path}?part=student").tensors["stem.conv1.weight"] == 1
+    torch.save(state(3.0, "encoder_q.") | state(4.0, "encoder_k."), path)
+    assert read_weights(path).tensors["stem.conv1.weight"] == 3
+    assert read_weights(f"{path}?part=encoder_k").tensors["stem.conv1.weight"] == 4
