@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.utils.file_io import PathManager
 from safetensors.torch import save
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from region_pretrain.files import is_local, write_atomic
 
 #: What ``to`` may be.
 TARGETS = ("torchvision", "timm", "mmdet", "detectron2", "safetensors")
-_MODULES = ("backbone.", "proposal_generator.", "roi_heads.", "head.")
+_TRUNK = r"(stem|res\d|layers|blocks|patch_embed|norm\d|(absolute_)?pos_embed)\b"
 _HEADS = r"(roi_heads|proposal_generator|head)\..*"
 _MAX_BLOCK = 47  # ResNet-200 has 36 blocks in a stage, the largest ViT 48 in all
 _EXAMPLES = 3
@@ -73,7 +72,7 @@ def write_export(checkpoint: str, to: str, out: str | None = None) -> tuple[str,
         raise UserError(f"--out {out}: a file for {to} must end in {' or '.join(allowed)}")
     exported = _export(checkpoint, to)
     facts = exported.weights.facts.to_dict()
-    # Tensors of the file are views of a larger storage, which would be written as well.
+    # A tensor may be a view of a larger storage, which would be written with it.
     state = {name: tensor.contiguous().clone() for name, tensor in exported.state.items()}
     content: Any = state
     if to == "mmdet":
@@ -104,10 +103,10 @@ class _Exported(NamedTuple):
 
 
 def _file_of(checkpoint: str) -> str:
-    if not PathManager.isdir(checkpoint):
+    if not os.path.isdir(checkpoint):
         return checkpoint
     path = os.path.join(checkpoint, "model_final.pth")
-    if not PathManager.isfile(path):
+    if not os.path.isfile(path):
         raise UserError(
             f"{checkpoint} has no model_final.pth: name one of its checkpoints, or finish the run"
         )
@@ -132,21 +131,20 @@ def _export(checkpoint: str, to: str) -> _Exported:
 
 
 def _to_detectron2(weights: Weights) -> _Exported:
-    """Stock names: the file's own, or else those of a detector with an FPN or of a bare trunk."""
-    pyramid = "fpn_lateral" in " ".join(weights.tensors)
-    state, bare = {}, False
+    """Stock names: those of the file, or else those of a detector with an FPN or a bare trunk."""
+    stock = any(n.startswith("backbone.") and common_name(n) == c for c, n in weights.names.items())
+    pyramid = any(common.startswith("fpn_lateral") for common in weights.tensors)
+    state = {}
     for common, tensor in weights.tensors.items():
-        name = weights.names[common]
-        if not (name.startswith(_MODULES) and common_name(name) == common):
-            name = common
-            if pyramid and not common.startswith(_MODULES):
-                inner = "" if common.startswith(("fpn_", "top_block.")) else "bottom_up."
-                name = f"backbone.{inner}{common}"
-        bare |= not name.startswith(_MODULES)
+        name = weights.names[common] if stock else common
+        if pyramid and not stock:
+            name = re.sub(rf"^(?={_TRUNK})", "bottom_up.", name)
+            name = re.sub(r"^(?=bottom_up\.|fpn_|top_block\.)", "backbone.", name)
         state[name] = tensor
-    lines = targets.detectron2_lines(weights.tensors, weights.facts)
+    bare = any(re.match(_TRUNK, name) for name in state)
+    lines = targets.detectron2_lines(weights.tensors, weights.facts, sorted(state))
     if bare:
-        lines.append("# names begin at the trunk: load with matching_heuristics, as the .pkl zoo")
+        lines.append("# a bare trunk: DetectionCheckpointer matches its names by their ends")
     return _Exported(weights, state, lines + _left_out(weights.unused, "a detector"), bare)
 
 
@@ -156,8 +154,8 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
     if kind is None or (kind != "ResNet" and to != "timm"):
         known = "ResNet, Swin or ViT" if to == "timm" else "ResNet"
         raise UserError(
-            f"{path} has no {known} that {to} could take: it was read as {weights.title}"
-            + (f", a {kind}; use --to timm" if kind else "")
+            f"{path} has no {known} to export to {to}: it was read as {weights.title}"
+            + (f", with a {kind}; use --to timm" if kind else "")
         )
     if to != "mmdet" and weights.facts.stride_in_1x1 and is_bottleneck(tensors):
         raise UserError(
@@ -165,7 +163,7 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             "in the 3x3 ones: its features would be wrong. Use --to mmdet or --to detectron2"
         )
     if to == "mmdet" and "stem.conv1.norm.running_mean" not in tensors:
-        raise UserError(f"{path} has no batch norm in its trunk: only that can go to mmdet")
+        raise UserError(f"{path} has no batch norm in its trunk: --to mmdet supports no other norm")
     left = {
         pattern: reason
         for pattern, reason in _inexpressible(tensors, to, kind)
@@ -192,7 +190,7 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             done.add(common)
     others = [weights.names[common] for common in kept if common not in done]
     exported = {common: kept[common] for common in done}
-    lines = targets.LINES[to](exported, weights.facts, sorted(state))
+    lines = targets.lines_for(to, exported, weights.facts, sorted(state))
     lines += [f"# left out: {reason}" for reason in dict.fromkeys(left.values())]
     lines += _left_out([*others, *weights.unused], to)
     return _Exported(weights, state, lines)
@@ -214,7 +212,7 @@ def _rules(to: str, kind: str, detector: bool) -> tuple[Rule, ...]:
 
 
 def _inexpressible(tensors: Mapping[str, Tensor], to: str, kind: str) -> Iterator[tuple[str, str]]:
-    """Pairs of a pattern of common names that the target cannot have, and the reason."""
+    """Patterns of the common names that the target has no counterpart for, each with the reason."""
     if to == "timm":
         yield r"(fpn_|top_block|simfp_|roi_heads|proposal_generator|head\.).*", (
             "FPN and heads: timm has trunks only"
@@ -228,13 +226,19 @@ def _inexpressible(tensors: Mapping[str, Tensor], to: str, kind: str) -> Iterato
         return
     if not any(k.startswith("fpn_lateral") for k in tensors):
         if any(re.fullmatch(_HEADS, k) for k in tensors):
-            yield _HEADS, f"heads of a detector without FPN, such as C4: exported is {to}'s trunk"
+            yield _HEADS, f"the heads: without an FPN, as in C4 detectors, {to} gets the trunk only"
         return
     if any(re.fullmatch(r"head\.\w+_subnet\.\d*[13579]\..*", k) for k in tensors):
-        yield r"head\..*", f"RetinaNet's head, which has norms: {to}'s names for it are not known"
+        yield r"head\..*", "RetinaNet's head: one with norms is not supported"
+    anchors = rows(tensors, "head.bbox_pred.weight") // 4
+    if anchors not in (0, 1, 2, 3, 5, 7, 9):
+        yield r"head\.(cls_score|bbox_pred)\..*", (
+            f"RetinaNet's predictors: the order of {anchors} anchors depends on their sizes and "
+            "ratios, which are not in the file"
+        )
     if to == "mmdet":
         if "proposal_generator.rpn_head.conv.conv0.weight" in tensors:
-            yield r"proposal_generator\..*", "the RPN: mmdet's with two convolutions differs"
+            yield r"proposal_generator\..*", "the RPN: only one convolution is supported"
         return
     fcs = len(numbered(tensors, r"roi_heads\.box_head\.fc(\d+)\.weight"))
     convs = len(numbered(tensors, r"roi_heads\.box_head\.conv(\d+)\.weight"))
@@ -297,10 +301,10 @@ def _inverse(rules: tuple[Rule, ...]) -> dict[str, list[str]]:
 
 
 def matches_of(pattern: str) -> list[str]:
-    r"""All names that a rule's pattern matches, numbers ``\d+`` up to that of a network's blocks.
+    r"""All names that a rule's pattern matches, with ``\d+`` up to the largest number of a block.
 
-    Of alternatives the earlier comes first; what is optional is there first. Knows what the rules
-    use: groups, ``|``, ``?``, ``\d``, ``\d+``, ``[...]`` and escaped characters.
+    Earlier alternatives come first, names with an optional part before those without. Supports the
+    syntax of the rules: groups, ``|``, ``?``, ``\d``, ``\d+``, ``[...]`` and escaped characters.
     """
     tokens = re.findall(r"\(\?:|\[[^]]+\]|\\d\+|\\.|.", pattern)
     place = 0

@@ -15,6 +15,7 @@ def swap_anchor_axes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reorder RetinaNet's 3x3 anchors between (size, ratio) and (ratio, size); its own inverse.
 
     Detectron2 lists the ratios of each size, torchvision and mmdetection the sizes of each ratio.
+    Nine anchors are taken for three sizes and three ratios, a prime number for one size or ratio.
     """
     if _anchors(tensors) != 9:
         return dict(tensors)

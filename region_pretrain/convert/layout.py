@@ -41,7 +41,17 @@ def rows(tensors: Mapping[str, Tensor], name: str) -> int:
 
 
 class ResNetLayout:
-    """What a ResNet's constructor takes, from its tensors."""
+    """The arguments of a ResNet's constructor, from its tensors.
+
+    Attributes:
+        bottleneck: whether the blocks have three convolutions.
+        block: ``"Bottleneck"`` or ``"BasicBlock"``.
+        blocks, widths, planes: number of blocks, output channels and base channels per stage.
+        stem: output channels of the stem.
+        groups, group_width: ResNeXt's groups, and their channels in the first stage; 1 and 64 for a
+            ResNet.
+        batch_norm: whether the norms have running statistics.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.bottleneck = is_bottleneck(tensors)

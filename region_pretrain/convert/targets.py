@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 
 from region_pretrain.convert.facts import Facts
-from region_pretrain.convert.layout import ResNetLayout, numbered, rows, trunk_kind
+from region_pretrain.convert.layout import ResNetLayout, is_bottleneck, numbered, rows, trunk_kind
 
 _NORMS = {
     "SyncBatchNorm": "SyncBN",
@@ -28,7 +28,7 @@ def _values(values: Sequence[float], scale: float = 1.0) -> str:
 
 def _unknown(facts: Facts) -> list[str]:
     if None in (facts.input_format, facts.pixel_mean, facts.pixel_std):
-        return ["# the file does not tell the pixels' format, mean and std: take its training's"]
+        return ["# pixel format, mean and std are unknown: use those of its training"]
     return []
 
 
@@ -37,7 +37,8 @@ def _pixels(facts: Facts, what: str) -> list[str]:
     lines = _unknown(facts)
     if not lines:
         lines = [
-            f"mean = {_values(facts.pixel_mean, 1 / 255)}  # {facts.input_format}, of [0, 1]",
+            f"mean = {_values(facts.pixel_mean, 1 / 255)}"
+            f"  # {facts.input_format}, for pixels in [0, 1]",
             f"std = {_values(facts.pixel_std, 1 / 255)}",
         ]
     if facts.input_format == "BGR":
@@ -47,7 +48,7 @@ def _pixels(facts: Facts, what: str) -> list[str]:
 
 def _strides(facts: Facts, net: ResNetLayout) -> list[str]:
     if net.bottleneck and facts.stride_in_1x1 is None:
-        return ["# the file does not tell where its bottlenecks have the stride: taken as 3x3"]
+        return ["# the stride of the bottlenecks is unknown: assumed in the 3x3 convolution"]
     return []
 
 
@@ -102,7 +103,10 @@ def _torchvision_detector(
         f"{_norm_layer(tensors, f'fpn_lateral{levels[0]}')})",
     ]
     pixels = "" if _unknown(facts) else ", image_mean=mean, image_std=std"
-    heads = ["head"] if retina else ["rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"]
+    heads = ["rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"]
+    if retina:
+        heads = [f"head.classification_head.{part}" for part in ("conv", "cls_logits")]
+        heads += [f"head.regression_head.{part}" for part in ("conv", "bbox_reg")]
     if retina:
         if extra:
             lines[:0] = ["from torchvision.ops.feature_pyramid_network import LastLevelP6P7"]
@@ -139,6 +143,7 @@ def _torchvision_detector(
     lines += [
         f"num_classes = {classes or 91}  # class 0 is the background",
         f"model = {module}.{name}({', '.join(arguments)}{pixels})",
+        "# set the detector's anchor sizes, which are not in the file",
         "# torchvision pools regions without the half-pixel shift of Detectron2's ROIAlignV2",
     ]
     heads += ["roi_heads.mask_head", "roi_heads.mask_predictor"] if mask else []
@@ -265,15 +270,21 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
     fcs = numbered(tensors, rf"{re.escape(_BOX)}\.fc(\d+)\.weight")
     if fcs:
         convs = len(numbered(tensors, rf"{re.escape(_BOX)}\.conv(\d+)\.weight"))
+        classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
+        options = f", conv_out_channels={rows(tensors, f'{_BOX}.conv1.weight')}" if convs else ""
+        options += f", num_classes={classes}" if classes > 0 else ""
+        if rows(tensors, "roi_heads.box_predictor.bbox_pred.weight") == 4 != 4 * classes:
+            options += ", reg_class_agnostic=True"
         lines.append(
             f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={convs}, "
             f"num_shared_fcs={len(fcs)}, fc_out_channels={rows(tensors, f'{_BOX}.fc1.weight')}"
-            f"{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
+            f"{options}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
         )
     retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
-    heads = ["bbox_head"] if retina else ["rpn_head", "roi_head.bbox_head"]
-    if not retina:
-        heads += ["roi_head.bbox_head.fc_cls", "roi_head.bbox_head.fc_reg", "roi_head.mask_head"]
+    heads = ["rpn_head", "roi_head.bbox_head", "roi_head.bbox_head.fc_cls"]
+    heads += ["roi_head.bbox_head.fc_reg", "roi_head.mask_head"]
+    if retina:
+        heads = [f"bbox_head.{part}" for part in ("cls_convs", "retina_cls", "retina_reg")]
     return lines + _not_filled(heads, state)
 
 
@@ -284,11 +295,13 @@ def _mmdet_norm(tensors: Mapping[str, Tensor], layer: str) -> str:
     return f", norm_cfg=dict(type={repr('SyncBN') if batch else repr('GN') + ', num_groups=32'})"
 
 
-def detectron2_lines(tensors: Mapping[str, Tensor], facts: Facts) -> list[str]:
+def detectron2_lines(
+    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+) -> list[str]:
     """Overrides of a LazyConfig, then of a yacs config."""
     lazy: dict[str, str] = {}
     yacs: dict[str, str] = {}
-    lines = _unknown(facts)
+    lines, res5 = _unknown(facts), any(name.startswith("roi_heads.res5.") for name in state)
     if facts.input_format:
         lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
             facts.input_format
@@ -307,7 +320,11 @@ def detectron2_lines(tensors: Mapping[str, Tensor], facts: Facts) -> list[str]:
         if net.bottleneck and facts.stride_in_1x1 is not None:
             stride = str(facts.stride_in_1x1)
             lazy[f"{trunk}.stages.stride_in_1x1"] = yacs["MODEL.RESNETS.STRIDE_IN_1X1"] = stride
+            if res5:
+                lazy["model.roi_heads.res5.stride_in_1x1"] = stride
         lazy[f"{trunk}.stem.norm"] = lazy[f"{trunk}.stages.norm"] = norm
+        if res5:
+            lazy["model.roi_heads.res5.norm"] = norm
         yacs["MODEL.RESNETS.NORM"] = norm
         if net.depth:
             lazy[f"{trunk}.stages.depth"] = yacs["MODEL.RESNETS.DEPTH"] = str(net.depth)
@@ -321,9 +338,11 @@ def detectron2_lines(tensors: Mapping[str, Tensor], facts: Facts) -> list[str]:
         width = str(rows(tensors, f"fpn_lateral{level}.weight"))
         lazy["model.backbone.out_channels"] = yacs["MODEL.FPN.OUT_CHANNELS"] = width
         norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts)
-        lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm or '""'
+        lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items())]
+    if "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
+        lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
     return [*lines, "# yacs", *(f"{key} {value}" for key, value in yacs.items())]
 
 
@@ -339,7 +358,7 @@ def _detectron2_box(
     )
     if not fcs:
         return
-    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts) or '""'
+    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts)
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
     lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
     lazy["model.roi_heads.box_head.conv_norm"] = yacs["MODEL.ROI_BOX_HEAD.NORM"] = norm
@@ -353,11 +372,25 @@ def _detectron2_box(
 
 def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, facts: Facts) -> str:
     if f"{layer}.norm.weight" not in tensors:
-        return ""
+        return '""'
     if f"{layer}.norm.running_mean" not in tensors:
         return "GN"
     return _NORMS.get(facts.norm or "", "BN")
 
 
-#: Target -> lines from (exported tensors by common name, facts, the target's names).
-LINES = {"torchvision": _torchvision, "timm": _timm, "mmdet": _mmdet}
+_LINES = {"torchvision": _torchvision, "timm": _timm, "mmdet": _mmdet}
+
+
+def lines_for(
+    to: str, tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+) -> list[str]:
+    """The lines for torchvision, timm or mmdetection.
+
+    Args:
+        to: the target.
+        tensors: common name -> exported tensor.
+        facts: what the weights presume.
+        state: the target's names that are filled.
+    """
+    lines = _LINES[to](tensors, facts, state)
+    return sorted(lines, key=lambda line: not line.startswith(("import ", "from ")))

@@ -25,7 +25,7 @@ def test_a_run_s_folder_is_exported(tmp_path, capsys):
     assert torch.equal(written["layer4.1.conv2.weight"], model.layer4[1].conv2.weight)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"# {tmp_path}/model_final_timm.pth"
-    assert "mean = [0.485, 0.456, 0.406]  # RGB, of [0, 1]" in lines
+    assert "mean = [0.485, 0.456, 0.406]  # RGB, for pixels in [0, 1]" in lines
 
 
 def test_output_can_be_named_and_errors_are_one_line(tmp_path, capsys):

@@ -1,0 +1,6 @@
+"""Puts ``export_models`` where tests can import it by name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
