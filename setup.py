@@ -86,7 +86,7 @@ setup(
         "omegaconf>=2.1",
         "opencv-contrib-python>=4.11",  # IMREAD_COLOR_RGB
         "packaging",
-        "pillow>=7.1",
+        "pillow>=11.3",  # reads AVIF
         "pyarrow",
         "pycocotools>=2.0.2",
         "safetensors",

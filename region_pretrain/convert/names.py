@@ -326,8 +326,13 @@ def with_levels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Number FPN levels that are counted from 0, ``fpn_lateral<0>``, as Detectron2 does.
 
     The first lateral convolution tells its level by its input channels, those of a trunk's stage.
-    Outputs without a lateral convolution are the extra levels of RetinaNet.
+    Outputs without a lateral convolution are the extra levels of RetinaNet. An RPN's convolution is
+    numbered if it has several.
     """
+    if f"{_RPN}.conv.conv1.weight" in weights:
+        first = re.compile(rf"({_RPN}\.conv)(?=\.(weight|bias)$)")
+        renamed = (first.sub(r"\1.conv0", name) for name in weights)
+        weights = dict(zip(renamed, weights.values(), strict=True))
     lateral = weights.get("fpn_lateral<0>.weight")
     if lateral is None:
         return dict(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
 from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts
+from region_pretrain.convert.heads import swap_anchor_axes
 from region_pretrain.convert.names import SCHEMES, Scheme, common_name, translate, with_levels
 from region_pretrain.convert.reading import read_checkpoint
 from region_pretrain.errors import UserError
@@ -111,8 +113,11 @@ def read_weights(path: str) -> Weights:
     weights = _recognise(file, state, options)
     if where:
         weights.title += f", in {where!r}"
-    if isinstance(content.get("detector"), Mapping):
-        weights.facts = Facts.from_dict(content["detector"])
+    facts = content.get("detector")
+    if isinstance(content.get("metadata"), Mapping):  # of our safetensors
+        facts = json.loads(content["metadata"].get("detector", "null"))
+    if isinstance(facts, Mapping):
+        weights.facts = Facts.from_dict(facts)
     weights.classes = [str(name) for name in content.get("thing_classes", ())]
     if content.get("__author__") == "Detectron2 Model Zoo":
         weights.facts = _zoo(weights.tensors)
@@ -249,6 +254,8 @@ def _translated(path: str, state: dict[str, Tensor], scheme: Scheme, prefix: str
     names = dict(zip(numbered, names.values(), strict=True))
     if scheme.library == "torchvision":
         numbered = _background_last(numbered)
+    if scheme.library in ("torchvision", "mmdet"):
+        numbered = swap_anchor_axes(numbered)
     title = scheme.title + (f" under {prefix!r}" if prefix else "")
     return Weights(path, title, numbered, names, unused, IMAGENET if scheme.imagenet else Facts())
 

@@ -1,4 +1,4 @@
-"""Makes the sources of weights importable by name."""
+"""Puts ``sources`` and ``export_models`` where tests can import them by name."""
 
 import sys
 from pathlib import Path

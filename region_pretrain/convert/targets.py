@@ -1,0 +1,396 @@
+"""The configuration that exported weights need in their target, from shapes and facts.
+
+Lines for torchvision and timm are Python that builds the network, those for mmdetection are its
+config, those for Detectron2 are overrides of a LazyConfig and of a yacs config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from region_pretrain.convert.facts import Facts
+from region_pretrain.convert.layout import ResNetLayout, is_bottleneck, numbered, rows, trunk_kind
+
+_NORMS = {
+    "SyncBatchNorm": "SyncBN",
+    "NaiveSyncBatchNorm": "SyncBN",
+    "FrozenBatchNorm2d": "FrozenBN",
+}
+_BOX, _MASK, _RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
+
+
+def _values(values: Sequence[float], scale: float = 1.0) -> str:
+    return "[" + ", ".join(f"{value * scale:.8g}" for value in values) + "]"
+
+
+def _unknown(facts: Facts) -> list[str]:
+    if None in (facts.input_format, facts.pixel_mean, facts.pixel_std):
+        return ["# pixel format, mean and std are unknown: use those of its training"]
+    return []
+
+
+def _pixels(facts: Facts, what: str) -> list[str]:
+    """Python lines with mean and std of images in [0, 1]."""
+    lines = _unknown(facts)
+    if not lines:
+        lines = [
+            f"mean = {_values(facts.pixel_mean, 1 / 255)}"
+            f"  # {facts.input_format}, for pixels in [0, 1]",
+            f"std = {_values(facts.pixel_std, 1 / 255)}",
+        ]
+    if facts.input_format == "BGR":
+        lines.append(f"# {what} must be fed BGR images: image[[2, 1, 0]]")
+    return lines
+
+
+def _strides(facts: Facts, net: ResNetLayout) -> list[str]:
+    if net.bottleneck and facts.stride_in_1x1 is None:
+        return ["# the stride of the bottlenecks is unknown: assumed in the 3x3 convolution"]
+    return []
+
+
+def _norm_layer(tensors: Mapping[str, Tensor], layer: str) -> str:
+    """The ``norm_layer`` argument of torchvision for a layer's norm, with a leading comma."""
+    if f"{layer}.norm.weight" not in tensors:
+        return ""
+    if f"{layer}.norm.running_mean" in tensors:
+        return ", norm_layer=nn.BatchNorm2d"
+    return ", norm_layer=lambda channels: nn.GroupNorm(32, channels)"
+
+
+def _not_filled(expected: Iterable[str], state: Sequence[str]) -> list[str]:
+    absent = [p for p in expected if not any(name.startswith(f"{p}.") for name in state)]
+    return [f"# not filled: {', '.join(absent)}"] if absent else []
+
+
+def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
+    net = ResNetLayout(tensors)
+    lines = ["from torch import nn", f"from torchvision.models.resnet import {net.block}, ResNet"]
+    lines += [*_pixels(facts, "the model"), *_strides(facts, net)]
+    if net.planes != [64, 128, 256, 512] or net.stem != 64:
+        lines.append(
+            f"# torchvision's ResNet has no widths {net.planes} and stem {net.stem}: build your own"
+        )
+    options = f", groups={net.groups}, width_per_group={net.group_width}"
+    options = options if (net.groups, net.group_width) != (1, 64) else ""
+    options += "" if net.batch_norm else _norm_layer(tensors, "stem.conv1")
+    levels = numbered(tensors, r"fpn_lateral(\d+)\.weight")
+    trunk = "trunk" if levels else "model"
+    lines += [f"{trunk} = ResNet({net.block}, {net.blocks}{options})"]
+    if not levels:
+        normalize = [] if _unknown(facts) else ["normalize = Normalize(mean, std)"]
+        lines[:0] = ["from torchvision.transforms import Normalize"] if normalize else []
+        return [*lines, "model.fc = nn.Identity()  # no classifier in the file", *normalize]
+    return lines + _torchvision_detector(tensors, facts, state, levels)
+
+
+def _torchvision_detector(
+    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str], levels: list[int]
+) -> list[str]:
+    width = rows(tensors, f"fpn_lateral{levels[0]}.weight")
+    inputs = [tensors[f"fpn_lateral{level}.weight"].shape[1] for level in levels]
+    returned = {f"layer{level - 1}": str(i) for i, level in enumerate(levels)}
+    retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
+    extra = ""
+    if "top_block.p6.weight" in tensors:
+        extra = f", extra_blocks=LastLevelP6P7({tensors['top_block.p6.weight'].shape[1]}, {width})"
+    lines = [
+        "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
+        f"backbone = BackboneWithFPN(trunk, {returned}, {inputs}, {width}{extra}"
+        f"{_norm_layer(tensors, f'fpn_lateral{levels[0]}')})",
+    ]
+    pixels = "" if _unknown(facts) else ", image_mean=mean, image_std=std"
+    heads = ["rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"]
+    if retina:
+        heads = [f"head.classification_head.{part}" for part in ("conv", "cls_logits")]
+        heads += [f"head.regression_head.{part}" for part in ("conv", "bbox_reg")]
+    if retina:
+        if extra:
+            lines[:0] = ["from torchvision.ops.feature_pyramid_network import LastLevelP6P7"]
+        lines[:0] = ["from torchvision.models.detection.anchor_utils import AnchorGenerator"]
+        lines[:0] = ["from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead"]
+        anchors = rows(tensors, "head.bbox_pred.weight") // 4 or 9
+        classes = rows(tensors, "head.cls_score.weight") // anchors
+        lines += [
+            f"num_classes = {classes or 91}  # class 0 is the background, which has no boxes",
+            f"model = RetinaNet(backbone, num_classes, head=RetinaNetHead({width}, {anchors}, "
+            f"num_classes){pixels})",
+        ]
+        return lines + _not_filled(heads, state)
+    mask = _torchvision_mask(tensors)
+    name = "MaskRCNN" if mask else "FasterRCNN"
+    module = "mask_rcnn" if mask else "faster_rcnn"
+    classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight")
+    rpn_width = rows(tensors, f"{_RPN}.objectness_logits.weight")
+    depth = len(numbered(tensors, rf"{re.escape(_RPN)}\.conv\.conv(\d+)\.weight")) or 1
+    box, features = _torchvision_box(tensors, width)
+    arguments = ["backbone", f"rpn_head=RPNHead({width}, {rpn_width}, {depth})"]
+    arguments = arguments if rpn_width else arguments[:1]
+    arguments += [
+        f"box_head={box}",
+        f"box_predictor=FastRCNNPredictor({features}, num_classes)",
+        *mask,
+    ]
+    lines[:0] = [
+        f"from torchvision.models.detection import {module}",
+        "from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, "
+        "FastRCNNPredictor, TwoMLPHead",
+        "from torchvision.models.detection.rpn import RPNHead",
+    ]
+    lines += [
+        f"num_classes = {classes or 91}  # class 0 is the background",
+        f"model = {module}.{name}({', '.join(arguments)}{pixels})",
+        "# set the detector's anchor sizes, which are not in the file",
+        "# torchvision pools regions without the half-pixel shift of Detectron2's ROIAlignV2",
+    ]
+    heads += ["roi_heads.mask_head", "roi_heads.mask_predictor"] if mask else []
+    return lines + _not_filled(heads, state)
+
+
+def _torchvision_box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, int]:
+    """The constructor of the box head, and its output width."""
+    fcs = numbered(tensors, rf"{re.escape(_BOX)}\.fc(\d+)\.weight")
+    if not fcs:
+        return f"TwoMLPHead({width} * 7 * 7, 1024)", 1024
+    convs = numbered(tensors, rf"{re.escape(_BOX)}\.conv(\d+)\.weight")
+    dims = [rows(tensors, f"{_BOX}.fc{i}.weight") for i in fcs]
+    if not convs and len(fcs) == 2:
+        inputs = tensors[f"{_BOX}.fc1.weight"].shape[1]
+        return f"TwoMLPHead({inputs}, {dims[-1]})", dims[-1]
+    channels = [rows(tensors, f"{_BOX}.conv{i}.weight") for i in convs]
+    norm = _norm_layer(tensors, f"{_BOX}.conv1")
+    return f"FastRCNNConvFCHead(({width}, 7, 7), {channels}, {dims}{norm})", dims[-1]
+
+
+def _torchvision_mask(tensors: Mapping[str, Tensor]) -> list[str]:
+    convs = numbered(tensors, rf"{re.escape(_MASK)}\.mask_fcn(\d+)\.weight")
+    if not convs:
+        return []
+    channels = [rows(tensors, f"{_MASK}.mask_fcn{i}.weight") for i in convs]
+    inputs = tensors[f"{_MASK}.mask_fcn1.weight"].shape[1]
+    norm = _norm_layer(tensors, f"{_MASK}.mask_fcn1")
+    deconv = tensors.get(f"{_MASK}.deconv.weight")
+    inner = channels[-1] if deconv is None else deconv.shape[1]
+    return [
+        f"mask_head=mask_rcnn.MaskRCNNHeads({inputs}, {channels}, 1{norm})",
+        f"mask_predictor=mask_rcnn.MaskRCNNPredictor({channels[-1]}, {inner}, num_classes)",
+    ]
+
+
+def _timm(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
+    lines = ["import timm", *_pixels(facts, "the model")]
+    kind = trunk_kind(tensors)
+    if kind == "ResNet":
+        net = ResNetLayout(tensors)
+        norm = "" if net.batch_norm else ", norm_layer=timm.layers.GroupNorm"
+        return [
+            *lines,
+            *_strides(facts, net),
+            "from timm.models.resnet import BasicBlock, Bottleneck, ResNet",
+            f"model = ResNet({net.block}, {net.blocks}, num_classes=0, cardinality={net.groups}, "
+            f"base_width={net.group_width}, stem_width={net.stem}, channels={net.planes}{norm})",
+        ]
+    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+    if kind == "Swin":
+        stages = numbered(tensors, r"layers\.(\d)\.blocks\.0\.attn\.qkv\.weight")
+        depths = [
+            len(numbered(tensors, rf"layers\.{i}\.blocks\.(\d+)\.attn\.qkv\.weight"))
+            for i in stages
+        ]
+        tables = [
+            tensors[f"layers.{i}.blocks.0.attn.relative_position_bias_table"].shape for i in stages
+        ]
+        window = (round(tables[0][0] ** 0.5) + 1) // 2
+        return [
+            *lines,
+            "from timm.models.swin_transformer import SwinTransformer",
+            f"model = SwinTransformer(patch_size={patch}, embed_dim={width}, depths={depths}, "
+            f"num_heads={[heads for _, heads in tables]}, window_size={window}, num_classes=0, "
+            "strict_img_size=False, always_partition=True)",
+            "# not filled: norm, the norm of the last stage",
+        ]
+    depth = len(numbered(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight"))
+    positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
+    side = int(positions**0.5)
+    token = bool(positions) and side * side != positions
+    lines += [
+        "from timm.models.vision_transformer import VisionTransformer",
+        f"model = VisionTransformer(img_size={side * patch or 224}, patch_size={patch}, "
+        f"embed_dim={width}, depth={depth}, num_heads={max(1, width // 64)}, num_classes=0, "
+        f"class_token={token}, global_pool='avg')",
+        "# the number of heads is taken as one per 64 channels; all blocks attend globally, also "
+        "those that have windows in the detector",
+        f"# not filled: {'cls_token, ' if token else ''}norm or fc_norm",
+    ]
+    if token:
+        lines.append(
+            "# the detector has no class token: for its features drop pos_embed[:, 0] and set "
+            "class_token=False"
+        )
+    return lines
+
+
+def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
+    net = ResNetLayout(tensors)
+    lines = [*_unknown(facts), *_strides(facts, net)]
+    if not _unknown(facts):
+        lines.append(
+            f"data_preprocessor = dict(type='DetDataPreprocessor', mean={_values(facts.pixel_mean)}"
+            f", std={_values(facts.pixel_std)}, bgr_to_rgb={facts.input_format == 'RGB'}, "
+            "pad_size_divisor=32)  # images are read as BGR"
+        )
+    if net.depth is None:
+        lines.append(f"# no depth of mmdetection has the blocks {net.blocks} of {net.block}")
+    grouped = f", groups={net.groups}, base_width={net.group_width}" if net.groups > 1 else ""
+    base = net.planes[0]
+    widths = f", base_channels={base}" if base != 64 else ""
+    widths += f", stem_channels={net.stem}" if net.stem != base else ""
+    lines.append(
+        f"backbone = dict(type='{'ResNeXt' if grouped else 'ResNet'}', depth={net.depth}{grouped}"
+        f"{widths}, style='{'caffe' if facts.stride_in_1x1 else 'pytorch'}', "
+        "norm_cfg=dict(type='SyncBN'), norm_eval=False, frozen_stages=-1)"
+    )
+    levels = numbered(tensors, r"fpn_lateral(\d+)\.weight")
+    if not levels:
+        return [*lines, "# not filled: neck and heads"]
+    width = rows(tensors, f"fpn_lateral{levels[0]}.weight")
+    extra = ", num_outs=5"
+    if "top_block.p6.weight" in tensors:
+        source = tensors["top_block.p6.weight"].shape[1]
+        where = "on_output" if source == width else "on_input"
+        extra += f", add_extra_convs='{where}', relu_before_extra_convs=True"
+    norm = _mmdet_norm(tensors, f"fpn_lateral{levels[0]}")
+    lines.append(
+        f"neck = dict(type='FPN', in_channels={net.widths}, out_channels={width}, "
+        f"start_level={levels[0] - 2}{extra}{norm})"
+    )
+    fcs = numbered(tensors, rf"{re.escape(_BOX)}\.fc(\d+)\.weight")
+    if fcs:
+        convs = len(numbered(tensors, rf"{re.escape(_BOX)}\.conv(\d+)\.weight"))
+        classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
+        options = f", conv_out_channels={rows(tensors, f'{_BOX}.conv1.weight')}" if convs else ""
+        options += f", num_classes={classes}" if classes > 0 else ""
+        if rows(tensors, "roi_heads.box_predictor.bbox_pred.weight") == 4 != 4 * classes:
+            options += ", reg_class_agnostic=True"
+        lines.append(
+            f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={convs}, "
+            f"num_shared_fcs={len(fcs)}, fc_out_channels={rows(tensors, f'{_BOX}.fc1.weight')}"
+            f"{options}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
+        )
+    retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
+    heads = ["rpn_head", "roi_head.bbox_head", "roi_head.bbox_head.fc_cls"]
+    heads += ["roi_head.bbox_head.fc_reg", "roi_head.mask_head"]
+    if retina:
+        heads = [f"bbox_head.{part}" for part in ("cls_convs", "retina_cls", "retina_reg")]
+    return lines + _not_filled(heads, state)
+
+
+def _mmdet_norm(tensors: Mapping[str, Tensor], layer: str) -> str:
+    if f"{layer}.norm.weight" not in tensors:
+        return ""
+    batch = f"{layer}.norm.running_mean" in tensors
+    return f", norm_cfg=dict(type={repr('SyncBN') if batch else repr('GN') + ', num_groups=32'})"
+
+
+def detectron2_lines(
+    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+) -> list[str]:
+    """Overrides of a LazyConfig, then of a yacs config."""
+    lazy: dict[str, str] = {}
+    yacs: dict[str, str] = {}
+    lines, res5 = _unknown(facts), any(name.startswith("roi_heads.res5.") for name in state)
+    if facts.input_format:
+        lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
+            facts.input_format
+        )
+        yacs["INPUT.FORMAT"] = facts.input_format
+    for key in ("pixel_mean", "pixel_std"):
+        value = getattr(facts, key)
+        if value is not None:
+            text = "[" + ",".join(f"{v:g}" for v in value) + "]"
+            lazy[f"model.{key}"] = yacs[f"MODEL.{key.upper()}"] = text
+    pyramid = "fpn_lateral2.weight" in tensors or "fpn_lateral3.weight" in tensors
+    if trunk_kind(tensors) == "ResNet":
+        net = ResNetLayout(tensors)
+        trunk = "model.backbone.bottom_up" if pyramid else "model.backbone"
+        norm = _detectron2_norm(tensors, "stem.conv1", facts)
+        if net.bottleneck and facts.stride_in_1x1 is not None:
+            stride = str(facts.stride_in_1x1)
+            lazy[f"{trunk}.stages.stride_in_1x1"] = yacs["MODEL.RESNETS.STRIDE_IN_1X1"] = stride
+            if res5:
+                lazy["model.roi_heads.res5.stride_in_1x1"] = stride
+        lazy[f"{trunk}.stem.norm"] = lazy[f"{trunk}.stages.norm"] = norm
+        if res5:
+            lazy["model.roi_heads.res5.norm"] = norm
+        yacs["MODEL.RESNETS.NORM"] = norm
+        if net.depth:
+            lazy[f"{trunk}.stages.depth"] = yacs["MODEL.RESNETS.DEPTH"] = str(net.depth)
+        yacs["MODEL.RESNETS.RES2_OUT_CHANNELS"] = str(net.widths[0])
+        yacs["MODEL.RESNETS.STEM_OUT_CHANNELS"] = str(net.stem)
+        if net.groups > 1:
+            yacs["MODEL.RESNETS.NUM_GROUPS"] = str(net.groups)
+            yacs["MODEL.RESNETS.WIDTH_PER_GROUP"] = str(net.group_width)
+    if pyramid:
+        level = numbered(tensors, r"fpn_lateral(\d+)\.weight")[0]
+        width = str(rows(tensors, f"fpn_lateral{level}.weight"))
+        lazy["model.backbone.out_channels"] = yacs["MODEL.FPN.OUT_CHANNELS"] = width
+        norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts)
+        lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
+    _detectron2_box(tensors, facts, lazy, yacs)
+    lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items())]
+    if "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
+        lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
+    return [*lines, "# yacs", *(f"{key} {value}" for key, value in yacs.items())]
+
+
+def _detectron2_box(
+    tensors: Mapping[str, Tensor], facts: Facts, lazy: dict[str, str], yacs: dict[str, str]
+) -> None:
+    convs, fcs = (
+        [rows(tensors, f"{_BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
+        for kind, pattern in (
+            ("conv", rf"{re.escape(_BOX)}\.conv(\d+)\.weight"),
+            ("fc", rf"{re.escape(_BOX)}\.fc(\d+)\.weight"),
+        )
+    )
+    if not fcs:
+        return
+    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts)
+    lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
+    lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
+    lazy["model.roi_heads.box_head.conv_norm"] = yacs["MODEL.ROI_BOX_HEAD.NORM"] = norm
+    yacs["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCHead"
+    yacs["MODEL.ROI_BOX_HEAD.NUM_CONV"] = str(len(convs))
+    yacs["MODEL.ROI_BOX_HEAD.NUM_FC"] = str(len(fcs))
+    yacs["MODEL.ROI_BOX_HEAD.FC_DIM"] = str(fcs[0])
+    if convs:
+        yacs["MODEL.ROI_BOX_HEAD.CONV_DIM"] = str(convs[0])
+
+
+def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, facts: Facts) -> str:
+    if f"{layer}.norm.weight" not in tensors:
+        return '""'
+    if f"{layer}.norm.running_mean" not in tensors:
+        return "GN"
+    return _NORMS.get(facts.norm or "", "BN")
+
+
+_LINES = {"torchvision": _torchvision, "timm": _timm, "mmdet": _mmdet}
+
+
+def lines_for(
+    to: str, tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+) -> list[str]:
+    """The lines for torchvision, timm or mmdetection.
+
+    Args:
+        to: the target.
+        tensors: common name -> exported tensor.
+        facts: what the weights presume.
+        state: the target's names that are filled.
+    """
+    lines = _LINES[to](tensors, facts, state)
+    return sorted(lines, key=lambda line: not line.startswith(("import ", "from ")))
