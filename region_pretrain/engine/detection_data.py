@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from region_pretrain.data.masks import check_masks
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
+from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, UnreadableImage
@@ -227,11 +228,16 @@ class _RestartingData:
         return itertools.islice(iter(self._loader), stop_iter - start_iter)
 
 
-def build_test_loader(cfg: DictConfig) -> Any:
+def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
     """Instantiate a lazy test loader; its mapper, if it has one, reads as in pre-training.
 
+    Args:
+        cfg: the lazy loader.
+        read_images: find images that are not complete; all processes call this together. An
+            evaluation cannot replace them, and would fail after the training.
+
     Raises:
-        UserError: image files do not exist.
+        UserError: image files do not exist or, with ``read_images``, are broken.
     """
     parts = dict(cfg.items())
     if parts.get("mapper") is None:
@@ -241,6 +247,8 @@ def build_test_loader(cfg: DictConfig) -> Any:
         parts["dataset"] = instantiate(parts["dataset"])
         if isinstance(parts["dataset"], list):
             check_image_files(parts["dataset"], "dataloader.test")
+            if read_images:
+                on_main_process(lambda: _check_test_images(parts["dataset"]))
     return instantiate(parts)
 
 

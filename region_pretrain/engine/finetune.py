@@ -157,7 +157,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable
         )
         if "test" in cfg.dataloader:
-            build_test_loader(cfg.dataloader.test)  # finds missing files now, not after training
+            # Finds missing and broken files now, not after the training.
+            build_test_loader(cfg.dataloader.test, read_images=True)
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
         return [_precise_bn(cfg, trainer, data)] if cfg.train.precise_bn.enabled else []

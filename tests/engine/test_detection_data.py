@@ -299,6 +299,20 @@ def test_evaluation_sees_the_same_pixels_and_names_a_broken_image(tmp_path, work
     assert str(caught.value).startswith(some[7]["file_name"]) and "\n" not in str(caught.value)
 
 
+def test_broken_test_images_are_found_before_the_training(tmp_path):
+    some = files(tmp_path)
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(photo)
+    some.append({"file_name": str(photo), "image_id": 10, "width": 60, "height": 40})
+    build_test_loader(lazy_test(some), read_images=True)
+    photo.write_bytes(photo.read_bytes()[:-400])
+    damage(some[7])
+    message = f"dataloader.test: 2 of 11 images cannot be evaluated: {some[7]['file_name']}: "
+    with pytest.raises(UserError, match=re.escape(message)):
+        build_test_loader(lazy_test(some), read_images=True)
+    build_test_loader(lazy_test(some))
+
+
 def test_a_size_that_contradicts_the_file_ends_the_run(tmp_path):
     some = files(tmp_path)
     some[5].update(width=8, height=6)
