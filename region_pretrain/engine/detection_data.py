@@ -29,7 +29,7 @@ from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
-from region_pretrain.images import SamePixels, UnreadableImage
+from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,27 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
     if len(missing) * len(records) > tolerated * len(chosen):
         raise UserError(f"{message}: is the image folder of the data set correct?")
     logger.warning("%s", message)
+
+
+def _check_test_images(records: Sequence[dict]) -> None:
+    """Check that images are complete: up to 4000, spread evenly over the records."""
+    chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED)).round().astype(int)
+
+    def error_of(record: dict) -> str:
+        try:
+            EncodedImage.read(record["file_name"], None, record.get("reading")).check()
+        except UnreadableImage as error:
+            return str(error)
+        return ""
+
+    some = [records[i] for i in chosen if "file_name" in records[i]]
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        errors = [error for error in pool.map(error_of, some) if error]
+    if errors:
+        raise UserError(
+            f"dataloader.test: {len(errors)} of {len(some)} images cannot be evaluated: "
+            f"{errors[0]}; repair them, or remove them from the data set"
+        )
 
 
 class DetectionTrainData:

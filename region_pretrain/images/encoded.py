@@ -76,6 +76,16 @@ class EncodedImage:
         size = header.width, header.height
         return size[::-1] if header.orientation >= 5 else size
 
+    def check(self) -> None:
+        """Find out whether the image can be decoded, without decoding an ordinary JPEG or PNG.
+
+        Raises:
+            UnreadableImage: the file is truncated, too large, damaged or not an image.
+        """
+        header = self._header
+        if header is None or not (header.ordinary or header.deep):
+            self.decode()
+
     def decode(self, reduce: int = 1) -> np.ndarray:
         """Decode the image.
 
