@@ -197,6 +197,7 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
 
 
 def _left_out(found: list[str], to: str) -> list[str]:
+    found = [name for name in found if not name.endswith("relative_position_index")]  # derived
     if not found:
         return []
     more = f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""

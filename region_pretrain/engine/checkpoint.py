@@ -206,11 +206,11 @@ class RunCheckpointer(DetectionCheckpointer):
                     "setting"
                 )
             obj.load_state_dict(data[key])
-        if data["run"].get("max_iter") != self.run.get("max_iter"):
-            self._restart_schedule(rates)
         if self.trainer:
             state = {"iteration": data["iteration"], "hooks": data["hooks"]}
             TrainerBase.load_state_dict(self.trainer, state)
+        if data["run"].get("max_iter") != self.run.get("max_iter"):
+            self._restart_schedule(rates)
         if len(data["rng"]) == comm.get_world_size():
             self._random_state = data["rng"][comm.get_rank()]
         logger.info("resuming %s after iteration %d", path, data["iteration"])

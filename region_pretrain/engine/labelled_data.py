@@ -52,7 +52,7 @@ class Classes(NamedTuple):
             logger.info("%s%d classes: %s", keys, len(self.names), _shown(self.names))
 
 
-def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
+def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Classes:
     """Check a detection config's data sets before anything is computed; complete its model.
 
     Keys of :data:`~region_pretrain.config.NUM_CLASSES` that are null become the number of
@@ -63,6 +63,7 @@ def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
     Args:
         cfg: changed in place; complete.
         training: whether the detector is trained, not only evaluated.
+        fix: read the labels, fix them where possible, and check them.
 
     Raises:
         UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
@@ -77,7 +78,8 @@ def check_labelled_data(cfg: DictConfig, training: bool) -> Classes:
     splits = ("train", "test") if training else ("test",)
     names = {split: _dataset_names(cfg, split) for split in splits}
     with missing_files_are_user_errors():
-        lines = prepare_labels(cfg, names)  # before Detectron2 loads what may need fixing
+        # Before Detectron2 loads what may need fixing.
+        lines = prepare_labels(cfg, names) if fix else []
         classes = {split: _classes(f"dataloader.{split}", names[split]) for split in splits}
     first = splits[0]
     own = _maps_classes(cfg)

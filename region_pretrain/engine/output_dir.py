@@ -105,10 +105,10 @@ def _refuse_changes(path: str, saved: DictConfig, cfg: DictConfig) -> None:
         shown = [f"{key}: {a} -> {b}" for key, (a, b) in list(changed.items())[:10]]
         more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
         longer = all(key.startswith(LENGTH) for key in changed)
-        hint = "set train.allow_new_length=True to make the run longer" if longer else ""
+        hint = ", set train.allow_new_length=True to make the run longer," if longer else ""
         raise UserError(
             f"cannot resume with a config that differs from {path}: {'; '.join(shown)}{more}. "
-            f"Undo the change, {hint + ', ' if hint else ''}or choose another train.output_dir"
+            f"Undo the change{hint} or choose another train.output_dir"
         )
 
 

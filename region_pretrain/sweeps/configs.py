@@ -97,7 +97,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
 def _build(cfg: DictConfig) -> None:
     detection = "evaluator" in cfg.dataloader
     if detection:
-        check_labelled_data(cfg, training=True)
+        check_labelled_data(cfg, training=True, fix=False)
     else:
         register_named(cfg)
         names = instantiate(cfg.dataloader.train.get("dataset", {}).get("names", []))

@@ -43,7 +43,7 @@ def find_config_file(name: str) -> str:
         with contextlib.suppress(RuntimeError):
             path = model_zoo.get_config_file(zoo_name)
     if not PathManager.isfile(path):
-        raise UserError(f"no config file {name}, and no config of this name in the model zoo")
+        raise UserError(f"no config file {name}")
     return path
 
 

@@ -57,7 +57,7 @@ def test_the_detector_is_stored_separately_and_loads_with_weights_only(tmp_path)
     checkpointer.save("model_0000004", iteration=4)
     data = torch.load(tmp_path / "model_0000004.pth", weights_only=True)
     assert data.keys() == {
-        *("model", "pretraining", "optimizer", "hooks", "rng", "run", "iteration"),
+        *("model", "pretraining", "optimizer", "hooks", "rng", "run", "iteration", "detector"),
     }
     assert all(name.startswith("backbone.") for name in data["model"])
     assert len(data["model"]) == 7  # a linear layer's 2, and batch norm's 5 with its counter
