@@ -313,7 +313,7 @@ def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):
     for name, message in (
         ("coco://ann.json", "coco://ann.json' has no images="),
         ("coco://ann.json?images=absent", "6 of the 6 images of .* do not exist, e.g. .*/absent"),
-        ("coco://images/30.png?images=images", "30.png is not a COCO json"),
+        ("coco://images/30.png?images=images", "30.png is not a json"),
         ("folder://images", "a folder has no boxes"),
     ):
         with pytest.raises(UserError, match=message):
