@@ -169,7 +169,8 @@ class PretrainDataset:
         if recipe is not None and made_with != recipe:
             raise UserError(
                 f"{regions} was made with recipe {made_with!r}, but the config requires "
-                f"{recipe!r}: make the regions again, or set dataloader.train.dataset.recipe"
+                f"{recipe!r}: make the regions again, or set "
+                f"dataloader.train.dataset.recipe={made_with}"
             )
         reading, found_with = readings_of(records), self.store.manifest.get("reading")
         if found_with not in (None, reading):
@@ -181,7 +182,9 @@ class PretrainDataset:
                 reading or "no options",
             )
         missing = np.flatnonzero(self.store.rows([str(r["image_id"]) for r in records]) < 0)
-        if len(missing) > max_unreadable * len(records):
+        # Region search has accepted these, and its log named them.
+        unreadable = self.store.manifest.get("summary", {}).get("unreadable", 0)
+        if len(missing) > max(max_unreadable * len(records), unreadable):
             some = ", ".join(records[i]["file_name"] for i in missing[:3])
             raise UserError(
                 f"{regions} has no regions for {len(missing)} of the {len(records)} images of "

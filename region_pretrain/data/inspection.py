@@ -131,7 +131,11 @@ class Inspection:
         labelled = [r["annotations"] for r in self.records if "annotations" in r]
         if labelled:
             boxes = sum(map(len, labelled))
-            yield f"  boxes: {boxes}; images without boxes: {labelled.count([])}"
+            masks = sum(bool(a.get("segmentation")) for found in labelled for a in found)
+            empty = labelled.count([])
+            yield f"  boxes: {boxes}, {masks} with a mask; images without boxes: {empty}"
+            if boxes and masks < boxes:
+                yield "  note: a mask head needs a mask for each box; use a faster_rcnn_* config"
         if self.classes and labelled:
             boxes = boxes_per_class(self.records, self.classes)
             images = Counter(c for found in labelled for c in {a["category_id"] for a in found})

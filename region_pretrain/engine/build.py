@@ -107,13 +107,14 @@ def scale_lr(cfg: DictConfig, data: TrainingData, max_iter: int) -> float:
         text += f"{lr:g}"
     if cfg.train.max_iter is None:
         text += (
-            f", {cfg.train.epochs:g} epochs * {data.iterations_per_epoch} = {max_iter} iterations"
+            f", {cfg.train.epochs:g} epochs * {data.iterations_per_epoch} = {max_iter} iterations "
+            f"of {data.total_batch_size} images"
         )
     else:
-        text += f", {max_iter} iterations"
+        text += f", {max_iter} iterations of {data.total_batch_size} images"
         if data.iterations_per_epoch:
             text += f" = {max_iter / data.iterations_per_epoch:.4g} epochs"
-    logger.info("%s of %d images", text, data.total_batch_size)
+    logger.info("%s", text)
     return lr
 
 

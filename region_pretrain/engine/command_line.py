@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from region_pretrain.config import load_config
 from region_pretrain.engine.methods import load_method
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
@@ -88,6 +91,8 @@ def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more
     """
     cfg = config_of(args)
     on_cpu = cfg.train.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and cfg.train.device != "cpu" and args.num_gpus > 1:
+        logger.warning("this machine has no GPU: %d processes on its CPU", args.num_gpus)
     launch(
         main,
         args.num_gpus,

@@ -29,7 +29,7 @@ from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
-from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage
+from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage, tolerated_files
 
 logger = logging.getLogger(__name__)
 
@@ -94,17 +94,6 @@ class _MappedRecords(Dataset):
 
     def __len__(self) -> int:
         return len(self._records)
-
-
-def tolerated_files(count: int, max_unreadable: float) -> int:
-    """How many of ``count`` image files may be unreadable: the given fraction, at least one.
-
-    Raises:
-        UserError: the fraction is not between 0 and 1.
-    """
-    if not 0 <= max_unreadable <= 1:
-        raise UserError(f"train.max_unreadable={max_unreadable}: must be a fraction from 0 to 1")
-    return max(1, int(max_unreadable * count)) if max_unreadable else 0
 
 
 def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> None:
@@ -190,7 +179,7 @@ class DetectionTrainData:
     ) -> None:
         if not records:
             raise UserError("dataloader.train.dataset is empty")
-        tolerated = tolerated_files(len(records), max_unreadable)
+        tolerated = tolerated_files(len(records), max_unreadable, "train.max_unreadable")
         check_image_files(records, "dataloader.train", tolerated)
         if total_batch_size < 1 or total_batch_size % comm.get_world_size():
             raise UserError(

@@ -192,7 +192,9 @@ def run_training(
 def _initialise(model: nn.Module, train: DictConfig, classes: Classes | None) -> None:
     """Load ``train.init_checkpoint``, if any, and look for layers that would stay random."""
     report = None
-    if train.init_checkpoint:
+    if not train.init_checkpoint:
+        logger.info("no train.init_checkpoint: all weights are random")
+    else:
         report = load_pretrained(model, train.init_checkpoint, partial=train.init_partial)
         if classes:
             compare_with_checkpoint(report, classes, training=True)

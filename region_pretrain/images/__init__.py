@@ -1,6 +1,6 @@
 """The one reader of image files: 8-bit RGB, upright, transparency on white."""
 
-from region_pretrain.images.encoded import EncodedImage, read_image, read_record
+from region_pretrain.images.encoded import EncodedImage, read_image, read_record, tolerated_files
 from region_pretrain.images.mapper import SamePixels
 from region_pretrain.images.reading import (
     MAX_PIXELS,
@@ -20,4 +20,5 @@ __all__ = [
     "read_record",
     "readings_of",
     "size_mismatch",
+    "tolerated_files",
 ]

@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from region_pretrain.errors import UserError
 from region_pretrain.images.decoding import decode, is_jpeg, other_header
 from region_pretrain.images.headers import Header, read_header
 from region_pretrain.images.reading import Reading, UnreadableImage, check_pixels
@@ -135,6 +136,25 @@ def read_record(record: Mapping[str, Any], format: str = "RGB") -> np.ndarray:
     image = EncodedImage.read(record["file_name"], record.get("crop"), record.get("reading"))
     pixels = image.decode()
     return pixels if format == "RGB" else convert_PIL_to_numpy(Image.fromarray(pixels), format)
+
+
+def tolerated_files(count: int, fraction: float, key: str) -> int:
+    """How many image files of a data set may be unreadable.
+
+    Args:
+        count: number of its images.
+        fraction: the tolerated fraction, from 0 to 1.
+        key: the option or key of the fraction, for the error message.
+
+    Returns:
+        The fraction of ``count``, but at least one unless the fraction is 0.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise UserError(f"{key}={fraction}: must be a fraction from 0 to 1")
+    return max(1, int(fraction * count)) if fraction else 0
 
 
 def _read_bytes(path: str) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from region_pretrain.errors import UserError
-from region_pretrain.images import UnreadableImage, read_record
+from region_pretrain.images import UnreadableImage, read_record, tolerated_files
 from region_pretrain.progress import Progress, write_progress
 from region_pretrain.regions.parts import ImageResult, Parts
 from region_pretrain.regions.recipes import Recipe, get_recipe
@@ -58,7 +58,8 @@ def make_regions(
         shard: ``(i, n)`` makes every ``n``-th part, starting with the ``i``-th, ``0 <= i < n``.
             Shards may run at the same time, on machines that share the disk. The last one to finish
             merges the parts.
-        max_unreadable: largest fraction of the images that may be unreadable.
+        max_unreadable: largest fraction of the images that may be unreadable; at least one may,
+            unless the fraction is 0.
         part_size: images per part.
 
     Returns:
@@ -75,8 +76,7 @@ def make_regions(
         raise UserError(f"workers={workers} and part_size={part_size} must be at least 1")
     if count < 1 or not 0 <= index < count:
         raise UserError(f"shard {index}/{count}: i/n needs 0 <= i < n")
-    if not 0 <= max_unreadable <= 1:
-        raise UserError(f"max_unreadable={max_unreadable} must be a fraction from 0 to 1")
+    tolerated = tolerated_files(len(records), max_unreadable, "max_unreadable")
     if not records:
         raise UserError("there are no images to make regions for")
     if os.path.isdir(out):
@@ -97,9 +97,9 @@ def make_regions(
         unreadable = 0
         for part, results in _run_parts(parts, todo, workers, progress.advance):
             unreadable += parts.write(part, results)
-            if unreadable > max_unreadable * len(records):
+            if unreadable > tolerated:
                 break  # merge() raises the error
-    return parts.merge(max_unreadable)
+    return parts.merge(tolerated)
 
 
 class _ProgressFile:

@@ -208,11 +208,11 @@ class Parts:
         write_store(self.path(part), ((r.key, r.width, r.height, r.boxes) for r in good), facts)
         return len(facts["unreadable"])
 
-    def merge(self, max_unreadable: float) -> dict | None:
+    def merge(self, tolerated: int) -> dict | None:
         """Merge the parts into the store and remove their folder, if all parts exist.
 
         Args:
-            max_unreadable: largest fraction of unreadable images.
+            tolerated: largest number of unreadable images.
 
         Returns:
             The summary, or ``None`` if parts are missing.
@@ -230,7 +230,7 @@ class Parts:
                 store = RegionStore.open(path)
                 manifests.append(store.manifest)
                 counts.append(store.counts())
-            self._check_unreadable(manifests, max_unreadable)
+            self._check_unreadable(manifests, tolerated)
             if len(paths) < len(self):
                 logger.info(
                     "%d of %d parts are complete; the shard that completes the last one merges "
@@ -256,7 +256,7 @@ class Parts:
             shutil.rmtree(self.folder, ignore_errors=True)
         return summary
 
-    def _check_unreadable(self, manifests: Sequence[dict], max_unreadable: float) -> None:
+    def _check_unreadable(self, manifests: Sequence[dict], tolerated: int) -> None:
         """List the unreadable images in a file, and refuse too many of them."""
         unreadable = [pair for manifest in manifests for pair in manifest["unreadable"]]
         listing = f"{self.out}.unreadable.txt"
@@ -264,12 +264,11 @@ class Parts:
             write_text_atomic(listing, "".join(f"{key}\t{error}\n" for key, error in unreadable))
         elif os.path.exists(listing):
             os.remove(listing)  # written by an earlier run; the files have been fixed since
-        if len(unreadable) > max_unreadable * self._total:
+        if len(unreadable) > tolerated:
             raise UserError(
                 f"{len(unreadable)} of {self._total} images cannot be read, more than the "
-                f"allowed fraction of {max_unreadable:g} (e.g. {unreadable[0][1]}): fix the files "
-                f"listed in {listing} or raise max_unreadable, and run again; finished parts are "
-                "kept"
+                f"{tolerated} that are tolerated (e.g. {unreadable[0][1]}): fix the files listed "
+                f"in {listing} or raise --max-unreadable, and run again; finished parts are kept"
             )
 
 

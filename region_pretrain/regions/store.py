@@ -127,7 +127,10 @@ class RegionStore:
         path = os.fspath(path)
         local = PathManager.get_local_path(path)
         if not os.path.isfile(local):
-            raise UserError(f"no region store {path}: create it with tools/make_regions.py")
+            raise UserError(
+                f"no region store {path}: create it with tools/make_regions.py, or name another "
+                "(dataloader.train.dataset.regions=FILE)"
+            )
         try:
             reader = pa.ipc.open_file(pa.memory_map(local, "r"))
             manifest_json = (reader.schema.metadata or {}).get(MANIFEST_KEY)

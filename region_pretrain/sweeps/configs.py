@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.snapshot import CHECKOUT, in_checkout
 from region_pretrain.modeling.meta_arch import check_contract
+from region_pretrain.regions import RegionStore
 from region_pretrain.yacs import find_config_file, split_overrides
 
 
@@ -90,8 +92,24 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
         wrong = "is not a pre-training config: it trains a detector on boxes"
     if wrong:
         raise UserError(f"{path} {wrong}")
+    if not detection:
+        _check_store(cfg)
     _build_once(path, tuple(o for o in overrides if o.split("=")[0] not in _VALUES))
     return cfg
+
+
+def _check_store(cfg: DictConfig) -> None:
+    """Compare the recipe of an existing region store with the config's."""
+    dataset = cfg.dataloader.train.get("dataset", {})
+    regions, recipe = dataset.get("regions"), dataset.get("recipe")
+    if not isinstance(regions, str) or recipe is None or not os.path.isfile(regions):
+        return
+    found = RegionStore.open(regions).manifest["recipe"]
+    if found != recipe:
+        raise UserError(
+            f"{regions} was made with recipe {found!r}, but the config requires {recipe!r}: set "
+            f"dataloader.train.dataset.recipe={found}, or name another store"
+        )
 
 
 def _build(cfg: DictConfig) -> None:

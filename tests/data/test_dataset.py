@@ -48,6 +48,22 @@ def test_a_few_missing_images_are_tolerated_and_listed(region_folder, soco_views
     assert len(data) == len(region_folder.boxes) and "late.png" in caplog.text
 
 
+def test_what_region_search_accepted_as_unreadable_is_accepted(tmp_path, soco_views, caplog):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(8):
+        cv2.imwrite(str(folder / f"{i}.png"), np.full((64, 64, 3), 20 * i, np.uint8))
+    (folder / "3.png").write_bytes(b"broken")
+    out = str(tmp_path / "regions.arrow")
+    summary = make_regions(get_records(f"folder://{folder}"), out, "grid-v1", workers=1)
+    assert (summary["images"], summary["unreadable"]) == (7, 1)  # one is always tolerated
+    data = PretrainDataset(f"folder://{folder}", soco_views, out)
+    assert len(data) == 7 and "3.png" in caplog.text
+    cv2.imwrite(str(folder / "late.png"), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="no regions for 2 of the 9 images"):
+        PretrainDataset(f"folder://{folder}", soco_views, out)
+
+
 def test_an_image_of_another_size_than_its_regions_is_refused(region_folder, soco_views):
     data = PretrainDataset(f"folder://{region_folder.images}", soco_views, region_folder.store)
     cv2.imwrite(data._records[0][0], np.zeros((32, 64, 3), np.uint8))

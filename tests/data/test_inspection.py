@@ -55,7 +55,8 @@ def test_report_of_a_coco_json(images):
     assert "\n".join(line.rstrip() for line in found.lines()) == (f"""{name}
   images: 3; inspected: 3 JPEG
   width x height: smallest 60x40, median 80x40, largest 100x40
-  boxes: 3; images without boxes: 1
+  boxes: 3, 0 with a mask; images without boxes: 1
+  note: a mask head needs a mask for each box; use a faster_rcnn_* config
     class      boxes    images
     -------  -------  --------
     ant            2         1

@@ -23,9 +23,9 @@ from region_pretrain.engine.detection_data import (
     build_test_loader,
     check_image_files,
     detection_training_data,
-    tolerated_files,
 )
 from region_pretrain.errors import UserError
+from region_pretrain.images import tolerated_files
 
 
 def make(**options):
@@ -240,7 +240,7 @@ def test_too_many_broken_images_end_the_run(tmp_path, workers):
     [(1000, 0.01, 10), (30, 0.01, 1), (30, 0, 0), (2, 1, 2)],
 )
 def test_tolerated_number_of_files(count, fraction, tolerated):
-    assert tolerated_files(count, fraction) == tolerated
+    assert tolerated_files(count, fraction, "key") == tolerated
 
 
 def test_the_tolerated_fraction_is_checked(tmp_path):

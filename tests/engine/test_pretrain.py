@@ -102,7 +102,7 @@ def test_learning_rate_and_length_are_scaled_and_logged(tmp_path):
 
 def test_unscaled_learning_rate_and_max_iter(tmp_path):
     do_pretrain(make_config(tmp_path, base_batch_size=None, max_iter=10))
-    assert "lr 2, 10 iterations = 2 epochs of 8 images" in log(tmp_path)
+    assert "lr 2, 10 iterations of 8 images = 2 epochs" in log(tmp_path)
     # the schedule keeps its shape: warm-up is a quarter of it
     warm = 2 * (0.01 + 0.99 * 0.2 / 0.25)
     cosine = 2 * (1 + math.cos(math.pi * (0.3 - 0.25) / 0.75)) / 2

@@ -58,7 +58,7 @@ def test_what_stops_exits_with_1(check, names, tmp_path):
     assert code == 1 and "error: 1 unreadable files, e.g. " in printed
     code, printed = check("nowhere", names[1])
     assert code == 1 and "error: no data set is called 'nowhere'" in printed
-    assert "boxes: 2" in printed  # the other is inspected nevertheless
+    assert "boxes: 2, " in printed  # the other is inspected nevertheless
     text = (tmp_path / "val.json").read_text().replace("thing", "object")
     (tmp_path / "val.json").write_text(text)
     Image.new("RGB", (30, 20)).save(tmp_path / "images/0.png")
