@@ -225,7 +225,12 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
         ) from error
     if not records:
         raise UserError(f"{json_file} lists no images")
-    return sorted(records, key=lambda record: record["image_id"])
+    return sorted(records, key=_by_id)
+
+
+def _by_id(record: dict) -> tuple[bool, int | str]:
+    """Order of images whose ids may be numbers and text."""
+    return isinstance(record["image_id"], str), record["image_id"]
 
 
 def _register_builtin(root: str) -> None:

@@ -163,6 +163,15 @@ def test_pretraining_needs_only_file_names(coco_folder, soco_views):
     assert not any("annotations" in r for r in labelled)
 
 
+def test_pretraining_accepts_ids_of_two_types(coco_folder):
+    def edit(data):
+        data["images"][1]["id"] = "img_9"
+
+    change(coco_folder, edit)
+    records = get_records(coco_name(coco_folder), annotations=False)
+    assert [r["image_id"] for r in records] == [2, 8, 30, 77, 581, "img_9"]
+
+
 def test_paths_with_special_characters(coco_folder, tmp_path, monkeypatch):
     root = coco_folder.rename(tmp_path / "é b=1?&%3F")
     monkeypatch.setenv("HOME", str(tmp_path))
