@@ -1,4 +1,4 @@
-"""Detectron2's mappers, with the pixels of :mod:`region_pretrain.images`."""
+"""Detectron2's mappers, with the pixels of ``region_pretrain.images``."""
 
 from __future__ import annotations
 
