@@ -35,7 +35,8 @@ class Source:
         images: ``coco``: folder of the images.
         split: ``voc``: name of the list in ``ImageSets/Main``.
         reading: options for reading the pixels: ``bits``, significant bits of 16-bit images, and
-            ``bands``, the numbers (from 1) of the bands to use as red, green and blue.
+            ``bands``, the numbers (from 1) of the bands to use as red, green and blue, or of the
+            one to show as grey.
     """
 
     scheme: str
@@ -73,7 +74,7 @@ def parse(name: str) -> Source:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]}=?" if near else ""
             raise UserError(
-                f"data set {name!r}: no option {item!r}{hint} {scheme}:// has "
+                f"data set {name!r}: no option {item!r}{hint}; {scheme}:// has "
                 f"{', '.join(f'{k}=' for k in known)}; in a path write %3F for ? and %26 for &"
             )
         if not value or key in options:
@@ -100,10 +101,10 @@ def _reading(name: str, options: dict[str, str]) -> dict[str, Any]:
             raise UserError(f"data set {name!r}: bits={bits} must be a number from 1 to 16")
         reading["bits"] = int(bits)
     if "bands" in options:
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", options["bands"], re.ASCII):
+        if not re.fullmatch(r"[1-9]\d*((,[1-9]\d*){2})?", options["bands"], re.ASCII):
             raise UserError(
                 f"data set {name!r}: bands={options['bands']} must be three numbers from 1, the "
-                "bands to use as red, green and blue: bands=4,3,2"
+                "bands to use as red, green and blue (bands=4,3,2), or the one to show as grey"
             )
         reading["bands"] = [int(band) for band in options["bands"].split(",")]
     return reading

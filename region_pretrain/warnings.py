@@ -1,5 +1,6 @@
 """Library warnings that the user of a command-line tool can do nothing about."""
 
+import logging
 import warnings
 
 
@@ -12,3 +13,5 @@ def ignore_library_warnings() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # torch.jit.script
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated", append=True)
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming", append=True)
+    # One line per process that it terminates, which would bury the error of the one that failed.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)

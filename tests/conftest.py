@@ -46,6 +46,14 @@ def _paint(path: Path, seed: int) -> None:
     cv2.imwrite(str(path), image)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_session(tmp_path_factory):
+    """Fixed copies of jsons do not go to the user's cache, also from the processes of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def coco_folder(tmp_path) -> Path:
     """A folder with ``images/`` and ``ann.json``: 6 images, 12 boxes of 3 classes.

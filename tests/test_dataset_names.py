@@ -26,6 +26,10 @@ from region_pretrain.errors import UserError
             "voc:///VOC?split=val&bands=4,3,2",
             Source("voc", "/VOC", "", "val", {"bands": [4, 3, 2]}),
         ),
+        (
+            "folder:///photos?bands=5",
+            Source("folder", "/photos", "", "", {"bands": [5]}),
+        ),
         ("coco://~/a.json?images=~/b", Source("coco", "/home/me/a.json", "/home/me/b")),
     ],
 )
@@ -41,11 +45,14 @@ def test_parse(name, source, monkeypatch):
         ("coco://a.json", r"has no images=: write coco://ANN.json\?images=DIR"),
         ("coco://?images=b", "has no path: write coco://"),
         ("coco://a.json?image=b", "no option 'image=b'; did you mean images="),
-        ("coco://a.json?images=b&split=c", "no option 'split=c' coco:// has images=, bits=, bands"),
+        (
+            "coco://a.json?images=b&split=c",
+            "no option 'split=c'; coco:// has images=, bits=",
+        ),
         ("coco://a.json?images=", "images= needs one value"),
         ("coco://a.json?images=b&images=c", "images= needs one value"),
         ("voc://root", r"has no split=: write voc://ROOT\?split=NAME"),
-        ("folder://what?", "no option '' folder:// has bits=, bands=; in a path write %3F"),
+        ("folder://what?", "no option ''; folder:// has bits=, bands=; in a path write %3F"),
         ("folder://a?bits=17", "bits=17 must be a number from 1 to 16"),
         ("folder://a?bits=x", "bits=x must be"),
         ("folder://a?bands=1,2", "bands=1,2 must be three numbers from 1"),

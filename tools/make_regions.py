@@ -43,7 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", metavar="DIR", help="all images in a folder and its subfolders")
-    images.add_argument("--dataset", metavar="NAME", nargs="+", help="registered data sets")
+    images.add_argument(
+        "--dataset",
+        metavar="NAME",
+        nargs="+",
+        help="data sets: registered ones, coco://ANN.json?images=DIR, folder://DIR?bits=12, ...",
+    )
     images.add_argument(
         "--config-file",
         metavar="FILE",

@@ -52,6 +52,23 @@ def background_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
+def background_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`background_first`."""
+    anchors = _anchors(tensors)
+    moved = {}
+    for name, tensor in tensors.items():
+        if name.startswith("roi_heads.box_predictor.cls_score."):
+            tensor = tensor.roll(-1, 0)
+        elif name.startswith("roi_heads.box_predictor.bbox_pred."):
+            tensor = tensor[4:]
+        elif name.startswith("roi_heads.mask_head.predictor."):
+            tensor = tensor[1:]
+        elif name.startswith("head.cls_score."):
+            tensor = tensor.unflatten(0, (anchors, -1))[:, 1:].flatten(0, 1)
+        moved[name] = tensor
+    return moved
+
+
 def _anchors(tensors: Mapping[str, Tensor]) -> int:
     """RetinaNet's anchors per position."""
     weight = tensors.get("head.bbox_pred.weight")

@@ -138,8 +138,8 @@ MMDETECTION: tuple[Rule, ...] = (
     (r"bbox_head\.retina_reg\.(weight|bias)", r"head.bbox_pred.\1"),
 )
 
-#: The authors' releases of SoCo and of methods built on its code.
-SOCO_RELEASE: tuple[Rule, ...] = (
+#: Releases that name a detector's parts encoder, neck and head.
+ENCODER_NECK_HEAD: tuple[Rule, ...] = (
     *under("encoder.", RESNET),
     *_MM_NECK,
     (r"head\.conv(\d)\.(weight|bias)", rf"{_BOX}.conv\1.\2"),
@@ -275,10 +275,10 @@ SCHEMES = (
         others=(r"neck\.(lateral_convs|fpn_convs)\..*",),
     ),
     Scheme(
-        "soco",
-        "the release of SoCo, or one built on its code",
+        "release",
+        "a release with encoder, neck and head",
         r"encoder\.layer1\.0\.conv1\.weight",
-        SOCO_RELEASE,
+        ENCODER_NECK_HEAD,
         others=(r"neck\.lateral_convs\..*",),
         imagenet=True,
     ),

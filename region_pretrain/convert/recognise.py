@@ -14,7 +14,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
 from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts
-from region_pretrain.convert.heads import swap_anchor_axes
+from region_pretrain.convert.heads import background_last, swap_anchor_axes
 from region_pretrain.convert.names import SCHEMES, Scheme, common_name, translate, with_levels
 from region_pretrain.convert.reading import read_checkpoint
 from region_pretrain.errors import UserError
@@ -94,7 +94,7 @@ def read_weights(path: str) -> Weights:
 
     Args:
         path: file or URL. ``?as=LIBRARY`` overrides what is recognised (``detectron2``,
-            ``torchvision``, ``timm``, ``mmdet``, ``soco``, ``swin``), ``?part=NAME`` selects an
+            ``torchvision``, ``timm``, ``mmdet``, ``release``, ``swin``), ``?part=NAME`` selects an
             entry of the file or a prefix of the names, e.g. ``student``.
 
     Raises:
@@ -253,30 +253,11 @@ def _translated(path: str, state: dict[str, Tensor], scheme: Scheme, prefix: str
     numbered = with_levels(tensors)
     names = dict(zip(numbered, names.values(), strict=True))
     if scheme.library == "torchvision":
-        numbered = _background_last(numbered)
+        numbered = background_last(numbered)
     if scheme.library in ("torchvision", "mmdet"):
         numbered = swap_anchor_axes(numbered)
     title = scheme.title + (f" under {prefix!r}" if prefix else "")
     return Weights(path, title, numbered, names, unused, IMAGENET if scheme.imagenet else Facts())
-
-
-def _background_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's class layers begin with the background; Detectron2's end with it or omit it."""
-    anchors = (
-        tensors["head.bbox_pred.weight"].shape[0] // 4 if "head.bbox_pred.weight" in tensors else 0
-    )
-    moved = {}
-    for name, tensor in tensors.items():
-        if name.startswith("roi_heads.box_predictor.cls_score."):
-            tensor = tensor.roll(-1, 0)
-        elif name.startswith("roi_heads.box_predictor.bbox_pred."):
-            tensor = tensor[4:]
-        elif name.startswith("roi_heads.mask_head.predictor."):
-            tensor = tensor[1:]
-        elif name.startswith("head.cls_score."):
-            tensor = tensor.unflatten(0, (anchors, -1))[:, 1:].flatten(0, 1)
-        moved[name] = tensor
-    return moved
 
 
 def _detectron2(path: str, state: dict[str, Tensor], part: str | None) -> Weights:

@@ -282,7 +282,10 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
         )
     retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
     heads = ["rpn_head", "roi_head.bbox_head", "roi_head.bbox_head.fc_cls"]
-    heads += ["roi_head.bbox_head.fc_reg", "roi_head.mask_head"]
+    heads += ["roi_head.bbox_head.fc_reg"]
+    predicts = any(name.startswith("roi_head.bbox_head.fc_cls.") for name in state)
+    if not predicts or any(name.startswith("roi_head.mask_head.") for name in state):
+        heads += ["roi_head.mask_head"]  # not if a trained detector has none
     if retina:
         heads = [f"bbox_head.{part}" for part in ("cls_convs", "retina_cls", "retina_reg")]
     return lines + _not_filled(heads, state)

@@ -6,6 +6,7 @@ pycocotools and Detectron2 accept the fixed json; training and evaluation see th
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from region_pretrain.files import is_local
 from region_pretrain.images import EncodedImage, UnreadableImage
 
 #: Part of the key of cached results: raise it when the fixes change.
-VERSION = 1
+VERSION = 2
 #: Image headers compared with the json's sizes, unless one of them differs: then all are.
 SAMPLED_SIZES = 200
 _HEAD_BYTES = 1 << 18
@@ -164,7 +165,22 @@ class CocoFixer:
                     self.findings.add("backslash in a file name; replaced by /", name)
                     image["file_name"] = name.replace("\\", "/")
             missing = missing_files(images, self._root)
+        if missing:
+            self._fix_unicode(images)
+            missing = missing_files(images, self._root)
         refuse_missing(missing, len(images), self._file)
+
+    def _fix_unicode(self, images: list[dict]) -> None:
+        """Find files whose names look the same: macOS writes accents as separate characters."""
+        for image in images:
+            name = image["file_name"]
+            if name.isascii() or os.path.exists(os.path.join(self._root, name)):
+                continue
+            for form in ("NFC", "NFD"):
+                same = unicodedata.normalize(form, name)
+                if os.path.exists(os.path.join(self._root, same)):
+                    self.findings.add("file name in another Unicode form; replaced", name)
+                    image["file_name"] = same
 
     def _fix_size(self, image: dict) -> None:
         keys = id_key(image.get("width")), id_key(image.get("height"))

@@ -288,8 +288,8 @@ def _inspect_files(
                 continue
             found.formats[file.format] += 1
             if file.bands not in (1, 3) and "bands" not in record.get("reading", {}):
-                hint = f"image of {file.bands} bands; choose three: add &bands="
-                wrong.add(f"{hint} to the name", path)
+                hint = f"image of {file.bands} bands; choose three: add bands="
+                wrong.add(f"{hint} to the options of the data set's name", path)
                 continue
             found.sizes.append(file.size)
             given = record.get("width", file.size[0]), record.get("height", file.size[1])
@@ -300,8 +300,8 @@ def _inspect_files(
                     both = f"{path}: {given[0]}x{given[1]}, file {file.size[0]}x{file.size[1]}"
                     wrong.add("size that contradicts the file", both)
             if file.bits > 8 and "bits" not in record.get("reading", {}):
-                hint = "of more than 8 bits; for less than 16 significant bits, add &bits="
-                notes.add(f"image {hint} to the name", path, fixed=False)
+                hint = "of more than 8 bits; for less than 16 significant bits, add bits="
+                notes.add(f"image {hint} to the options of the data set's name", path, fixed=False)
     if unreadable:
         text = f"{len(unreadable)} unreadable files, e.g. {unreadable[0]}"
         if len(unreadable) > MAX_UNREADABLE * len(records):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model
-from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,12 +21,9 @@ from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
 from region_pretrain.modeling.trunk import compile_trunks
-from region_pretrain.overrides import dotted_keys
 
 logger = logging.getLogger(__name__)
 
-#: An FPN's convolutions by name.
-_FPN_CONVOLUTION = re.compile(r"(^|\.)fpn_(lateral|output)\d")
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -191,51 +186,7 @@ def build_pretraining_model(cfg: DictConfig, device: torch.device) -> Pretrainin
     Raises:
         UserError: ``cfg.model`` builds something that cannot be pre-trained.
     """
-    model = check_contract(build_model(cfg, device))
-    check_trainable(cfg, model)
-    return model
-
-
-def check_trainable(cfg: DictConfig, model: PretrainingModel) -> None:
-    """Check that no module of the detector is frozen at its random initialisation.
-
-    Convolutions of an FPN that the method does not read are frozen on purpose.
-
-    Args:
-        cfg: the pre-training config.
-        model: what ``cfg.model`` builds.
-
-    Raises:
-        UserError: some are frozen, and ``train.init_checkpoint`` is empty. The message contains
-            the overrides that unfreeze them.
-    """
-    if cfg.train.init_checkpoint:
-        return
-    parts = [model.get_submodule(name) for name in model.detector_modules]
-    frozen = any(isinstance(m, FrozenBatchNorm2d) for part in parts for m in part.modules())
-    for name, parameter in (pair for part in parts for pair in part.named_parameters()):
-        frozen |= not parameter.requires_grad and not _FPN_CONVOLUTION.search(name)
-    if frozen:
-        raise UserError(
-            "the detector's config freezes layers, which random weights must not be: add "
-            f"{' '.join(_unfreezing(cfg))}, or give their weights with train.init_checkpoint"
-        )
-
-
-def _unfreezing(cfg: DictConfig) -> list[str]:
-    """The overrides that leave nothing of ``cfg.model`` frozen."""
-    changes = []
-    for key in dotted_keys(OmegaConf.to_container(cfg.model, resolve=False), "model."):
-        value = OmegaConf.select(cfg, key)
-        key = key.rpartition(".cfg.")[2]  # of a yacs config
-        if key.lower().endswith("freeze_at") and value:
-            changes.append(f"{key}=0")
-        elif value == "FrozenBN":
-            changes.append(f"{key}=SyncBN")
-    of_yacs = [change for change in changes if change.startswith("MODEL.")]
-    if of_yacs and cfg.model.backbone.get("norm") == "":  # of the FPN
-        of_yacs.append("MODEL.FPN.NORM=SyncBN")
-    return of_yacs or changes
+    return check_contract(build_model(cfg, device))
 
 
 def wrap_model(cfg: DictConfig, model: nn.Module, device: torch.device) -> nn.Module:

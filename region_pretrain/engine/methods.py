@@ -14,7 +14,8 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 from region_pretrain.config import CONFIG_ROOT, complete_train, load_file, override_config
-from region_pretrain.engine.build import build_part, check_trainable
+from region_pretrain.engine.build import build_part
+from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.yacs import lazy_detector, split_overrides
@@ -66,7 +67,8 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
     override_config(complete_train(cfg), overrides, str(path))
     with torch.device("meta"):
         built = check_contract(build_part(cfg.model, "model"))
-    check_trainable(cfg, built)
+    if not cfg.train.init_checkpoint:  # else once its weights are loaded
+        check_trainable(cfg, built)
     return cfg
 
 

@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.build import (
     TrainingData,
     amp_dtype,
@@ -41,8 +42,9 @@ from region_pretrain.engine.memory import check_shared_memory
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
+from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.engine.trainer import Trainer
-from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained
+from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
@@ -173,7 +175,7 @@ def run_training(
 
     start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
     if start_iter == 0:
-        _initialise(model, train, classes)
+        _initialise(model, cfg, classes)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
     with stop.listen():
@@ -189,19 +191,22 @@ def run_training(
     return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
 
 
-def _initialise(model: nn.Module, train: DictConfig, classes: Classes | None) -> None:
+def _initialise(model: nn.Module, cfg: DictConfig, classes: Classes | None) -> None:
     """Load ``train.init_checkpoint``, if any, and look for layers that would stay random."""
-    report = None
-    if not train.init_checkpoint:
+    path = cfg.train.init_checkpoint
+    if not path:
         logger.info("no train.init_checkpoint: all weights are random")
-    else:
-        report = load_pretrained(model, train.init_checkpoint, partial=train.init_partial)
-        if classes:
-            compare_with_checkpoint(report, classes, training=True)
-    frozen = frozen_random_layers(model, report)
+        check_trainable(cfg, model)
+        if isinstance(model, PretrainingModel) and facts_of(model).pixel_std == (1.0, 1.0, 1.0):
+            logger.warning(
+                "pixels are not normalised: their std is [1, 1, 1], as Caffe2's ImageNet weights "
+                "need it. For random weights, set model.pixel_std=[57.375,57.12,58.395] (yacs: "
+                "MODEL.PIXEL_STD), in pre-training and fine-tuning"
+            )
+        return
+    report = load_pretrained(model, path, partial=cfg.train.init_partial)
+    if classes:
+        compare_with_checkpoint(report, classes, training=True)
+    check_trainable(cfg, model, report.matched)
     if isinstance(model, PretrainingModel):
-        if frozen:
-            raise UserError(f"the detector cannot be pre-trained: {frozen}")
         renew_momentum_copies(model)
-    elif frozen:
-        logger.warning(frozen)

@@ -7,7 +7,6 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from detectron2.layers import FrozenBatchNorm2d
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from region_pretrain.convert.facts import differences, facts_of
 from region_pretrain.convert.names import common_name
 from region_pretrain.convert.recognise import Weights, read_weights
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.modeling.meta_arch import detector_part
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ _EXAMPLES = 3
 #: Buffers that are derived, or that only count: whoever lacks them loses nothing.
 _DERIVED = re.compile(r"num_batches_tracked$|relative_position_index$")
 #: Parameters that detectors add to a trunk, where they start at the identity.
-_ADDED = re.compile(r"attn\.rel_pos_[hw]$")
+_ADDED = re.compile(r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.")
 
 
 @dataclass
@@ -116,7 +115,8 @@ def _first_parts(name: str) -> str:
     return module_of(name) if name.startswith(("backbone.", "roi_heads.")) else name.split(".")[0]
 
 
-def _is_trunk(name: str) -> bool:
+def is_trunk(name: str) -> bool:
+    """Whether a tensor belongs to a detector's trunk, including the res5 of a C4 head."""
     return module_of(name) in ("backbone", "backbone.bottom_up", "backbone.net", "roi_heads.res5")
 
 
@@ -158,7 +158,7 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
             it fills only a part of a group (:func:`group_of`); or it was trained with another place
             of the strides.
     """
-    part = _detector_part(model)
+    part = detector_part(model)
     weights = read_weights(path)
     report = _fill(part, weights)
     faults, cautions = differences(weights.facts, facts_of(model))
@@ -167,17 +167,6 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
         logger.warning("%s: %s", path, text)
     logger.info(report.summary())
     return report
-
-
-def _detector_part(model: nn.Module) -> nn.Module:
-    """The model without what only pre-training needs: the target network has the detector's names
-    as well."""
-    if not isinstance(model, PretrainingModel):
-        return model
-    part = nn.Module()
-    for name in model.detector_modules:
-        part.add_module(name, model.get_submodule(name))
-    return part
 
 
 def _fill(model: nn.Module, weights: Weights) -> TransferReport:
@@ -262,6 +251,10 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
     for common, name in weights.names.items():
         if name in left:
             surplus[group_of(common)].append(name)
+    trunks = {module_of(name) for name in report.matched if is_trunk(name)}
+    for group, names in missing.items():
+        if group not in groups and module_of(names[0]) in trunks and is_trunk(names[0]):
+            groups[group] = group_of(common_name(names[0]))  # a complete stage is missing
     for group, common_group in groups.items():
         lacks, extra = missing.get(group, []), surplus.get(common_group, [])
         if group == "roi_heads.box_head.fc":  # trained behind the convolutions of its head
@@ -281,45 +274,3 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
                 "to load what fits and train the rest from its initialisation"
             )
         logger.warning("%s %s", report.path, text)
-
-
-def frozen_random_layers(model: nn.Module, report: TransferReport | None) -> str:
-    """Find layers that neither a checkpoint nor training will fill.
-
-    These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
-    identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
-
-    Args:
-        model: a detector or a pre-training model, of which the ``detector_modules`` count.
-        report: what was loaded into it, if anything.
-
-    Returns:
-        What was found, and the keys to set; "" if there is nothing.
-    """
-    part = _detector_part(model)
-    loaded = set(report.matched) if report else set()
-    frozen = [
-        name
-        for name, parameter in part.named_parameters()
-        if not parameter.requires_grad and name not in loaded and _is_trunk(name)
-    ]
-    norms = [
-        name
-        for name, module in part.named_modules()
-        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_var" not in loaded
-    ]
-    found, keys, yacs = [], [], []
-    if frozen:
-        found.append(f"{len(frozen)} frozen parameters (e.g. {frozen[0]})")
-        keys.append("freeze_at=0 in the backbone")
-        yacs.append("MODEL.BACKBONE.FREEZE_AT 0")
-    if norms:
-        found.append(f"{len(norms)} FrozenBatchNorm2d layers (e.g. {norms[0]})")
-        keys.append('norm="SyncBN" in the backbone\'s stem and stages')
-        yacs.append("MODEL.RESNETS.NORM SyncBN")
-    if not found:
-        return ""
-    return (
-        f"{' and '.join(found)} have random or no weights and would never be trained: set "
-        f"{' and '.join(keys)} (yacs: {' '.join(yacs)}), or load weights with train.init_checkpoint"
-    )

@@ -97,6 +97,20 @@ def check_contract(model: Any) -> PretrainingModel:
     return model
 
 
+def detector_part(model: nn.Module) -> nn.Module:
+    """A model without what only pre-training needs, e.g. a target network with the same names.
+
+    Args:
+        model: a pre-training model, or a detector, which is returned.
+    """
+    if not isinstance(model, PretrainingModel):
+        return model
+    part = nn.Module()
+    for name in model.detector_modules:
+        part.add_module(name, model.get_submodule(name))
+    return part
+
+
 def renew_momentum_copies(model: PretrainingModel) -> None:
     """Set every momentum copy in a model to its online network, then notify the model."""
     for module in model.modules():

@@ -140,3 +140,13 @@ def top_down(fpn: nn.Module, bottom_up: dict[str, Tensor]) -> list[Tensor]:
         above = here
         maps.insert(0, getattr(fpn, f"fpn_output{level}")(here))
     return maps
+
+
+def enqueue(queues: list[nn.Module], keys: list[Tensor]) -> None:
+    """Write keys to rings with the same content."""
+    content, pointer = list(queues[0].keys), queues[0].pointer.item()
+    for key in keys:
+        content[pointer] = key
+        pointer = (pointer + 1) % len(content)
+    for queue in queues:
+        queue.keys, queue.pointer = torch.stack(content), torch.tensor(pointer)

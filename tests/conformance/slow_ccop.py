@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from parts import dot, pixels, spread, top_down, unit
+from parts import dot, enqueue, pixels, spread, top_down, unit
 from torch import Tensor
 from torchvision.ops import roi_align
 from training_step import Case, Restatement
@@ -59,16 +59,6 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     return -torch.log(
         positive / (positive + sum(torch.exp(dot(query, n) / TEMPERATURE) for n in queue))
     )
-
-
-def enqueue(queues, keys: list[Tensor]) -> None:
-    """Write keys to rings with the same content."""
-    content, pointer = list(queues[0].keys), queues[0].pointer.item()
-    for key in keys:
-        content[pointer] = key
-        pointer = (pointer + 1) % len(content)
-    for queue in queues:
-        queue.keys, queue.pointer = torch.stack(content), torch.tensor(pointer)
 
 
 class SlowCCOP(Restatement):

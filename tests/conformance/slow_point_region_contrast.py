@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from parts import dot, pixels, spread, unit
+from parts import dot, enqueue, pixels, spread, unit
 from torch import Tensor, nn
 from training_step import Case, Restatement
 
@@ -96,16 +96,6 @@ def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     target = torch.exp(teacher - teacher.max())
     predicted = torch.exp(student - student.max())
     return -(target / target.sum() * torch.log(predicted / predicted.sum())).sum()
-
-
-def enqueue(queues: list[nn.Module], keys: list[Tensor]) -> None:
-    """Write keys to rings with the same content."""
-    content, pointer = list(queues[0].keys), queues[0].pointer.item()
-    for key in keys:
-        content[pointer] = key
-        pointer = (pointer + 1) % len(content)
-    for queue in queues:
-        queue.keys, queue.pointer = torch.stack(content), torch.tensor(pointer)
 
 
 class SlowPointRegionContrast(Restatement):

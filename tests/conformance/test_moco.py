@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fvcore.common.param_scheduler import ConstantParamScheduler
-from parts import PIXELS, dot, pixels, prepare, small_trunk, spread, two_crops, unit
+from parts import PIXELS, dot, enqueue, pixels, prepare, small_trunk, spread, two_crops, unit
 from training_step import Case, Restatement, check_one_process
 
 from region_pretrain.modeling.heads import MLPHead
@@ -67,12 +67,7 @@ class SlowMoCo(Restatement):
                 negatives = sum(torch.exp(dot(q, n) / TEMPERATURE) for n in queue)
                 loss = loss - torch.log(positive / (positive + negatives)) / size
             outputs.append({"loss_image": loss, "embedding_std": spread(own)})
-        pointer = self.twins[0].queue.pointer.item()
-        for i in range(len(keys)):
-            queue[pointer] = keys[i]
-            pointer = (pointer + 1) % len(queue)
-        for twin in self.twins:
-            twin.queue.keys, twin.queue.pointer = torch.stack(queue), torch.tensor(pointer)
+        enqueue([twin.queue for twin in self.twins], [keys[i] for i in range(len(keys))])
         return outputs
 
 

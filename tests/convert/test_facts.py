@@ -141,7 +141,10 @@ def test_a_checkpoint_of_this_library_carries_its_facts(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        ("?as=keras", "as=keras must be one of detectron2, mmdet, soco, swin, timm, torchvision"),
+        (
+            "?as=keras",
+            "as=keras must be one of detectron2, mmdet, release, swin, timm, ",
+        ),
         ("?like=timm", "unknown option 'like'; known: as, part"),
         ("?as=mmdet", "has no names of mmdet, but e.g. conv1.weight"),
     ],

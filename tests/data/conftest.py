@@ -1,9 +1,13 @@
 """A small COCO json that tests change."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))  # where tests find ``empty_files``
 
 WIDTH, HEIGHT = 60, 40
 

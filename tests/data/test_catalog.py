@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from empty_files import touch
 
 from region_pretrain.data.catalog import (
     get_records,
@@ -18,13 +19,6 @@ from region_pretrain.data.catalog import (
     register_image_folder,
 )
 from region_pretrain.errors import UserError
-
-
-def touch(root: Path, *paths: str) -> Path:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-    return root
 
 
 @pytest.fixture

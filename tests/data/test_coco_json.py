@@ -5,6 +5,7 @@ Detections equal to the labels must have an AP of 100 with Detectron2's own eval
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -142,6 +143,23 @@ FIXES = {
         lambda d: d["images"][0].update(file_name=".\\0.jpg"), "backslash in a file name", 1,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("on_disk", "in_json"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_file_names_in_another_unicode_form(write_coco, on_disk, in_json):
+    json_file, root = write_coco()
+    on_disk, in_json = (unicodedata.normalize(form, "Küche.jpg") for form in (on_disk, in_json))
+    os.rename(f"{root}/1.jpg", f"{root}/{on_disk}")
+    with open(json_file) as file:
+        data = json.load(file)
+    data["images"][1]["file_name"] = in_json
+    with open(json_file, "w") as file:
+        json.dump(data, file)
+    loaded = load_coco(json_file, root)
+    (finding,) = [f for f in loaded.findings if "Unicode" in f.what]
+    assert (finding.count, finding.example) == (1, in_json)
+    assert loaded.records[1]["file_name"] == f"{root}/{on_disk}"
+    assert perfect_ap(loaded) == (pytest.approx(100), pytest.approx(100))
 
 
 @pytest.mark.parametrize("kind", FIXES)

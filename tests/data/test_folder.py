@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from empty_files import touch
 from PIL import Image
 
 from region_pretrain.data.catalog import get_records
@@ -17,13 +18,6 @@ from region_pretrain.data.folder import (
 )
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_image
-
-
-def touch(root: Path, *paths: str) -> Path:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).touch()
-    return root
 
 
 def test_folder_is_listed_sorted_nested_and_by_extension(tmp_path):

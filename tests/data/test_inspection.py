@@ -115,12 +115,10 @@ def test_deep_and_multispectral_images(images):
     found = inspect(f"folder://{images}")
     notes = {f.what: (f.count, f.example) for f in found.findings}
     (what,) = notes
-    assert what.startswith("image of more than 8 bits") and "&bits=" in what
+    assert what.startswith("image of more than 8 bits") and "add bits=" in what
     assert notes[what] == (2, str(images / "deep.png"))
     bands = [p for p in found.problems if "bands" in p]
-    assert len(bands) == 1 and bands[0].startswith(
-        "1 x image of 5 bands; choose three: add &bands="
-    )
+    assert len(bands) == 1 and bands[0].startswith("1 x image of 5 bands; choose three: add bands=")
 
 
 def test_sizes_that_contradict_the_files(images, monkeypatch):

@@ -16,6 +16,7 @@ from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.command_line import argument_parser, config_of
 from region_pretrain.engine.methods import add_method_arguments, load_detector, load_method
+from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import submission
 from region_pretrain.yacs import find_config_file, read_yacs
@@ -183,10 +184,10 @@ def test_frozen_layers_need_weights():
     cfg = load_method("soco", FPN, ["train.init_checkpoint=weights.pth"])
     assert cfg.model.backbone.bottom_up.cfg.MODEL.RESNETS.NORM == "FrozenBN"
 
-    # Also with --config-file, when the run builds its model.
+    # Also with --config-file, when the run has built its model.
     cfg.train.init_checkpoint = ""
     with pytest.raises(UserError, match=f"freezes layers.*: add {changes}, or give"):
-        build_pretraining_model(cfg, torch.device("meta"))
+        check_trainable(cfg, build_pretraining_model(cfg, torch.device("meta")))
 
 
 def test_frozen_layers_of_a_lazy_config():
@@ -241,6 +242,9 @@ def pretrain(method: str, detector: str, images: Path, folder: Path, *more: str)
 @pytest.mark.parametrize(("detector", "sizes"), [(FPN, "[64,64,32]"), (DC5, "[64,64,64]")])
 def test_two_steps_of_pretraining(detector, sizes, region_folder, tmp_path):
     trainable = [o for o in TRAINABLE if detector == FPN or "FPN" not in o]
+    normalised = detector == FPN
+    if normalised:
+        trainable.append("MODEL.PIXEL_STD=[57.375,57.12,58.395]")
     done = pretrain(
         "soco", detector, region_folder.images, tmp_path / "run",
         f"dataloader.train.dataset.regions={region_folder.store}",
@@ -248,6 +252,8 @@ def test_two_steps_of_pretraining(detector, sizes, region_folder, tmp_path):
         *NARROW, *trainable,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert ("pixels are not normalised: their std is [1, 1, 1]" in log) is not normalised
     saved = torch.load(tmp_path / "run" / "model_final.pth", weights_only=True)["model"]
     assert any(name.startswith("roi_heads.box_head.fc1") for name in saved)
 

@@ -8,65 +8,13 @@ import textwrap
 
 import pytest
 import torch
-from detectron2 import model_zoo
-from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, instantiate
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
+from detectron2.config import LazyConfig
+from narrow_detector import PRETRAINED, build, detector_config, save, state
 from torch import nn
 
-from region_pretrain.engine.transfer import frozen_random_layers, load_pretrained, module_of
+from region_pretrain.engine.transfer import load_pretrained, module_of
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
-
-
-def detector_config(blocks: int = 1, width: int = 16, classes: int = 3, norm: str = "BN"):
-    """Detectron2's Mask R-CNN with FPN, narrow: 65 thousand parameters."""
-    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
-    model.backbone.bottom_up.stem.update(out_channels=8, norm=norm)
-    model.backbone.bottom_up.stages = [
-        L(ResNet.make_stage)(
-            block_class=BasicBlock,
-            num_blocks=blocks,
-            stride_per_block=[stride] + [1] * (blocks - 1),
-            in_channels=inputs,
-            out_channels=outputs,
-            norm=norm,
-        )
-        for inputs, outputs, stride in ((8, 8, 1), (8, 16, 2), (16, 16, 2), (16, 32, 2))
-    ]
-    model.backbone.update(out_channels=width, norm=norm)
-    model.proposal_generator.head.in_channels = width
-    model.roi_heads.num_classes = classes
-    box_head = model.roi_heads.box_head
-    box_head.update(input_shape=ShapeSpec(channels=width, height=7, width=7), fc_dims=[32])
-    model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=32)
-    shape = ShapeSpec(channels=width, height=14, width=14)
-    model.roi_heads.mask_head.update(input_shape=shape, conv_dims=[16, 16])
-    return model
-
-
-def build(seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    model = instantiate(detector_config(**kwargs))
-    with torch.no_grad():  # buffers that a load has to change, too
-        for buffer in model.buffers():
-            if buffer.is_floating_point() and buffer.ndim == 1:
-                buffer.uniform_(0.5, 1.5)
-    return model
-
-
-def state(model: nn.Module, *prefixes: str) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in model.state_dict().items() if k.startswith(prefixes)}
-
-
-def save(tmp_path, content, name="model_final.pth") -> str:
-    path = tmp_path / name
-    torch.save(content, path)
-    return str(path)
-
-
-PRETRAINED = ("backbone.", "roi_heads.box_head.")
 
 
 @pytest.fixture
@@ -179,44 +127,6 @@ def test_another_number_of_classes_is_a_warning(tmp_path, caplog):
     assert report.missing == []
     assert report.modules["roi_heads.box_predictor"].loaded_tensors == 0
     assert "cls_score.bias is not loaded" in caplog.text
-
-
-def test_a_part_of_a_stage_is_refused_unless_allowed(checkpoint, caplog):
-    # each further block of the 4 stages adds 2 convolutions of 5 tensors (absent counters apart)
-    message = r"fills 12 of the 22 tensors of backbone.bottom_up.res2 and lacks .*res2.1.conv1.weig"
-    with pytest.raises(UserError, match=message):
-        load_pretrained(build(blocks=2), checkpoint)
-    report = load_pretrained(build(blocks=2), checkpoint, partial=True)
-    body = report.modules["backbone.bottom_up"]
-    assert (body.loaded_tensors, body.tensors) == (66, 106)
-    assert "fills 12 of the 22 tensors of backbone.bottom_up.res2" in caplog.text
-
-
-def test_a_deeper_stage_is_refused_unless_allowed(tmp_path):
-    path = save(tmp_path, {"model": state(build(seed=1, blocks=2), "backbone.")})
-    with pytest.raises(UserError, match="has others there, such as .*res2.1.conv1.weight"):
-        load_pretrained(build(), path)
-    assert load_pretrained(build(), path, partial=True).modules["backbone.fpn"].loaded_tensors == 48
-
-
-def test_a_fully_connected_layer_trained_behind_convolutions_is_refused(tmp_path):
-    weights = state(build(seed=1), *PRETRAINED)
-    weights["roi_heads.box_head.conv1.weight"] = torch.zeros(16, 16, 3, 3)
-    path = save(tmp_path, {"model": weights})
-    with pytest.raises(
-        UserError, match=r"roi_heads.box_head.fc and has others there.*box_head.conv1"
-    ):
-        load_pretrained(build(), path)
-
-
-def test_a_pyramid_without_norms_is_refused_unless_allowed(tmp_path):
-    weights = state(build(seed=1, norm=""), "backbone.fpn")
-    path = save(tmp_path, {"model": weights})
-    with pytest.raises(UserError, match="fills 8 of the 40 tensors of backbone.fpn and lacks"):
-        load_pretrained(build(), path)
-    model = build()
-    assert load_pretrained(model, path, partial=True).modules["backbone.fpn"].loaded_tensors == 8
-    assert torch.equal(model.backbone.fpn_lateral3.weight, weights["backbone.fpn_lateral3.weight"])
 
 
 def zoo_weights(model: nn.Module) -> dict:
@@ -385,21 +295,3 @@ def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, che
     assert named and all("proposal_generator" in n or "roi_heads" in n for n in named), done.stderr
     assert "box_head" not in done.stderr and "backbone" not in done.stderr
     assert "not used by the model" not in done.stderr and "incompatible" not in done.stderr
-
-
-def test_frozen_layers_without_weights_are_found(tmp_path):
-    config = detector_config(norm="FrozenBN")
-    config.backbone.bottom_up.freeze_at = 2
-    model = instantiate(config)
-    # stem and res2: 3 convolutions; 11 convolutions of the trunk and 8 of the FPN have a norm
-    text = frozen_random_layers(model, None)
-    assert "3 frozen parameters (e.g. backbone.bottom_up.stem.conv1.weight)" in text
-    assert "19 FrozenBatchNorm2d layers" in text
-    assert "freeze_at=0" in text and "MODEL.RESNETS.NORM SyncBN" in text
-    path = save(tmp_path, {"model": state(instantiate(config), "backbone.")})
-    assert frozen_random_layers(model, load_pretrained(model, path)) == ""
-    path = save(tmp_path, {"model": state(instantiate(config), "backbone.bottom_up")})
-    text = frozen_random_layers(model, load_pretrained(model, path))
-    assert "8 FrozenBatchNorm2d layers (e.g. backbone.fpn_lateral2.norm)" in text
-    assert "frozen parameters" not in text
-    assert frozen_random_layers(build(), None) == ""

@@ -1,0 +1,74 @@
+"""Layers that neither a checkpoint nor training would fill."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+
+from detectron2.layers import FrozenBatchNorm2d
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from region_pretrain.engine.transfer import is_trunk
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel, detector_part
+from region_pretrain.overrides import dotted_keys
+
+logger = logging.getLogger(__name__)
+
+
+def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] = ()) -> None:
+    """Check that no layer of a detector is frozen at its initialisation.
+
+    These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
+    identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
+
+    Args:
+        cfg: the config; ``cfg.model`` builds ``model``.
+        model: a pre-training model, or a detector, for which this is only a warning.
+        loaded: names of the tensors that a checkpoint has filled.
+
+    Raises:
+        UserError: there are such layers; the message contains the overrides that unfreeze them.
+    """
+    part = detector_part(model)
+    frozen = [
+        name
+        for name, parameter in part.named_parameters()
+        if not parameter.requires_grad and name not in loaded and is_trunk(name)
+    ]
+    norms = [
+        name
+        for name, module in part.named_modules()
+        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_var" not in loaded
+    ]
+    found = [
+        f"{len(names)} {what}, e.g. {names[0]}"
+        for names, what in ((frozen, "parameters"), (norms, "batch norms"))
+        if names
+    ]
+    if not found:
+        return
+    message = (
+        f"the detector's config freezes layers without weights ({'; '.join(found)}): add "
+        f"{' '.join(_unfreezing(cfg))}, or give their weights with train.init_checkpoint"
+    )
+    if isinstance(model, PretrainingModel):
+        raise UserError(message)
+    logger.warning(message)
+
+
+def _unfreezing(cfg: DictConfig) -> list[str]:
+    """The overrides that leave nothing of ``cfg.model`` frozen."""
+    changes = []
+    for key in dotted_keys(OmegaConf.to_container(cfg.model, resolve=False), "model."):
+        value = OmegaConf.select(cfg, key)
+        key = key.rpartition(".cfg.")[2]  # of a yacs config
+        if key.lower().endswith("freeze_at") and value:
+            changes.append(f"{key}=0")
+        elif value == "FrozenBN":
+            changes.append(f"{key}=SyncBN")
+    of_yacs = [change for change in changes if change.startswith("MODEL.")]
+    if of_yacs and OmegaConf.select(cfg, "model.backbone.norm") == "":  # of the FPN
+        of_yacs.append("MODEL.FPN.NORM=SyncBN")
+    return of_yacs or changes

@@ -1,0 +1,70 @@
+"""Layers that would stay random are found before a run starts."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from detectron2.config import instantiate
+from narrow_detector import build, detector_config, save, state
+from omegaconf import OmegaConf
+from torch import nn
+
+from region_pretrain.engine.trainable import check_trainable
+from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.meta_arch import PretrainingModel
+
+
+class Pretraining(PretrainingModel):
+    detector_modules = ("backbone",)
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, batch):
+        return {}
+
+
+def frozen() -> tuple[OmegaConf, Pretraining]:
+    detector = detector_config(norm="FrozenBN")
+    detector.backbone.bottom_up.freeze_at = 2
+    cfg = OmegaConf.create({"model": detector}, flags={"allow_objects": True})
+    return cfg, Pretraining(instantiate(detector.backbone))
+
+
+def test_frozen_layers_need_weights(tmp_path):
+    cfg, model = frozen()
+    with pytest.raises(UserError) as error:
+        check_trainable(cfg, model)
+    text = str(error.value)
+    # stem and res2: 3 convolutions; 11 convolutions of the trunk and 8 of the FPN have a norm
+    assert "3 parameters, e.g. backbone.bottom_up.stem.conv1.weight" in text
+    assert "19 batch norms, e.g. backbone." in text
+    assert "model.backbone.bottom_up.freeze_at=0" in text
+    assert "model.backbone.norm=SyncBN" in text
+
+    path = save(tmp_path, {"model": state(instantiate(cfg.model), "backbone.")})
+    check_trainable(cfg, model, load_pretrained(model, path).matched)
+
+
+def test_weights_of_the_trunk_do_not_fill_the_fpns_norms(tmp_path):
+    cfg, model = frozen()
+    path = save(tmp_path, {"model": state(instantiate(cfg.model), "backbone.bottom_up")})
+    with pytest.raises(
+        UserError, match=r"8 batch norms, e.g. backbone.fpn_lateral2.norm\)"
+    ) as error:
+        check_trainable(cfg, model, load_pretrained(model, path).matched)
+    assert "parameters" not in str(error.value)
+
+
+def test_a_detector_is_only_warned_about(caplog):
+    cfg, _ = frozen()
+    with caplog.at_level(logging.WARNING):
+        check_trainable(cfg, instantiate(cfg.model))
+        (record,) = caplog.records
+        assert "freezes layers without weights" in record.message
+        caplog.clear()
+        check_trainable(cfg, build())
+        assert not caplog.records
