@@ -211,16 +211,18 @@ def _compare_number(
         number = OmegaConf.select(cfg, key)
         if not isinstance(number, int) or not names:
             continue
+        shown = key.rpartition(".cfg.")[2]  # of a yacs config: as an override
         if classes and number != len(classes):
             _refuse(
-                f"{key}={number}, but {_shown(names)} has {len(classes)} classes "
-                f"({_shown(classes)}): set {key}={len(classes)}, or null to follow the data",
+                f"{shown}={number}, but {_shown(names)} has {len(classes)} classes "
+                f"({_shown(classes)}): set {shown}={len(classes)}"
+                f"{', or null to follow the data' if shown == key else ''}",
                 own,
             )
         elif not classes and (count := _count(names)) > number:
             _refuse(
-                f"{key}={number}, but {_shown(names)} has boxes with category_id={count - 1}: set "
-                f"{key}={count} or more",
+                f"{shown}={number}, but {_shown(names)} has boxes with category_id={count - 1}: "
+                f"set {shown}={count} or more",
                 own,
             )
     return followed

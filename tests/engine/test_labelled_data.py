@@ -199,3 +199,25 @@ def test_class_names_in_checkpoints(caplog):
         new.classes, new.matched = other, [layer] if len(other) == 1 else ["backbone.x"]
         compare_with_checkpoint(new, classes, training=True)
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "MODEL.RETINANET.NUM_CLASSES"),
+    ],
+)
+def test_classes_of_a_yacs_detector(data, config, key):
+    sets = [f"DATASETS.TRAIN={data()}", f"DATASETS.TEST={data()}"]
+    cfg = load_config(config, sets)
+    classes = check_labelled_data(cfg, training=True)
+    assert classes.followed == [f"model.cfg.{key}"]
+    assert OmegaConf.select(cfg, f"model.cfg.{key}") == 3
+    others = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"} - {key}
+    assert OmegaConf.select(cfg, f"model.cfg.{others.pop()}") == 80  # not this detector's
+
+    message = f"{key}=7, but .* has 3 classes .dog, ant, cat.: set {key}=3$"
+    with pytest.raises(UserError, match=message):
+        check_labelled_data(load_config(config, [*sets, f"{key}=7"]), training=True)
+    assert check_labelled_data(load_config(config, [*sets, f"{key}=3"]), True).followed == []
