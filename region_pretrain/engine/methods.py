@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
@@ -17,6 +16,7 @@ from region_pretrain.config import CONFIG_ROOT, complete_train, load_file, overr
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.yacs import lazy_detector, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
@@ -65,7 +65,7 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
         {"model": model, **dict(zip(_PARTS, parts, strict=True))}, flags={"allow_objects": True}
     )
     override_config(complete_train(cfg), overrides, str(path))
-    with torch.device("meta"):
+    with on_meta_device():
         built = check_contract(build_part(cfg.model, "model"))
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)

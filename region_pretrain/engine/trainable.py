@@ -35,7 +35,10 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
     frozen = [
         name
         for name, parameter in part.named_parameters()
-        if not parameter.requires_grad and name not in loaded and is_trunk(name)
+        if not parameter.requires_grad
+        and not getattr(parameter, "is_unread", False)
+        and name not in loaded
+        and is_trunk(name)
     ]
     norms = [
         name

@@ -1,42 +1,258 @@
-"""What a pre-training method needs to know about a detector's config."""
+"""What a detector offers to pre-training, derived from its config or its modules."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
-from detectron2.config import instantiate
-from omegaconf import DictConfig, OmegaConf
+from detectron2.config import CfgNode, instantiate
+from detectron2.config import LazyCall as L
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.poolers import ROIPooler
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.init import on_meta_device
+from region_pretrain.modeling.pyramid import pyramid_names, trunk_name
+from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
+from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.yacs import lazy_detector
+
+#: A module, or the lazy config of one.
+Part = DictConfig | nn.Module
 
 
-def has(detector: DictConfig, *keys: str) -> bool:
-    """Whether a detector's config has all of these dotted keys, and none of them is null."""
-    return all(OmegaConf.select(detector, key) is not None for key in keys)
+@dataclass(frozen=True)
+class RegionHead:
+    """What a detector applies to pooled regions.
+
+    Attributes:
+        part: maps ``(R, C, S, S)`` to vectors ``(R, channels)`` or to maps of as many channels.
+        name: its name in the detector, e.g. ``roi_heads.box_head``.
+        channels: number of output channels.
+    """
+
+    part: Part
+    name: str
+    channels: int
 
 
-def require(detector: DictConfig, *keys: str, otherwise: str) -> None:
-    """Check that a detector has the modules that a method trains.
+class Detector:
+    """The modules of a detector that methods pre-train, and their shapes.
+
+    Backbone, pooler and head are nodes of the detector's config, or its own modules if it is given
+    as a module. Shapes are those of the built modules; a config's are built on the meta device.
 
     Args:
-        detector: ``model`` of a detection config.
-        keys: dotted keys, e.g. ``roi_heads.box_head``.
-        otherwise: what the method needs, and what to use instead.
+        detector: ``model`` of a LazyConfig or the complete config, a yacs config, or a built
+            detector: an R-CNN with FPN, C4 or DC5, a Cascade R-CNN, or a one-stage detector with
+            the head of RetinaNet or FCOS.
 
     Raises:
-        UserError: one of them is missing.
+        UserError: it is not a detector.
     """
-    missing = [key for key in keys if not has(detector, key)]
-    if missing:
-        raise UserError(f"the detector has no {missing[0]}: {otherwise}")
+
+    def __init__(self, detector: DictConfig | CfgNode | nn.Module) -> None:
+        if isinstance(detector, CfgNode):
+            detector = lazy_detector(detector)
+        elif isinstance(detector, DictConfig) and "backbone" not in detector:
+            detector = detector.get("model", detector)
+        if not all(_get(detector, key) is not None for key in ("backbone", "pixel_mean")):
+            raise UserError("not a detector: it has no backbone or no pixel_mean")
+        self.detector = detector
+        self.is_built = isinstance(detector, nn.Module)
+        self.backbone: Part = detector.backbone
+        self._backbone = _built(self.backbone)
+
+    @property
+    def pixels(self) -> dict[str, Any]:
+        """``pixel_mean``, ``pixel_std`` and ``input_format``."""
+        values: dict[str, Any] = {}
+        for key in ("pixel_mean", "pixel_std"):
+            value = _get(self.detector, key)
+            values[key] = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+        return values | {"input_format": _get(self.detector, "input_format") or "BGR"}
+
+    @cached_property
+    def trunk(self) -> Part:
+        """The trunk under its own name: a :class:`Trunk`, or the backbone if it is one."""
+        name = trunk_name(self._backbone)
+        if not name:
+            return self.backbone
+        if self.is_built:
+            return Trunk(**{name: getattr(self.backbone, name)})
+        if name in self.backbone:
+            return L(Trunk)(**{name: self.backbone[name]})
+        return L(_trunk_of)(backbone=self.backbone)
+
+    @property
+    def trunk_map(self) -> tuple[str, int]:
+        """Name and channels of the trunk's coarsest map, e.g. ``("res5", 2048)``."""
+        shapes = self._trunk_shapes
+        name = max(shapes, key=lambda n: shapes[n].stride)
+        return name, shapes[name].channels
+
+    @property
+    def _trunk_shapes(self) -> dict[str, ShapeSpec]:
+        name = trunk_name(self._backbone)
+        return (getattr(self._backbone, name) if name else self._backbone).output_shape()
+
+    @property
+    def levels(self) -> dict[str, ShapeSpec]:
+        """Maps of the feature pyramid, finest first, without those of its top block; else {}."""
+        if not trunk_name(self._backbone):
+            return {}
+        shapes = self._backbone.output_shape()
+        return {name: shapes[name] for name in pyramid_names(self._backbone)}
+
+    def image_networks(self) -> tuple[dict[str, Any], int]:
+        """What an image-level method trains.
+
+        Returns:
+            The arguments ``backbone``, ``feature`` (the trunk's coarsest map) and, of a C4
+            detector, ``res5``; and the channels of what they compute.
+        """
+        feature, channels = self.trunk_map
+        networks = {"backbone": self.trunk, "feature": feature}
+        if self.res5 is None:
+            return networks, channels
+        return networks | {"res5": self.res5}, self.res5_channels
+
+    @cached_property
+    def region_maps(self) -> list[str]:
+        """Names of the maps that regions are pooled from, finest first.
+
+        Those of the detector's box head; for a one-stage detector those of its pyramid.
+        """
+        heads = _get(self.detector, "roi_heads")
+        names = _get(heads, "box_in_features") or _get(heads, "in_features")
+        return list(names or self.levels)
+
+    @cached_property
+    def strides(self) -> list[int]:
+        """Strides of :attr:`region_maps` in pixels."""
+        shapes = self._backbone.output_shape()
+        return [shapes[name].stride for name in self.region_maps]
+
+    @cached_property
+    def pooler(self) -> Part | None:
+        """The detector's box pooler; for a one-stage detector a new one of 7 x 7."""
+        heads = _get(self.detector, "roi_heads")
+        found = _get(heads, "box_pooler") or _get(heads, "pooler")
+        if found is not None or not self.levels:
+            return found
+        node = L(ROIPooler)(
+            output_size=7,
+            scales=[1.0 / stride for stride in self.strides],
+            sampling_ratio=0,
+            pooler_type="ROIAlignV2",
+        )
+        return instantiate(node) if self.is_built else node
+
+    @cached_property
+    def pooled_shape(self) -> tuple[int, int, int]:
+        """``(C, S, S)`` of a pooled region."""
+        channels = self._backbone.output_shape()[self.region_maps[0]].channels
+        return (channels, *_built(self.pooler).output_size)
+
+    @cached_property
+    def res5(self) -> Part | None:
+        """The last stage of a C4 detector."""
+        return _get(_get(self.detector, "roi_heads"), "res5")
+
+    @property
+    def res5_channels(self) -> int:
+        """Output channels of :attr:`res5`."""
+        return self.channels(self.res5)
+
+    @cached_property
+    def head(self) -> RegionHead | None:
+        """What the detector applies to pooled regions; None if it has no such head.
+
+        The box head of an R-CNN; one box head for all stages of a Cascade R-CNN; ``res5`` of a C4
+        detector; both towers of a one-stage detector.
+
+        Raises:
+            UserError: a one-stage detector's towers have a batch norm per level.
+        """
+        heads = _get(self.detector, "roi_heads")
+        if self.res5 is not None:
+            return RegionHead(self.res5, "roi_heads.res5", self.res5_channels)
+        found = _get(heads, "box_heads") or _get(heads, "box_head")
+        if isinstance(found, ListConfig | nn.ModuleList):
+            first, count = self._own(found[0]), len(found)
+            shared = (
+                SharedHeads(first, count)
+                if self.is_built
+                else L(SharedHeads)(head=first, count=count)
+            )
+            return RegionHead(shared, "roi_heads.box_head", self.channels(shared))
+        if found is not None:
+            return RegionHead(found, "roi_heads.box_head", self.channels(found))
+        dense = _get(self.detector, "head")
+        if dense is None or not all(
+            hasattr(_built(dense), name) for name in ("cls_subnet", "bbox_subnet")
+        ):
+            return None
+        part = towers(dense) if self.is_built else L(towers)(head=self._own(dense))
+        return RegionHead(part, "head", self.channels(part))
+
+    def level_scales(self, size: int) -> list[float]:
+        """The largest region scale of each map in pixels of a view of the given size.
+
+        12 feature pixels, which is 48, 96 and 192 for strides of 4, 8 and 16 (SoCo, section 3.2),
+        and the complete view for the last map.
+        """
+        return [min(12 * stride, size) for stride in self.strides[:-1]] + [size]
+
+    def refer(self, key: str, value: Any) -> Any:
+        """An interpolation of a key of the pre-training config; ``value`` for a built detector."""
+        return value if self.is_built else f"${{{key}}}"
+
+    def finish(self, model: DictConfig) -> DictConfig | nn.Module:
+        """A lazy pre-training model, built if the detector is."""
+        return instantiate(model) if self.is_built else model
+
+    def _own(self, node: Part) -> Part:
+        """A node without interpolations, which may refer to other parts of the detector."""
+        if isinstance(node, nn.Module):
+            return node
+        node = copy.deepcopy(node)
+        OmegaConf.resolve(node)
+        return node
+
+    def channels(self, part: Part) -> int:
+        """Number of channels that a module computes from pooled regions."""
+        head = copy.deepcopy(as_module(part)) if self.is_built else as_module(_built(part))
+        regions = torch.zeros(2, *self.pooled_shape, device="meta")
+        with torch.no_grad():
+            return head.to("meta").eval()(regions).shape[1]
 
 
-def last_map(trunk: DictConfig) -> tuple[str, int]:
-    """Name and channels of a trunk's last map, e.g. ``("res5", 2048)``.
+def without_pyramid(what: str) -> UserError:
+    """The error of a method that needs a feature pyramid."""
+    return UserError(f"the detector has no feature pyramid, which {what}")
 
-    Args:
-        trunk: lazy Detectron2 backbone; it is built on the meta device.
-    """
-    with torch.device("meta"):
-        maps = instantiate(trunk).output_shape()
-    name, shape = list(maps.items())[-1]
-    return name, shape.channels
+
+def _trunk_of(backbone: nn.Module) -> Trunk:
+    name = trunk_name(backbone)
+    return Trunk(**{name: getattr(backbone, name)})
+
+
+def _get(node: Any, key: str) -> Any:
+    """``node.key``, or None."""
+    if isinstance(node, Mapping | DictConfig):
+        return node.get(key)
+    return getattr(node, key, None)
+
+
+def _built(part: Part) -> Any:
+    if isinstance(part, nn.Module):
+        return part
+    with on_meta_device():
+        return instantiate(part)

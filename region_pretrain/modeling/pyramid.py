@@ -1,13 +1,14 @@
-"""Backbone features of views of any size, and of the pyramid levels a method reads."""
+"""Backbone features of views of any size, and of the maps that a method reads."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
 
+import torch
 import torch.nn.functional as F
-from detectron2.modeling.backbone import FPN, Backbone
-from torch import Tensor
+from detectron2.modeling.backbone import FPN, Backbone, SimpleFeaturePyramid
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -35,47 +36,71 @@ def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
 
 
 def trunk_and_pyramid_features(
-    backbone: FPN, images: Tensor
+    backbone: Backbone, images: Tensor, names: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Run a detector's FPN on a batch of views, and keep the trunk's maps as well.
+    """Run a detector's feature pyramid on a batch of views, and keep the trunk's maps as well.
 
     Args:
         backbone: the detector's.
         images: ``(B, 3, H, W)``, normalised; the sides need not be divisible by 32.
+        names: the pyramid's maps to return; None for those of :func:`pyramid_names`.
 
     Returns:
-        The maps of the trunk (``res2``, ...), and those of :func:`pyramid_features` without the
-        top block's, both by the backbone's names, finest first.
+        The maps of the trunk (``res2``, ...), and those of the pyramid, both by the backbone's
+        names. They are the same for a backbone without a pyramid.
     """
-    bottom_up = backbone.bottom_up(images)
-    reads = dict.fromkeys(pyramid_names(backbone), slice(0, len(images)))
-    return bottom_up, _top_down(backbone, bottom_up, reads)
+    maps = trunk_of(backbone)(images)
+    names = pyramid_names(backbone) if names is None else names
+    return maps, _levels(backbone, maps, dict.fromkeys(names, slice(0, len(images))))
 
 
 def pyramid_maps(
-    backbone: Backbone, images: Tensor, reads: Mapping[str, slice]
+    backbone: nn.Module, images: Tensor, reads: Mapping[str, slice]
 ) -> dict[str, Tensor]:
     """Compute only the pyramid maps that are read, and each only for the images it is read for.
 
     An FPN's lateral and output convolutions are most of its work on the finer levels. Lateral
     convolutions run on the images whose map of that level or a finer one is read, output
     convolutions on those whose map of that level is; levels finer than all that are read are
-    skipped. In training mode their norms see these images only.
+    skipped. In training mode their norms see these images only. The levels of ViTDet's simple
+    feature pyramid do not depend on each other.
 
     Args:
-        backbone: the detector's. One that is not Detectron2's FPN runs completely.
+        backbone: the detector's. One that is neither of the two runs completely.
         images: ``(B, 3, H, W)``, normalised. Sides need not be divisible by the FPN's size
             divisibility: a coarser map is resized to the finer one that it is added to.
-        reads: map name -> images to return, a slice with bounds and step 1. Maps of an FPN's top
-            block cannot be read.
+        reads: map name -> images to return, a slice with bounds and step 1. Maps of a top block
+            cannot be read.
 
     Returns:
         For each name in ``reads`` the map of ``images[reads[name]]``.
     """
-    if not isinstance(backbone, FPN):
-        maps = backbone(images)
-        return {name: maps[name][span] for name, span in reads.items()}
-    return _top_down(backbone, backbone.bottom_up(images), reads)
+    return _levels(backbone, trunk_of(backbone)(images), reads)
+
+
+def trunk_of(backbone: nn.Module) -> nn.Module:
+    """The trunk below a feature pyramid; a backbone without a pyramid is its own trunk."""
+    name = trunk_name(backbone)
+    return getattr(backbone, name) if name else backbone
+
+
+def trunk_name(backbone: nn.Module) -> str:
+    """Name of the trunk in a backbone's feature pyramid; ``""`` without a pyramid."""
+    if isinstance(backbone, FPN):
+        return "bottom_up"
+    return "net" if isinstance(backbone, SimpleFeaturePyramid) else ""
+
+
+def _levels(
+    backbone: nn.Module, trunk: Mapping[str, Tensor], reads: Mapping[str, slice]
+) -> dict[str, Tensor]:
+    if isinstance(backbone, FPN):
+        return _top_down(backbone, trunk, reads)
+    if isinstance(backbone, SimpleFeaturePyramid):
+        stages = dict(zip(pyramid_names(backbone), backbone.stages, strict=True))
+        source = trunk[backbone.in_feature]
+        return {name: stages[name](source[span]) for name, span in reads.items()}
+    return {name: trunk[name][span] for name, span in reads.items()}
 
 
 def _top_down(
@@ -104,37 +129,79 @@ def _top_down(
     return {name: found[name] for name in reads}
 
 
-def freeze_unread(backbone: Backbone, names: Collection[str]) -> list[str]:
-    """Freeze those of an FPN's convolutions that none of the maps that are read depends on.
+class _Reader(nn.Module):
+    """The mean of the maps that a method reads."""
 
-    :func:`pyramid_maps` does not run them, and DDP would wait for their gradients.
+    def __init__(self, backbone: nn.Module, names: Collection[str], of_trunk: Collection[str]):
+        super().__init__()
+        self.backbone, self.names, self.of_trunk = backbone, names, of_trunk
+
+    def forward(self, images: Tensor) -> Tensor:
+        trunk, pyramid = trunk_and_pyramid_features(self.backbone, images, self.names)
+        maps = [*pyramid.values(), *(trunk[name] for name in self.of_trunk)]
+        return torch.stack([x.mean() for x in maps]).mean()
+
+
+def freeze_unread(
+    backbone: nn.Module, names: Collection[str], of_trunk: Collection[str] = ()
+) -> list[str]:
+    """Freeze those of a backbone's parameters that none of the maps that are read depends on.
+
+    They would get no gradient, and DDP would wait for it: an FPN's convolutions of unread levels
+    and its top block, or a Swin Transformer's norms of unread maps. They are found by a backward
+    pass on the meta device.
 
     Args:
-        backbone: the detector's. Of one that is not Detectron2's FPN nothing is frozen.
-        names: maps that are read.
+        backbone: the detector's, or a :class:`~region_pretrain.modeling.trunk.Trunk`.
+        names: maps that are read with :func:`pyramid_maps`.
+        of_trunk: maps of the trunk that are read.
 
     Returns:
-        Names of the frozen convolutions in the backbone, such as ``fpn_output2``.
+        Names of the frozen modules in the backbone, such as ``fpn_output2``.
     """
-    if not isinstance(backbone, FPN):
+    reader, training = _Reader(backbone, names, of_trunk), backbone.training
+    on_meta = {
+        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        for name, tensor in (*reader.named_parameters(), *reader.named_buffers())
+    }
+    trained = [name for name, p in reader.named_parameters() if p.requires_grad]
+    if not trained:
         return []
-    coarsest_first = pyramid_names(backbone)[::-1]  # like the convolutions
-    finest = max(coarsest_first.index(name) for name in names)
-    outputs = zip(coarsest_first, backbone.output_convs, strict=True)
-    unread = [
-        *backbone.lateral_convs[finest + 1 :],
-        *(output for name, output in outputs if name not in names),
-    ]
-    for convolution in unread:
-        convolution.requires_grad_(False)
-    frozen = [name for name, module in backbone.named_children() if module in unread]
+    reader.eval()  # no batch statistics: they would be exchanged between processes
+    try:
+        image = torch.empty(1, 3, 224, 224, device="meta")
+        mean = torch.func.functional_call(reader, on_meta, (image,))
+        inputs = [on_meta[name] for name in trained]
+        gradients = torch.autograd.grad(mean, inputs, allow_unused=True)
+    finally:
+        reader.train(training)
+    pairs = zip(trained, gradients, strict=True)
+    unread = {name.removeprefix("backbone.") for name, gradient in pairs if gradient is None}
+    for name in unread:
+        parameter = backbone.get_parameter(name)
+        parameter.requires_grad_(False)
+        parameter.is_unread = True  # frozen by us, not by the detector's config
+    frozen = _modules_of(backbone, unread)
     if frozen:
-        read = ", ".join(sorted(set(names)))
-        logger.info("only %s of the FPN is read: %s are not trained", read, ", ".join(frozen))
+        read = ", ".join(sorted({*names, *of_trunk}))
+        logger.info("only %s is read: %s are not trained", read, ", ".join(frozen))
     return frozen
 
 
-def pyramid_names(backbone: Backbone) -> list[str]:
-    """Names of a backbone's maps, finest first, without those of an FPN's top block."""
+def _modules_of(root: nn.Module, parameters: set[str]) -> list[str]:
+    """The outermost modules all of whose parameters are among those given."""
+    found: list[str] = []
+    for name, module in root.named_modules():
+        own = [f"{name}.{key}".removeprefix(".") for key, _ in module.named_parameters()]
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if own and not inside and parameters.issuperset(own):
+            found.append(name)
+    return found
+
+
+def pyramid_names(backbone: nn.Module) -> list[str]:
+    """Names of a backbone's maps, finest first, without those of a top block."""
     names = list(backbone.output_shape())
-    return names[: len(backbone.in_features)] if isinstance(backbone, FPN) else names
+    if isinstance(backbone, FPN):
+        return names[: len(backbone.in_features)]
+    return names[: len(backbone.stages)] if isinstance(backbone, SimpleFeaturePyramid) else names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from detectron2.layers import get_norm
@@ -10,11 +9,6 @@ from detectron2.modeling.backbone import ResNet
 from torch import nn
 
 from region_pretrain.errors import UserError
-
-
-def as_module(stage: nn.Module | Sequence[nn.Module]) -> nn.Module:
-    """A stage as a module; like Detectron2's ``Res5ROIHeads`` it may be a list of blocks."""
-    return stage if isinstance(stage, nn.Module) else nn.Sequential(*stage)
 
 
 def res5_stage_with_norm(*, out_channels: int, norm: str, **stage: Any) -> nn.Sequential:

@@ -3,48 +3,79 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 
 logger = logging.getLogger(__name__)
 
 
 class Trunk(nn.Module):
-    """The trunk below a detector's FPN, for methods that read its last map or an average of it.
+    """The trunk below a detector's feature pyramid, under the names it has in the detector.
 
-    As a model's ``backbone`` it trains ``backbone.bottom_up.*`` and nothing else: the detector's
-    FPN, RPN and heads keep their random initialisation, which the log states.
+    As a model's ``backbone``, ``Trunk(bottom_up=...)`` trains ``backbone.bottom_up.*`` and nothing
+    else: the detector's FPN, RPN and heads keep their random initialisation, which the log states.
 
     Args:
-        bottom_up: the detector's ``backbone.bottom_up``.
-        feature: name of the last map.
-
-    Raises:
-        UserError: the trunk has no map of this name.
+        trunk: one keyword argument, the trunk by its name in the detector's backbone:
+            ``bottom_up`` in an FPN, ``net`` in ViTDet's simple feature pyramid.
     """
 
-    def __init__(self, bottom_up: Backbone, feature: str = "res5") -> None:
+    def __init__(self, **trunk: Backbone) -> None:
         super().__init__()
-        maps = bottom_up.output_shape()
-        if feature not in maps:
-            raise UserError(f"model.backbone.feature={feature} must be one of {', '.join(maps)}")
-        self.bottom_up = bottom_up
-        self.feature = feature
+        ((self.name, module),) = trunk.items()
+        self.add_module(self.name, module)
         logger.info(
-            "this method trains backbone.bottom_up only: the detector's FPN, RPN and heads will "
-            "start from random weights"
+            "this method trains backbone.%s only: the detector's pyramid, RPN and heads will start "
+            "from random weights",
+            self.name,
         )
 
-    def last_map(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` images to their last map ``(B, C, h, w)``."""
-        return self.bottom_up(images)[self.feature]
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each map."""
+        return getattr(self, self.name).output_shape()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` images to their last map averaged over space, ``(B, C)``."""
-        return self.last_map(images).mean(dim=(2, 3))
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """``(B, 3, H, W)`` images to their maps by name."""
+        return getattr(self, self.name)(images)
+
+
+def prepare_map(backbone: nn.Module, feature: str) -> None:
+    """Freeze those of a backbone's parameters that one of its maps does not depend on.
+
+    Args:
+        backbone: a detector's backbone or its :class:`Trunk`.
+        feature: name of the map, read with :func:`read_map`.
+
+    Raises:
+        UserError: the backbone has no map of this name.
+    """
+    maps = backbone.output_shape()
+    if feature not in maps:
+        raise UserError(f"model.feature={feature} must be one of {', '.join(maps)}")
+    freeze_unread(backbone, [feature])
+
+
+def read_map(network: Mapping[str, nn.Module], images: Tensor, feature: str) -> Tensor:
+    """Compute one map of a network.
+
+    Args:
+        network: ``backbone``, a detector's backbone or its :class:`Trunk`, and optionally ``res5``,
+            the last stage of a C4 detector, which is applied to the complete map.
+        images: ``(B, 3, H, W)``, normalised.
+        feature: name of the backbone's map.
+
+    Returns:
+        ``(B, C, h, w)``.
+    """
+    reads = {feature: slice(0, len(images))}
+    maps = pyramid_maps(network["backbone"], images, reads)[feature]
+    return network["res5"](maps) if "res5" in network else maps
 
 
 def compile_trunks(model: nn.Module) -> None:

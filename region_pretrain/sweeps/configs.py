@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,6 +18,7 @@ from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.snapshot import CHECKOUT, in_checkout
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.regions import RegionStore
 from region_pretrain.yacs import find_config_file, split_overrides
@@ -121,7 +121,7 @@ def _build(cfg: DictConfig) -> None:
         names = instantiate(cfg.dataloader.train.get("dataset", {}).get("names", []))
         for name in [names] if isinstance(names, str) else names:
             check_registered(name)
-    with torch.device("meta"):
+    with on_meta_device():
         model = instantiate(cfg.model)
     if not detection:
         check_contract(model)

@@ -21,8 +21,10 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone as build_registered_backbone
 from detectron2.modeling import build_model
-from detectron2.modeling.backbone import ResNet, build_resnet_backbone
+from detectron2.modeling.backbone import Backbone, ResNet, build_resnet_backbone
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.solver.build import maybe_add_gradient_clipping
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -65,6 +67,30 @@ def build_resnet(cfg: Mapping[str, Any]) -> ResNet:
             are used.
     """
     return build_resnet_backbone(as_cfg_node(cfg), ShapeSpec(channels=3))
+
+
+def build_backbone(cfg: Mapping[str, Any]) -> Backbone:
+    """``detectron2.modeling.build_backbone``.
+
+    Args:
+        cfg: a complete yacs config as nested dicts.
+    """
+    return build_registered_backbone(as_cfg_node(cfg))
+
+
+def build_retinanet_head(cfg: Mapping[str, Any]) -> RetinaNetHead:
+    """Detectron2's ``RetinaNetHead`` on the maps of an FPN.
+
+    Args:
+        cfg: a yacs config as nested dicts, of which ``MODEL.RETINANET``, ``MODEL.FPN`` and
+            ``MODEL.ANCHOR_GENERATOR`` are used.
+    """
+    cfg = as_cfg_node(cfg)
+    shapes = [
+        ShapeSpec(channels=cfg.MODEL.FPN.OUT_CHANNELS, stride=2 ** int(name.removeprefix("p")))
+        for name in cfg.MODEL.RETINANET.IN_FEATURES
+    ]
+    return RetinaNetHead(cfg, shapes)
 
 
 def sgd_with_tensor_clipping(

@@ -8,16 +8,16 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, BottleneckBlock, ResNet
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from omegaconf import DictConfig
 
 from region_pretrain.errors import UserError
-from region_pretrain.yacs.build import build_resnet
+from region_pretrain.yacs.build import build_backbone, build_resnet, build_retinanet_head
 
-_BACKBONES = (
+_RESNETS = (
     "build_resnet_backbone",
     "build_resnet_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone",
@@ -29,17 +29,16 @@ def lazy_detector(cfg: CfgNode) -> DictConfig:
     """The modules of a detector that can be pre-trained, as in ``model`` of a LazyConfig.
 
     Args:
-        cfg: a complete yacs config of a ResNet or ResNeXt detector: R-CNN with FPN, C4 or dilated
-            C5, or RetinaNet.
+        cfg: a complete yacs config of an R-CNN with FPN, C4 or dilated C5, of a Cascade R-CNN or of
+            a RetinaNet. Its backbone may be any in Detectron2's registry.
 
     Returns:
         ``backbone``, ``pixel_mean``, ``pixel_std``, ``input_format`` and, of an R-CNN,
-        ``roi_heads`` with pooler and box head or ``res5``. Names of parameters are those of
-        ``detectron2.modeling.build_model``. A Cascade R-CNN has one box head per stage, so the
-        result has none.
+        ``roi_heads`` with pooler and ``box_head``, ``box_heads`` (Cascade R-CNN) or ``res5``, of a
+        RetinaNet ``head``. Names of parameters are those of ``detectron2.modeling.build_model``.
 
     Raises:
-        UserError: another backbone, RoI heads or box head; the message names the key.
+        UserError: unknown backbone, RoI heads or box head; the message names the key.
     """
     detector = dict(
         backbone=_backbone(cfg),
@@ -49,6 +48,9 @@ def lazy_detector(cfg: CfgNode) -> DictConfig:
     )
     if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
         detector["roi_heads"] = _roi_heads(cfg)
+    elif cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        part = {key: plain(cfg.MODEL[key]) for key in ("RETINANET", "ANCHOR_GENERATOR", "FPN")}
+        detector["head"] = L(build_retinanet_head)(cfg={"MODEL": part})
     return DictConfig(detector, flags={"allow_objects": True})
 
 
@@ -59,7 +61,10 @@ def plain(cfg: CfgNode) -> dict[str, Any]:
 
 def _backbone(cfg: CfgNode) -> DictConfig:
     name, fpn = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN
-    _check("MODEL.BACKBONE.NAME", name, _BACKBONES)
+    if name not in _RESNETS:
+        known = {built for built, _ in BACKBONE_REGISTRY}
+        _check("MODEL.BACKBONE.NAME", name, (*_RESNETS, *sorted(known - {*_RESNETS})))
+        return L(build_backbone)(cfg=plain(cfg))
     part = {key: plain(cfg.MODEL[key]) for key in ("BACKBONE", "RESNETS")}
     trunk = L(build_resnet)(cfg={"MODEL": part})
     if name == "build_resnet_backbone":
@@ -92,17 +97,18 @@ def _roi_heads(cfg: CfgNode) -> dict[str, Any]:
     if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
         return dict(in_features=features, pooler=pooler, res5=_res5(cfg))
     heads = dict(box_in_features=features, box_pooler=pooler)
-    if cfg.MODEL.ROI_HEADS.NAME == "StandardROIHeads":
-        _check("MODEL.ROI_BOX_HEAD.NAME", box.NAME, ("FastRCNNConvFCHead",))
-        level = features[0]
-        channels = cfg.MODEL.FPN.OUT_CHANNELS if level[0] == "p" else _channels(cfg, int(level[3:]))
-        heads["box_head"] = L(FastRCNNConvFCHead)(
-            input_shape=L(ShapeSpec)(channels=channels, height=size, width=size),
-            conv_dims=[box.CONV_DIM] * box.NUM_CONV,
-            fc_dims=[box.FC_DIM] * box.NUM_FC,
-            conv_norm=box.NORM,
-        )
-    return heads
+    _check("MODEL.ROI_BOX_HEAD.NAME", box.NAME, ("FastRCNNConvFCHead",))
+    level = features[0]
+    channels = cfg.MODEL.FPN.OUT_CHANNELS if level[0] == "p" else _channels(cfg, int(level[3:]))
+    box_head = L(FastRCNNConvFCHead)(
+        input_shape=L(ShapeSpec)(channels=channels, height=size, width=size),
+        conv_dims=[box.CONV_DIM] * box.NUM_CONV,
+        fc_dims=[box.FC_DIM] * box.NUM_FC,
+        conv_norm=box.NORM,
+    )
+    if cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads":
+        return heads | {"box_heads": [box_head] * len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)}
+    return heads | {"box_head": box_head}
 
 
 def _res5(cfg: CfgNode) -> DictConfig:

@@ -16,7 +16,8 @@ MOMENTUM = 0.8  # low, so that a wrong step of the average is large
 def byol_case(images: int = 4, precision: str = "float64", channels: str = "RGB") -> Case:
     torch.manual_seed(0)
     model = BYOL(
-        backbone=Trunk(small_trunk()),
+        backbone=Trunk(bottom_up=small_trunk()),
+        feature="res5",
         projector=MLPHead(64, 24, 12),
         predictor=MLPHead(12, 24, 12),
         momentum=cosine_momentum(MOMENTUM),

@@ -73,6 +73,7 @@ def ccop_case(variant: Variant, precision: str = "float64") -> Case:
     head = dict(norm=variant.head_norm, dropout=variant.dropout)
     model = CCOP(
         backbone=instantiate(detector.backbone),
+        trunk_feature="res5",
         in_features=["p2", "p3", "p4", "p5"],
         pooler=instantiate(detector.roi_heads.box_pooler),
         image_head=MLPHead(64, 24, 12, **head),

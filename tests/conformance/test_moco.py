@@ -18,7 +18,8 @@ MOMENTUM, TEMPERATURE, SEED = 0.8, 0.3, 5
 def moco_case(images: int, length: int, precision: str = "float64", shuffle: bool = True) -> Case:
     torch.manual_seed(0)
     model = MoCo(
-        backbone=Trunk(small_trunk()),
+        backbone=Trunk(bottom_up=small_trunk()),
+        feature="res5",
         head=MLPHead(64, 24, 12, norm=""),
         queue=KeyQueue(length, 12),
         momentum=ConstantParamScheduler(MOMENTUM),

@@ -94,7 +94,7 @@ def point_case(variant: Variant, precision: str = "float64") -> Case:
         parts["backbone"] = ResNet(BasicStem(3, 8, "SyncBN"), stages, out_features=["res4"])
         parts["res5"] = nn.Sequential(*res5)
     elif variant.feature == "res5":
-        parts["backbone"] = Trunk(small_trunk())
+        parts["backbone"] = Trunk(bottom_up=small_trunk())
     else:
         parts["backbone"], channels = instantiate(small_detector().backbone), 16
     image, point, affinity = variant.weights

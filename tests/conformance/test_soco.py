@@ -86,7 +86,7 @@ def soco_case(variant: Variant, precision: str = "float64") -> Case:
             in_features=["res4"],
             pooler=ROIPooler(14, [1 / 16], 0, "ROIAlignV2"),
             head=nn.Sequential(*res5),
-            head_name="res5",
+            head_name="roi_heads.res5",
             projector=MLPHead(64, 24, 12),
         )
     else:

@@ -29,6 +29,7 @@ FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
 DC5 = "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml"
 RETINA = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+RPN = "COCO-Detection/rpn_R_50_FPN_1x.yaml"
 CASCADE = "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"
 CONVERTED = [
     FPN,
@@ -37,7 +38,7 @@ CONVERTED = [
     RETINA,
     CASCADE,
     "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x.yaml",
-    "COCO-Detection/rpn_R_50_FPN_1x.yaml",
+    RPN,
     "COCO-Keypoints/keypoint_rcnn_R_50_FPN_3x.yaml",
     "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
     "Misc/mask_rcnn_R_50_FPN_3x_gn.yaml",
@@ -46,29 +47,27 @@ CONVERTED = [
 ]
 LSJ = "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"
 #: Method -> detectors that it pre-trains, and the modules that its checkpoint fills.
+TOWERS = {"head.cls_subnet", "head.bbox_subnet"}
 FPN_AND_HEAD = {"backbone.bottom_up", "backbone.fpn", "roi_heads.box_head"}
 FITS = [
     ("soco", FPN, FPN_AND_HEAD),
     ("soco", C4, {"backbone", "roi_heads.res5"}),
     ("soco", DC5, {"backbone", "roi_heads.box_head"}),
-    ("ccop", FPN, {"backbone.bottom_up", "backbone.fpn"}),
+    ("soco", RETINA, {"backbone.bottom_up", "backbone.fpn", "backbone.top_block", *TOWERS}),
+    ("soco", CASCADE, FPN_AND_HEAD),
     ("ccop", CASCADE, {"backbone.bottom_up", "backbone.fpn"}),
     ("mcl", FPN, FPN_AND_HEAD),
-    ("point_region", FPN, {"backbone.bottom_up", "backbone.fpn"}),
-    ("point_region", C4, {"backbone", "roi_heads.res5"}),
-    ("point_region", RETINA, {"backbone.bottom_up"}),
+    ("mcl", CASCADE, FPN_AND_HEAD),
+    ("point_region", RETINA, {"backbone.bottom_up", "backbone.fpn", "backbone.top_block"}),
+    ("moco", C4, {"backbone", "roi_heads.res5"}),
     ("moco", RETINA, {"backbone.bottom_up"}),
-    ("byol", FPN, {"backbone.bottom_up"}),
+    ("byol", DC5, {"backbone"}),
 ]
 REFUSED = [
-    ("soco", RETINA, "no roi_heads.box_head.* SoCo needs .* --method moco, byol"),
-    ("soco", CASCADE, "no roi_heads.box_head.* SoCo needs .*ccop"),
-    ("ccop", C4, "no backbone.bottom_up: CCOP needs an R-CNN with an FPN; for C4, .*soco"),
-    ("mcl", C4, "no backbone.bottom_up: MCL needs .*for C4, use --method soco"),
-    ("mcl", RETINA, "no roi_heads.box_head: MCL needs"),
-    ("point_region", DC5, "no backbone.bottom_up: .*use --method soco"),
-    ("moco", C4, "no backbone.bottom_up: MoCo .*for C4, use --method soco"),
-    ("byol", DC5, "no backbone.bottom_up: BYOL"),
+    ("soco", RPN, "neither a box head nor towers, which SoCo trains: use moco, byol, point_region"),
+    ("ccop", C4, "no feature pyramid, which CCOP trains: use soco, point_region, moco or byol"),
+    ("mcl", DC5, "lacks a feature pyramid or a head .*: use soco, point_region, moco or byol"),
+    ("mcl", RPN, "lacks a feature pyramid or a head"),
 ]
 
 
@@ -86,17 +85,19 @@ def test_a_converted_detector_has_detectron2s_names_and_shapes(name):
         assert state_of(backbone) == state_of(stock.backbone)
         assert backbone.output_shape() == stock.backbone.output_shape()
         heads = lazy.get("roi_heads", {})
-        for part in {"box_head", "res5"} & set(heads):
+        for part in {"box_head", "box_heads", "res5"} & set(heads):
             built = instantiate(heads[part])
-            built = torch.nn.Sequential(*built) if isinstance(built, list) else built
-            assert state_of(built) == state_of(getattr(stock.roi_heads, part))
+            built = built if isinstance(built, torch.nn.Module) else torch.nn.Sequential(*built)
+            assert state_of(built) == state_of(getattr(stock.roi_heads, part.rstrip("s")))
+        if "head" in lazy:
+            assert state_of(instantiate(lazy.head)) == state_of(stock.head)
     for key in ("box_pooler", "pooler"):
         if key in heads:
             mine, theirs = instantiate(heads[key]), getattr(stock.roi_heads, key)
             assert str(mine) == str(theirs) and "spatial_scale" in str(mine)
             features = "box_in_features" if key == "box_pooler" else "in_features"
             assert heads[features] == getattr(stock.roi_heads, features)
-    assert "box_head" in heads or "res5" in heads or name in (RETINA, CASCADE) or "rpn" in name
+    assert {"box_head", "box_heads", "res5"} & set(heads) or "head" in lazy or name == RPN
     assert torch.tensor(list(lazy.pixel_mean)).shape == (3,)
     assert (list(lazy.pixel_mean), list(lazy.pixel_std), lazy.input_format) == (
         cfg.MODEL.PIXEL_MEAN,
@@ -172,7 +173,7 @@ def test_unknown_methods_and_detectors_are_named():
         load_method("soco", "common/optim.py")
     with pytest.raises(UserError, match="no key 'optimizer.rate'"):
         load_method("soco", LSJ, ["optimizer.rate=1"])
-    with pytest.raises(UserError, match="MODEL.BACKBONE.NAME=mine cannot be converted"):
+    with pytest.raises(UserError, match="NAME=mine cannot be converted.* build_resnet_fpn"):
         load_method("soco", FPN, ["MODEL.BACKBONE.NAME=mine"])
 
 

@@ -235,7 +235,7 @@ def test_a_pretraining_model_gives_what_its_detector_gives(names, input_format):
     assert hook_on(model) == {k: full[k] for k in ("probe/knn_trunk", "probe/knn_fpn")}
     del model.roi_heads.box_pooler  # the probe's own is the detector's: 7x7, the same levels
     assert hook_on(model) == {k: full[k] for k in ("probe/knn_trunk", "probe/knn_fpn")}
-    model.backbone = Trunk(detector.backbone.bottom_up)
+    model.backbone = Trunk(bottom_up=detector.backbone.bottom_up)
     assert list(hook_on(model)) == ["probe/knn_trunk"]
 
 

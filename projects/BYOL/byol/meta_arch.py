@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -14,7 +16,8 @@ from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
-from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.modeling.region_head import add_head, as_module
+from region_pretrain.modeling.trunk import prepare_map, read_map
 
 
 @META_ARCH_REGISTRY.register()
@@ -25,28 +28,40 @@ class BYOL(PretrainingModel):
     average, computes for the other of two crops.
 
     Args:
-        backbone: the detector's trunk.
+        backbone: the detector's backbone, or its :class:`~region_pretrain.modeling.trunk.Trunk`.
+        feature: name of the map that is averaged over space.
+        res5: the last stage of a C4 detector, or its blocks, applied to the map.
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         pixel_mean, pixel_std, input_format: the detector's.
+
+    Raises:
+        UserError: the backbone has no such map.
     """
 
-    detector_modules = ("backbone",)
+    detector_modules: tuple[str, ...] = ("backbone",)
 
     def __init__(
         self,
         *,
-        backbone: Trunk,
+        backbone: nn.Module,
+        feature: str,
+        res5: nn.Module | Sequence[nn.Module] | None = None,
         projector: nn.Module,
         predictor: nn.Module,
         momentum: ParamScheduler,
-        pixel_mean: list[float],
-        pixel_std: list[float],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
         input_format: str,
     ) -> None:
         super().__init__()
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.backbone = backbone
+        self.feature = feature
+        prepare_map(backbone, feature)
+        if res5 is not None:
+            add_head(self, "roi_heads.res5", as_module(res5))
+            self.detector_modules = ("backbone", "roi_heads")
         self.projector = projector
         self.predictor = predictor
         self.target = MomentumCopy(self.online)
@@ -55,7 +70,10 @@ class BYOL(PretrainingModel):
     @property
     def online(self) -> dict[str, nn.Module]:
         """The modules that have a momentum copy."""
-        return {"backbone": self.backbone, "projector": self.projector}
+        modules = {"backbone": self.backbone, "projector": self.projector}
+        if len(self.detector_modules) > 1:
+            modules["res5"] = self.roi_heads.res5
+        return modules
 
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Update the target network."""
@@ -74,16 +92,16 @@ class BYOL(PretrainingModel):
             and ``embedding_std``.
         """
         images = [self.preprocess(view) for view in batch.views]
-        first, second = (_unit(self.predictor(self.projector(self.backbone(x)))) for x in images)
-        target = self.target
+        first, second = (_unit(self.predictor(self._project(self.online, x))) for x in images)
         with torch.no_grad():
-            of_first, of_second = (
-                _unit(target["projector"](target["backbone"](x))) for x in images
-            )
+            of_first, of_second = (_unit(self._project(self.target, x)) for x in images)
         match = torch.ones(len(batch), 1, 1, dtype=torch.bool, device=first.device)
         loss = matched_cosine_loss(first, of_second, match)
         loss = loss + matched_cosine_loss(second, of_first, match)
         return {"loss_image": loss, "embedding_std": embedding_std(of_first)}
+
+    def _project(self, network: Mapping[str, nn.Module], images: Tensor) -> Tensor:
+        return network["projector"](read_map(network, images, self.feature).mean(dim=(2, 3)))
 
 
 def _unit(vectors: Tensor) -> Tensor:

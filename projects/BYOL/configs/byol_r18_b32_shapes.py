@@ -1,12 +1,12 @@
 """BYOL on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.byol import byol
 
-from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
+from .common.byol import dataloader, lr_multiplier, optimizer, train
 
 model = byol(
     get_config("detection/mask_rcnn_r18_fpn_shapes.py").model,
-    trunk_dim=192,
     hidden_dim=512,
     dim=128,
 )

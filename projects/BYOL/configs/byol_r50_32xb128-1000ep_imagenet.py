@@ -1,8 +1,9 @@
 """BYOL R50, ImageNet, 1000 epochs, the paper's main run. 32 GPUs x 128 images per GPU."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.byol import byol
 
-from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
+from .common.byol import dataloader, lr_multiplier, optimizer, train
 
 model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 model.momentum.start = 0.996

@@ -1,8 +1,9 @@
 """BYOL R50, COCO train2017, 800 epochs. 8 GPUs x 128 images per GPU."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.byol import byol
 
-from .common.byol import byol, dataloader, lr_multiplier, optimizer, train
+from .common.byol import dataloader, lr_multiplier, optimizer, train
 
 model = byol(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 dataloader.train.dataset.names = "coco_2017_train_images"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import get_event_storage
 from fvcore.common.param_scheduler import ParamScheduler
@@ -23,8 +23,9 @@ from region_pretrain.modeling.losses import embedding_std, info_nce
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
-from region_pretrain.modeling.pyramid import trunk_and_pyramid_features
+from region_pretrain.modeling.pyramid import freeze_unread, trunk_and_pyramid_features, trunk_of
 from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.modeling.region_head import add_head
 from region_pretrain.modeling.regions import assign_levels, pool_boxes
 from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.projects.ccop.candidates import (
@@ -60,10 +61,11 @@ class CCOP(PretrainingModel):
     trained.
 
     Args:
-        backbone: the detector's FPN.
+        backbone: the detector's feature pyramid.
+        trunk_feature: name of the trunk's map that represents the image.
         in_features: names of the maps that regions are pooled from, in the pooler's order.
         pooler: the detector's box pooler.
-        image_head: from the trunk's last map, averaged over space, to D channels.
+        image_head: from the trunk's map, averaged over space, to D channels.
         region_head: from a pooled region, flattened, to D channels.
         image_queue, region_queue: keys of other images and of their regions, D channels.
         curriculum: noise ranges and IoU floor of the candidates.
@@ -85,7 +87,7 @@ class CCOP(PretrainingModel):
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: a value is out of range, or the detector has no FPN.
+        UserError: a value is out of range, or the trunk has no such map.
     """
 
     detector_modules = ("backbone",)
@@ -93,7 +95,8 @@ class CCOP(PretrainingModel):
     def __init__(
         self,
         *,
-        backbone: FPN,
+        backbone: Backbone,
+        trunk_feature: str,
         in_features: Sequence[str],
         pooler: ROIPooler,
         image_head: nn.Module,
@@ -119,11 +122,9 @@ class CCOP(PretrainingModel):
         input_format: str,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, FPN):
-            raise UserError(
-                "CCOP needs a detector with an FPN, and the detector's backbone is a "
-                f"{type(backbone).__name__}"
-            )
+        if trunk_feature not in trunk_of(backbone).output_shape():
+            known = ", ".join(trunk_of(backbone).output_shape())
+            raise UserError(f"model.trunk_feature={trunk_feature} must be one of {known}")
         if anchor not in ANCHORS:
             raise UserError(f"model.anchor={anchor!r} must be one of {', '.join(ANCHORS)}")
         if temperature <= 0 or num_candidates < 0:
@@ -143,15 +144,15 @@ class CCOP(PretrainingModel):
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.shuffling = ShufflingBatchNorm(shuffle, seed)
         self.backbone = self.shuffling.prepare(backbone)
-        self.roi_heads = nn.Module()
-        self.roi_heads.add_module("box_pooler", pooler)
+        freeze_unread(self.backbone, in_features, of_trunk=[trunk_feature])
+        add_head(self, "roi_heads.box_pooler", pooler)
         self.image_head = image_head
         self.region_head = region_head
         self.key = MomentumCopy(self.query)
         self.momentum = momentum
         self.curriculum = curriculum
         self.image_queue, self.region_queue = image_queue, region_queue
-        self.in_features = list(in_features)
+        self.trunk_feature, self.in_features = trunk_feature, list(in_features)
         self.level_scales = list(level_scales)
         self.temperature = temperature
         self.margin, self.max_pair_iou, self.anchor = margin, max_pair_iou, anchor
@@ -159,8 +160,8 @@ class CCOP(PretrainingModel):
         self.hardest = hardest
         self.seed = seed or 0
         logger.info(
-            "CCOP trains the detector's backbone and FPN: its RPN, heads and predictors will start "
-            "from random weights"
+            "CCOP trains the detector's backbone and pyramid: its RPN, heads and predictors will "
+            "start from random weights"
         )
 
     @property
@@ -302,10 +303,8 @@ class CCOP(PretrainingModel):
     ) -> tuple[Tensor, list[Tensor], tuple[int, int]]:
         """Image vectors ``(B, D)``, the maps to pool regions from, and the view's size."""
         images = self.preprocess(view)
-        backbone = network["backbone"]
-        trunk, pyramid = trunk_and_pyramid_features(backbone, images)
-        last = trunk[backbone.in_features[-1]].mean(dim=(2, 3))
-        image = _unit(network["image_head"](last))
+        trunk, pyramid = trunk_and_pyramid_features(network["backbone"], images, self.in_features)
+        image = _unit(network["image_head"](trunk[self.trunk_feature].mean(dim=(2, 3))))
         return image, [pyramid[name] for name in self.in_features], tuple(images.shape[-2:])
 
     def _pool(

@@ -1,12 +1,11 @@
 """CCOP on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.ccop import ccop
 
-from .common.ccop import ccop_fpn, dataloader, lr_multiplier, optimizer, train
+from .common.ccop import dataloader, lr_multiplier, optimizer, train
 
-model = ccop_fpn(
-    get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, trunk_dim=192, hidden_dim=512, dim=64
-)
+model = ccop(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=64)
 # For 1,000 images: a queue of 65,536 keys would contain each image dozens of times.
 model.image_queue.length = 512
 model.region_queue.length = 4096

@@ -3,20 +3,19 @@
 from detectron2.config import LazyCall as L
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.mcl import supervised_mcl
 from region_pretrain.projects.mcl.objects import object_crops
 
 from .common.shapes import (
     DETECTOR,
-    LEVEL_WEIGHTS,
+    RATIOS,
     dataloader,
     lr_multiplier,
     optimizer,
-    supervised_fpn,
     train,
 )
 
-model = supervised_fpn(get_config(DETECTOR).model, num_classes=8)
-model.level_weights = LEVEL_WEIGHTS
+model = supervised_mcl(get_config(DETECTOR).model, num_classes=8, ratios=RATIOS)
 _dataset = dataloader.train.dataset
 _dataset.names = L(object_crops)(names=_dataset.names, context=1.5)  # of the 1,000 scenes
 _dataset.labels = True

@@ -1,9 +1,10 @@
 """MCL R50-FPN, ImageNet, 100 epochs. 32 GPUs x 128 images per GPU."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.mcl import mcl
 
-from .common.mcl import dataloader, lr_multiplier, mcl_fpn, optimizer, train
+from .common.mcl import dataloader, lr_multiplier, optimizer, train
 
-model = mcl_fpn(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
+model = mcl(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
 train.epochs = 100  # 31,200 iters = 100 ep * 312 iters/ep (1,281,167 images // 4096)
 train.output_dir = "output/mcl_r50-fpn_100ep_imagenet"

@@ -1,10 +1,11 @@
 """MCL R50-FPN, ImageNet, 100 epochs on 8 GPUs: a quarter of batch size, lr (4.0) and negatives."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.mcl import mcl
 
-from .common.mcl import dataloader, lr_multiplier, mcl_fpn, optimizer, train
+from .common.mcl import dataloader, lr_multiplier, optimizer, train
 
-model = mcl_fpn(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
+model = mcl(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
 dataloader.train.total_batch_size = 1024
 lr_multiplier.final_factor = 2.5e-5  # 1e-4 of 4.0
 train.epochs = 100  # 125,100 iters = 100 ep * 1,251 iters/ep (1,281,167 images // 1024)

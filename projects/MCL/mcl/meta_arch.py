@@ -57,7 +57,7 @@ class MCL(TileModel):
         levels = len(self.names)
         if temperature <= 0:
             raise UserError(f"model.temperature={temperature}: must be above 0")
-        _check_width(self.roi_heads["box_head"], projector)
+        _check_width(self.trunk["head"], projector)
         self.projector = projector
         self.predictors = nn.ModuleList(copy.deepcopy(predictor) for _ in range(levels))
         for module in self.predictors.modules():

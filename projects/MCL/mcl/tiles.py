@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps, pyramid_names
+from region_pretrain.modeling.region_head import add_head
 from region_pretrain.projects.mcl.montage import SHRINKS, Montage, cut_windows
 
 COMPUTE = ("all", "windows", "maps")
@@ -49,24 +49,25 @@ def _spans(counts: Sequence[int]) -> list[slice]:
 
 
 class TileModel(PretrainingModel):
-    """A detector's backbone and box head on montages; base class of the meta-architectures.
+    """A detector's backbone and head on montages; base class of the meta-architectures.
 
     A level's tiles fill windows of the detector's pooling size (7 x 7) on the map with stride
     ``size / ratio / 7``, so cutting the map into windows replaces RoIAlign. The head zero-pads each
     window: only backbone and FPN see across the borders of tiles.
 
     Modules keep the detector's names (``backbone.*``, ``roi_heads.box_head.*``). The output
-    convolutions of FPN levels without tiles are not trained.
+    convolutions of levels without tiles are not trained.
 
     Args:
-        backbone: the detector's backbone, or with ``neck`` only its bottom-up part.
+        backbone: the detector's backbone, or with ``neck`` only its trunk.
         pooler: the detector's box pooler, for its output size.
-        head: the detector's box head, complete or its convolutions only. If it returns maps, they
-            are averaged over space.
+        head: the detector's head for pooled regions, complete or its convolutions only. If it
+            returns maps, they are averaged over space.
+        head_name: name of the head in the detector, e.g. ``roi_heads.box_head``.
         montage: see :class:`~region_pretrain.projects.mcl.montage.Montage`.
         level_weights: loss weight of each ratio, coarse levels first.
         neck: :class:`~region_pretrain.projects.mcl.pseudo_levels.PseudoLevels` to pre-train the
-            bottom-up backbone alone; the checkpoint's detector part is then ``backbone.bottom_up``.
+            trunk alone.
         compute: ``"all"``: as released, online and target networks compute every map of every
             canvas and run the head on all windows, nearly all of which are discarded; batch norms
             see all of them. ``"windows"``: all maps of the canvases in use, the head only on the
@@ -83,9 +84,10 @@ class TileModel(PretrainingModel):
     def __init__(
         self,
         *,
-        backbone: Backbone,
+        backbone: nn.Module,
         pooler: ROIPooler,
         head: nn.Module,
+        head_name: str = "roi_heads.box_head",
         montage: Montage,
         level_weights: Sequence[float] = (1 / 2, 1 / 4, 1 / 8, 1 / 8),
         neck: nn.Module | None = None,
@@ -99,16 +101,18 @@ class TileModel(PretrainingModel):
             raise UserError(f"model.compute={compute}: must be one of {', '.join(COMPUTE)}")
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.backbone = backbone
+        self.detector_modules = ("backbone", head_name.partition(".")[0])
         if neck is not None:
-            self.backbone = nn.ModuleDict({"bottom_up": backbone})  # its name in an FPN detector
             self.neck = neck
             self.detector_modules = ("backbone",)
-        self.roi_heads = nn.ModuleDict({"box_pooler": pooler, "box_head": head})
+        add_head(self, "roi_heads.box_pooler", pooler)
+        add_head(self, head_name, head)
+        self.head_name = head_name
         self.montage = montage
         self.compute = compute
         self.window = pooler.output_size[0]
         self.names = _level_names(neck if neck is not None else backbone, montage, self.window)
-        freeze_unread(backbone, self.names)
+        freeze_unread(backbone, self.names if neck is None else [neck.in_feature])
         # Into the checkpoint: weights from aliased and from averaged tiles are not the same thing.
         self.register_buffer("shrink_filter", torch.tensor(SHRINKS.index(montage.shrink)))
         if len(level_weights) != len(self.names):
@@ -121,10 +125,8 @@ class TileModel(PretrainingModel):
     @property
     def trunk(self) -> dict[str, nn.Module]:
         """The modules that map canvases to features, by role."""
-        modules = {"backbone": self.backbone, "head": self.roi_heads["box_head"]}
-        if hasattr(self, "neck"):
-            modules |= {"backbone": self.backbone["bottom_up"], "neck": self.neck}
-        return modules
+        modules = {"backbone": self.backbone, "head": self.get_submodule(self.head_name)}
+        return modules | ({"neck": self.neck} if hasattr(self, "neck") else {})
 
     def pyramids(self, batch: ViewBatch) -> list[Canvases]:
         """Create the montages of the query and the key views, with independent random layouts.

@@ -1,12 +1,11 @@
 """MoCo v2 on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.moco import moco
 
-from .common.moco import dataloader, lr_multiplier, moco, optimizer, train
+from .common.moco import dataloader, lr_multiplier, optimizer, train
 
-model = moco(
-    get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, trunk_dim=192, hidden_dim=512, dim=64
-)
+model = moco(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=64)
 model.queue.length = 512  # 65,536 keys would contain each of the 1,000 images dozens of times
 model.momentum.value = 0.99  # short run; at 0.97 a key's age distinguishes it from the positive
 # Without a norm in the head, all embeddings are still nearly identical after 300 steps.

@@ -4,8 +4,9 @@ The learning rate of 0.3 is that of CCOP's recipe; 0.03 is for ImageNet, which h
 """
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.moco import moco
 
-from .common.moco import dataloader, lr_multiplier, moco, optimizer, train
+from .common.moco import dataloader, lr_multiplier, optimizer, train
 
 model = moco(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
 dataloader.train.dataset.names = "coco_2017_train_images"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -15,8 +17,9 @@ from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.modeling.region_head import add_head, as_module
 from region_pretrain.modeling.shuffle import ShufflingBatchNorm
-from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.modeling.trunk import prepare_map, read_map
 
 
 @META_ARCH_REGISTRY.register()
@@ -27,8 +30,10 @@ class MoCo(PretrainingModel):
     other crop, against a queue of other images' keys.
 
     Args:
-        backbone: the detector's trunk.
-        head: from the trunk's channels to D.
+        backbone: the detector's backbone, or its :class:`~region_pretrain.modeling.trunk.Trunk`.
+        feature: name of the map that is averaged over space.
+        res5: the last stage of a C4 detector, or its blocks, applied to the map.
+        head: from the channels of the averaged map to D.
         queue: keys of other images.
         momentum: schedule of the EMA momentum over the run, a function of its progress in [0, 1].
         temperature: temperature of the loss.
@@ -38,23 +43,25 @@ class MoCo(PretrainingModel):
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: the temperature is not positive.
+        UserError: the temperature is not positive, or the backbone has no such map.
     """
 
-    detector_modules = ("backbone",)
+    detector_modules: tuple[str, ...] = ("backbone",)
 
     def __init__(
         self,
         *,
-        backbone: Trunk,
+        backbone: nn.Module,
+        feature: str,
+        res5: nn.Module | Sequence[nn.Module] | None = None,
         head: nn.Module,
         queue: KeyQueue,
         momentum: ParamScheduler,
         temperature: float = 0.2,
         shuffle: bool = True,
         seed: int | None = 0,
-        pixel_mean: list[float],
-        pixel_std: list[float],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
         input_format: str,
     ) -> None:
         super().__init__()
@@ -63,6 +70,11 @@ class MoCo(PretrainingModel):
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.shuffling = ShufflingBatchNorm(shuffle, seed)
         self.backbone = self.shuffling.prepare(backbone)
+        self.feature = feature
+        prepare_map(self.backbone, feature)
+        if res5 is not None:
+            add_head(self, "roi_heads.res5", self.shuffling.prepare(as_module(res5)))
+            self.detector_modules = ("backbone", "roi_heads")
         self.head = head
         self.key = MomentumCopy(self.query)
         self.queue = queue
@@ -73,7 +85,10 @@ class MoCo(PretrainingModel):
     @property
     def query(self) -> dict[str, nn.Module]:
         """The modules that have a momentum copy."""
-        return {"backbone": self.backbone, "head": self.head}
+        modules = {"backbone": self.backbone, "head": self.head}
+        if len(self.detector_modules) > 1:
+            modules["res5"] = self.roi_heads.res5
+        return modules
 
     def before_step(self, iteration: int, max_iter: int) -> None:
         """Update the key network."""
@@ -90,7 +105,7 @@ class MoCo(PretrainingModel):
             ``loss_image`` (InfoNCE) and ``embedding_std``.
         """
         query_view, key_view = batch.views
-        query = F.normalize(self.head(self.backbone(self.preprocess(query_view))).float(), dim=1)
+        query = self._embed(self.query, query_view)
         with torch.no_grad():
             key = self._keys(key_view)
         losses = info_nce(query, key, self.queue.negatives(), self.temperature)
@@ -102,5 +117,8 @@ class MoCo(PretrainingModel):
     def _keys(self, view: View) -> Tensor:
         """``(B, D)`` unit vectors of the key view."""
         permutation = self.shuffling.permutation(len(view.images), self.iteration)
-        features = self.key["backbone"](self.preprocess(permutation.shuffle_view(view)))
-        return permutation.unshuffle(F.normalize(self.key["head"](features).float(), dim=1))
+        return permutation.unshuffle(self._embed(self.key, permutation.shuffle_view(view)))
+
+    def _embed(self, network: Mapping[str, nn.Module], view: View) -> Tensor:
+        features = read_map(network, self.preprocess(view), self.feature)
+        return F.normalize(network["head"](features.mean(dim=(2, 3))).float(), dim=1)

@@ -4,14 +4,14 @@ The trunk's last map has only 2 x 2 places per view, so the grid has 2 x 2 cells
 """
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.point_region_contrast import point_region
 
-from .common.point_region import point_region
 from .common.shapes import dataloader, for_a_short_run, lr_multiplier, optimizer, train
 
 model = for_a_short_run(
     point_region(
         get_config("detection/mask_rcnn_r18_fpn_shapes.py").model,
-        trunk_dim=192,
+        level="trunk",
         hidden_dim=512,
         dim=64,
     )

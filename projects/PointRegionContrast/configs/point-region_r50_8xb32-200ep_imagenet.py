@@ -1,9 +1,10 @@
 """Point-level region contrast R50, ImageNet, 200 epochs. 8 GPUs x 32 images per GPU."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.point_region_contrast import point_region
 
-from .common.point_region import dataloader, lr_multiplier, optimizer, point_region, train
+from .common.point_region import dataloader, lr_multiplier, optimizer, train
 
-model = point_region(get_config("detection/mask_rcnn_r50_fpn_moco.py").model)
+model = point_region(get_config("detection/mask_rcnn_r50_fpn_moco.py").model, level="trunk")
 train.epochs = 200  # 1,000,800 iters = 200 ep * 5,004 iters/ep (1,281,167 images // 256)
 train.output_dir = "output/point-region_r50_200ep_imagenet"

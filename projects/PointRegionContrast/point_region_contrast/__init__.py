@@ -1,6 +1,7 @@
 """Point-level region contrast (arXiv 2202.04639)."""
 
 from region_pretrain.projects.point_region_contrast.affinity_head import AffinityHead
+from region_pretrain.projects.point_region_contrast.build import point_region
 from region_pretrain.projects.point_region_contrast.contrast import PointContrast
 from region_pretrain.projects.point_region_contrast.distillation import AffinityDistillation
 from region_pretrain.projects.point_region_contrast.meta_arch import PointRegionContrast
@@ -12,4 +13,5 @@ __all__ = [
     "PointContrast",
     "PointRegionContrast",
     "PointRegionViews",
+    "point_region",
 ]

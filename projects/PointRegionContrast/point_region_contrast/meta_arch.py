@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.backbone import Backbone
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -22,11 +21,10 @@ from region_pretrain.modeling.losses import embedding_std, info_nce
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
-from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.queue import KeyQueue
-from region_pretrain.modeling.res5 import as_module
+from region_pretrain.modeling.region_head import add_head, as_module
 from region_pretrain.modeling.shuffle import ShufflingBatchNorm
-from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.modeling.trunk import prepare_map, read_map
 from region_pretrain.projects.point_region_contrast.affinity_head import AffinityHead
 from region_pretrain.projects.point_region_contrast.contrast import PointContrast, Points
 from region_pretrain.projects.point_region_contrast.distillation import (
@@ -57,14 +55,13 @@ class _Maps:
 class PointRegionContrast(PretrainingModel):
     """MoCo v2 on images, contrast of points in regions, and distillation of points' affinities.
 
-    The detector's trunk is trained up to the map that points are read from, or its FPN up to one of
-    its levels.
+    The detector's trunk is trained up to the map that points are read from, or its feature pyramid
+    up to one of its levels.
 
     Args:
-        backbone: the detector's :class:`~region_pretrain.modeling.trunk.Trunk`, its FPN, or the
-            backbone of a C4 detector.
-        feature: name of the backbone's map that points are read from; a :class:`Trunk` has its own.
-        res5: with a C4 detector, the stage after that map, run on the complete map.
+        backbone: the detector's backbone, or its :class:`~region_pretrain.modeling.trunk.Trunk`.
+        feature: name of the map that points are read from.
+        res5: the last stage of a C4 detector, or its blocks, applied to the map.
         head: from the map's channels to D, at every location.
         affinity_head: the same for affinities.
         queue: keys of other images, D channels.
@@ -82,7 +79,7 @@ class PointRegionContrast(PretrainingModel):
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: a value is out of range.
+        UserError: a value is out of range, or the backbone has no such map.
     """
 
     detector_modules: tuple[str, ...] = ("backbone",)
@@ -90,8 +87,8 @@ class PointRegionContrast(PretrainingModel):
     def __init__(
         self,
         *,
-        backbone: Trunk | Backbone,
-        feature: str = "res5",
+        backbone: nn.Module,
+        feature: str,
         res5: nn.Module | Sequence[nn.Module] | None = None,
         head: nn.Module,
         affinity_head: AffinityHead,
@@ -119,9 +116,6 @@ class PointRegionContrast(PretrainingModel):
                 raise UserError(f"model.{name}_weight={weight} must be at least 0")
         if not image_weight and not point_weight:
             raise UserError("one of model.image_weight and model.point_weight must be positive")
-        if not isinstance(backbone, Trunk) and feature not in backbone.output_shape():
-            known = ", ".join(backbone.output_shape())
-            raise UserError(f"model.feature={feature} must be one of {known}")
         if res5 is not None:
             res5 = as_module(res5)
         if zero_init:
@@ -131,11 +125,10 @@ class PointRegionContrast(PretrainingModel):
         self.feature = feature
         self.shuffling = ShufflingBatchNorm(shuffle, seed)
         self.backbone = self.shuffling.prepare(backbone)
-        self.roi_heads = nn.Module()
+        prepare_map(self.backbone, feature)
         if res5 is not None:
-            self.roi_heads.add_module("res5", self.shuffling.prepare(res5))
+            add_head(self, "roi_heads.res5", self.shuffling.prepare(res5))
             self.detector_modules = ("backbone", "roi_heads")
-        freeze_unread(backbone, [feature])
         self.head = head
         self.affinity_head = affinity_head if affinity_weight else None
         self.contrast = contrast
@@ -156,7 +149,7 @@ class PointRegionContrast(PretrainingModel):
     def query(self) -> dict[str, nn.Module]:
         """The modules that have a momentum copy."""
         modules = {"backbone": self.backbone, "head": self.head}
-        if hasattr(self.roi_heads, "res5"):
+        if len(self.detector_modules) > 1:
             modules["res5"] = self.roi_heads.res5
         if self.affinity_head is not None:
             modules["affinity_head"] = self.affinity_head
@@ -335,14 +328,8 @@ class PointRegionContrast(PretrainingModel):
     def _embed(
         self, network: Mapping[str, nn.Module], view: View, affinity_only: bool = False
     ) -> _Maps:
-        images, backbone = self.preprocess(view), network["backbone"]
-        if isinstance(backbone, Trunk):
-            features = backbone.last_map(images)
-        else:
-            reads = {self.feature: slice(0, len(images))}
-            features = pyramid_maps(backbone, images, reads)[self.feature]
-        if "res5" in network:
-            features = network["res5"](features)
+        images = self.preprocess(view)
+        features = read_map(network, images, self.feature)
         size = tuple(features.shape[-2:])
         rows = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B * h * w, C)
         shape = (len(images), size[0] * size[1], -1)

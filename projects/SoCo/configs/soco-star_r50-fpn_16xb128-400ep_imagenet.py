@@ -1,10 +1,11 @@
 """SoCo* R50-FPN, ImageNet, 400 epochs: view 3 has 192 pixels, view 4 is view 2 at 112 pixels."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.soco import soco
 
-from .common.soco import dataloader, lr_multiplier, optimizer, soco_fpn, train
+from .common.soco import dataloader, lr_multiplier, optimizer, train
 
-model = soco_fpn(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
+model = soco(get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py").model)
 dataloader.train.dataset.views.update(
     sizes=[224, 224, 192, 112],
     sources=["crop", "crop", 0],  # the last view shows the crop and the regions of view 2

@@ -1,10 +1,11 @@
 """SoCo on the small Mask R-CNN for Shapes: minutes on two CPU cores."""
 
 from region_pretrain.config import get_config
+from region_pretrain.projects.soco import soco
 
-from .common.soco import dataloader, lr_multiplier, optimizer, soco_fpn, train
+from .common.soco import dataloader, lr_multiplier, optimizer, train
 
-model = soco_fpn(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=128)
+model = soco(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model, hidden_dim=512, dim=128)
 model.momentum.start = 0.97  # a short run: the target has to follow within dozens of steps
 model.level_scales = [16, 32, 60, 64]  # the 224-pixel bounds scaled to 64 would be 14, 27, 55, 64
 

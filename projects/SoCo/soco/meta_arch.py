@@ -20,15 +20,15 @@ from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, 
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
-from region_pretrain.modeling.pyramid import pyramid_features
+from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
+from region_pretrain.modeling.region_head import add_head, as_module
 from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
-from region_pretrain.modeling.res5 import as_module
 from region_pretrain.projects.soco.views import pair_groups
 
 
 @META_ARCH_REGISTRY.register()
 class SoCo(PretrainingModel):
-    """BYOL on regions, through all of a two-stage detector before its predictors.
+    """BYOL on regions, through all of a detector before its predictors.
 
     The online network is trained to predict a region's embedding, computed by the target network in
     another view with a different crop and scale. Backbone, pooler and box head are the detector's
@@ -39,8 +39,8 @@ class SoCo(PretrainingModel):
         in_features: names of the backbone's maps that are pooled, in the pooler's order.
         pooler: the detector's box pooler.
         head: the detector's head for pooled regions, or its blocks. If it returns maps (res5 of a
-            C4 detector), they are averaged over space.
-        head_name: name of the head in ``roi_heads``: ``"box_head"`` or ``"res5"``.
+            C4 detector, towers of a one-stage detector), they are averaged over space.
+        head_name: name of the head in the detector, e.g. ``roi_heads.box_head``.
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         level_scales: largest region scale of each level in view pixels
@@ -56,7 +56,7 @@ class SoCo(PretrainingModel):
         UserError: ``level_scales`` and ``in_features`` differ in length.
     """
 
-    detector_modules = ("backbone", "roi_heads")
+    detector_modules: tuple[str, ...] = ("backbone", "roi_heads")
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class SoCo(PretrainingModel):
         in_features: Sequence[str],
         pooler: ROIPooler,
         head: nn.Module | Sequence[nn.Module],
-        head_name: str = "box_head",
+        head_name: str = "roi_heads.box_head",
         projector: nn.Module,
         predictor: nn.Module,
         momentum: ParamScheduler,
@@ -89,10 +89,11 @@ class SoCo(PretrainingModel):
             zero_init_residual(head)  # res5 of a C4 detector; a box head has no such blocks
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.backbone = backbone
-        self.roi_heads = nn.Module()
-        self.roi_heads.add_module("box_pooler", pooler)
-        self.roi_heads.add_module(head_name, head)
+        add_head(self, "roi_heads.box_pooler", pooler)
+        add_head(self, head_name, head)
         self.head_name = head_name
+        self.detector_modules = ("backbone", head_name.partition(".")[0])
+        freeze_unread(backbone, in_features)
         self.projector = projector
         self.predictor = predictor
         self.target = MomentumCopy(self.online)
@@ -105,7 +106,7 @@ class SoCo(PretrainingModel):
     @property
     def online(self) -> dict[str, nn.Module]:
         """The modules that have a momentum copy."""
-        head = getattr(self.roi_heads, self.head_name)
+        head = self.get_submodule(self.head_name)
         return {"backbone": self.backbone, "head": head, "projector": self.projector}
 
     def before_step(self, iteration: int, max_iter: int) -> None:
@@ -160,7 +161,8 @@ class SoCo(PretrainingModel):
         predictor: nn.Module | None = None,
     ) -> Tensor:
         """``(B, K, D)`` unit vectors of a view's regions."""
-        maps = pyramid_features(network["backbone"], images)
+        reads = dict.fromkeys(self.in_features, slice(0, len(images)))
+        maps = pyramid_maps(network["backbone"], images, reads)
         features = [maps[name] for name in self.in_features]
         size = tuple(images.shape[-2:])
 

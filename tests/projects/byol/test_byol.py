@@ -25,7 +25,8 @@ def small_byol() -> BYOL:
     torch.manual_seed(0)
     detector = get_config("common/models/mask_rcnn_fpn_small.py").model
     return BYOL(
-        backbone=Trunk(instantiate(detector.backbone.bottom_up)),
+        backbone=Trunk(bottom_up=instantiate(detector.backbone.bottom_up)),
+        feature="res5",
         projector=MLPHead(192, 32, 16),
         predictor=MLPHead(16, 32, 16),
         momentum=cosine_momentum(0.99),

@@ -26,6 +26,7 @@ def small_ccop():
         head = dict(hidden_dim=32, output_dim=DIM, norm="", dropout=dropout)
         arguments = dict(
             backbone=instantiate(detector.backbone),
+            trunk_feature="res5",
             in_features=["p2", "p3", "p4", "p5"],
             pooler=instantiate(detector.roi_heads.box_pooler),
             image_head=MLPHead(192, **head),

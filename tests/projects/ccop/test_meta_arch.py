@@ -264,9 +264,6 @@ def test_errors_name_the_wrong_value(small_ccop, wrong):
         small_ccop(**wrong)
 
 
-def test_a_detector_without_fpn_is_an_error(small_ccop):
-    c4 = get_config("common/models/mask_rcnn_c4.py").model
-    with torch.device("meta"):
-        backbone = instantiate(c4.backbone)
-    with pytest.raises(UserError, match="CCOP needs a detector with an FPN"):
-        small_ccop(backbone=backbone)
+def test_the_trunk_has_the_map_of_the_image(small_ccop):
+    with pytest.raises(UserError, match="model.trunk_feature=p5 must be one of res2, res3, res4"):
+        small_ccop(trunk_feature="p5")

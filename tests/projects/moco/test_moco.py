@@ -36,7 +36,8 @@ def small_moco(**overrides) -> MoCo:
     torch.manual_seed(0)
     detector = get_config("common/models/mask_rcnn_fpn_small.py").model
     arguments = dict(
-        backbone=Trunk(instantiate(detector.backbone.bottom_up)),
+        backbone=Trunk(bottom_up=instantiate(detector.backbone.bottom_up)),
+        feature="res5",
         head=MLPHead(192, 32, 16, norm=""),
         queue=KeyQueue(10, 16),
         momentum=ConstantParamScheduler(0.9),
@@ -225,5 +226,5 @@ def test_a_stopped_run_resumes_bit_for_bit(run):
 def test_errors_name_the_wrong_value():
     with pytest.raises(UserError, match="model.temperature=0.0 must be positive"):
         small_moco(temperature=0.0)
-    with pytest.raises(UserError, match="model.backbone.feature=res6"):
-        Trunk(small_moco().backbone.bottom_up, "res6")
+    with pytest.raises(UserError, match="model.feature=res6 must be one of res2, res3"):
+        small_moco(feature="res6")

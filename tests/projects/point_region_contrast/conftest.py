@@ -88,7 +88,7 @@ def small_model():
             input_format="RGB",
         )
         if not fpn:
-            arguments["backbone"] = Trunk(arguments["backbone"].bottom_up)
+            arguments["backbone"] = Trunk(bottom_up=arguments["backbone"].bottom_up)
         return PointRegionContrast(**{**arguments, **overrides})
 
     return build
