@@ -77,9 +77,8 @@ class SlowTiles(Restatement):
 
     def parts(self, twin):
         backbone, head = twin.backbone, twin.roi_heads.box_head
-        if self.variant.fpn:
-            return {"backbone": backbone, "head": head}
-        return {"backbone": backbone.bottom_up, "neck": twin.neck, "head": head}
+        neck = {} if self.variant.fpn else {"neck": twin.neck}
+        return {"backbone": backbone, **neck, "head": head}
 
     def pyramid(self, batch: ViewBatch, side: int):
         """Query (0) or key (1) pyramid: canvases and the tiles' images, both by level.

@@ -39,14 +39,17 @@ class SlowBYOL(Restatement):
     def momentum(self, progress):
         return cosine_schedule(MOMENTUM, progress)
 
+    def features(self, trunk, x):
+        return self.call(trunk, x)["res5"].mean(dim=(2, 3))
+
     def forward(self, batches):
         (twin,), (batch,) = self.twins, batches
         online, target = [], []
         for view in batch.views:
             x = pixels(view, self.precision.dtype, self.channels)
-            y = self.call(twin.projector, self.call(twin.backbone, x))
+            y = self.call(twin.projector, self.features(twin.backbone, x))
             online.append(unit(self.call(twin.predictor, y)))
-            y = self.call(twin.target["projector"], self.call(twin.target["backbone"], x))
+            y = self.call(twin.target["projector"], self.features(twin.target["backbone"], x))
             target.append(unit(y).detach())
         loss = 0.0
         for a, b in ((0, 1), (1, 0)):

@@ -23,6 +23,7 @@ from training_step import SGD_MOMENTUM, Case, check_one_process, sgd
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.modeling.heads import MLPHead
+from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.projects.mcl import (
     MCL,
     Montage,
@@ -69,7 +70,7 @@ def mcl_case(variant: Variant, images: int, precision: str = "float64") -> Case:
     if not variant.fc:
         heads.box_head.fc_dims = []
     parts = dict(
-        backbone=instantiate(detector.backbone) if variant.fpn else small_trunk(),
+        backbone=instantiate(detector.backbone) if variant.fpn else Trunk(bottom_up=small_trunk()),
         neck=None if variant.fpn else PseudoLevels(64, 16),
         pooler=instantiate(heads.box_pooler),
         head=instantiate(heads.box_head),

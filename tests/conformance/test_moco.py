@@ -41,11 +41,14 @@ class SlowMoCo(Restatement):
     def momentum(self, progress):
         return MOMENTUM
 
+    def embed(self, trunk, head, x):
+        return self.call(head, self.call(trunk, x)["res5"].mean(dim=(2, 3)))
+
     def forward(self, batches):
         size = len(batches[0])
         images = [[pixels(view, self.precision.dtype) for view in b.views] for b in batches]
         queries = [
-            unit(self.call(twin.head, self.call(twin.backbone, x)))
+            unit(self.embed(twin.backbone, twin.head, x))
             for twin, (x, _) in zip(self.twins, images, strict=True)
         ]
         # Section 3.3: the key images of all processes in another order, known to all of them.
@@ -58,7 +61,7 @@ class SlowMoCo(Restatement):
         for rank, twin in enumerate(self.twins):
             mine = order[rank * size : (rank + 1) * size]
             x = torch.stack([key_images[i] for i in mine])
-            vectors = unit(self.call(twin.key["head"], self.call(twin.key["backbone"], x)))
+            vectors = unit(self.embed(twin.key["backbone"], twin.key["head"], x))
             keys.update(zip(mine, vectors.detach(), strict=True))
         outputs, queue = [], list(self.twins[0].queue.keys)
         for rank, of_rank in enumerate(queries):

@@ -16,6 +16,7 @@ from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.meta_arch import renew_momentum_copies
+from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.projects.mcl import MCL, PseudoLevels
 from region_pretrain.projects.mcl.montage import cut_windows
 
@@ -193,7 +194,7 @@ def test_work_of_a_pyramid(
     def add(name):
         return lambda module, inputs: seen.__setitem__(name, seen[name] + len(inputs[0]))
 
-    model.roi_heads["box_head"].register_forward_pre_hook(add("head"))
+    model.roi_heads.box_head.register_forward_pre_hook(add("head"))
     model.target["head"].register_forward_pre_hook(add("target head"))
     model.backbone.bottom_up.register_forward_pre_hook(add("canvases"))
     model.target["backbone"].bottom_up.register_forward_pre_hook(add("target canvases"))
@@ -227,7 +228,7 @@ def test_windows_of_the_maps_of_224_pixels():
 
 
 def test_the_head_sees_only_its_own_tile(small_mcl):
-    head = small_mcl().eval().roi_heads["box_head"]
+    head = small_mcl().eval().roi_heads.box_head
     maps = torch.randn(1, 48, 8, 8)
     other = maps.clone()
     other[:, :, 2:4, 4:6] += 1.0  # window 1 * 4 + 2
@@ -315,7 +316,7 @@ def test_only_the_backbone(make_batch, small_mcl, tmp_path):
     neck = PseudoLevels(192, 48)
     bottom_up = instantiate(config).bottom_up
     for compute in ("all", "windows", "maps"):
-        model = small_mcl(backbone=bottom_up, neck=neck, compute=compute).train()
+        model = small_mcl(backbone=Trunk(bottom_up=bottom_up), neck=neck, compute=compute).train()
         total(model(make_batch(4))).backward()
         for name, parameter in model.named_parameters():
             assert name.startswith("target.") or parameter.grad is not None, name

@@ -34,13 +34,16 @@ def test_calls_are_those_of_the_outermost_networks(small_soco, make_batch):
     with recorded_calls(model) as calls:
         run_step(model, batch)
     # 8 + 4 + 4 regions of 2 images; P5 of a 32-pixel view is 1 pixel: sides are divisible
-    once = [("backbone", (2, 3, 64, 64)), ("roi_heads.box_head", (16, 48, 7, 7))]
-    assert [(c.name, tuple(c.inputs[0][0])) for c in calls[:2]] == once
+    backbone = ["backbone.bottom_up"]  # and the FPN's convolutions, coarsest first
+    backbone += [f"backbone.fpn_{kind}{i}" for i in (5, 4, 3, 2) for kind in ("lateral", "output")]
     names = [c.name for c in calls]
-    online = ["backbone", "roi_heads.box_head", "projector", "predictor"]
-    target = ["target.backbone", "target.head", "target.projector"]
+    online = [*backbone, "roi_heads.box_head", "projector", "predictor"]
+    target = [f"target.{n}" for n in (*backbone, "head", "projector")]
     assert names == online * 3 + target * 3
-    assert [c.grad for c in calls] == [True] * 12 + [False] * 9
+    first = {c.name: tuple(c.inputs[0][0]) for c in reversed(calls)}
+    assert first["backbone.bottom_up"] == (2, 3, 64, 64)
+    assert first["roi_heads.box_head"] == (16, 48, 7, 7)
+    assert [c.grad for c in calls] == [True] * 3 * len(online) + [False] * 3 * len(target)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
