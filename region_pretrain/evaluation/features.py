@@ -170,7 +170,7 @@ def read_regions(
     batch_size: int = 8,
     input_format: str | None = None,
 ) -> Regions:
-    """Features of the boxes of images, each process reading its part of the images.
+    """Features of the boxes of images, each process reading its part of the batches.
 
     The images are processed as by the detector at test time: read in its format, resized,
     normalised and padded, with all modules in eval mode. Crowd boxes are left out. Random states
@@ -185,50 +185,43 @@ def read_regions(
         input_format: channel order that the model reads; None: the model's own ``input_format``.
 
     Returns:
-        The regions of all processes.
+        The regions of all processes, in the order of the images.
     """
-    mine = _local_regions(
-        model,
-        reader,
-        dicts[comm.get_rank() :: comm.get_world_size()],
-        augmentations,
-        batch_size,
-        input_format,
-    )
-    parts = [part for part in comm.all_gather(tuple(mine)) if len(part[1])]
+    batches = [dicts[start : start + batch_size] for start in range(0, len(dicts), batch_size)]
+    rank, world = comm.get_rank(), comm.get_world_size()
+    mine = _local_regions(model, reader, batches[rank::world], augmentations, input_format)
+    parts = [part for part in comm.all_gather(mine) if part]
+    # The n-th batch of each process, for all n.
+    batches = [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
     return Regions(
-        {level: torch.cat([part[0][level] for part in parts]) for level in reader.levels},
-        torch.cat([part[1] for part in parts]),
+        {level: torch.cat([b.features[level] for b in batches]) for level in reader.levels},
+        torch.cat([b.labels for b in batches]),
     )
 
 
 def _local_regions(
     model: nn.Module,
     reader: RegionReader,
-    dicts: Sequence[Mapping[str, Any]],
+    batches: Sequence[Sequence[Mapping[str, Any]]],
     augmentations: Sequence[T.Augmentation],
-    batch_size: int,
     input_format: str | None,
-) -> Regions:
+) -> list[Regions]:
     backbone, device = reader.backbone, next(reader.backbone.parameters()).device
     mean, std, input_format = _pixels(model, input_format)
-    vectors: dict[str, list[Tensor]] = {level: [] for level in reader.levels}
-    labels: list[int] = []
+    found = []
     with evaluating(reader):
-        for start in range(0, len(dicts), batch_size):
-            chunk = dicts[start : start + batch_size]
-            loaded = [load_region(record, input_format, augmentations) for record in chunk]
+        for batch in batches:
+            loaded = [load_region(record, input_format, augmentations) for record in batch]
             images = ImageList.from_tensors(
                 [((image - mean) / std).to(device) for image, _, _ in loaded],
                 getattr(backbone, "size_divisibility", 0),
                 padding_constraints=getattr(backbone, "padding_constraints", None),
             )
             boxes = [Boxes(boxes).to(device) for _, boxes, _ in loaded]
-            for level, found in reader(images.tensor, boxes).items():
-                vectors[level].append(found.float().cpu())
-            labels += itertools.chain.from_iterable(classes for _, _, classes in loaded)
-    found = {level: torch.cat(parts) for level, parts in vectors.items() if parts}
-    return Regions(found, torch.tensor(labels, dtype=torch.int64))
+            vectors = {k: v.float().cpu() for k, v in reader(images.tensor, boxes).items()}
+            labels = itertools.chain.from_iterable(classes for _, _, classes in loaded)
+            found.append(Regions(vectors, torch.tensor(list(labels), dtype=torch.int64)))
+    return found
 
 
 def with_boxes(dicts: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:

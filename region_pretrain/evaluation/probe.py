@@ -163,6 +163,8 @@ def _classify(
     x, y, test_x = (
         t.to(device) for t in (train.features[level], train.labels, test.features[level])
     )
+    if not (x.isfinite().all() and test_x.isfinite().all()):
+        raise UserError(f"the features of level {level} are not finite: the weights have diverged")
     by_neighbours = accuracy_of(knn_classify(x, y, test_x, k=k).cpu(), test.labels)
     predicted, penalty = linear_classify(x, y, test_x, seed=seed)
     linear = accuracy_of(predicted.cpu(), test.labels)

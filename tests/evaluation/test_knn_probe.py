@@ -24,7 +24,12 @@ from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation import knn_probe
 from region_pretrain.evaluation.accuracy import accuracy_of
-from region_pretrain.evaluation.features import evaluating, load_region
+from region_pretrain.evaluation.features import (
+    evaluating,
+    load_region,
+    model_reader,
+    read_regions,
+)
 from region_pretrain.evaluation.knn import knn_classify
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
 from region_pretrain.modeling.preprocess import Preprocess
@@ -329,16 +334,27 @@ def worker(rank: int, folder: str, dicts: list) -> None:
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, batch_size=1)
     with_trainer(hook, make_detector()).before_train()
     values = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
-    torch.save(values, f"{folder}/{rank}.pt")
+    model = make_detector()
+    reader = model_reader(model)
+    regions = [read_regions(model, reader, dicts, batch_size=n) for n in (1, 3, 20)]
+    torch.save((values, [tuple(r) for r in regions]), f"{folder}/{rank}.pt")
     leave_process_group()
 
 
 def test_two_processes_share_the_images(tmp_path, dicts):
     mp.spawn(worker, args=(str(tmp_path), dicts), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first, regions), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     DatasetCatalog.register("probe_train", lambda: dicts[:6])
     DatasetCatalog.register("probe_val", lambda: dicts[6:7])
     alone = hook_on(make_detector(), batch_size=1)
     DatasetCatalog.remove("probe_train")
     DatasetCatalog.remove("probe_val")
     assert first == second == alone and len(alone) == 3
+    # The order of the regions and the padding of the batches are those of one process.
+    model = make_detector()
+    for size, mine, other in zip((1, 3, 20), regions, others, strict=True):
+        features, labels = read_regions(model, model_reader(model), dicts, batch_size=size)
+        assert mine[1].tolist() == other[1].tolist() == labels.tolist() == _labels(dicts)
+        for level, values in features.items():
+            torch.testing.assert_close(mine[0][level], values, rtol=1e-5, atol=1e-6)
+            assert torch.equal(mine[0][level], other[0][level])

@@ -133,5 +133,11 @@ def test_bad_input_is_one_line(names, tmp_path):
     cfg.dataloader.test.mapper = None
     with pytest.raises(UserError, match="dataloader.test.mapper has no augmentations"):
         do_probe(cfg)
+    _, weights = checkpoint(tmp_path, "")
+    content = torch.load(tmp_path / "weights.pth")
+    content["model"]["roi_heads.box_head.fc1.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="features of level head are not finite"):
+        do_probe(config(SHAPES, tmp_path, weights, *options))
     with pytest.raises(UserError, match="x.pth"):
         do_probe(config(SHAPES, tmp_path, *options, "train.init_checkpoint=x.pth"))
