@@ -129,8 +129,8 @@ def listed_images(
         names: one or several data sets that contain the images, registered or named by path.
         split: the file, see :func:`~region_pretrain.data.split_files.read_split`. Placeholders in
             its name are replaced, as in ``instances_train2017.{seed}@{percent}.json``.
-        fraction: for files of several splits, or with ``{percent}``: which one.
-        seed: for files of several splits, or with ``{seed}``: which one.
+        fraction: selects one of several splits in the file, and replaces ``{percent}``.
+        seed: selects one of several splits in the file, and replaces ``{seed}``.
         filter_empty: drop images without annotations, after they have been found.
         min_keypoints: drop images with fewer keypoints, after they have been found.
         options: further arguments of Detectron2's ``get_detection_dataset_dicts``.

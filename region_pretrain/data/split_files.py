@@ -31,7 +31,7 @@ class Split(NamedTuple):
         path: the file.
         images: the listed images; empty if they are listed by position.
         positions: positions in the list of images that Detectron2 trains on.
-        percent: percentage of the images that ``positions`` is for.
+        percent: percentage of the images that ``positions`` should contain.
     """
 
     path: str
@@ -56,8 +56,8 @@ def read_split(
 
     Args:
         path: a local file or a PathManager URL.
-        fraction, seed: which list of a file of several.
-        several: whether ``fraction`` and ``seed`` have to choose a list in the file.
+        fraction, seed: select one of several lists in the file.
+        several: refuse them for a file of a single list.
 
     Raises:
         UserError: the file is none of these, is empty, or has no list for the fraction and seed.
@@ -97,9 +97,9 @@ def read_split(
 def find_images(split: Split, records: Sequence[dict[str, Any]], where: str) -> list[int]:
     """The indices of a split's images, in ascending order.
 
-    An image with an id and a file name matches the record with this id if the names of the files
-    agree too, so that the split of another data set is not mistaken for one of this; else the
-    record with this file name.
+    An image with an id and a file name matches the record with this id if the file names agree as
+    well: ids alone would also match those of another data set. Otherwise it matches the record with
+    its file name.
 
     Args:
         split: the split.
@@ -137,7 +137,7 @@ def find_images(split: Split, records: Sequence[dict[str, Any]], where: str) -> 
                 matches = ending_with(name) or matches
         if len(matches) > 1:
             raise UserError(
-                f"{split.path}: {_shown(image)} is {len(matches)} images of {where}, e.g. "
+                f"{split.path}: {_shown(image)} matches {len(matches)} images of {where}, e.g. "
                 f"{paths[matches[0]]} and {paths[matches[1]]}: list longer file names"
             )
         if matches:
@@ -179,8 +179,8 @@ def _entry(
         if value is not None and abs(float(text) - factor * value) < 1e-6:
             return float(text), entry
     known = ", ".join(f"{float(text) / factor:g}" for text in content)
-    given = f"{key}={value} is not one of its" if value is not None else f"set {key}; it has"
-    raise UserError(f"{path}: {given} {known}")
+    problem = f"{key} is not set" if value is None else f"there is no {key}={value}"
+    raise UserError(f"{path}: {problem}; it has {key} {known}")
 
 
 def _image(path: str, entry: Any) -> Image:

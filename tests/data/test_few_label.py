@@ -148,10 +148,10 @@ def test_unbiased_teachers_positions(tmp_path):
     assert found == [labelled[i] for i in (3, 4, 8, 9)]
     assert numbers(listed_images("few_label_a", path, 0.01, 0)) == [7, 249]
     for options, message in [
-        ({}, r"set fraction; it has 0\.01, 0\.02"),
-        ({"fraction": 0.1, "seed": 0}, r"fraction=0\.1 is not one of its 0\.01, 0\.02"),
-        ({"fraction": 0.02, "seed": 0}, r"seed=0 is not one of its 1$"),
-        ({"fraction": 0.02}, r"set seed; it has 1$"),
+        ({}, r"fraction is not set; it has fraction 0\.01, 0\.02$"),
+        ({"fraction": 0.1, "seed": 0}, r"no fraction=0\.1; it has fraction 0\.01, 0\.02$"),
+        ({"fraction": 0.02, "seed": 0}, r"no seed=0; it has seed 1$"),
+        ({"fraction": 0.02}, r"seed is not set; it has seed 1$"),
     ]:
         with pytest.raises(UserError, match=message):
             listed_images("few_label_a", path, **options)
@@ -199,7 +199,7 @@ def test_an_ambiguous_image_is_refused(tmp_path):
     twice = [{"file_name": f"/data/{d}/1.png", "image_id": 1, "annotations": [box]} for d in "xy"]
     DatasetCatalog.register("few_label_twice", lambda: twice)
     try:
-        with pytest.raises(UserError, match="1 is 2 images of few_label_twice, e.g. /data/x/1.png"):
+        with pytest.raises(UserError, match="1 matches 2 images of few_label_twice, e.g. /data/x"):
             listed_images("few_label_twice", split_file(tmp_path, [1]))
         (found,) = listed_images("few_label_twice", split_file(tmp_path, ["y/1.png"]))
         assert found["file_name"] == "/data/y/1.png"

@@ -86,6 +86,14 @@ def test_what_a_checkpoint_leaves_random_is_named(names, tmp_path):
         "random",
     ]
     assert (result["train"]["images"], result["test"]["images"]) == (2, 2)
+    _, weights = checkpoint(tmp_path, "backbone.bottom_up.res", "backbone.fpn_lateral")
+    cfg = config(SHAPES, tmp_path, weights, *options, "train.init_partial=True")
+    result = do_probe(cfg, max_images=2)
+    assert [found["weights"] for found in result["levels"].values()] == [
+        "partly random",
+        "partly random",
+        "random",
+    ]
     result = do_probe(config(SHAPES, tmp_path, *options), max_images=2)
     assert {found["weights"] for found in result["levels"].values()} == {"random"}
     assert result["checkpoint"] is None
