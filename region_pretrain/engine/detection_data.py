@@ -23,6 +23,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from region_pretrain.data.few_label import write_subset
 from region_pretrain.data.masks import check_masks
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
@@ -263,7 +264,7 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
 
 
 def detection_training_data(
-    cfg: DictConfig, seed: int, max_unreadable: float = 0.01
+    cfg: DictConfig, seed: int, max_unreadable: float = 0.01, output_dir: str | None = None
 ) -> TrainingData:
     """Training batches for the ``dataloader.train`` of a detection config.
 
@@ -273,6 +274,7 @@ def detection_training_data(
             batches with a field ``total_batch_size``.
         seed: determines the order, except that of an iterable.
         max_unreadable: see :class:`DetectionTrainData`; no effect on other loaders.
+        output_dir: folder for the list of images of a few-label subset; None: it is not written.
 
     Raises:
         UserError: ``total_batch_size`` is missing, there are no images, or they lack the masks that
@@ -283,10 +285,14 @@ def detection_training_data(
     if target is build_detection_train_loader and fields <= _KNOWN:
         records = instantiate(cfg.dataset)
         check_masks(records, cfg._get_root())
+        if output_dir is not None:
+            write_subset(records, output_dir)
         options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
         return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
     if {"dataset", "mapper"} <= fields and isinstance(records := instantiate(cfg.dataset), list):
         check_masks(records, cfg._get_root())
+        if output_dir is not None:
+            write_subset(records, output_dir)
     parts = dict(cfg.items())
     if parts.get("mapper") is not None:
         parts["mapper"] = SamePixels(instantiate(parts["mapper"]))

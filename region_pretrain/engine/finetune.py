@@ -154,7 +154,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     classes.log()
     with missing_files_are_user_errors():
         data = detection_training_data(
-            cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable
+            cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable, cfg.train.output_dir
         )
         if "test" in cfg.dataloader:
             # Finds missing and broken files now, not after the training.

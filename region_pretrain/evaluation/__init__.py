@@ -1,1 +1,1 @@
-"""Probes of frozen features."""
+"""Probes: classification of regions from frozen features."""

@@ -10,16 +10,15 @@ _CHUNK = 1024
 
 
 @torch.no_grad()
-def knn_accuracy(
+def knn_classify(
     features: Tensor,
     labels: Tensor,
     test_features: Tensor | None = None,
-    test_labels: Tensor | None = None,
     *,
     k: int = 20,
     temperature: float = 0.07,
-) -> float:
-    """Accuracy of a weighted k-nearest-neighbour classifier with cosine similarity.
+) -> Tensor:
+    """Classify vectors by a weighted k-nearest-neighbour vote with cosine similarity.
 
     Each of the ``k`` nearest neighbours votes for its class with ``exp(similarity / temperature)``
     (Wu et al. 2018, section 3.4).
@@ -28,25 +27,24 @@ def knn_accuracy(
         features: (N, D) float; normalised here.
         labels: (N,) int64, non-negative.
         test_features: (M, D); None: each of the N vectors is classified by the N - 1 others.
-        test_labels: (M,) int64.
         k: number of neighbours; all if there are fewer.
         temperature: temperature of the votes.
 
     Returns:
-        Fraction of the test vectors in [0, 1] whose own class has the most votes.
+        The classes with the most votes (M,), int64.
 
     Raises:
         ValueError: there are no test vectors, or no neighbours.
     """
     leave_one_out = test_features is None
     if leave_one_out:
-        test_features, test_labels = features, labels
+        test_features = features
     k = min(k, len(features) - leave_one_out)
     if k < 1 or len(test_features) == 0:
         raise ValueError(f"kNN of {len(test_features)} vectors by {len(features)} is undefined")
     known = F.normalize(features.float(), dim=1)
-    classes = int(torch.cat([labels, test_labels]).max()) + 1
-    correct = 0
+    classes = int(labels.max()) + 1
+    predicted = []
     for start in range(0, len(test_features), _CHUNK):
         query = F.normalize(test_features[start : start + _CHUNK].float(), dim=1)
         similarity = query @ known.T  # (chunk, N)
@@ -57,5 +55,5 @@ def knn_accuracy(
         # 1 is the maximum similarity: subtracting it avoids overflow at small temperatures.
         weight = ((nearest - 1) / temperature).exp()
         votes = weight.new_zeros(len(query), classes).scatter_add_(1, labels[index], weight)
-        correct += int((votes.argmax(1) == test_labels[start : start + _CHUNK]).sum())
-    return correct / len(test_features)
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)

@@ -64,6 +64,8 @@ class Finetune:
         overrides: ``key=value`` overrides of the config.
         label_fractions: fractions of the labelled images, each in (0, 1]; below 1, the seed selects
             the subset.
+        label_split: split file that lists the images of each fraction and seed, instead of a random
+            subset; see :func:`region_pretrain.data.few_label.listed_images`.
         checkpoints: ``"final"``, or k to fine-tune the pre-training's checkpoint of every k-th
             iteration.
         learning_rates: learning rates to try from each initialisation; the results use the one with
@@ -76,6 +78,7 @@ class Finetune:
     config: str = MISSING
     overrides: list[str] = field(default_factory=list)
     label_fractions: list[float] = field(default_factory=lambda: [1.0])
+    label_split: str = ""
     checkpoints: str | int = FINAL
     learning_rates: list[float] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)

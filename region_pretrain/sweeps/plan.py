@@ -261,9 +261,11 @@ class _Planner:
             weights, without = self._sweep.baselines[init].init_checkpoint, []
         fraction, seed = labels["label_fraction"], labels["seed"]
         subset = [
-            f"{_DATASET}._target_=region_pretrain.data.few_label.random_fraction",
+            f"{_DATASET}._target_=region_pretrain.data.few_label."
+            + ("listed_images" if entry.label_split else "random_fraction"),
             f"+{_DATASET}.fraction={fraction:g}",
             f"+{_DATASET}.seed={seed}",
+            *([f"+{_DATASET}.split={entry.label_split}"] if entry.label_split else []),
         ]
         overrides = [
             *entry.overrides,

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog
 from detectron2.utils.events import get_event_storage
 from tiny_run import (
     CLOCK,
@@ -21,6 +22,7 @@ from tiny_run import (
 )
 
 from region_pretrain.config import load_config
+from region_pretrain.data.few_label import random_fraction
 from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
@@ -52,6 +54,25 @@ def test_results_are_the_evaluators_and_on_disk(tmp_path):
     evaluated = [(m["iteration"], m["bbox/AP"]) for m in metrics(tmp_path) if "bbox/AP" in m]
     assert [t for t, _ in evaluated] == [2, 5, 8, 12]  # every 3 iterations, the last after the end
     assert evaluated[-1][1] == results["bbox"]["AP"]
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_the_images_of_a_few_label_run_are_written_beside_it(tmp_path, own_loader):
+    labelled = [{**r, "annotations": [{"iscrowd": 0, "category_id": 0}]} for r in records()]
+    DatasetCatalog.register("few_of_tiny", lambda: labelled)
+    cfg = make_detection_config(tmp_path)
+    cfg.dataloader.train.dataset = L(random_fraction)(names="few_of_tiny", fraction=0.5, seed=1)
+    if own_loader:
+        cfg.dataloader.train.pin_memory = False  # unknown to DetectionTrainData
+    try:
+        do_train(cfg)
+        expected = random_fraction("few_of_tiny", 0.5, seed=1)
+    finally:
+        DatasetCatalog.remove("few_of_tiny")
+    content = json.loads((tmp_path / "labelled_images.json").read_text())
+    assert len(expected) == 5
+    assert content["image_ids"] == [d["image_id"] for d in expected]
+    assert (content["datasets"], content["seed"]) == (["few_of_tiny"], 1)
 
 
 def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):

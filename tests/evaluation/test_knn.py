@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from region_pretrain.evaluation.knn import knn_accuracy
+from region_pretrain.evaluation.accuracy import accuracy_of
+from region_pretrain.evaluation.knn import knn_classify
 
 
 def slow_accuracy(train, train_labels, test, test_labels, k, temperature, leave_out=False):
@@ -22,6 +23,11 @@ def slow_accuracy(train, train_labels, test, test_labels, k, temperature, leave_
             votes[other] = votes.get(other, 0) + math.exp((cosine - 1) / temperature)
         correct += max(votes, key=votes.get) == label
     return correct / len(test)
+
+
+def knn_accuracy(features, labels, test_features=None, test_labels=None, **options):
+    predicted = knn_classify(features, labels, test_features, **options)
+    return accuracy_of(predicted, labels if test_labels is None else test_labels).top1
 
 
 def clouds(n, seed, classes=4, dim=6, spread=1.6):

@@ -3,7 +3,6 @@
 import copy
 import random
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,7 +14,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling.backbone import FPN
-from detectron2.structures import Boxes, BoxMode
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torchvision.ops import roi_align
@@ -24,57 +23,17 @@ from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation import knn_probe
-from region_pretrain.evaluation.knn import knn_accuracy
-from region_pretrain.evaluation.knn_probe import KNNProbeHook, _load, evaluating
+from region_pretrain.evaluation.accuracy import accuracy_of
+from region_pretrain.evaluation.features import (
+    evaluating,
+    load_region,
+    model_reader,
+    read_regions,
+)
+from region_pretrain.evaluation.knn import knn_classify
+from region_pretrain.evaluation.knn_probe import KNNProbeHook
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.trunk import Trunk
-
-COLOURS = [(220, 40, 40), (40, 200, 60), (50, 70, 230)]
-
-
-@pytest.fixture(scope="module")
-def dicts(tmp_path_factory):
-    """10 images of 2 or 3 coloured rectangles: the class is the colour."""
-    folder = tmp_path_factory.mktemp("rectangles")
-    rng = np.random.default_rng(0)
-    records = []
-    for i in range(10):
-        height, width = 60 + 4 * (i % 3), 90
-        image = rng.integers(90, 130, (height, width, 3)).astype(np.uint8)
-        annotations = []
-        for j in range(2 + i % 2):
-            x, y, w, h = 3 + 29 * j, int(rng.integers(2, 20)), 24, int(rng.integers(20, 36))
-            label = int(rng.integers(3))
-            image[y : y + h, x : x + w] = COLOURS[label]
-            # floats, as in COCO: Detectron2 truncates the corners of resized integer boxes
-            bbox = [float(v) for v in (x, y, w, h)]
-            box = {"bbox": bbox, "bbox_mode": BoxMode.XYWH_ABS, "category_id": label}
-            mask = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            annotations.append({**box, "iscrowd": 0, "segmentation": mask})
-        crowd = {"bbox": [0, 0, 90, 60], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-        annotations.append({**crowd, "iscrowd": 1, "segmentation": []})
-        path = folder / f"{i}.png"
-        cv2.imwrite(str(path), image[..., ::-1])
-        records.append(
-            {
-                "file_name": str(path),
-                "image_id": i,
-                "height": height,
-                "width": width,
-                "annotations": annotations,
-            }
-        )
-    return records
-
-
-@pytest.fixture
-def names(dicts):
-    DatasetCatalog.register("probe_train", lambda: copy.deepcopy(dicts[:6]))
-    DatasetCatalog.register("probe_val", lambda: copy.deepcopy(dicts[6:]))
-    DatasetCatalog.register("probe_all", lambda: copy.deepcopy(dicts))
-    yield "probe_train", "probe_val"
-    for name in ("probe_train", "probe_val", "probe_all"):
-        DatasetCatalog.remove(name)
 
 
 def make_detector(input_format="RGB") -> nn.Module:
@@ -115,7 +74,12 @@ def stock_features(model, dicts, with_head, short_edge, batch_size):
 def probed_features(monkeypatch, model, *names, **kwargs) -> dict[str, tuple]:
     """Metric -> what the probe of a model classifies: vectors and labels, those of val if given."""
     found = []
-    monkeypatch.setattr(knn_probe, "knn_accuracy", lambda *args, k: found.append(args) or 0.0)
+
+    def classify(*args, k):
+        found.append(args)
+        return knn_classify(*args, k=k)
+
+    monkeypatch.setattr(knn_probe, "knn_classify", classify)
     hook = KNNProbeHook(0, *names, **kwargs)
     with_trainer(hook, model).before_train()
     monkeypatch.undo()
@@ -159,13 +123,18 @@ def hook_on(model, **kwargs) -> dict[str, float]:
     return {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
 
 
+def knn_top1(features, labels, *test) -> float:
+    """Accuracy of 5-NN on test features and labels; without them, on the others of the same set."""
+    return accuracy_of(knn_classify(features, labels, *test[:1], k=5), (labels, *test)[-1]).top1
+
+
 def stock_accuracy(model, train, val, with_head) -> float:
     """kNN accuracy of Detectron2's own features; images are not resized."""
     features = []
     for part in (train, *([val] if val else [])):
         vectors, labels = stock_features(model, part, with_head, short_edge=None, batch_size=8)
         features += [vectors, torch.tensor(labels)]
-    return knn_accuracy(*features, k=5)
+    return knn_top1(*features)
 
 
 def trunk_vectors(model, dicts) -> torch.Tensor:
@@ -173,7 +142,7 @@ def trunk_vectors(model, dicts) -> torch.Tensor:
     pixels = next(m for m in model.modules() if hasattr(m, "pixel_mean"))
     vectors = []
     for record in dicts:
-        image, boxes, _ = _load(record, "RGB", None, 0)
+        image, boxes, _ = load_region(record, "RGB")
         image = ((image - pixels.pixel_mean) / pixels.pixel_std).reshape(1, *image.shape)
         height, width = image.shape[-2:]
         if isinstance(model.backbone, FPN):
@@ -193,7 +162,7 @@ def trunk_vectors(model, dicts) -> torch.Tensor:
 def trunk_accuracy(model, dicts) -> float:
     labels = [torch.tensor(_labels(part)) for part in (dicts[:6], dicts[6:])]
     trunk = [trunk_vectors(model, part) for part in (dicts[:6], dicts[6:])]
-    return knn_accuracy(trunk[0], labels[0], trunk[1], labels[1], k=5)
+    return knn_top1(trunk[0], labels[0], trunk[1], labels[1])
 
 
 def expected_accuracies(model, dicts) -> dict[str, float]:
@@ -261,7 +230,7 @@ def test_c4_detector(monkeypatch, names):
     assert set(result) == {"probe/knn_trunk", "probe/knn_fpn", "probe/knn_head"}
     found = probed_features(monkeypatch, model, "probe_val", max_images=1, short_edge=None)
     (record,) = DatasetCatalog.get("probe_val")[:1]
-    image, boxes, _ = _load(record, "RGB", None, 0)
+    image, boxes, _ = load_region(record, "RGB")
     with torch.no_grad():
         mean, std = model.pixel_mean, model.pixel_std
         maps = model.eval().backbone(((image - mean) / std)[None])
@@ -365,16 +334,27 @@ def worker(rank: int, folder: str, dicts: list) -> None:
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, batch_size=1)
     with_trainer(hook, make_detector()).before_train()
     values = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
-    torch.save(values, f"{folder}/{rank}.pt")
+    model = make_detector()
+    reader = model_reader(model)
+    regions = [read_regions(model, reader, dicts, batch_size=n) for n in (1, 3, 20)]
+    torch.save((values, [tuple(r) for r in regions]), f"{folder}/{rank}.pt")
     leave_process_group()
 
 
 def test_two_processes_share_the_images(tmp_path, dicts):
     mp.spawn(worker, args=(str(tmp_path), dicts), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first, regions), (second, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     DatasetCatalog.register("probe_train", lambda: dicts[:6])
     DatasetCatalog.register("probe_val", lambda: dicts[6:7])
     alone = hook_on(make_detector(), batch_size=1)
     DatasetCatalog.remove("probe_train")
     DatasetCatalog.remove("probe_val")
     assert first == second == alone and len(alone) == 3
+    # The order of the regions and the padding of the batches are those of one process.
+    model = make_detector()
+    for size, mine, other in zip((1, 3, 20), regions, others, strict=True):
+        features, labels = read_regions(model, model_reader(model), dicts, batch_size=size)
+        assert mine[1].tolist() == other[1].tolist() == labels.tolist() == _labels(dicts)
+        for level, values in features.items():
+            torch.testing.assert_close(mine[0][level], values, rtol=1e-5, atol=1e-6)
+            assert torch.equal(mine[0][level], other[0][level])

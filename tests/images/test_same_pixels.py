@@ -14,7 +14,8 @@ from PIL import Image
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.photometry import Photometry
 from region_pretrain.errors import UserError
-from region_pretrain.evaluation.knn_probe import KNNProbeHook, _load
+from region_pretrain.evaluation.features import load_region
+from region_pretrain.evaluation.knn_probe import KNNProbeHook
 from region_pretrain.projects.mcl.objects import object_crops
 from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
@@ -91,7 +92,7 @@ def test_objects_of_annotated_images(name, views):
 def test_probe(name):
     hook = KNNProbeHook(0, name)
     record, *_ = hook._read([name])
-    image, boxes, classes = _load(record, "BGR", None, 0)
+    image, boxes, classes = load_region(record, "BGR")
     assert image.unique().tolist() == [GREY] and image.shape == (3, 48, 64)
     assert boxes.tolist() == [[8, 8, 40, 32]] and classes == [0]
 

@@ -134,6 +134,24 @@ def test_label_fractions_and_a_single_learning_rate(tmp_path):
     assert (dataset.fraction, dataset.seed, cfg.optimizer.lr, cfg.train.seed) == (0.1, 4, 0.05, 4)
 
 
+def test_label_fractions_of_a_split_file(tmp_path):
+    split = "annotations/instances_train2017.{seed}@{percent}.json"
+    det = {"config": DETECTOR, "label_fractions": [1.0, 0.1], "label_split": split}
+    found = make_plan(
+        sweep(tmp_path, pretrain={}, baselines={"random": {}}, finetune={"det": det}, seeds=[1])
+    )
+    whole, tenth = (
+        load_config(DETECTOR, [a for a in run.tasks[0] if "=" in a]).dataloader.train.dataset
+        for run in found.runs.values()
+    )
+    assert (
+        "split" not in whole
+        and whole._target_ == load_config(DETECTOR).dataloader.train.dataset._target_
+    )
+    assert tenth._target_ == "region_pretrain.data.few_label.listed_images"
+    assert (tenth.fraction, tenth.seed, tenth.split) == (0.1, 1, split)
+
+
 def test_every_kth_checkpoint(tmp_path):
     det = {"config": DETECTOR, "checkpoints": 4}
     found = make_plan(sweep(tmp_path, pretrain={"moco": {"config": MOCO}}, finetune={"det": det}))

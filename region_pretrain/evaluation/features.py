@@ -1,0 +1,305 @@
+"""Frozen features of ground-truth boxes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.data import transforms as T
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.structures import Boxes, BoxMode, ImageList
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from region_pretrain.engine.random_state import random_state_of
+from region_pretrain.errors import UserError
+from region_pretrain.images import read_record
+
+#: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
+TRUNK, FPN, TOWER, HEAD = "trunk", "fpn", "tower", "head"
+
+
+class Regions(NamedTuple):
+    """The regions of a data set.
+
+    Attributes:
+        features: level -> vectors (N, D), on the CPU.
+        labels: classes (N,), int64.
+    """
+
+    features: dict[str, Tensor]
+    labels: Tensor
+
+
+@contextmanager
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """Set modules to eval mode without gradients; restores the mode of each submodule."""
+    modes = {m: m.training for module in modules if module is not None for m in module.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class RegionReader(nn.Module):
+    """Computes feature vectors of boxes from one pass through a backbone.
+
+    Args:
+        backbone: maps (B, 3, H, W) to a dict of feature maps; unused except for its trunk if there
+            is no pooler.
+        trunk: the part of the backbone whose last two maps are the level ``trunk``: RoIAligned to
+            7x7, averaged over space, L2-normalised and concatenated. All methods have these maps,
+            including those without a pyramid.
+        pooler: a ``ROIPooler``, whose maps averaged over space are the level ``fpn``; None: only
+            the trunk is read.
+        in_features: names of the pooler's input maps.
+        heads: level -> module applied after the pooler, from (R, C, S, S) to (R, D), or to maps
+            that are averaged over space, as res5 of a C4 detector.
+        tower: applied to each map before the pooler, for the level ``tower``; None: no such level.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        trunk: nn.Module,
+        pooler: nn.Module | None = None,
+        in_features: Sequence[str] = (),
+        heads: Mapping[str, nn.Module] | None = None,
+        tower: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.trunk, self.pooler, self.tower = backbone, trunk, pooler, tower
+        self.heads = nn.ModuleDict(heads or {})
+        self._in_features = list(in_features)
+
+    @property
+    def levels(self) -> list[str]:
+        """Names of the levels, from the trunk to the heads."""
+        tower = [TOWER] if self.tower is not None else []
+        return [TRUNK, *([FPN, *tower] if self.pooler is not None else []), *self.heads]
+
+    def parameters_of(self, level: str) -> set[nn.Parameter]:
+        """The parameters of a level that the trunk lacks; the trunk's if there are none."""
+        trunk = set(self.trunk.parameters())
+        if level == FPN:
+            return set(self.backbone.parameters()) - trunk or trunk
+        module = {TRUNK: self.trunk, TOWER: self.tower}.get(level)
+        return set((self.heads[level] if module is None else module).parameters())
+
+    def forward(self, images: Tensor, boxes: list[Boxes]) -> dict[str, Tensor]:
+        """Vectors ``(R, D)`` by level, for all R boxes of ``(B, 3, H, W)`` normalised images."""
+        kept: dict[str, Tensor] = {}
+        handle = self.trunk.register_forward_hook(lambda m, args, maps: kept.update(maps))
+        try:
+            maps = self.backbone(images)
+        finally:
+            handle.remove()
+        found = {TRUNK: self._read_trunk(kept, boxes)}
+        if self.pooler is not None:
+            inputs = [maps[name] for name in self._in_features]
+            pooled = self.pooler(inputs, boxes)  # (R, C, S, S)
+            found[FPN] = pooled.mean(dim=(2, 3))
+            if self.tower is not None:
+                found[TOWER] = self.pooler([self.tower(x) for x in inputs], boxes).mean(dim=(2, 3))
+            for name, head in self.heads.items():
+                vectors = head(pooled)
+                found[name] = vectors.mean(dim=(2, 3)) if vectors.dim() == 4 else vectors
+        return found
+
+    def _read_trunk(self, maps: Mapping[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        strides = {name: shape.stride for name, shape in self.trunk.output_shape().items()}
+        rois = convert_boxes_to_pooler_format(boxes)
+        parts = []
+        for name in sorted(strides, key=strides.get)[-2:]:
+            pooled = ROIAlign(7, 1 / strides[name], sampling_ratio=0, aligned=True)(
+                maps[name], rois
+            )
+            parts.append(F.normalize(pooled.mean(dim=(2, 3)), dim=1))
+        return torch.cat(parts, dim=1)
+
+
+def model_reader(model: nn.Module) -> RegionReader:
+    """The reader of everything that a detector or a pre-training model has.
+
+    The model has a ``backbone``, and possibly, in ``roi_heads`` or itself, a pooler (``box_pooler``
+    or ``pooler``) and a head (``box_head``, which may be the list of a cascade; C4: ``res5``). A
+    pyramid without pooler, as of RetinaNet and FCOS, gets one of 7x7; their classification tower is
+    a level too.
+
+    Raises:
+        UserError: the model has no ``backbone``.
+    """
+    backbone = getattr(model, "backbone", None)
+    if backbone is None:
+        raise UserError(
+            f"a probe needs a model with a backbone, and {type(model).__name__} has none"
+        )
+    trunk = _first(backbone, "bottom_up", "net") or backbone
+    roi_heads = getattr(model, "roi_heads", model)
+    pooler = _first(roi_heads, "box_pooler", "pooler")
+    if pooler is not None:
+        in_features = _in_features(model, roi_heads, pooler)
+    elif trunk is not backbone and hasattr(backbone, "output_shape"):
+        pooler, in_features = _pyramid_pooler(backbone)
+    else:
+        return RegionReader(backbone, trunk)
+    head = _first(roi_heads, "box_head", "res5")
+    if isinstance(head, nn.ModuleList):
+        heads = {f"{HEAD}_stage{i}": stage for i, stage in enumerate(head)}
+    else:
+        heads = {} if head is None else {HEAD: head}
+    tower = getattr(getattr(model, "head", None), "cls_subnet", None)
+    return RegionReader(backbone, trunk, pooler, in_features, heads, tower)
+
+
+def read_regions(
+    model: nn.Module,
+    reader: RegionReader,
+    dicts: Sequence[Mapping[str, Any]],
+    augmentations: Sequence[T.Augmentation] = (),
+    batch_size: int = 8,
+    input_format: str | None = None,
+) -> Regions:
+    """Features of the boxes of images, each process reading its part of the batches.
+
+    The images are processed as by the detector at test time: read in its format, resized,
+    normalised and padded, with all modules in eval mode. Crowd boxes are left out. Random states
+    and modes are restored.
+
+    Args:
+        model: has the ``pixel_mean`` and ``pixel_std`` of the reader's backbone in a submodule.
+        reader: see :func:`model_reader`.
+        dicts: Detectron2 dataset dicts with annotations.
+        augmentations: Detectron2's, such as the test mapper's ``ResizeShortestEdge``.
+        batch_size: images per batch.
+        input_format: channel order that the model reads; None: the model's own ``input_format``.
+
+    Returns:
+        The regions of all processes, in the order of the images.
+    """
+    batches = [dicts[start : start + batch_size] for start in range(0, len(dicts), batch_size)]
+    rank, world = comm.get_rank(), comm.get_world_size()
+    mine = _local_regions(model, reader, batches[rank::world], augmentations, input_format)
+    parts = [part for part in comm.all_gather(mine) if part]
+    # The n-th batch of each process, for all n.
+    batches = [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
+    return Regions(
+        {level: torch.cat([b.features[level] for b in batches]) for level in reader.levels},
+        torch.cat([b.labels for b in batches]),
+    )
+
+
+def _local_regions(
+    model: nn.Module,
+    reader: RegionReader,
+    batches: Sequence[Sequence[Mapping[str, Any]]],
+    augmentations: Sequence[T.Augmentation],
+    input_format: str | None,
+) -> list[Regions]:
+    backbone, device = reader.backbone, next(reader.backbone.parameters()).device
+    mean, std, input_format = _pixels(model, input_format)
+    found = []
+    with evaluating(reader):
+        for batch in batches:
+            loaded = [load_region(record, input_format, augmentations) for record in batch]
+            images = ImageList.from_tensors(
+                [((image - mean) / std).to(device) for image, _, _ in loaded],
+                getattr(backbone, "size_divisibility", 0),
+                padding_constraints=getattr(backbone, "padding_constraints", None),
+            )
+            boxes = [Boxes(boxes).to(device) for _, boxes, _ in loaded]
+            vectors = {k: v.float().cpu() for k, v in reader(images.tensor, boxes).items()}
+            labels = itertools.chain.from_iterable(classes for _, _, classes in loaded)
+            found.append(Regions(vectors, torch.tensor(list(labels), dtype=torch.int64)))
+    return found
+
+
+def with_boxes(dicts: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
+    """The records that have a box other than a crowd.
+
+    Args:
+        dicts: Detectron2 dataset dicts.
+        where: names of the data sets, for the error message.
+
+    Raises:
+        UserError: there are none.
+    """
+    kept = [d for d in dicts if any(_counts(a) for a in d.get("annotations", ()))]
+    if not kept:
+        raise UserError(f"a probe needs labelled boxes: {where} has none")
+    return kept
+
+
+def load_region(
+    record: Mapping[str, Any], input_format: str, augmentations: Sequence[T.Augmentation] = ()
+) -> tuple[Tensor, Tensor, list[int]]:
+    """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in pixels, and their classes."""
+    image = read_record(record, input_format)
+    annotations = [a for a in record["annotations"] if _counts(a)]
+    boxes = np.array(
+        [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations],
+        dtype=np.float32,
+    ).reshape(-1, 4)
+    if augmentations:
+        inputs = T.AugInput(image, boxes=boxes)
+        with random_state_of(0):  # even ResizeShortestEdge draws a number
+            T.AugmentationList(augmentations)(inputs)
+        image, boxes = inputs.image, inputs.boxes
+    image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
+    boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float32))
+    return image, boxes, [a["category_id"] for a in annotations]
+
+
+def _counts(annotation: Mapping[str, Any]) -> bool:
+    return not annotation.get("iscrowd", 0)
+
+
+def _first(module: nn.Module, *names: str) -> nn.Module | None:
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+
+
+def _in_features(model: nn.Module, roi_heads: nn.Module, pooler: nn.Module) -> list[str]:
+    """Names of the pooler's input maps: the detector's, else the model's, else the P-levels."""
+    for owner in (roi_heads, model):
+        names = getattr(owner, "in_features", ())
+        if len(names) == len(pooler.level_poolers):
+            return list(names)
+    return [f"p{level}" for level in range(pooler.min_level, pooler.max_level + 1)]
+
+
+def _pyramid_pooler(backbone: nn.Module) -> tuple[ROIPooler, list[str]]:
+    """A pooler for a pyramid's maps without those of its top block, and the names of the maps."""
+    shapes = backbone.output_shape()
+    added = getattr(getattr(backbone, "top_block", None), "num_levels", 0)
+    names = list(shapes)[: len(shapes) - added]
+    scales = [1 / shapes[name].stride for name in names]
+    return ROIPooler(7, scales, sampling_ratio=0, pooler_type="ROIAlignV2"), names
+
+
+def _pixels(model: nn.Module, input_format: str | None) -> tuple[Tensor, Tensor, str]:
+    """Mean and std (3, 1, 1) on the CPU and the channel order, from the module that has them."""
+    owner = next((m for m in model.modules() if hasattr(m, "pixel_mean")), None)
+    if owner is None:
+        raise UserError(f"the probe finds no pixel_mean in {type(model).__name__}")
+    if input_format is None and hasattr(owner, "flip_channels"):
+        input_format = "BGR" if owner.flip_channels else "RGB"
+    input_format = input_format or getattr(owner, "input_format", None)
+    if input_format is None:
+        raise UserError(
+            f"{type(owner).__name__} has no input_format: set that of the probe to RGB or BGR"
+        )
+    mean, std = (
+        torch.as_tensor(v, dtype=torch.float32).reshape(3, 1, 1).cpu()
+        for v in (owner.pixel_mean, owner.pixel_std)
+    )
+    return mean, std, input_format
