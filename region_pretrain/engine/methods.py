@@ -16,6 +16,7 @@ from region_pretrain.config import CONFIG_ROOT, complete_train, load_file, overr
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.detector import model_of
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.yacs import lazy_detector, split_overrides
@@ -79,7 +80,7 @@ def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
         UserError: the config cannot be loaded or converted, or is not that of a detector.
     """
     try:
-        model = load_file(path, yacs_overrides).get("model", {})
+        model = model_of(load_file(path, yacs_overrides))
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if target is build_detector:
@@ -93,7 +94,6 @@ def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
         )
     if isinstance(target, type) and issubclass(target, PretrainingModel):
         raise UserError(f"--detector {path}: a pre-training config; give the detector's own")
-    model.setdefault("input_format", "BGR")  # Detectron2's default
     return model
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_record
+from region_pretrain.modeling.pyramid import pyramid_names, trunk_of
 
 #: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
 TRUNK, FPN, TOWER, HEAD = "trunk", "fpn", "tower", "head"
@@ -144,7 +145,7 @@ def model_reader(model: nn.Module) -> RegionReader:
         raise UserError(
             f"a probe needs a model with a backbone, and {type(model).__name__} has none"
         )
-    trunk = _first(backbone, "bottom_up", "net") or backbone
+    trunk = trunk_of(backbone)
     roi_heads = getattr(model, "roi_heads", model)
     pooler = _first(roi_heads, "box_pooler", "pooler")
     if pooler is not None:
@@ -279,9 +280,7 @@ def _in_features(model: nn.Module, roi_heads: nn.Module, pooler: nn.Module) -> l
 
 def _pyramid_pooler(backbone: nn.Module) -> tuple[ROIPooler, list[str]]:
     """A pooler for a pyramid's maps without those of its top block, and the names of the maps."""
-    shapes = backbone.output_shape()
-    added = getattr(getattr(backbone, "top_block", None), "num_levels", 0)
-    names = list(shapes)[: len(shapes) - added]
+    shapes, names = backbone.output_shape(), pyramid_names(backbone)
     scales = [1 / shapes[name].stride for name in names]
     return ROIPooler(7, scales, sampling_ratio=0, pooler_type="ROIAlignV2"), names
 

@@ -61,7 +61,7 @@ class Detector:
         if isinstance(detector, CfgNode):
             detector = lazy_detector(detector)
         elif isinstance(detector, DictConfig) and "backbone" not in detector:
-            detector = detector.get("model", detector)
+            detector = model_of(detector)
         if not all(_get(detector, key) is not None for key in ("backbone", "pixel_mean")):
             raise UserError("not a detector: it has no backbone or no pixel_mean")
         self.detector = detector
@@ -234,9 +234,15 @@ class Detector:
             return head.to("meta").eval()(regions).shape[1]
 
 
-def without_pyramid(what: str) -> UserError:
-    """The error of a method that needs a feature pyramid."""
-    return UserError(f"the detector has no feature pyramid, which {what}")
+def model_of(cfg: DictConfig) -> DictConfig:
+    """``model`` of a detection config, with the input format.
+
+    Detectron2's FCOS, which does not know it, has the format of the mapper; the default is BGR.
+    """
+    model = cfg.get("model", DictConfig({}))
+    if "backbone" in model and "input_format" not in model:
+        model.input_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "BGR"
+    return model
 
 
 def _trunk_of(backbone: nn.Module) -> Trunk:

@@ -203,7 +203,7 @@ def test_a_bare_trunk_has_one_level(dicts):
     fpn = yacs_detector("COCO-Detection/retinanet_R_50_FPN_1x.yaml").backbone
     alone, wrapped = (
         found_features(WithPixels(backbone).eval(), dicts)
-        for backbone in (fpn.bottom_up, Trunk(fpn.bottom_up))
+        for backbone in (fpn.bottom_up, Trunk(bottom_up=fpn.bottom_up))
     )
     assert list(alone) == list(wrapped) == ["trunk"]
     assert torch.equal(alone["trunk"], wrapped["trunk"])

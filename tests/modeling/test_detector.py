@@ -100,6 +100,16 @@ def test_a_yacs_config_and_a_complete_lazy_config_are_detectors():
         Detector(DictConfig({"train": {}}))
 
 
+def test_fcos_has_the_format_of_its_mapper():
+    """Detectron2's FCOS has no ``input_format``."""
+    model = DETECTORS["FCOS"]()
+    assert "input_format" not in model and Detector(model).pixels["input_format"] == "BGR"
+    cfg = DictConfig({"dataloader": {"train": {"mapper": {"image_format": "RGB"}}}})
+    cfg._set_flag("allow_objects", True)
+    cfg.model = model
+    assert Detector(cfg).pixels["input_format"] == "RGB"
+
+
 def test_towers_with_a_norm_per_level_are_refused():
     model = DETECTORS["RetinaNet"]()
     model.head.norm = "SyncBN"
