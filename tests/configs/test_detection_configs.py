@@ -20,6 +20,7 @@ MINI_COCO = {
     "mask_rcnn_r50_fpn_4conv1fc_mini_coco_5pct.py": (0.05, 5_500, [4_000, 5_000]),
     "mask_rcnn_r50_fpn_4conv1fc_mini_coco_10pct.py": (0.1, 10_000, [7_000, 9_000]),
 }
+FROZEN = "mask_rcnn_r50_fpn_4conv1fc_frozen.py"
 FPN_4CONV1FC = [
     "mask_rcnn_r50_fpn_4conv1fc.py",
     "mask_rcnn_r50_fpn_4conv1fc_2x.py",
@@ -27,6 +28,7 @@ FPN_4CONV1FC = [
     "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5.py",
     "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5_2x.py",
     "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5_3x.py",
+    FROZEN,
     *MINI_COCO,
 ]
 INFOMIN = ["mask_rcnn_r50_fpn_infomin.py"]
@@ -48,6 +50,7 @@ OTHERS = [*DENSE, *KEYPOINTS, CASCADE, PANOPTIC, CITYSCAPES, *LVIS]
 ALL = FPN + C4 + VOC + OTHERS
 #: Mask R-CNN config -> that of the same detector for boxes without masks.
 BOXES_ONLY = {name: name.replace("mask_rcnn", "faster_rcnn") for name in FPN + C4}
+del BOXES_ONLY[FROZEN]  # the override train.freeze does the same
 SHAPES = "mask_rcnn_r18_fpn_shapes.py"
 BOXES_ONLY[SHAPES] = "faster_rcnn_r18_fpn_shapes.py"
 
