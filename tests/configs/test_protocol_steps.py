@@ -129,6 +129,25 @@ def test_keypoints_are_evaluated_by_oks(coco, tmp_path):
     assert 0 <= results["keypoints"]["AP"] <= 100
 
 
+def test_keypoints_of_a_json_by_path(coco, tmp_path):
+    """The json names the keypoints; it lacks what only pycocotools needs."""
+    path = tmp_path / "coco" / "coco.json"
+    data = json.loads(path.read_text())
+    for annotation in data["annotations"]:
+        del annotation["num_keypoints"]
+    path.write_text(json.dumps(data))
+    name = f"coco://{path}?images={tmp_path / 'coco'}"
+    cfg = small("keypoint_rcnn_r50_fpn.py", name, name, tmp_path)
+    cfg.model.roi_heads.keypoint_head.num_keypoints = 3
+    cfg.model.roi_heads.box_predictor.test_score_thresh = 0.0
+    cfg.dataloader.evaluator.kpt_oks_sigmas = [0.026, 0.035, 0.035]
+    results, _ = run(cfg)
+    assert 0 <= results["keypoints"]["AP"] <= 100
+    # nose, left ear, right ear
+    assert list(instantiate(cfg.dataloader.train.mapper).keypoint_hflip_indices) == [0, 2, 1]
+    assert "no num_keypoints; counted" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_keypoints_of_the_data_the_detector_and_the_evaluator_agree(coco, tmp_path):
     cfg = small("keypoint_rcnn_r50_fpn.py", coco, coco, tmp_path)
     cfg.dataloader.evaluator.kpt_oks_sigmas = [0.05] * 17
