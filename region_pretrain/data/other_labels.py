@@ -101,6 +101,5 @@ def _check_keypoints(records: Sequence[dict[str, Any]], key: str, number: int) -
             if count != number and not annotation.get("iscrowd", 0):
                 raise UserError(
                     f"{record.get('file_name')} has a box with {count} keypoints, but "
-                    f"{key}={number}: all boxes need this many "
-                    "(x, y, visibility)"
+                    f"{key}={number}: all boxes need this many (x, y, visibility)"
                 )

@@ -51,7 +51,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         for name in matched:
             modules[name].requires_grad_(False)
             for layer in modules[name].modules():
-                if not any(layer.children()):
+                if next(layer.children(), None) is None:
                     _keep_in_eval_mode(layer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
