@@ -15,5 +15,7 @@ pretrain = L(warmup_cosine)(
 # 90000 iterations * 16 images / 118287 images of COCO train2017 = 12.2 epochs
 detection_1x = L(warmup_multistep)(max_iter=90_000, steps=[60_000, 80_000])
 
-# Twice as long; the drops keep their distance from the end.
 detection_2x = L(warmup_multistep)(max_iter=180_000, steps=[120_000, 160_000])
+
+# From 3x on, the drops keep the distance from the end that they have in 2x.
+detection_3x = L(warmup_multistep)(max_iter=270_000, steps=[210_000, 250_000])

@@ -7,6 +7,9 @@ train = dict(
     init_checkpoint="",
     # Accept weights that fill only a part of a stage, an FPN or a head.
     init_partial=False,
+    # Fine-tuning: modules that are not trained, by name or pattern, e.g. [backbone.bottom_up] or
+    # ["roi_heads.box_head.conv*"]; their norms keep their statistics.
+    freeze=[],
     # Length of the run in passes over the images ...
     epochs=None,
     # ... or in iterations, which takes precedence.

@@ -67,6 +67,7 @@ class AnnotationFixer:
                     and x + w <= image["width"] + _ROUNDING
                     and y + h <= image["height"] + _ROUNDING
                     and not a.get("ignore")
+                    and ("keypoints" not in a or "num_keypoints" in a)
                     and (
                         not segmentation
                         or isinstance(segmentation, list)
@@ -153,6 +154,9 @@ class AnnotationFixer:
             self._findings.add("`ignore` set; replaced by iscrowd", example)
             crowd = 1
         a["iscrowd"] = int(crowd)
+        if "keypoints" in a and "num_keypoints" not in a:
+            a["num_keypoints"] = sum(visibility > 0 for visibility in a["keypoints"][2::3])
+            self._findings.add("no num_keypoints; counted", example)
         return True
 
     def _fix_segmentation(self, a: dict, image: dict, example: str) -> list | dict | None:

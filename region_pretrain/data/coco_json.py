@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -51,6 +51,7 @@ class CocoData:
         source: the given json.
         image_root: the given image folder.
         all_sizes: whether all images' sizes were compared with their files.
+        keypoint_names: names of a box's keypoints; empty if the categories have none.
     """
 
     records: list[dict[str, Any]]
@@ -60,6 +61,15 @@ class CocoData:
     source: str
     image_root: str
     all_sizes: bool = False
+    keypoint_names: list[str] = field(default_factory=list)
+
+    @property
+    def keypoints(self) -> dict[str, list]:
+        """Detectron2's metadata of keypoints; flips exchange ``left`` and ``right`` in names."""
+        names = self.keypoint_names
+        swapped = [(name, name.replace("left", "right")) for name in names if "left" in name]
+        pairs = [pair for pair in swapped if pair[1] in names]
+        return {"keypoint_names": names, "keypoint_flip_map": pairs} if names else {}
 
     @property
     def fixed(self) -> bool:
@@ -116,7 +126,9 @@ def load_coco(json_file: str, image_root: str, all_sizes: bool = False) -> CocoD
     ids = [category["id"] for category in categories]
     names = [category["name"] for category in categories]
     records = _records(data, image_root, {category_id: n for n, category_id in enumerate(ids)})
-    return CocoData(records, names, ids, findings, json_file, image_root, all_sizes)
+    named = [category["keypoints"] for category in categories if category.get("keypoints")]
+    keypoints = named[0] if named and named.count(named[0]) == len(named) else []
+    return CocoData(records, names, ids, findings, json_file, image_root, all_sizes, keypoints)
 
 
 def mend_registered(name: str, evaluated: bool = False) -> CocoData | None:
@@ -176,6 +188,8 @@ def _register_again(name: str, data: CocoData) -> None:
                 f"{value}: register it without {key}"
             )
     metadata.set(**facts)
+    if metadata.get("keypoint_names") is None:
+        metadata.set(**data.keypoints)
     DatasetCatalog.pop(name)
     DatasetCatalog.register(name, load)
 

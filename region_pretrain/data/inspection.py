@@ -31,6 +31,7 @@ from region_pretrain.data.sources import findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage, read_record
+from region_pretrain.yacs.build import build_evaluator, evaluator_classes
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,12 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
     """
     evaluator = cfg.dataloader.get("evaluator")
     target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
-    by_coco = (locate(target) if isinstance(target, str) else target) is COCOEvaluator
+    target = locate(target) if isinstance(target, str) else target
     lines: dict[str, None] = {}
     for split, name in [(split, name) for split, some in names.items() for name in some]:
+        by_coco = target is COCOEvaluator
+        if target is build_evaluator and split == "test":
+            by_coco = COCOEvaluator in evaluator_classes(name)
         evaluated = split == "test" and by_coco
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)

@@ -1,4 +1,4 @@
-"""Photometric augmentation of a batch: colour jitter, greyscale, blur and solarisation per sample.
+"""Photometric augmentation of a batch: colours, blur, solarisation and cut-out per sample.
 
 A loader's worker draws a view's parameters, one row of numbers, from the sample's generator. The
 operations run later, batched, on the model's device. They are those of
@@ -119,8 +119,49 @@ class Photometry:
         return np.array(row, np.float32)
 
 
+@dataclass(frozen=True)
+class CutOut:
+    """A view's :class:`Photometry`, after which squares inside some of its boxes are covered.
+
+    Attributes:
+        photometry: the view's.
+        boxes: ``(N, 4)`` XYXY in view pixels.
+        slots: number of squares in a row of parameters; at least N.
+        prob: probability that a box is cut out, for each box.
+        area: range of a square's area as a fraction of its box, sampled uniformly. Its centre is
+            uniform in the box, so it may extend beyond the box.
+    """
+
+    photometry: Photometry
+    boxes: np.ndarray
+    slots: int
+    prob: float
+    area: tuple[float, float]
+
+    def sample(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the parameters of one view.
+
+        Each call consumes the same number of random numbers, whatever the outcome.
+
+        Returns:
+            ``(P + 4 * slots,)`` float32: those of :meth:`Photometry.sample`, and the squares as
+            XYXY in whole view pixels. An unused slot contains an empty square.
+        """
+        row = self.photometry.sample(rng)
+        squares = np.zeros((self.slots, 4), np.float32)
+        draws = rng.random((self.slots, 4))  # decision, area, two coordinates of the centre
+        corner, size = self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]
+        cut = np.flatnonzero(draws[: len(size), 0] < self.prob)
+        low, high = self.area
+        fraction = low + (high - low) * draws[cut, 1]
+        side = np.maximum(np.rint(np.sqrt(fraction * size[cut].prod(axis=1))), 1)[:, None]
+        first = np.rint(corner[cut] + draws[cut, 2:] * size[cut] - side / 2)
+        squares[cut, :2], squares[cut, 2:] = first, first + side
+        return np.concatenate([row, squares.ravel()])
+
+
 @torch.no_grad()
-def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
+def apply_photometry(images: Tensor, params: Tensor, fill: Tensor | None = None) -> Tensor:
     """Apply each image's own parameters to a batch.
 
     An operation runs only on the samples that need it. They are selected on the CPU, so keep
@@ -129,7 +170,9 @@ def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
 
     Args:
         images: ``(B, 3, H, W)`` float32 RGB in [0, 1], on any device; not modified.
-        params: ``(B, P)`` float32 rows of :meth:`Photometry.sample`, on the CPU.
+        params: ``(B, P)`` float32 rows of :meth:`Photometry.sample` or, with squares,
+            ``(B, P + 4 M)`` of :meth:`CutOut.sample`; on the CPU.
+        fill: ``(3, 1, 1)`` colour of the squares, on the images' device; default: mid-grey.
 
     Returns:
         ``(B, 3, H, W)`` float32 in [0, 1]; ``images`` itself if no sample changes.
@@ -141,9 +184,30 @@ def apply_photometry(images: Tensor, params: Tensor) -> Tensor:
         raise ValueError(
             f"images must be (B, 3, H, W) float32, not {tuple(images.shape)} {images.dtype}"
         )
-    if params.shape != (len(images), len(PhotometryLayout)):
+    size = len(PhotometryLayout)
+    columns = params.shape[-1]
+    if params.shape != (len(images), columns) or columns < size or (columns - size) % 4:
         raise ValueError(f"params {tuple(params.shape)} for a batch of {len(images)} images")
-    params = params.cpu()
+    params, squares = params.cpu().split([size, columns - size], dim=1)
+    images = _adjust(images, params)
+    if not squares.any():
+        return images
+    fill = torch.tensor(0.5, device=images.device) if fill is None else fill
+    squares = squares.view(len(images), -1, 4).to(images.device, non_blocking=True)
+    return torch.where(_inside(squares, *images.shape[2:]), fill, images)
+
+
+def _inside(squares: Tensor, height: int, width: int) -> Tensor:
+    """Whether each pixel is in one of its image's ``(B, M, 4)`` squares: ``(B, 1, H, W)`` bool."""
+    x = torch.arange(width, device=squares.device)
+    y = torch.arange(height, device=squares.device)
+    in_x = (x >= squares[..., 0:1]) & (x < squares[..., 2:3])  # (B, M, W)
+    in_y = (y >= squares[..., 1:2]) & (y < squares[..., 3:4])  # (B, M, H)
+    return (in_y.unsqueeze(3) & in_x.unsqueeze(2)).any(dim=1, keepdim=True)
+
+
+def _adjust(images: Tensor, params: Tensor) -> Tensor:
+    """:func:`apply_photometry` without squares."""
     steps = list(_plan(params.numpy()))
     if not steps:
         return images

@@ -114,6 +114,7 @@ def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
         "evaluator_type": "coco",
         "thing_classes": data.classes,
         "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(data.category_ids)},
+        **data.keypoints,
     }
 
 

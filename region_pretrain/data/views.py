@@ -10,7 +10,7 @@ import numpy as np
 from region_pretrain.contract import Contract
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.geometry import ViewGeometry
-from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.photometry import CutOut, Photometry
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ViewSample:
     """
 
     geometry: ViewGeometry
-    photometry: Photometry
+    photometry: Photometry | CutOut
     boxes: np.ndarray
     region_ids: np.ndarray
     valid: np.ndarray

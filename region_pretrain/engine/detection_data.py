@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from region_pretrain.data.few_label import write_subset
 from region_pretrain.data.masks import check_masks
+from region_pretrain.data.other_labels import check_other_labels
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.processes import on_main_process
@@ -98,7 +99,9 @@ class _MappedRecords(Dataset):
 
 
 def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> None:
-    """Check that image files exist: up to 4000 local files, spread evenly over the records.
+    """Check that files exist: those of up to 4000 records, spread evenly.
+
+    These are local images and segmentation maps.
 
     Args:
         records: Detectron2's dataset dicts; those without ``file_name`` are skipped.
@@ -109,17 +112,18 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
         UserError: more files are missing; the message names their number and the first one.
     """
     chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED)).round().astype(int)
-    files = [str(records[i].get("file_name", "://")) for i in chosen]
+    keys = ("file_name", "sem_seg_file_name")
+    files = [str(records[i][k]) for k in keys for i in chosen if k in records[i]]
     files = [file for file in files if "://" not in file]
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:  # a network disk answers slowly
         exists = list(pool.map(os.path.exists, files))
     missing = [file for file, found in zip(files, exists, strict=True) if not found]
     if not missing:
         return
-    checked = "" if len(files) == len(records) else "checked "
+    checked = "" if len(chosen) == len(records) else "checked "
+    kind = "image files" if len(files) <= len(chosen) else "files"
     message = (
-        f"{key}: {len(missing)} of {len(files)} {checked}image files do not exist, "
-        f"e.g. {missing[0]}"
+        f"{key}: {len(missing)} of {len(files)} {checked}{kind} do not exist, e.g. {missing[0]}"
     )
     if len(missing) * len(records) > tolerated * len(chosen):
         raise UserError(f"{message}: is the image folder of the data set correct?")
@@ -277,20 +281,22 @@ def detection_training_data(
         output_dir: folder for the list of images of a few-label subset; None: it is not written.
 
     Raises:
-        UserError: ``total_batch_size`` is missing, there are no images, or they lack the masks that
-            the detector learns.
+        UserError: ``total_batch_size`` is missing, there are no images, or they lack the masks,
+            keypoints or segmentation maps that the detector learns.
     """
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
     if target is build_detection_train_loader and fields <= _KNOWN:
         records = instantiate(cfg.dataset)
         check_masks(records, cfg._get_root())
+        check_other_labels(records, cfg._get_root())
         if output_dir is not None:
             write_subset(records, output_dir)
         options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
         return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
     if {"dataset", "mapper"} <= fields and isinstance(records := instantiate(cfg.dataset), list):
         check_masks(records, cfg._get_root())
+        check_other_labels(records, cfg._get_root())
         if output_dir is not None:
             write_subset(records, output_dir)
     parts = dict(cfg.items())

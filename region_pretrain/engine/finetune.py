@@ -20,6 +20,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
 from torch import nn
 
@@ -161,7 +162,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             build_test_loader(cfg.dataloader.test, read_images=True)
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
-        return [_precise_bn(cfg, trainer, data)] if cfg.train.precise_bn.enabled else []
+        # All batch norms may be frozen.
+        if cfg.train.precise_bn.enabled and get_bn_modules(trainer.module):
+            return [_precise_bn(cfg, trainer, data)]
+        return []
 
     evaluate = partial(do_test, cfg) if "evaluator" in cfg.dataloader else None
     _, results = run_training(

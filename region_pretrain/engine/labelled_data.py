@@ -11,15 +11,17 @@ from typing import NamedTuple
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from region_pretrain.config import class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.inspection import prepare_labels
+from region_pretrain.data.other_labels import check_other_heads
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError
+from region_pretrain.yacs.build import build_evaluator, check_packages, evaluator_classes
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
 
     Raises:
         UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
-            or the classes of the config, the training data and the test data differ.
+            the classes of the config, the training data and the test data differ; or an evaluator
+            needs a package that is not installed.
     """
     if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
         raise UserError(
@@ -77,6 +80,8 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     register_named(cfg)
     splits = ("train", "test") if training else ("test",)
     names = {split: _dataset_names(cfg, split) for split in splits}
+    _check_evaluators(cfg.dataloader.get("evaluator"), names["test"])
+    check_other_heads(cfg, names[splits[0]])
     with missing_files_are_user_errors():
         # Before Detectron2 loads what may need fixing.
         lines = prepare_labels(cfg, names) if fix else []
@@ -95,9 +100,11 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
 
 @contextmanager
 def missing_files_are_user_errors() -> Iterator[None]:
-    """Turn an ``OSError`` into one line about the data set's folder."""
+    """Turn an ``OSError`` into one line about the data set's folder; also a missing package."""
     try:
         yield
+    except ImportError as error:
+        raise UserError(f"the data set cannot be read: {error}: install this package") from error
     except OSError as error:
         raise UserError(
             f"the data set cannot be read: {error}; built-in data sets are expected in the folder "
@@ -126,6 +133,15 @@ def compare_with_checkpoint(report: TransferReport, classes: Classes, training: 
             f"{_shown(classes.datasets)}: {difference}",
             training,
         )
+
+
+def _check_evaluators(lazy: DictConfig | ListConfig | None, names: Sequence[str]) -> None:
+    """Find missing packages now, not after the training."""
+    for one in lazy if isinstance(lazy, ListConfig) else [lazy]:
+        target = one.get("_target_") if isinstance(one, DictConfig) else None
+        target = locate(target) if isinstance(target, str) else target
+        for name in names:
+            check_packages(name, evaluator_classes(name) if target is build_evaluator else [target])
 
 
 def _refuse(message: str, only_warn: bool) -> None:

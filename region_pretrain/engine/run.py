@@ -42,7 +42,7 @@ from region_pretrain.engine.memory import check_shared_memory
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
-from region_pretrain.engine.trainable import check_trainable
+from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
@@ -118,6 +118,7 @@ def run_training(
     lr = scale_lr(cfg, data, max_iter)
 
     model = build(cfg, device)
+    freeze(model, train.freeze)
     warn_of_single_images(cfg, data, model)
     optimizer = build_optimizer(cfg, model, lr)
     scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)

@@ -1,9 +1,11 @@
-"""Layers that neither a checkpoint nor training would fill."""
+"""Which layers are trained: freezing some, and finding those that nothing would fill."""
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
 
 from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +17,53 @@ from region_pretrain.modeling.meta_arch import PretrainingModel, detector_part
 from region_pretrain.overrides import dotted_keys
 
 logger = logging.getLogger(__name__)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze modules of a detector, for probes of pre-trained weights.
+
+    Their parameters are not trained, and their layers stay in eval mode: batch norm uses its
+    running statistics, dropout and stochastic depth are off.
+
+    Args:
+        model: the detector, before its optimiser is built.
+        patterns: names of modules, e.g. ``backbone.bottom_up`` or ``roi_heads.box_head.conv*``; a
+            module is frozen with everything in it.
+
+    Raises:
+        UserError: a pattern matches no module, nothing is left to train, or the model is a
+            pre-training model, whose momentum copies would no longer follow.
+    """
+    if not patterns:
+        return
+    if isinstance(model, PretrainingModel):
+        raise UserError(f"train.freeze={list(patterns)} is for fine-tuning: set it to []")
+    modules = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        matched = [name for name in modules if fnmatchcase(name, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern, modules, n=3)
+            near = near or [name for name, _ in model.named_children()]
+            raise UserError(
+                f"train.freeze: {pattern!r} matches no module of the detector, which has "
+                f"{', '.join(near)}"
+            )
+        for name in matched:
+            modules[name].requires_grad_(False)
+            for layer in modules[name].modules():
+                if next(layer.children(), None) is None:
+                    _keep_in_eval_mode(layer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not trained:
+        raise UserError(f"train.freeze={list(patterns)} leaves nothing to train")
+    total = sum(p.numel() for p in model.parameters())
+    counts = f"{trained:,} of {total:,} parameters are trained"
+    logger.info("frozen: %s; %s", ", ".join(patterns), counts)
+
+
+def _keep_in_eval_mode(layer: nn.Module) -> None:
+    layer.eval()
+    layer.train = lambda mode=True: layer  # what train() and eval() of its parents call
 
 
 def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] = ()) -> None:
@@ -71,6 +120,8 @@ def _unfreezing(cfg: DictConfig) -> list[str]:
             changes.append(f"{key}=0")
         elif value == "FrozenBN":
             changes.append(f"{key}=SyncBN")
+    if cfg.get("train", {}).get("freeze"):
+        changes.append("train.freeze=[]")
     of_yacs = [change for change in changes if change.startswith("MODEL.")]
     if of_yacs and OmegaConf.select(cfg, "model.backbone.norm") == "":  # of the FPN
         of_yacs.append("MODEL.FPN.NORM=SyncBN")

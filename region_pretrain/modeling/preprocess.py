@@ -41,7 +41,11 @@ class Preprocess(nn.Module):
         """The view's images as ``(B, 3, H, W)`` float32, in the detector's order and normalised."""
         with torch.autocast(view.images.device.type, enabled=False):
             images = view.images.to(self.pixel_mean.device).float() / 255
-            images = apply_photometry(images, view.photometry) * 255
+            images = apply_photometry(images, view.photometry, self._mean_rgb()) * 255
             if self.flip_channels:
                 images = images.flip(1)
             return (images - self.pixel_mean) / self.pixel_std
+
+    def _mean_rgb(self) -> Tensor:
+        """The colour that normalisation maps to 0: ``(3, 1, 1)`` in [0, 1]."""
+        return (self.pixel_mean.flip(0) if self.flip_channels else self.pixel_mean) / 255

@@ -31,12 +31,23 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 
-#: Evaluator type -> packages that Detectron2's evaluator imports only when it is used.
+#: Type of a data set -> its evaluators.
+_EVALUATORS: dict[str, list[type[DatasetEvaluator]]] = {
+    "coco": [COCOEvaluator],
+    "coco_panoptic_seg": [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator],
+    "sem_seg": [SemSegEvaluator],
+    "pascal_voc": [PascalVOCDetectionEvaluator],
+    "cityscapes_instance": [CityscapesInstanceEvaluator],
+    "cityscapes_sem_seg": [CityscapesSemSegEvaluator],
+    "lvis": [LVISEvaluator],
+}
+
+#: Evaluator -> the package that it imports only when it is used.
 _PACKAGES = {
-    "cityscapes_instance": "cityscapesscripts",
-    "cityscapes_sem_seg": "cityscapesscripts",
-    "coco_panoptic_seg": "panopticapi",
-    "lvis": "lvis",
+    CityscapesInstanceEvaluator: "cityscapesscripts",
+    CityscapesSemSegEvaluator: "cityscapesscripts",
+    COCOPanopticEvaluator: "panopticapi",
+    LVISEvaluator: "lvis",
 }
 
 
@@ -124,26 +135,48 @@ def build_evaluator(
     Raises:
         UserError: the type is unknown, or needs a package that is not installed.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
-    package = _PACKAGES.get(kind)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"{dataset_name} is evaluated with {package}, which is not installed")
-    evaluators: list[DatasetEvaluator] = []
-    if kind in ("sem_seg", "coco_panoptic_seg"):
-        evaluators.append(SemSegEvaluator(dataset_name, distributed=True, output_dir=output_dir))
-    if kind in ("coco", "coco_panoptic_seg"):
-        sigmas = tuple(keypoint_oks_sigmas)
-        evaluators.append(COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas))
-    if kind == "coco_panoptic_seg":
-        evaluators.append(COCOPanopticEvaluator(dataset_name, output_dir))
-    elif kind == "cityscapes_instance":
-        evaluators.append(CityscapesInstanceEvaluator(dataset_name))
-    elif kind == "cityscapes_sem_seg":
-        evaluators.append(CityscapesSemSegEvaluator(dataset_name))
-    elif kind == "pascal_voc":
-        evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
-    elif kind == "lvis":
-        evaluators.append(LVISEvaluator(dataset_name, output_dir=output_dir))
-    if not evaluators:
-        raise UserError(f"MetadataCatalog.get({dataset_name!r}).evaluator_type={kind} is unknown")
+    options: dict[type[DatasetEvaluator], dict[str, Any]] = {
+        COCOEvaluator: {
+            "output_dir": output_dir,
+            "kpt_oks_sigmas": tuple(keypoint_oks_sigmas),
+        },
+        SemSegEvaluator: {"output_dir": output_dir},
+        COCOPanopticEvaluator: {"output_dir": output_dir},
+        LVISEvaluator: {"output_dir": output_dir},
+    }
+    evaluators = [
+        kind(dataset_name, **options.get(kind, {})) for kind in evaluator_classes(dataset_name)
+    ]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def evaluator_classes(dataset_name: str) -> list[type[DatasetEvaluator]]:
+    """The classes that :func:`build_evaluator` uses for a data set.
+
+    Raises:
+        UserError: the type is unknown, or needs a package that is not installed.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in _EVALUATORS:
+        raise UserError(f"MetadataCatalog.get({dataset_name!r}).evaluator_type={kind} is unknown")
+    check_packages(dataset_name, _EVALUATORS[kind])
+    return _EVALUATORS[kind]
+
+
+def check_packages(dataset_name: str, evaluators: Iterable[Any]) -> None:
+    """Check that the packages of evaluators are installed.
+
+    Args:
+        dataset_name: the data set that they evaluate.
+        evaluators: classes; others than Detectron2's are ignored.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for kind in evaluators:
+        package = _PACKAGES.get(kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{dataset_name} is evaluated by {kind.__name__}, which needs the package "
+                f"{package}: install it"
+            )

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import get_bn_modules
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from detectron2.layers.batch_norm import get_norm
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import FCOS, GeneralizedRCNN, PanopticFPN, RetinaNet
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
@@ -19,20 +20,37 @@ MINI_COCO = {
     "mask_rcnn_r50_fpn_4conv1fc_mini_coco_5pct.py": (0.05, 5_500, [4_000, 5_000]),
     "mask_rcnn_r50_fpn_4conv1fc_mini_coco_10pct.py": (0.1, 10_000, [7_000, 9_000]),
 }
+FROZEN = "mask_rcnn_r50_fpn_4conv1fc_frozen.py"
 FPN_4CONV1FC = [
     "mask_rcnn_r50_fpn_4conv1fc.py",
     "mask_rcnn_r50_fpn_4conv1fc_2x.py",
+    "mask_rcnn_r50_fpn_4conv1fc_3x.py",
     "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5.py",
     "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5_2x.py",
+    "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5_3x.py",
+    FROZEN,
     *MINI_COCO,
 ]
 INFOMIN = ["mask_rcnn_r50_fpn_infomin.py"]
-C4 = ["mask_rcnn_r50_c4_moco.py", "mask_rcnn_r50_c4_moco_2x.py"]
-VOC = ["faster_rcnn_r50_c4_voc.py"]
+C4 = [
+    "mask_rcnn_r50_c4_moco.py",
+    "mask_rcnn_r50_c4_moco_2x.py",
+    "mask_rcnn_r50_c4_moco_wd2.5e-5.py",
+    "mask_rcnn_r50_c4_moco_wd2.5e-5_2x.py",
+]
+VOC_C4 = ["faster_rcnn_r50_c4_voc.py", "faster_rcnn_r50_c4_voc_wd2.5e-5.py"]
+VOC = [*VOC_C4, "faster_rcnn_r50_fpn_voc.py"]
 FPN = FPN_2FC + FPN_4CONV1FC + INFOMIN
-ALL = FPN + C4 + VOC
+DENSE = ["retinanet_r50_fpn.py", "retinanet_r50_fpn_2x.py", "fcos_r50_fpn.py"]
+KEYPOINTS = ["keypoint_rcnn_r50_fpn.py", "keypoint_rcnn_r50_fpn_2x.py"]
+CASCADE, PANOPTIC = "cascade_mask_rcnn_r50_fpn.py", "panoptic_fpn_r50.py"
+CITYSCAPES = "mask_rcnn_r50_fpn_cityscapes.py"
+LVIS = ["mask_rcnn_r50_fpn_lvis.py", "mask_rcnn_r50_fpn_4conv1fc_wd2.5e-5_lvis.py"]
+OTHERS = [*DENSE, *KEYPOINTS, CASCADE, PANOPTIC, CITYSCAPES, *LVIS]
+ALL = FPN + C4 + VOC + OTHERS
 #: Mask R-CNN config -> that of the same detector for boxes without masks.
 BOXES_ONLY = {name: name.replace("mask_rcnn", "faster_rcnn") for name in FPN + C4}
+del BOXES_ONLY[FROZEN]  # the override train.freeze does the same
 SHAPES = "mask_rcnn_r18_fpn_shapes.py"
 BOXES_ONLY[SHAPES] = "faster_rcnn_r18_fpn_shapes.py"
 
@@ -56,6 +74,10 @@ def learning_rates(cfg, iterations) -> list[float]:
     return [cfg.optimizer.lr * multiplier(i / cfg.train.max_iter) for i in iterations]
 
 
+def lr_of(name: str) -> float:
+    return 0.01 if name in DENSE or name == CITYSCAPES else 0.02
+
+
 def test_every_config_is_in_this_file():
     shipped = {p.name for p in (CONFIG_ROOT / "detection").glob("*.py")}
     assert shipped == {*ALL, SHAPES, *BOXES_ONLY.values()}
@@ -76,7 +98,7 @@ def test_five_names_saved_read_back_overridden_and_built(name, tmp_path):
     again = LazyConfig.apply_overrides(
         again,
         [
-            "model.roi_heads.num_classes=7",
+            "model.num_classes=7" if name in DENSE else "model.roi_heads.num_classes=7",
             "optimizer.lr=0.005",
             "dataloader.train.total_batch_size=4",
             "train.init_checkpoint=weights.pth",
@@ -86,8 +108,14 @@ def test_five_names_saved_read_back_overridden_and_built(name, tmp_path):
     assert again.train.init_checkpoint == "weights.pth"
     with torch.device("meta"):
         model = instantiate(again.model)
-    assert isinstance(model, GeneralizedRCNN)
-    assert model.roi_heads.box_predictor.cls_score.out_features == 8
+    if name in DENSE:
+        assert isinstance(model, RetinaNet | FCOS)
+        assert model.head.cls_score.out_channels == 7 * (9 if "retina" in name else 1)
+    else:
+        assert isinstance(model, GeneralizedRCNN)
+        predictor = model.roi_heads.box_predictor
+        for one in predictor if name == CASCADE else [predictor]:
+            assert one.cls_score.out_features == 8
 
     again.optimizer.params.model = model
     optimizer = instantiate(again.optimizer)
@@ -105,7 +133,7 @@ def test_common_protocol(name):
     # RGB from file to network, as torchvision's weights expect
     assert list(cfg.model.pixel_mean) == [123.675, 116.28, 103.53]
     assert list(cfg.model.pixel_std) == [58.395, 57.12, 57.375]
-    assert model.input_format == "RGB"
+    assert getattr(model, "input_format", "RGB") == "RGB"
     for loader in (cfg.dataloader.train, cfg.dataloader.test):
         assert loader.mapper.image_format == "RGB"
     # nothing frozen, the stride in the 3x3
@@ -113,37 +141,46 @@ def test_common_protocol(name):
     body = getattr(model.backbone, "bottom_up", model.backbone)
     assert {m.__class__ for m in norms(body)} == {nn.SyncBatchNorm}
     assert (body.res3[0].conv1.stride, body.res3[0].conv2.stride) == ((1, 1), (2, 2))
-    # batch 16, lr 0.02, no decay of norms, precise BN over 200 batches
-    assert cfg.dataloader.train.total_batch_size == 16
-    assert cfg.train.base_batch_size in (None, 16)
-    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (0.02, 0.9)
+    # no decay of norms, precise BN over 200 batches
+    batch = 8 if name == CITYSCAPES else 16
+    assert cfg.dataloader.train.total_batch_size == cfg.train.base_batch_size == batch
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum) == (lr_of(name), 0.9)
     assert cfg.optimizer.params.weight_decay_norm == 0.0
     assert cfg.train.precise_bn == {"enabled": True, "num_iter": 200}
-    assert len(get_bn_modules(model)) == len(norms(model))
+    batch_norms = [m for m in norms(model) if not isinstance(m, nn.GroupNorm)]
+    assert len(get_bn_modules(model)) == len(batch_norms)
     assert cfg.lr_multiplier.max_iter == cfg.train.max_iter
     test_size = cfg.dataloader.test.mapper.augmentations[0]
-    assert (test_size.short_edge_length, test_size.max_size) == (800, 1333)
+    expected = (1024, 2048) if name == CITYSCAPES else (800, 1333)
+    assert (test_size.short_edge_length, test_size.max_size) == expected
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_schedule(name):
-    cfg = get_config(f"detection/{name}")
+    cfg, lr = get_config(f"detection/{name}"), lr_of(name)
     warmup = 1_000
+    if name == CITYSCAPES:
+        assert (cfg.train.max_iter, list(cfg.lr_multiplier.steps)) == (24_000, [18_000])
+        found = learning_rates(cfg, [0, 1_000, 17_999, 18_001, 23_999])
+        assert found == pytest.approx([lr / 1_000, lr, lr, lr / 10, lr / 10], rel=1e-6)
+        return
     if name in MINI_COCO:
         _, length, steps = MINI_COCO[name]
     elif name in VOC:
         length, steps, warmup = 24_000, [18_000, 22_000], 100
-    elif "_2x" in name:
+    elif "_2x" in name or name == LVIS[0]:
         length, steps = 180_000, [120_000, 160_000]
+    elif "_3x" in name:
+        length, steps = 270_000, [210_000, 250_000]
     else:
         length, steps = 90_000, [60_000, 80_000]
     assert cfg.train.max_iter == length
     first, second = steps
     at = [0, warmup, first - 1, first + 1, second - 1, second + 1, length - 1]
-    expected = [0.00002, 0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002]
+    expected = [lr * factor for factor in (0.001, 1, 1, 0.1, 0.1, 0.01, 0.01)]
     assert learning_rates(cfg, at) == pytest.approx(expected, rel=1e-6)
     half = learning_rates(cfg, [warmup // 2])[0]
-    assert half == pytest.approx((0.00002 + 0.02) / 2, rel=1e-6)
+    assert half == pytest.approx((0.001 * lr + lr) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -208,7 +245,7 @@ def test_names_match_those_of_pretrained_weights():
     }
 
 
-@pytest.mark.parametrize("name", C4 + VOC)
+@pytest.mark.parametrize("name", C4 + VOC_C4)
 def test_c4_detectors(name):
     model = build(name)
     heads = model.roi_heads
@@ -254,8 +291,10 @@ def test_boxes_only_differs_from_its_sibling_only_in_the_masks(name):
     assert states[1] == expected and len(states[0]) > len(expected) > 100
 
 
-def test_voc_data():
-    cfg = get_config("detection/faster_rcnn_r50_c4_voc.py")
+@pytest.mark.parametrize("name", VOC)
+def test_voc_data(name):
+    cfg = get_config(f"detection/{name}")
+    assert not build(name).roi_heads.mask_on
     train, test = cfg.dataloader.train, cfg.dataloader.test
     assert list(train.dataset.names) == ["voc_2007_trainval", "voc_2012_trainval"]
     assert test.dataset.names == cfg.dataloader.evaluator.dataset_name == "voc_2007_test"
@@ -263,6 +302,79 @@ def test_voc_data():
     assert list(size.short_edge_length) == list(range(480, 801, 32))
     assert cfg.model.roi_heads.num_classes == 20
     assert cfg.model.roi_heads.box_predictor.num_classes == 20
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_fpn_of_other_detectors(name):
+    backbone = build(name).backbone
+    assert parameters(backbone.bottom_up) == 23_508_032
+    fpn = [m for n, m in backbone.named_modules() if n.startswith("fpn_") and "norm" in n]
+    levels = 3 if name in DENSE else 4
+    assert len(fpn) == 2 * levels and {m.__class__ for m in fpn} == {nn.SyncBatchNorm}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_detectors(name):
+    cfg, model = get_config(f"detection/{name}"), build(name)
+    assert not cfg.dataloader.train.mapper.use_instance_mask
+    assert model.num_classes == 80
+    assert set(model.backbone.output_shape()) == {"p3", "p4", "p5", "p6", "p7"}
+    # class tower: 4 * (9 * 256 * 256 + 256); FCOS has a group norm after each convolution
+    tower = 2_360_320 + (4 * 512 if "fcos" in name else 0)
+    assert parameters(model.head.cls_subnet) == tower
+
+
+def test_cascade_detector():
+    cfg, model = get_config(f"detection/{CASCADE}"), build(CASCADE)
+    assert [parameters(head) for head in model.roi_heads.box_head] == [13_895_680] * 3
+    assert model.roi_heads.mask_on
+    assert model.proposal_generator.post_nms_topk == {True: 2_000, False: 1_000}
+    assert cfg.dataloader.train.mapper.use_instance_mask
+
+
+@pytest.mark.parametrize("name", KEYPOINTS)
+def test_keypoint_detectors(name):
+    cfg, heads = get_config(f"detection/{name}"), build(name).roi_heads
+    train = cfg.dataloader.train
+    assert (heads.num_classes, heads.mask_on, heads.keypoint_on) == (1, False, True)
+    assert heads.keypoint_head.score_lowres.out_channels == 17
+    assert train.dataset.names == "keypoints_coco_2017_train" and train.dataset.min_keypoints == 1
+    mapper = instantiate(train.mapper)
+    # nose, then left and right eye, ear, ...: neighbours are swapped
+    swapped = [0] + [i + 1 if i % 2 else i - 1 for i in range(1, 17)]
+    assert list(mapper.keypoint_hflip_indices) == swapped
+    assert mapper.use_keypoint and not mapper.use_instance_mask
+
+
+def test_panoptic_detector():
+    cfg, model = get_config(f"detection/{PANOPTIC}"), build(PANOPTIC)
+    assert isinstance(model, PanopticFPN)
+    assert model.sem_seg_head.predictor.out_channels == 54  # all things are one class
+    train, test = cfg.dataloader.train.dataset, cfg.dataloader.test.dataset
+    assert train.names == "coco_2017_train_panoptic_separated" and not train.filter_empty
+    assert test.names == "coco_2017_val_panoptic_separated"
+    assert len(MetadataCatalog.get(train.names).stuff_classes) == 54
+
+
+@pytest.mark.parametrize("name", LVIS)
+def test_lvis_detectors(name):
+    cfg, heads = get_config(f"detection/{name}"), build(name).roi_heads
+    assert heads.box_predictor.cls_score.out_features == 1_204
+    assert heads.box_predictor.test_score_thresh == 1e-4
+    assert heads.box_predictor.test_topk_per_image == 300
+    assert len(norms(heads)) == (8 if "4conv1fc" in name else 0)
+    sampler = cfg.dataloader.train.sampler
+    assert sampler.repeat_factors.repeat_thresh == 0.001
+    assert len(MetadataCatalog.get(cfg.dataloader.train.dataset.names).thing_classes) == 1_203
+
+
+def test_cityscapes_data():
+    cfg = get_config(f"detection/{CITYSCAPES}")
+    size = cfg.dataloader.train.mapper.augmentations[0]
+    assert list(size.short_edge_length) == list(range(800, 1_025, 32))
+    assert (size.sample_style, size.max_size) == ("choice", 2_048)
+    names = MetadataCatalog.get(cfg.dataloader.train.dataset.names).thing_classes
+    assert len(names) == cfg.model.roi_heads.num_classes == 8
 
 
 @pytest.mark.parametrize("name", MINI_COCO)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from region_pretrain.data.photometry import (
     IDENTITY,
+    CutOut,
     Photometry,
     PhotometryLayout,
     apply_photometry,
@@ -243,3 +244,31 @@ def test_wrong_shapes_are_refused():
         apply_photometry(images, rows(3))
     with pytest.raises(ValueError, match="uint8"):
         apply_photometry((images * 255).byte(), rows(2))
+
+
+def test_cut_out_squares_have_the_fill_colour_after_all_other_operations():
+    images = random_images(3, 8, 10)
+    squares = np.zeros((3, 8), np.float32)
+    squares[0] = 2, 1, 5, 4, -2, 6, 2, 10  # the second one reaches out of the image
+    squares[2] = 9, 0, 10, 1, 0, 0, 0, 0
+    params, fill = rows(3, brightness=0.5), torch.full((3, 1, 1), 0.3)
+    out = apply_photometry(images, torch.hstack([params, torch.from_numpy(squares)]), fill)
+    expected = apply_photometry(images, params)
+    expected[0, :, 1:4, 2:5] = expected[0, :, 6:, :2] = expected[2, :, :1, 9:] = 0.3
+    assert torch.equal(out, expected)
+    covered = [int((out[i] == fill).all(dim=0).sum()) for i in range(3)]
+    assert covered == [9 + 4, 0, 1]
+
+
+def test_a_cut_out_draws_the_same_numbers_in_every_case():
+    never, always = np.random.default_rng(5), np.random.default_rng(5)
+    boxes = np.array([[0, 0, 40, 10], [5, 5, 6, 6]], np.float32)
+    empty = CutOut(Photometry(), boxes[:0], 3, 0.0, (0.1, 0.3)).sample(never)
+    full = CutOut(Photometry(), boxes, 3, 1.0, (0.25, 0.25)).sample(always)
+    assert never.random() == always.random()
+    assert empty.shape == full.shape == (len(AT) + 12,) and not empty[len(AT) :].any()
+    assert np.array_equal(full[: len(AT)], IDENTITY)
+    first, second, third = full[len(AT) :].reshape(3, 4)
+    assert (first[2:] - first[:2]).tolist() == [10, 10]  # sqrt(0.25 * 400)
+    assert (second[2:] - second[:2]).tolist() == [1, 1]  # at least one pixel
+    assert not third.any()

@@ -1,16 +1,20 @@
 """A converted config computes what Detectron2's DefaultTrainer does with the yacs config."""
 
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
+    DatasetCatalog,
     DatasetMapper,
     MetadataCatalog,
     get_detection_dataset_dicts,
 )
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.solver import LRMultiplier
@@ -317,3 +321,18 @@ def test_two_iterations(name, coco, tmp_path):
     # What was saved is what the run resumes with.
     _, again = both(name, coco, "SOLVER.MAX_ITER=2", f"OUTPUT_DIR={tmp_path / 'run'}")
     assert do_train(again, resume=True)["bbox"].keys() == results["bbox"].keys()
+
+
+def test_the_json_of_a_yacs_config_is_fixed_for_its_evaluation(coco, tmp_path):
+    folder = Path(MetadataCatalog.get(coco).image_root)
+    data = json.loads((folder / "coco.json").read_text())
+    for annotation in data["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    (tmp_path / "coco.json").write_text(json.dumps(data))
+    register_coco_instances("to be fixed", {}, str(tmp_path / "coco.json"), str(folder))
+    try:
+        _, cfg = both(FASTER_FPN, "to be fixed", "SOLVER.MAX_ITER=1", f"OUTPUT_DIR={tmp_path}/run")
+        assert do_train(cfg)["bbox"].keys() >= {"AP", "AP50"}
+    finally:
+        DatasetCatalog.remove("to be fixed")
+        MetadataCatalog.remove("to be fixed")

@@ -13,7 +13,7 @@ from region_pretrain.data.geometry import (
     random_resized_crop,
     whole_image,
 )
-from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.photometry import CutOut, Photometry
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
@@ -83,6 +83,9 @@ class SoCoViews(ViewSampler):
         jitter_prob, jitter_ratio: probability and strength of the box jitter in the first view.
         min_box_side: minimum side length of a region within a further view, in pixels of that view;
             smaller ones are not used. 0 keeps slivers, as released.
+        cutout_prob, cutout_area: cut-out of the regions in the further views
+            (:class:`~region_pretrain.data.photometry.CutOut`): probability per region, and range of
+            the square's area as a fraction of the region. 0: none, as in the 400-epoch recipes.
     """
 
     def __init__(
@@ -96,6 +99,8 @@ class SoCoViews(ViewSampler):
         jitter_prob: float = 0.5,
         jitter_ratio: float = 0.1,
         min_box_side: float = 0.0,
+        cutout_prob: float = 0.0,
+        cutout_area: tuple[float, float] = (0.1, 0.3),
     ) -> None:
         if len(sizes) != len(sources) + 1:
             raise UserError(
@@ -110,6 +115,12 @@ class SoCoViews(ViewSampler):
         self.crop_area = tuple(crop_area)
         self.jitter_prob, self.jitter_ratio = jitter_prob, jitter_ratio
         self.min_box_side = min_box_side
+        if not 0 <= cutout_prob <= 1 or not 0 < cutout_area[0] <= cutout_area[1] <= 1:
+            raise UserError(
+                f"views.cutout_prob={cutout_prob} must be in [0, 1], and views.cutout_area="
+                f"{list(cutout_area)} must be 0 < low <= high <= 1"
+            )
+        self.cutout_prob, self.cutout_area = cutout_prob, tuple(cutout_area)
 
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator
@@ -120,6 +131,7 @@ class SoCoViews(ViewSampler):
         first = whole_image(width, height, self.sizes[0], rng)
         others, candidates = self._draw_crops(width, height, boxes, rng)
 
+        photometry: list[Photometry | CutOut] = [self.photometry[0]]
         first_boxes, first_ids = [], []
         other_boxes: list[np.ndarray] = []
         other_ids: list[np.ndarray] = []
@@ -141,6 +153,7 @@ class SoCoViews(ViewSampler):
                 seen = boxes_in_view(geometry, boxes.take(chosen, axis=0))
             else:
                 seen = np.array([[0, 0, *geometry.size[::-1]]], np.float32)
+            photometry.append(self._cut_out(self.photometry[j + 1], seen))
             slots = self._pad(len(seen), rng)
             other_boxes.append(seen[slots])
             other_ids.append(chosen[slots] if len(chosen) else np.zeros_like(slots))
@@ -149,16 +162,16 @@ class SoCoViews(ViewSampler):
         # The first view shows the whole image, so this also clips jittered boxes to the image.
         in_first = boxes_in_view(first, np.concatenate(first_boxes))
         samples = []
-        for geometry, photometry, view_boxes, ids in zip(
+        for geometry, augmentation, view_boxes, ids in zip(
             [first, *others],
-            self.photometry,
+            photometry,
             [in_first, *other_boxes],
             [np.concatenate(first_ids), *other_ids],
             strict=True,
         ):
             ids = ids.astype(np.int64, copy=False)
             samples.append(
-                ViewSample(geometry, photometry, view_boxes, ids, np.ones(len(ids), bool))
+                ViewSample(geometry, augmentation, view_boxes, ids, np.ones(len(ids), bool))
             )
         return samples
 
@@ -200,6 +213,11 @@ class SoCoViews(ViewSampler):
         draws = rng.uniform(-self.jitter_ratio, self.jitter_ratio, boxes.shape)
         draws[rng.random(len(boxes)) >= self.jitter_prob] = 0
         return jitter_boxes(boxes, draws)
+
+    def _cut_out(self, photometry: Photometry, boxes: np.ndarray) -> Photometry | CutOut:
+        if not self.cutout_prob:
+            return photometry
+        return CutOut(photometry, boxes, self.num_regions, self.cutout_prob, self.cutout_area)
 
     def _pad(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """K slot indices: each region once, then random repetitions."""

@@ -1,12 +1,15 @@
 """Facts of SoCo's recipes."""
 
 import pytest
+from detectron2.config import instantiate
 from recipe_checks import (
     check_byol_augmentation,
     check_views_and_schedule,
     load_recipe,
     recipe_names,
 )
+
+from region_pretrain.config import changed_keys
 
 #: name -> sides of the views; first and last learning-rate multiplier.
 RECIPES = {
@@ -16,6 +19,9 @@ RECIPES = {
     "soco_r50-fpn_16xb128-400ep_imagenet": ([224, 224, 112], 0.01, 1.25e-7),
     "soco_r50-fpn_16xb128-530ep_coco": ([224, 224, 112], 0.01, 1.25e-7),
     "soco-star_r50-fpn_16xb128-400ep_imagenet": ([224, 224, 192, 112], 0.01, 1.25e-7),
+    "soco-cutout_r50-fpn_16xb128-100ep_imagenet": ([224, 224, 112], 0.01, 1.25e-7),
+    "soco-cutout_r50-c4_16xb128-100ep_imagenet": ([224, 224], 0.01, 1.25e-7),
+    "soco-cutout_r50-c4_16xb128-400ep_imagenet": ([224, 224], 0.01, 1.25e-7),
     "soco_r50-c4_16xb128-100ep_imagenet": ([224, 224], 0.01, 1.25e-7),
     "soco_r50-c4_16xb128-400ep_imagenet": ([224, 224], 0.01, 1.25e-7),
 }
@@ -37,7 +43,21 @@ def test_sources_of_the_variants():
     }
     assert sources.pop("soco-star_r50-fpn_16xb128-400ep_imagenet") == ["crop", "crop", 0]
     c4 = [sources.pop(name) for name in RECIPES if "c4" in name]
-    assert c4 == [["crop"]] * 2 and list(sources.values()) == [["crop", "crop"]] * 5
+    assert c4 == [["crop"]] * 4 and list(sources.values()) == [["crop", "crop"]] * 6
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "cutout" in name])
+def test_cutout_is_all_that_differs(name):
+    without, with_it = load_recipe("SoCo", name.replace("-cutout", "")), load_recipe("SoCo", name)
+    changed = changed_keys(without, with_it)
+    folder = changed.pop("train.output_dir")
+    assert folder[1] == folder[0].replace("soco_", "soco-cutout_")
+    assert {key: new for key, (_, new) in changed.items()} == {
+        "dataloader.train.dataset.views.cutout_prob": "0.5"
+    }
+    views = instantiate(with_it.dataloader.train.dataset.views)
+    assert (views.cutout_prob, views.cutout_area) == (0.5, (0.1, 0.3))
+    assert instantiate(without.dataloader.train.dataset.views).cutout_prob == 0
 
 
 @pytest.mark.parametrize(
@@ -49,6 +69,7 @@ def test_sources_of_the_variants():
         ("soco_r50-fpn_8xb128-100ep_imagenet", 100, 1024, 4.0, 125_100),
         ("soco-star_r50-fpn_16xb128-400ep_imagenet", 400, 2048, 8.0, 250_000),
         ("soco_r50-c4_16xb128-100ep_imagenet", 100, 2048, 8.0, 62_500),
+        ("soco-cutout_r50-c4_16xb128-400ep_imagenet", 400, 2048, 8.0, 250_000),
     ],
 )
 def test_facts_of_the_recipes(name, epochs, batch, lr, iterations):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from region_pretrain.data.geometry import ViewGeometry, boxes_in_view, overlaps
-from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.photometry import Photometry, PhotometryLayout
 from region_pretrain.errors import UserError
 from region_pretrain.projects.soco import SoCoViews, jitter_boxes
 from region_pretrain.projects.soco.views import pair_groups
@@ -189,3 +189,39 @@ def test_a_minimum_visible_side_drops_slivers():
     for seed in range(30):
         for view in sample(make_views(min_box_side=8.0), boxes, seed)[1:]:
             assert (view.boxes[:, 2:] - view.boxes[:, :2]).min() >= 8.0
+
+
+def test_cutout_covers_squares_in_half_of_the_further_views_regions():
+    boxes = random_boxes(6, 2)
+    views, plain = make_views(cutout_prob=0.5), make_views()
+    cut, fractions = [], []
+    for seed in range(200):
+        samples, others = sample(views, boxes, seed), sample(plain, boxes, seed)
+        for a, b in zip(samples, others, strict=True):  # nothing else changes
+            assert a.geometry == b.geometry and np.array_equal(a.boxes, b.boxes)
+        assert samples[0].photometry == others[0].photometry == Photometry()
+        for view in samples[1:]:
+            row = view.photometry.sample(np.random.default_rng(seed))
+            squares = row[len(PhotometryLayout) :].reshape(4, 4)
+            assert np.array_equal(squares, np.rint(squares))
+            distinct = len(set(view.region_ids))
+            assert not squares[distinct:].any()  # repeated regions are cut out once
+            for square, box in zip(squares[:distinct], view.boxes, strict=False):
+                side = square[2:] - square[:2]
+                cut.append(side[0] > 0)
+                if side[0] > 0:
+                    assert side[0] == side[1]
+                    center = (square[:2] + square[2:]) / 2
+                    assert (center >= box[:2] - 0.5).all() and (center <= box[2:] + 0.5).all()
+                    fractions.append(side.prod() / (box[2:] - box[:2]).prod())
+    assert np.mean(cut) == pytest.approx(0.5, abs=0.04)
+    # uniform in [0.1, 0.3], up to the rounding to whole pixels
+    np.testing.assert_allclose(
+        np.quantile(fractions, [0.05, 0.5, 0.95]), [0.11, 0.2, 0.29], atol=0.015
+    )
+
+
+def test_impossible_cutouts_are_named():
+    for values in ({"cutout_prob": 1.5}, {"cutout_area": (0.3, 0.1)}, {"cutout_area": (0, 0.5)}):
+        with pytest.raises(UserError, match="views.cutout_prob="):
+            make_views(**values)

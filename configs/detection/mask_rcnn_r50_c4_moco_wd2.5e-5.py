@@ -1,0 +1,5 @@
+"""mask_rcnn_r50_c4_moco.py with SoCo's weight decay, to be reported along with the AP."""
+
+from .mask_rcnn_r50_c4_moco import dataloader, lr_multiplier, model, optimizer, train
+
+optimizer.weight_decay = 2.5e-5

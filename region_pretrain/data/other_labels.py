@@ -1,0 +1,105 @@
+"""Whether labels have the keypoints and segmentation maps that a detector is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.data import MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
+
+from region_pretrain.errors import UserError
+
+_KEYPOINTS = (
+    "model.roi_heads.keypoint_head.num_keypoints",
+    "model.cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+)
+_SIGMAS = ("kpt_oks_sigmas", "keypoint_oks_sigmas")  # of COCOEvaluator and build_evaluator
+_OF_PERSONS = 17  # pycocotools has sigmas for these
+
+
+def check_other_labels(records: Sequence[dict[str, Any]], cfg: DictConfig) -> None:
+    """Check keypoints and segmentation maps of training data, if the detector learns them.
+
+    Args:
+        records: the records that are trained on.
+        cfg: the detection config.
+
+    Raises:
+        UserError: a box has another number of keypoints than the detector, or an image has no
+            segmentation map.
+    """
+    if OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint"):
+        key, number = _first(cfg, _KEYPOINTS)
+        if key:
+            _check_keypoints(records, _shown(key), number)
+    if _stuff_key(cfg):
+        bare = [record for record in records if "sem_seg_file_name" not in record]
+        if bare:
+            raise UserError(
+                f"{len(bare)} of {len(records)} images have no segmentation map "
+                f"(sem_seg_file_name), e.g. {bare[0].get('file_name')}, but the detector learns "
+                "semantic segmentation: use a data set such as coco_2017_train_panoptic_separated"
+            )
+
+
+def check_other_heads(cfg: DictConfig, names: Sequence[str]) -> None:
+    """Compare a semantic segmentation head with the data sets, a keypoint head with its evaluator.
+
+    Args:
+        cfg: the detection config.
+        names: the data sets.
+
+    Raises:
+        UserError: the numbers of stuff classes differ, or those of keypoints and OKS sigmas.
+    """
+    key = _stuff_key(cfg)
+    classes = MetadataCatalog.get(names[0]).get("stuff_classes") if key and names else None
+    if classes and (number := OmegaConf.select(cfg, key)) != len(classes):
+        raise UserError(
+            f"{_shown(key)}={number}, but {names[0]} has {len(classes)} stuff_classes: set "
+            f"{_shown(key)}={len(classes)}"
+        )
+    key, number = _first(cfg, _KEYPOINTS)
+    evaluator = cfg.dataloader.get("evaluator")
+    learned = OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint")
+    if not (key and learned and isinstance(evaluator, DictConfig)):
+        return
+    sigmas_key, sigmas = _first(evaluator, _SIGMAS)
+    if sigmas_key and (len(sigmas) or _OF_PERSONS) != number:
+        of_yacs = "model.cfg" in key
+        shown = "TEST.KEYPOINT_OKS_SIGMAS" if of_yacs else f"dataloader.evaluator.{sigmas_key}"
+        raise UserError(
+            f"the detector predicts {number} keypoints, but {shown} gives OKS sigmas for "
+            f"{len(sigmas) or f'the {_OF_PERSONS} of a person'}: list one for each"
+        )
+
+
+def _stuff_key(cfg: DictConfig) -> str | None:
+    """Where a detector has its number of stuff classes; None if it learns no segmentation."""
+    if OmegaConf.select(cfg, "model.sem_seg_head") is not None:
+        return "model.sem_seg_head.num_classes"
+    if OmegaConf.select(cfg, "model.cfg.MODEL.META_ARCHITECTURE") == "PanopticFPN":
+        return "model.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+    return None
+
+
+def _shown(key: str) -> str:
+    return key.rpartition(".cfg.")[2]  # of a yacs config: as an override
+
+
+def _first(cfg: DictConfig, keys: Sequence[str]) -> tuple[str, Any]:
+    """The first key that a config has, and its value."""
+    found = ((key, OmegaConf.select(cfg, key)) for key in keys)
+    return next(((key, value) for key, value in found if value is not None), ("", None))
+
+
+def _check_keypoints(records: Sequence[dict[str, Any]], key: str, number: int) -> None:
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            count = len(annotation.get("keypoints", ())) // 3
+            if count != number and not annotation.get("iscrowd", 0):
+                raise UserError(
+                    f"{record.get('file_name')} has a box with {count} keypoints, but "
+                    f"{key}={number}: all boxes need this many (x, y, visibility)"
+                )
