@@ -265,7 +265,7 @@ def detectron2_lines(
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items())]
-    if "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
+    if facts.timm is None and "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
         lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
     return [*lines, "# yacs", *(f"{key} {value}" for key, value in yacs.items())]
 

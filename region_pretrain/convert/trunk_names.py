@@ -1,4 +1,4 @@
-"""Rules that translate the names of trunks to their common form; see :mod:`.names`."""
+"""Rules that translate the names of trunks to the common form of ``names.py``."""
 
 from __future__ import annotations
 

@@ -29,6 +29,13 @@ FPN_4CONV1FC = [
 INFOMIN = ["mask_rcnn_r50_fpn_infomin.py"]
 C4 = ["mask_rcnn_r50_c4_moco.py", "mask_rcnn_r50_c4_moco_2x.py"]
 VOC = ["faster_rcnn_r50_c4_voc.py"]
+#: See test_transformer_configs.py.
+TRANSFORMERS = [
+    "mask_rcnn_swin_t_fpn.py",
+    "mask_rcnn_swin_b_fpn.py",
+    "mask_rcnn_convnext_t_fpn.py",
+    "mask_rcnn_vitdet_b.py",
+]
 FPN = FPN_2FC + FPN_4CONV1FC + INFOMIN
 ALL = FPN + C4 + VOC
 #: Mask R-CNN config -> that of the same detector for boxes without masks.
@@ -58,7 +65,7 @@ def learning_rates(cfg, iterations) -> list[float]:
 
 def test_every_config_is_in_this_file():
     shipped = {p.name for p in (CONFIG_ROOT / "detection").glob("*.py")}
-    assert shipped == {*ALL, SHAPES, *BOXES_ONLY.values()}
+    assert shipped == {*ALL, *TRANSFORMERS, SHAPES, *BOXES_ONLY.values()}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -263,6 +263,25 @@ def test_a_stage_is_filled_completely_or_not_at_all(tmp_path, name, change):
         load_pretrained(detector(name), saved(tmp_path, state))
 
 
+@torch.no_grad()
+def test_timms_resnet_goes_to_torchvision_too(tmp_path):
+    model = randomise(detector("resnet18"))
+    path = str(tmp_path / "w.pth")
+    torch.save({"model": model.state_dict(), "detector": facts_of(model).to_dict()}, path)
+    state, lines = export_weights(path, "torchvision")
+    theirs = built([*lines, "model = backbone"]).eval()
+    prefix = "backbone."
+    trunk = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    theirs.load_state_dict(trunk)
+    images = torch.rand(1, 3, 64, 64)
+    expected = model.backbone(images)
+    for name, ours in zip(("p3", "p4", "p5"), theirs(images).values(), strict=False):
+        assert (ours - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
+    _, lines = export_weights(path, "detectron2")
+    assert comments(lines, "the trunk is a TimmBackbone")
+    assert not [line for line in lines if "stages" in line or "RESNETS" in line]
+
+
 def test_other_targets_refuse_it_and_name_timm(tmp_path):
     model = detector("convnext_atto")
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")
