@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_device import meta_device
+from region_pretrain.modeling.norms import use_cpu_sync_batchnorm, use_local_batchnorm
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 SWIN = dict(img_size=64, embed_dim=24, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=4)
@@ -138,6 +140,20 @@ def test_batch_norms():
     assert any(isinstance(m, FrozenBatchNormAct2d) for m in frozen.modules())
     with pytest.raises(UserError, match="norm=GN must be one of BN, SyncBN, FrozenBN"):
         TimmBackbone("regnety_002", norm="GN")
+
+
+@pytest.mark.parametrize("replace", [use_cpu_sync_batchnorm, use_local_batchnorm])
+def test_the_norms_that_replace_synchronised_ones_keep_the_activations(replace):
+    sync = TimmBackbone("regnety_002", norm="SyncBN")
+    plain = TimmBackbone("regnety_002")
+    plain.load_state_dict(sync.state_dict())
+    names = sync.state_dict().keys()
+    sync = copy.deepcopy(replace(sync))
+    assert sync.state_dict().keys() == names
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in sync.modules())
+    with torch.no_grad():
+        pairs = zip(plain(images()).values(), sync(images()).values(), strict=True)
+        assert all((a - b).abs().max() <= 1e-5 for a, b in pairs)
 
 
 @pytest.mark.parametrize(
