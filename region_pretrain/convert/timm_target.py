@@ -9,7 +9,7 @@ from torch import Tensor
 from region_pretrain.convert.facts import Facts
 from region_pretrain.convert.layout import ResNetLayout, numbered, trunk_kind
 from region_pretrain.convert.lines import pixel_lines, stride_lines
-from region_pretrain.modeling.meta_device import meta_device
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.timm_backbone import create_timm_model
 
 
@@ -26,7 +26,7 @@ def own_lines(facts: Facts, state: Sequence[str]) -> list[str]:
     options = dict(facts.timm)
     name = options.pop("name")
     arguments = [repr(name), *(f"{key}={value!r}" for key, value in options.items())]
-    with meta_device():
+    with on_meta_device():
         complete = create_timm_model(name, **options).state_dict()
     absent = dict.fromkeys(key.rpartition(".")[0] or key for key in complete if key not in state)
     not_filled = [f"# not filled: {', '.join(absent)}"] if absent else []

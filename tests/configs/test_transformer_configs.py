@@ -12,7 +12,7 @@ from detectron2.utils.events import EventStorage
 
 from region_pretrain.config import CONFIG_ROOT, changed_keys, get_config, load_config
 from region_pretrain.engine.build import build_optimizer
-from region_pretrain.modeling.meta_device import meta_device
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 SWIN_T, SWIN_B = "mask_rcnn_swin_t_fpn.py", "mask_rcnn_swin_b_fpn.py"
@@ -37,7 +37,7 @@ FACTS = {
 
 
 def build(name: str):
-    with meta_device():
+    with on_meta_device():
         return instantiate(get_config(f"detection/{name}").model)
 
 
@@ -54,7 +54,7 @@ def test_saved_read_back_and_built(name, tmp_path):
     assert not (tmp_path / "config.yaml.pkl").exists()
     again = LazyConfig.load(str(saved))
     assert changed_keys(cfg, again) == {}
-    with meta_device():
+    with on_meta_device():
         model = instantiate(again.model)
     trunk = getattr(model.backbone, trunk_key(name))
     count, _ = FACTS[name]

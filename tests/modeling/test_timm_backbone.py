@@ -17,7 +17,7 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import nn
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.meta_device import meta_device
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.norms import use_cpu_sync_batchnorm, use_local_batchnorm
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
@@ -120,7 +120,7 @@ def test_config_is_saved_and_read_back(tmp_path):
     options, channels = NETWORKS["convnext_atto"]
     lazy = L(TimmBackbone)(name="convnext_atto", drop_path_rate=0.1, **options)
     LazyConfig.save(OmegaConf.create({"model": lazy}), str(tmp_path / "c.yaml"))
-    with meta_device():
+    with on_meta_device():
         backbone = instantiate(LazyConfig.load(str(tmp_path / "c.yaml")).model)
     assert [s.channels for s in backbone.output_shape().values()] == channels
     assert backbone.timm.stem[0].weight.is_meta
@@ -168,14 +168,17 @@ def test_the_norms_that_replace_synchronised_ones_keep_the_activations(replace):
     ],
 )
 def test_errors_name_the_fix(arguments, message):
-    with meta_device(), pytest.raises(UserError, match=message) as error:
+    with on_meta_device(), pytest.raises(UserError, match=message) as error:
         TimmBackbone(**arguments)
     assert "\n" not in str(error.value)
 
 
 def test_a_model_without_maps(monkeypatch):
     monkeypatch.delattr(timm.models.ResNet, "forward_intermediates")
-    with meta_device(), pytest.raises(UserError, match="resnet18 has no intermediate feature maps"):
+    with (
+        on_meta_device(),
+        pytest.raises(UserError, match="resnet18 has no intermediate feature maps"),
+    ):
         TimmBackbone("resnet18")
 
 
@@ -198,7 +201,7 @@ def test_detectron2s_transformers_are_built_on_the_meta_device(kind):
     from detectron2.modeling import backbone
 
     options = dict(residual_block_indexes=(), window_block_indexes=()) if kind == "ViT" else {}
-    with meta_device():
+    with on_meta_device():
         network = getattr(backbone, kind)(drop_path_rate=0.2, **options)
     assert all(p.is_meta for p in network.parameters())
     rates = [m.drop_prob for m in network.modules() if type(m).__name__ == "DropPath"]

@@ -17,7 +17,7 @@ from torch import nn
 from region_pretrain.config import get_config
 from region_pretrain.engine.build import build_optimizer
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.meta_device import meta_device
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 from region_pretrain.solver import adamw_param_groups
@@ -46,7 +46,7 @@ def by_name(model: nn.Module, decay: float = DECAY) -> dict[str, tuple[float, fl
 
 
 def test_rates_of_vitdet_are_detectron2s():
-    with meta_device():
+    with on_meta_device():
         model = instantiate(model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model)
     found = by_name(model, 0.7)
     assert found.keys() == dict(model.named_parameters()).keys()
@@ -124,7 +124,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_are_numbered_in_the_order_of_their_computation(case):
     make, expected, blocks = CASES[case]
-    with meta_device():
+    with on_meta_device():
         model = Detector(make())
     found = by_name(model)
     for name, layer, decays in expected:
@@ -145,7 +145,7 @@ def test_what_decays_matches_a_restatement_from_the_modules():
         "convnextv2_atto": set(),
     }
     for name, special in networks.items():
-        with meta_device():
+        with on_meta_device():
             model = Detector(TimmBackbone(name))
         norms = {
             f"{module}.{own}"
@@ -184,7 +184,7 @@ def test_of_a_pretraining_model_heads_have_factor_1_and_momentum_copies_none():
 
 
 def test_the_engine_scales_every_group_and_the_schedule_multiplies_them():
-    with meta_device():
+    with on_meta_device():
         model = Detector(TimmBackbone("convnext_atto", depths=(1, 1, 1, 1)))
     cfg = OmegaConf.create({"optimizer": get_config("common/optim.py").adamw})
     cfg.optimizer.params.layer_decay = DECAY
