@@ -23,8 +23,8 @@ sgd = L(torch.optim.SGD)(
     weight_decay=1e-4,
 )
 
-# For transformers and ConvNeXts. lr and weight_decay are ViTDet's, for batch size 64. layer_decay
-# multiplies the learning rate of each block by this factor more than that of the block after it.
+# For transformers and ConvNeXts. lr and weight_decay are ViTDet's, for batch size 64. The learning
+# rate of each block is layer_decay times that of the block after it.
 adamw = L(torch.optim.AdamW)(
     params=L(adamw_param_groups)(base_lr="${..lr}", layer_decay=1.0),
     lr=1e-4,

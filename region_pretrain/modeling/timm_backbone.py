@@ -40,7 +40,7 @@ class TimmBackbone(Backbone):
         name: name of the model in timm. Its weights come from ``train.init_checkpoint``; a tag such
             as ``.fb_in1k`` is ignored.
         out_features: names of the maps to return; by default those with stride 4 or more. Layers
-            behind the coarsest one are removed.
+            after the coarsest one are removed.
         norm: ``"BN"`` (timm's default), ``"SyncBN"`` or ``"FrozenBN"`` for the batch norms; no
             effect on other norms.
         **options: arguments of the model, e.g. ``drop_path_rate`` or ``img_size``.

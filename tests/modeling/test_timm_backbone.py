@@ -80,7 +80,7 @@ def test_maps_are_those_of_features_only(name):
     assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
 
 
-def test_layers_behind_the_coarsest_map_are_removed():
+def test_layers_after_the_coarsest_map_are_removed():
     options, _ = NETWORKS["convnext_atto"]
     backbone = TimmBackbone("convnext_atto", out_features=["res4", "res3"], **options)
     assert [*backbone(images())] == ["res3", "res4"] and backbone.size_divisibility == 16
