@@ -106,6 +106,7 @@ setup(
     ],
     extras_require={
         "dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"],
+        "timm": ["timm"],  # backbones of timm, and the transformers of Detectron2
         "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     },
     cmdclass={"build_py": BuildWithConfigs},

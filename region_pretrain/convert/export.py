@@ -17,8 +17,10 @@ from torch import Tensor
 from region_pretrain.convert import names, targets
 from region_pretrain.convert.heads import background_first, swap_anchor_axes
 from region_pretrain.convert.layout import is_bottleneck, numbered, rows, trunk_kind
-from region_pretrain.convert.names import Rule, common_name, translate
+from region_pretrain.convert.names import common_name, timm_name
 from region_pretrain.convert.recognise import Weights, read_weights
+from region_pretrain.convert.timm_target import own_lines
+from region_pretrain.convert.trunk_names import RESNET, SWIN_TIMM, VIT, Rule, translate
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local, write_atomic
 
@@ -150,12 +152,16 @@ def _to_detectron2(weights: Weights) -> _Exported:
 
 def _to_library(path: str, weights: Weights, to: str) -> _Exported:
     tensors = weights.tensors
+    own = {timm_name(weights.names[common]): common for common in tensors}
+    own.pop(None, None)
+    if to == "timm" and own:
+        return _to_timm(weights, own)
     kind = trunk_kind(tensors)
     if kind is None or (kind != "ResNet" and to != "timm"):
         known = "ResNet, Swin or ViT" if to == "timm" else "ResNet"
         raise UserError(
             f"{path} has no {known} to export to {to}: it was read as {weights.title}"
-            + (f", with a {kind}; use --to timm" if kind else "")
+            + (f", with a {kind or 'network of timm'}; use --to timm" if kind or own else "")
         )
     if to != "mmdet" and weights.facts.stride_in_1x1 and is_bottleneck(tensors):
         raise UserError(
@@ -196,7 +202,16 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
     return _Exported(weights, state, lines)
 
 
-def _left_out(found: list[str], to: str) -> list[str]:
+def _to_timm(weights: Weights, own: Mapping[str, str]) -> _Exported:
+    """The trunk of a ``TimmBackbone``, which has timm's names after a prefix."""
+    state = {name: weights.tensors[common] for name, common in own.items()}
+    trunk = set(own.values())
+    others = [name for common, name in weights.names.items() if common not in trunk]
+    left = _left_out([*others, *weights.unused], "timm")
+    return _Exported(weights, state, own_lines(weights.facts, sorted(state)) + left)
+
+
+def _left_out(found: Iterable[str], to: str) -> list[str]:
     found = [name for name in found if not name.endswith("relative_position_index")]  # derived
     if not found:
         return []
@@ -209,7 +224,7 @@ def _rules(to: str, kind: str, detector: bool) -> tuple[Rule, ...]:
         return names.MMDETECTION
     if to == "torchvision" and detector:
         return names.TORCHVISION_DETECTOR
-    return {"ResNet": names.RESNET, "Swin": names.SWIN_TIMM, "ViT": names.VIT}[kind]
+    return {"ResNet": RESNET, "Swin": SWIN_TIMM, "ViT": VIT}[kind]
 
 
 def _inexpressible(tensors: Mapping[str, Tensor], to: str, kind: str) -> Iterator[tuple[str, str]]:

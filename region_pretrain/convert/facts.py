@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
 from region_pretrain.modeling.preprocess import Preprocess
+from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 _RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -25,6 +26,7 @@ class Facts:
         stride_in_1x1: whether a ResNet's bottlenecks have their stride in the first 1x1
             convolution instead of the 3x3 one.
         norm: class of the trunk's norms, e.g. ``"SyncBatchNorm"``; only for information.
+        timm: arguments of ``timm.create_model`` for the trunk if it is timm's.
     """
 
     input_format: str | None = None
@@ -32,6 +34,7 @@ class Facts:
     pixel_std: tuple[float, ...] | None = None
     stride_in_1x1: bool | None = None
     norm: str | None = None
+    timm: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -64,12 +67,14 @@ def facts_of(model: nn.Module) -> Facts:
     blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
     strided = next((b for b in blocks if (2, 2) in (b.conv1.stride, b.conv2.stride)), None)
     norm = getattr(blocks[0].conv1, "norm", None) if blocks else None
+    of_timm = next((m for m in model.modules() if isinstance(m, TimmBackbone)), None)
     return Facts(
         input_format,
         mean,
         std,
-        None if strided is None else strided.conv1.stride == (2, 2),
+        (None if of_timm is None else False) if strided is None else strided.conv1.stride == (2, 2),
         None if norm is None else type(norm).__name__,
+        None if of_timm is None else of_timm.arguments,
     )
 
 

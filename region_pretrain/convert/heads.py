@@ -69,6 +69,16 @@ def background_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return moved
 
 
+def missing_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for the convolutions of RetinaNet's towers, which have biases in Detectron2 only."""
+    added = {}
+    for name, tensor in tensors.items():
+        bias = name.removesuffix("weight") + "bias"
+        if "_subnet." in name and tensor.ndim == 4 and bias not in tensors:
+            added[bias] = tensor.new_zeros(len(tensor))
+    return added
+
+
 def _anchors(tensors: Mapping[str, Tensor]) -> int:
     """RetinaNet's anchors per position."""
     weight = tensors.get("head.bbox_pred.weight")

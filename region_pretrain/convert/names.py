@@ -3,40 +3,52 @@
 The common form of a name is Detectron2's without the detector's layout: ``res3.0.conv1.weight`` in
 the trunk of any detector, ``fpn_lateral2.weight`` in its FPN, ``roi_heads.box_head.fc1.weight`` in
 its heads. :func:`common_name` converts a name of Detectron2, so weights move between detectors with
-an FPN, C4 and DC5 detectors and bare trunks.
+an FPN, C4 and DC5 detectors and bare trunks. timm's ResNet, Swin and ViT have the common names of
+Detectron2's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-#: (pattern that matches a complete name, its common form: a template or a function of the match)
-Rule = tuple[str, "str | Callable[[re.Match], str]"]
-_ANY = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+from region_pretrain.convert.trunk_names import (
+    ANY,
+    CONVNEXT,
+    CONVNEXT_FACEBOOK,
+    CONVNEXT_TORCHVISION,
+    RESNET,
+    SWIN,
+    SWIN_TIMM,
+    SWIN_TORCHVISION,
+    TIMM,
+    VIT,
+    VIT_TORCHVISION,
+    Rule,
+    translate,
+)
 
 
 def common_name(name: str) -> str:
     """The common form of a name in a Detectron2 detector or trunk."""
+    own = timm_name(name)
+    if own is not None:
+        return translate(TIMM, own) or own
     name = re.sub(r"^roi_heads\.res5\.(?=\d)", "res5.", name)
     return re.sub(r"^backbone\.(bottom_up\.|net\.)?", "", name)
 
 
-def _stage(match: re.Match, rest: str) -> str:
-    return f"res{int(match[1]) + 1}.{match[2]}.{match.expand(rest)}"
+def timm_name(name: str) -> str | None:
+    """timm's name of a tensor in a :class:`~region_pretrain.modeling.timm_backbone.TimmBackbone`.
 
-
-RESNET: tuple[Rule, ...] = (
-    (r"conv1\.weight", "stem.conv1.weight"),
-    (rf"bn1\.{_ANY}", r"stem.conv1.norm.\1"),
-    (r"layer(\d)\.(\d+)\.conv(\d)\.weight", lambda m: _stage(m, r"conv\3.weight")),
-    (rf"layer(\d)\.(\d+)\.bn(\d)\.{_ANY}", lambda m: _stage(m, r"conv\3.norm.\4")),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.weight", lambda m: _stage(m, "shortcut.weight")),
-    (rf"layer(\d)\.(\d+)\.downsample\.1\.{_ANY}", lambda m: _stage(m, r"shortcut.norm.\3")),
-)
+    Args:
+        name: name in a detector, or in the backbone. For those of other modules None is returned.
+    """
+    match = re.match(r"(?:backbone\.(?:bottom_up\.|net\.)?)?timm\.", name)
+    return name[match.end() :] if match else None
 
 
 def under(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -47,9 +59,9 @@ def under(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 # A level is counted from the first one until `levels` adds the number of that.
 _MM_NECK: tuple[Rule, ...] = (
     (r"neck\.lateral_convs\.(\d)\.conv\.(weight|bias)", r"fpn_lateral<\1>.\2"),
-    (rf"neck\.lateral_convs\.(\d)\.(?:bn|gn)\.{_ANY}", r"fpn_lateral<\1>.norm.\2"),
+    (rf"neck\.lateral_convs\.(\d)\.(?:bn|gn)\.{ANY}", r"fpn_lateral<\1>.norm.\2"),
     (r"neck\.fpn_convs\.(\d)\.conv\.(weight|bias)", r"fpn_output<\1>.\2"),
-    (rf"neck\.fpn_convs\.(\d)\.(?:bn|gn)\.{_ANY}", r"fpn_output<\1>.norm.\2"),
+    (rf"neck\.fpn_convs\.(\d)\.(?:bn|gn)\.{ANY}", r"fpn_output<\1>.norm.\2"),
 )
 
 _RPN = "proposal_generator.rpn_head"
@@ -59,9 +71,9 @@ _MASK = "roi_heads.mask_head"
 TORCHVISION_DETECTOR: tuple[Rule, ...] = (
     *under("backbone.body.", RESNET),
     (r"backbone\.fpn\.inner_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"fpn_lateral<\1>.\2"),
-    (rf"backbone\.fpn\.inner_blocks\.(\d)\.1\.{_ANY}", r"fpn_lateral<\1>.norm.\2"),
+    (rf"backbone\.fpn\.inner_blocks\.(\d)\.1\.{ANY}", r"fpn_lateral<\1>.norm.\2"),
     (r"backbone\.fpn\.layer_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"fpn_output<\1>.\2"),
-    (rf"backbone\.fpn\.layer_blocks\.(\d)\.1\.{_ANY}", r"fpn_output<\1>.norm.\2"),
+    (rf"backbone\.fpn\.layer_blocks\.(\d)\.1\.{ANY}", r"fpn_output<\1>.norm.\2"),
     (r"backbone\.fpn\.extra_blocks\.(p[67])\.(weight|bias)", r"top_block.\1.\2"),
     (r"rpn\.head\.conv\.(?:0\.0\.)?(weight|bias)", rf"{_RPN}.conv.\1"),
     (r"rpn\.head\.conv\.([1-9])\.0\.(weight|bias)", rf"{_RPN}.conv.conv\1.\2"),
@@ -70,7 +82,7 @@ TORCHVISION_DETECTOR: tuple[Rule, ...] = (
     (r"roi_heads\.box_head\.fc6\.(weight|bias)", rf"{_BOX}.fc1.\1"),
     (r"roi_heads\.box_head\.fc7\.(weight|bias)", rf"{_BOX}.fc2.\1"),
     (r"roi_heads\.box_head\.(\d)\.0\.(weight|bias)", lambda m: f"{_BOX}.conv{_next(m)}.{m[2]}"),
-    (rf"roi_heads\.box_head\.(\d)\.1\.{_ANY}", lambda m: f"{_BOX}.conv{_next(m)}.norm.{m[2]}"),
+    (rf"roi_heads\.box_head\.(\d)\.1\.{ANY}", lambda m: f"{_BOX}.conv{_next(m)}.norm.{m[2]}"),
     (r"roi_heads\.box_head\.\d\.(weight|bias)", rf"{_BOX}.fc1.\1"),
     (r"(roi_heads\.box_predictor\.(?:cls_score|bbox_pred)\.(?:weight|bias))", r"\1"),
     (
@@ -78,7 +90,7 @@ TORCHVISION_DETECTOR: tuple[Rule, ...] = (
         lambda m: f"{_MASK}.mask_fcn{_next(m)}.{m[2]}",
     ),
     (
-        rf"roi_heads\.mask_head\.(\d)\.1\.{_ANY}",
+        rf"roi_heads\.mask_head\.(\d)\.1\.{ANY}",
         lambda m: f"{_MASK}.mask_fcn{_next(m)}.norm.{m[2]}",
     ),
     (r"roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)", rf"{_MASK}.mask_fcn\1.\2"),
@@ -88,6 +100,8 @@ TORCHVISION_DETECTOR: tuple[Rule, ...] = (
         r"head\.classification_head\.conv\.(\d)\.0\.(weight|bias)",
         lambda m: f"head.cls_subnet.{2 * int(m[1])}.{m[2]}",
     ),
+    (r"head\.classification_head\.conv\.(\d)\.1\.(weight|bias)", r"head.cls_subnet<\1>.\2"),
+    (r"head\.regression_head\.conv\.(\d)\.1\.(weight|bias)", r"head.bbox_subnet<\1>.\2"),
     (
         r"head\.regression_head\.conv\.(\d)\.0\.(weight|bias)",
         lambda m: f"head.bbox_subnet.{2 * int(m[1])}.{m[2]}",
@@ -107,7 +121,7 @@ MMDETECTION: tuple[Rule, ...] = (
         lambda m: f"{_BOX}.conv{_next(m)}.{m[2]}",
     ),
     (
-        rf"roi_head\.bbox_head\.shared_convs\.(\d)\.(?:bn|gn)\.{_ANY}",
+        rf"roi_head\.bbox_head\.shared_convs\.(\d)\.(?:bn|gn)\.{ANY}",
         lambda m: f"{_BOX}.conv{_next(m)}.norm.{m[2]}",
     ),
     (
@@ -121,7 +135,7 @@ MMDETECTION: tuple[Rule, ...] = (
         lambda m: f"{_MASK}.mask_fcn{_next(m)}.{m[2]}",
     ),
     (
-        rf"roi_head\.mask_head\.convs\.(\d)\.(?:bn|gn)\.{_ANY}",
+        rf"roi_head\.mask_head\.convs\.(\d)\.(?:bn|gn)\.{ANY}",
         lambda m: f"{_MASK}.mask_fcn{_next(m)}.norm.{m[2]}",
     ),
     (r"roi_head\.mask_head\.upsample\.(weight|bias)", rf"{_MASK}.deconv.\1"),
@@ -143,92 +157,8 @@ ENCODER_NECK_HEAD: tuple[Rule, ...] = (
     *under("encoder.", RESNET),
     *_MM_NECK,
     (r"head\.conv(\d)\.(weight|bias)", rf"{_BOX}.conv\1.\2"),
-    (rf"head\.bn(\d)\.{_ANY}", rf"{_BOX}.conv\1.norm.\2"),
+    (rf"head\.bn(\d)\.{ANY}", rf"{_BOX}.conv\1.norm.\2"),
     (r"head\.fc(\d)\.(weight|bias)", rf"{_BOX}.fc\1.\2"),
-)
-
-_BLOCK = r"(norm\d\.(?:weight|bias)|attn\.(?:qkv|proj)\.(?:weight|bias)|mlp\.fc\d\.(?:weight|bias))"
-_BIAS_TABLE = r"attn\.(relative_position_bias_table)"
-
-#: Swin as its authors, mmdetection and timm before 0.9 name it, which is Detectron2's naming.
-SWIN: tuple[Rule, ...] = (
-    (r"(patch_embed\.(?:proj|norm)\.(?:weight|bias))", r"\1"),
-    (r"(absolute_pos_embed)", r"\1"),
-    (rf"(layers\.\d\.blocks\.\d+)\.{_BLOCK}", r"\1.\2"),
-    (rf"(layers\.\d\.blocks\.\d+)\.{_BIAS_TABLE}", r"\1.attn.\2"),
-    (r"(layers\.\d\.downsample\.(?:norm|reduction)\.(?:weight|bias))", r"\1"),
-    (r"(norm\d\.(?:weight|bias))", r"\1"),
-)
-#: timm since 0.9 has the downsampling at the start of the next stage.
-SWIN_TIMM: tuple[Rule, ...] = (
-    (
-        r"layers\.(\d)\.downsample\.((?:norm|reduction)\.(?:weight|bias))",
-        lambda m: f"layers.{int(m[1]) - 1}.downsample.{m[2]}",
-    ),
-    *SWIN,
-)
-
-
-def _swin_layer(match: re.Match) -> str:
-    return f"layers.{(int(match[1]) - 1) // 2}"
-
-
-SWIN_TORCHVISION: tuple[Rule, ...] = (
-    (r"features\.0\.0\.(weight|bias)", r"patch_embed.proj.\1"),
-    (r"features\.0\.2\.(weight|bias)", r"patch_embed.norm.\1"),
-    (
-        r"features\.([1357])\.(\d+)\.(?:(norm\d|attn\.qkv|attn\.proj)\.(weight|bias))",
-        lambda m: f"{_swin_layer(m)}.blocks.{m[2]}.{m[3]}.{m[4]}",
-    ),
-    (
-        rf"features\.([1357])\.(\d+)\.{_BIAS_TABLE}",
-        lambda m: f"{_swin_layer(m)}.blocks.{m[2]}.attn.{m[3]}",
-    ),
-    (
-        r"features\.([1357])\.(\d+)\.mlp\.([03])\.(weight|bias)",
-        lambda m: f"{_swin_layer(m)}.blocks.{m[2]}.mlp.fc{1 if m[3] == '0' else 2}.{m[4]}",
-    ),
-    (
-        r"features\.([246])\.((?:norm|reduction)\.(?:weight|bias))",
-        lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample.{m[2]}",
-    ),
-)
-
-#: ViT as timm, DINO, MAE and Detectron2 name it.
-VIT: tuple[Rule, ...] = (
-    (r"(pos_embed)", r"\1"),
-    (r"(patch_embed\.proj\.(?:weight|bias))", r"\1"),
-    (rf"(blocks\.\d+)\.{_BLOCK}", r"\1.\2"),
-    (r"(blocks\.\d+\.attn\.rel_pos_[hw])", r"\1"),
-)
-_TV_BLOCK = r"encoder\.layers\.encoder_layer_(\d+)"
-VIT_TORCHVISION: tuple[Rule, ...] = (
-    (r"encoder\.pos_embedding", "pos_embed"),
-    (r"conv_proj\.(weight|bias)", r"patch_embed.proj.\1"),
-    (rf"{_TV_BLOCK}\.ln_(\d)\.(weight|bias)", r"blocks.\1.norm\2.\3"),
-    (rf"{_TV_BLOCK}\.self_attention\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
-    (rf"{_TV_BLOCK}\.self_attention\.out_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (rf"{_TV_BLOCK}\.mlp\.(?:0|linear_1)\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
-    (rf"{_TV_BLOCK}\.mlp\.(?:3|linear_2)\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
-)
-
-#: ConvNeXt as timm names it, and torchvision's names for it.
-CONVNEXT: tuple[Rule, ...] = ((r"((?:stem|stages)\.\d\..*|norm_pre\..*)", r"\1"),)
-_CONVNEXT_PARTS = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
-CONVNEXT_TORCHVISION: tuple[Rule, ...] = (
-    (r"features\.0\.([01])\.(weight|bias)", r"stem.\1.\2"),
-    (
-        r"features\.([1357])\.(\d+)\.layer_scale",
-        lambda m: f"stages.{(int(m[1]) - 1) // 2}.blocks.{m[2]}.gamma",
-    ),
-    (
-        r"features\.([1357])\.(\d+)\.block\.([0235])\.(weight|bias)",
-        lambda m: (f"stages.{(int(m[1]) - 1) // 2}.blocks.{m[2]}.{_CONVNEXT_PARTS[m[3]]}.{m[4]}"),
-    ),
-    (
-        r"features\.([246])\.([01])\.(weight|bias)",
-        lambda m: f"stages.{int(m[1]) // 2}.downsample.{m[2]}.{m[3]}",
-    ),
 )
 
 
@@ -302,24 +232,28 @@ SCHEMES = (
         r"encoder\.layers\.encoder_layer_0\.self_attention\.in_proj_weight",
         VIT_TORCHVISION,
     ),
-    Scheme("timm", "a ViT", r"blocks\.0\.attn\.qkv\.weight", VIT),
+    Scheme(
+        "timm",
+        "a ViT",
+        r"blocks\.0\.attn\.qkv\.weight",
+        VIT,
+        others=(r"patch_embed\.proj\.weight",),
+    ),
     Scheme(
         "torchvision",
         "torchvision's ConvNeXt",
         r"features\.1\.0\.block\.0\.weight",
         CONVNEXT_TORCHVISION,
     ),
+    Scheme(
+        "facebook",
+        "Facebook's ConvNeXt",
+        r"downsample_layers\.0\.0\.weight",
+        CONVNEXT_FACEBOOK,
+        others=(r"stages\.0\.0\.dwconv\.weight",),
+    ),
     Scheme("timm", "timm's ConvNeXt", r"stages\.0\.blocks\.0\.conv_dw\.weight", CONVNEXT),
 )
-
-
-def translate(rules: tuple[Rule, ...], name: str) -> str | None:
-    """The common form of a name, or None if no rule matches."""
-    for pattern, form in rules:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(form) if isinstance(form, str) else form(match)
-    return None
 
 
 def with_levels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,8 +261,13 @@ def with_levels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     The first lateral convolution tells its level by its input channels, those of a trunk's stage.
     Outputs without a lateral convolution are the extra levels of RetinaNet. An RPN's convolution is
-    numbered if it has several.
+    numbered if it has several. The towers of a RetinaNet with norms have three layers per
+    convolution instead of two.
     """
+    if "head.cls_subnet<0>.weight" in weights:
+        layer = re.compile(r"(?<=_subnet)(?:\.(?P<convolution>\d+)|<(?P<norm>\d)>)")
+        renamed = (layer.sub(_tower_layer, name) for name in weights)
+        weights = dict(zip(renamed, weights.values(), strict=True))
     if f"{_RPN}.conv.conv1.weight" in weights:
         first = re.compile(rf"({_RPN}\.conv)(?=\.(weight|bias)$)")
         renamed = (first.sub(r"\1.conv0", name) for name in weights)
@@ -347,6 +286,12 @@ def with_levels(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return f"{match[1]}{first + place}"
 
     return {re.sub(r"^(fpn_\w+)<(\d)>", numbered, name): w for name, w in weights.items()}
+
+
+def _tower_layer(match: re.Match) -> str:
+    if match["norm"]:
+        return f".{3 * int(match['norm']) + 1}"
+    return f".{3 * int(match['convolution']) // 2}"
 
 
 def _stage_widths(weights: Mapping[str, Tensor]) -> dict[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,9 +15,16 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
 from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts
-from region_pretrain.convert.heads import background_last, swap_anchor_axes
-from region_pretrain.convert.names import SCHEMES, Scheme, common_name, translate, with_levels
+from region_pretrain.convert.heads import background_last, missing_biases, swap_anchor_axes
+from region_pretrain.convert.names import (
+    SCHEMES,
+    Scheme,
+    common_name,
+    timm_name,
+    with_levels,
+)
 from region_pretrain.convert.reading import read_checkpoint
+from region_pretrain.convert.trunk_names import translate
 from region_pretrain.errors import UserError
 
 #: Entries of a checkpoint that contain its weights, the preferred ones first.
@@ -34,12 +42,17 @@ _CONTAINERS = (
 )
 #: Parts of names that mark a copy of the network which is not the one to fine-tune.
 _COPIES = re.compile(r"(^|[._])(k|key|target|momentum|ema|teacher)([._]|$)")
+#: Parameters of a ConvNeXt that only timm stores without dimensions of 1.
+_PER_CHANNEL = (".gamma", ".grn.weight", ".grn.bias")
 #: Names of Detectron2's detectors and trunks, after a prefix such as "module.".
 _DETECTRON2 = re.compile(
     r"(?:backbone\w*\.)?(?:bottom_up\.|net\.)?"
-    r"(?:stem\.conv1\.weight|res[2-5]\.0\.conv\d\.weight)"
+    r"(?:stem\.conv1\.weight|res[2-5]\.0\.conv\d\.weight|timm\..*)"
 )
-_DETECTRON2_ROOT = re.compile(r"(.*?)backbone(\w*)\.(?:bottom_up|net|fpn_\w+|stem|res\d)\.")
+_DETECTOR = ("backbone.", "roi_heads.", "proposal_generator.")
+_DETECTRON2_ROOT = re.compile(r"(.*?)backbone(\w*)\.(?:bottom_up|net|timm|fpn_\w+|stem|res\d)\.")
+#: What trainers put before all names.
+_WRAPPERS = re.compile(r"(?:(?:module|model|backbone|encoder|network)\.)*")
 
 
 @dataclass
@@ -51,7 +64,8 @@ class Weights:
         title: what was recognised.
         tensors: common name -> tensor.
         names: common name -> name in the file.
-        unused: names in the file that have no counterpart in a detector.
+        unused: name in the file -> tensor that has no counterpart in a detector of Detectron2.
+        prefix: what precedes the names of the network in the file.
         facts: what the weights presume.
         classes: names of the detector's classes, if the file has them.
         by_suffix: whether names lack the modules above them, as in the model zoo's older files.
@@ -61,7 +75,8 @@ class Weights:
     title: str
     tensors: dict[str, Tensor]
     names: dict[str, str]
-    unused: list[str] = field(default_factory=list)
+    unused: dict[str, Tensor] = field(default_factory=dict)
+    prefix: str = ""
     facts: Facts = Facts()
     classes: list[str] = field(default_factory=list)
     by_suffix: bool = False
@@ -76,17 +91,25 @@ class Weights:
             (the model's name -> tensor of the file, whose shape may differ; names in the file of
             tensors that the model lacks).
         """
+        known = {**self.tensors, **self.unused}
         found, used = {}, set()
         for name in target:
-            common = common_name(name)
-            if common not in self.tensors and self.by_suffix:
-                parts = common.split(".")
-                suffixes = (".".join(parts[i:]) for i in range(1, len(parts) - 1))
-                common = next((s for s in suffixes if s in self.tensors), common)
-            if common in self.tensors:
-                found[name] = self.tensors[common]
-                used.add(common)
-        return found, [self.names[c] for c in self.tensors if c not in used]
+            key = next((key for key in self._keys(name) if key in known), None)
+            if key is not None:
+                found[name] = known[key]
+                used.add(key)
+        return found, [self.names.get(key, key) for key in known if key not in used]
+
+    def _keys(self, name: str) -> Iterator[str]:
+        """Where a model's tensor may be found, in common names and then in the file's own."""
+        common, own = common_name(name), timm_name(name)
+        yield common
+        if own is not None:  # a tensor that only timm's network has
+            yield own
+            yield self.prefix + own
+        if self.by_suffix:
+            parts = common.split(".")
+            yield from (".".join(parts[i:]) for i in range(1, len(parts) - 1))
 
 
 def read_weights(path: str) -> Weights:
@@ -94,8 +117,8 @@ def read_weights(path: str) -> Weights:
 
     Args:
         path: file or URL. ``?as=LIBRARY`` overrides what is recognised (``detectron2``,
-            ``torchvision``, ``timm``, ``mmdet``, ``release``, ``swin``), ``?part=NAME`` selects an
-            entry of the file or a prefix of the names, e.g. ``student``.
+            ``torchvision``, ``timm``, ``mmdet``, ``facebook``, ``release``, ``swin``),
+            ``?part=NAME`` selects an entry of the file or a prefix of the names, e.g. ``student``.
 
     Raises:
         UserError: see :func:`~region_pretrain.convert.reading.read_checkpoint`; an unknown option;
@@ -209,7 +232,7 @@ def _recognise(path: str, state: dict[str, Tensor], options: Mapping[str, str]) 
         prefixes = _prefixes(state, scheme)
         if prefixes:
             return _translated(path, state, scheme, _preferred(prefixes, part))
-    if library is not None:
+    if library not in (None, "timm"):  # timm's other networks have the names of their backbone
         raise UserError(f"{path} has no names of {library}, but e.g. {', '.join([*state][:3])}")
     return _detectron2(path, state, part)
 
@@ -241,43 +264,53 @@ def _preferred(prefixes: list[str], part: str | None) -> str:
 
 
 def _translated(path: str, state: dict[str, Tensor], scheme: Scheme, prefix: str) -> Weights:
-    tensors, names, unused = {}, {}, []
+    tensors, names, unused = {}, {}, {}
     for name, tensor in state.items():
         common = None
         if name.startswith(prefix):
             common = translate(scheme.rules, name[len(prefix) :])
         if common is None:
-            unused.append(name)
+            unused[name] = tensor
         else:
-            tensors[common], names[common] = tensor, name
+            per_channel = common.endswith(_PER_CHANNEL)  # (C, 1, 1) in torchvision
+            tensors[common] = tensor.flatten() if per_channel else tensor
+            names[common] = name
     numbered = with_levels(tensors)
     names = dict(zip(numbered, names.values(), strict=True))
     if scheme.library == "torchvision":
         numbered = background_last(numbered)
+        biases = missing_biases(numbered)
+        numbered |= biases
+        names |= {bias: names[bias.removesuffix("bias") + "weight"] for bias in biases}
     if scheme.library in ("torchvision", "mmdet"):
         numbered = swap_anchor_axes(numbered)
     title = scheme.title + (f" under {prefix!r}" if prefix else "")
-    return Weights(path, title, numbered, names, unused, IMAGENET if scheme.imagenet else Facts())
+    facts = IMAGENET if scheme.imagenet else Facts()
+    return Weights(path, title, numbered, names, unused, prefix, facts)
 
 
 def _detectron2(path: str, state: dict[str, Tensor], part: str | None) -> Weights:
-    """Names of Detectron2, possibly with ``module.`` or another backbone's name before them."""
+    """Names of Detectron2, possibly with ``module.`` or another backbone's name before them.
+
+    Files whose names are not known at all are read in the same way.
+    """
     roots = {(m[1], m[2]) for m in map(_DETECTRON2_ROOT.match, state) if m}
-    prefix = root = ""
-    if roots:
-        texts = {f"{before}backbone{after}.": before for before, after in roots}
-        root = _preferred(sorted(texts), part)
-        prefix = texts[root]
-    others = tuple(text for text in texts if text != root) if roots else ()
-    tensors, names, unused = {}, {}, []
+    texts = {f"{before}backbone{after}.": before for before, after in roots}
+    root = _preferred(sorted(texts), part) if texts else ""
+    prefix = texts[root] if texts else _WRAPPERS.match(os.path.commonprefix([*state]))[0]
+    others = tuple(text for text in texts if text != root)
+    tensors, names, unused = {}, {}, {}
     for name, tensor in state.items():
         if others and name.startswith(others):
-            unused.append(name)
+            unused[name] = tensor
             continue
         plain = name.removeprefix(prefix)
         if root and name.startswith(root):
             plain = "backbone." + name.removeprefix(root)
         common = common_name(plain)
         tensors[common], names[common] = tensor, name
-    title = "a Detectron2 model" + (f" under {root!r}" if root not in ("", "backbone.") else "")
+    heads = any(name.startswith(_DETECTOR) for name in state)
+    known = heads or any(map(_is_detectron2, state))
+    title = "a Detectron2 model" if known else "an unrecognised network"
+    title += f" under {root!r}" if root not in ("", "backbone.") else ""
     return Weights(path, title, tensors, names, unused)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from region_pretrain.convert.facts import Facts
 from region_pretrain.convert.layout import ResNetLayout, is_bottleneck, numbered, rows, trunk_kind
+from region_pretrain.convert.lines import pixel_lines, stride_lines, unknown_pixels, values
+from region_pretrain.convert.timm_target import timm_lines
 
 _NORMS = {
     "SyncBatchNorm": "SyncBN",
@@ -20,36 +22,6 @@ _NORMS = {
     "FrozenBatchNorm2d": "FrozenBN",
 }
 _BOX, _MASK, _RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
-
-
-def _values(values: Sequence[float], scale: float = 1.0) -> str:
-    return "[" + ", ".join(f"{value * scale:.8g}" for value in values) + "]"
-
-
-def _unknown(facts: Facts) -> list[str]:
-    if None in (facts.input_format, facts.pixel_mean, facts.pixel_std):
-        return ["# pixel format, mean and std are unknown: use those of its training"]
-    return []
-
-
-def _pixels(facts: Facts, what: str) -> list[str]:
-    """Python lines with mean and std of images in [0, 1]."""
-    lines = _unknown(facts)
-    if not lines:
-        lines = [
-            f"mean = {_values(facts.pixel_mean, 1 / 255)}"
-            f"  # {facts.input_format}, for pixels in [0, 1]",
-            f"std = {_values(facts.pixel_std, 1 / 255)}",
-        ]
-    if facts.input_format == "BGR":
-        lines.append(f"# {what} must be fed BGR images: image[[2, 1, 0]]")
-    return lines
-
-
-def _strides(facts: Facts, net: ResNetLayout) -> list[str]:
-    if net.bottleneck and facts.stride_in_1x1 is None:
-        return ["# the stride of the bottlenecks is unknown: assumed in the 3x3 convolution"]
-    return []
 
 
 def _norm_layer(tensors: Mapping[str, Tensor], layer: str) -> str:
@@ -69,7 +41,7 @@ def _not_filled(expected: Iterable[str], state: Sequence[str]) -> list[str]:
 def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
     net = ResNetLayout(tensors)
     lines = ["from torch import nn", f"from torchvision.models.resnet import {net.block}, ResNet"]
-    lines += [*_pixels(facts, "the model"), *_strides(facts, net)]
+    lines += [*pixel_lines(facts, "the model"), *stride_lines(facts, net)]
     if net.planes != [64, 128, 256, 512] or net.stem != 64:
         lines.append(
             f"# torchvision's ResNet has no widths {net.planes} and stem {net.stem}: build your own"
@@ -81,7 +53,7 @@ def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[st
     trunk = "trunk" if levels else "model"
     lines += [f"{trunk} = ResNet({net.block}, {net.blocks}{options})"]
     if not levels:
-        normalize = [] if _unknown(facts) else ["normalize = Normalize(mean, std)"]
+        normalize = [] if unknown_pixels(facts) else ["normalize = Normalize(mean, std)"]
         lines[:0] = ["from torchvision.transforms import Normalize"] if normalize else []
         return [*lines, "model.fc = nn.Identity()  # no classifier in the file", *normalize]
     return lines + _torchvision_detector(tensors, facts, state, levels)
@@ -102,7 +74,7 @@ def _torchvision_detector(
         f"backbone = BackboneWithFPN(trunk, {returned}, {inputs}, {width}{extra}"
         f"{_norm_layer(tensors, f'fpn_lateral{levels[0]}')})",
     ]
-    pixels = "" if _unknown(facts) else ", image_mean=mean, image_std=std"
+    pixels = "" if unknown_pixels(facts) else ", image_mean=mean, image_std=std"
     heads = ["rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"]
     if retina:
         heads = [f"head.classification_head.{part}" for part in ("conv", "cls_logits")]
@@ -180,66 +152,13 @@ def _torchvision_mask(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _timm(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
-    lines = ["import timm", *_pixels(facts, "the model")]
-    kind = trunk_kind(tensors)
-    if kind == "ResNet":
-        net = ResNetLayout(tensors)
-        norm = "" if net.batch_norm else ", norm_layer=timm.layers.GroupNorm"
-        return [
-            *lines,
-            *_strides(facts, net),
-            "from timm.models.resnet import BasicBlock, Bottleneck, ResNet",
-            f"model = ResNet({net.block}, {net.blocks}, num_classes=0, cardinality={net.groups}, "
-            f"base_width={net.group_width}, stem_width={net.stem}, channels={net.planes}{norm})",
-        ]
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-    if kind == "Swin":
-        stages = numbered(tensors, r"layers\.(\d)\.blocks\.0\.attn\.qkv\.weight")
-        depths = [
-            len(numbered(tensors, rf"layers\.{i}\.blocks\.(\d+)\.attn\.qkv\.weight"))
-            for i in stages
-        ]
-        tables = [
-            tensors[f"layers.{i}.blocks.0.attn.relative_position_bias_table"].shape for i in stages
-        ]
-        window = (round(tables[0][0] ** 0.5) + 1) // 2
-        return [
-            *lines,
-            "from timm.models.swin_transformer import SwinTransformer",
-            f"model = SwinTransformer(patch_size={patch}, embed_dim={width}, depths={depths}, "
-            f"num_heads={[heads for _, heads in tables]}, window_size={window}, num_classes=0, "
-            "strict_img_size=False, always_partition=True)",
-            "# not filled: norm, the norm of the last stage",
-        ]
-    depth = len(numbered(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight"))
-    positions = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0
-    side = int(positions**0.5)
-    token = bool(positions) and side * side != positions
-    lines += [
-        "from timm.models.vision_transformer import VisionTransformer",
-        f"model = VisionTransformer(img_size={side * patch or 224}, patch_size={patch}, "
-        f"embed_dim={width}, depth={depth}, num_heads={max(1, width // 64)}, num_classes=0, "
-        f"class_token={token}, global_pool='avg')",
-        "# the number of heads is taken as one per 64 channels; all blocks attend globally, also "
-        "those that have windows in the detector",
-        f"# not filled: {'cls_token, ' if token else ''}norm or fc_norm",
-    ]
-    if token:
-        lines.append(
-            "# the detector has no class token: for its features drop pos_embed[:, 0] and set "
-            "class_token=False"
-        )
-    return lines
-
-
 def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
     net = ResNetLayout(tensors)
-    lines = [*_unknown(facts), *_strides(facts, net)]
-    if not _unknown(facts):
+    lines = [*unknown_pixels(facts), *stride_lines(facts, net)]
+    if not unknown_pixels(facts):
         lines.append(
-            f"data_preprocessor = dict(type='DetDataPreprocessor', mean={_values(facts.pixel_mean)}"
-            f", std={_values(facts.pixel_std)}, bgr_to_rgb={facts.input_format == 'RGB'}, "
+            f"data_preprocessor = dict(type='DetDataPreprocessor', mean={values(facts.pixel_mean)}"
+            f", std={values(facts.pixel_std)}, bgr_to_rgb={facts.input_format == 'RGB'}, "
             "pad_size_divisor=32)  # images are read as BGR"
         )
     if net.depth is None:
@@ -304,7 +223,7 @@ def detectron2_lines(
     """Overrides of a LazyConfig, then of a yacs config."""
     lazy: dict[str, str] = {}
     yacs: dict[str, str] = {}
-    lines, res5 = _unknown(facts), any(name.startswith("roi_heads.res5.") for name in state)
+    lines, res5 = unknown_pixels(facts), any(name.startswith("roi_heads.res5.") for name in state)
     if facts.input_format:
         lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
             facts.input_format
@@ -316,7 +235,9 @@ def detectron2_lines(
             text = "[" + ",".join(f"{v:g}" for v in value) + "]"
             lazy[f"model.{key}"] = yacs[f"MODEL.{key.upper()}"] = text
     pyramid = "fpn_lateral2.weight" in tensors or "fpn_lateral3.weight" in tensors
-    if trunk_kind(tensors) == "ResNet":
+    if facts.timm is not None:
+        lines.append("# the trunk is a TimmBackbone of region_pretrain.modeling.timm_backbone")
+    elif trunk_kind(tensors) == "ResNet":
         net = ResNetLayout(tensors)
         trunk = "model.backbone.bottom_up" if pyramid else "model.backbone"
         norm = _detectron2_norm(tensors, "stem.conv1", facts)
@@ -344,7 +265,7 @@ def detectron2_lines(
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items())]
-    if "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
+    if facts.timm is None and "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
         lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
     return [*lines, "# yacs", *(f"{key} {value}" for key, value in yacs.items())]
 
@@ -381,7 +302,7 @@ def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, facts: Facts) ->
     return _NORMS.get(facts.norm or "", "BN")
 
 
-_LINES = {"torchvision": _torchvision, "timm": _timm, "mmdet": _mmdet}
+_LINES = {"torchvision": _torchvision, "timm": timm_lines, "mmdet": _mmdet}
 
 
 def lines_for(

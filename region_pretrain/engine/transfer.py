@@ -180,7 +180,7 @@ def _fill(model: nn.Module, weights: Weights) -> TransferReport:
         for name, tensor in found.items()
         if name not in fitting
     ]
-    unexpected = [name for name in [*unexpected, *weights.unused] if not _DERIVED.search(name)]
+    unexpected = [name for name in unexpected if not _DERIVED.search(name)]
     absent = {name for name in ours if name not in found and not _DERIVED.search(name)}
     report = _count(ours, absent, unexpected, mismatched, fitting)
     report.path, report.source, report.classes = weights.path, weights.title, weights.classes

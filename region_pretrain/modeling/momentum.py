@@ -7,13 +7,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 
 class MomentumCopy(nn.ModuleDict):
     """An exponential moving average of some modules' parameters, without gradient.
 
-    It starts as an exact copy. Buffers are not averaged: the copy's batch norms collect their own
-    running statistics, from their own forward passes in training mode.
+    It starts as an exact copy, but without stochastic depth (drop path). Buffers are not averaged:
+    the copy's batch norms collect their own running statistics, from their own forward passes in
+    training mode.
 
     The copy keeps references to the online modules, but they are not its submodules: they appear
     neither in its state dict nor among its parameters.
@@ -28,6 +30,7 @@ class MomentumCopy(nn.ModuleDict):
 
     def __init__(self, online: Mapping[str, nn.Module]) -> None:
         super().__init__({name: copy.deepcopy(module) for name, module in online.items()})
+        _disable_drop_path(self)
         for name, module in online.items():
             if isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a bare SyncBatchNorm: wrap it in nn.Sequential")
@@ -44,3 +47,12 @@ class MomentumCopy(nn.ModuleDict):
         mine = [p for name in self._online for p in self[name].parameters()]
         online = [p for module in self._online.values() for p in module.parameters()]
         torch._foreach_lerp_(mine, online, 1 - momentum)
+
+
+def _disable_drop_path(model: nn.Module) -> None:
+    """Set the drop rates of timm's ``DropPath``, which Detectron2 uses, and torchvision's to 0."""
+    for module in model.modules():
+        if type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0
+        elif isinstance(module, StochasticDepth):
+            module.p = 0.0

@@ -107,6 +107,9 @@ def _replace_sync_batchnorm(model: nn.Module, make: Callable[..., nn.Module]) ->
             )
             new._parameters.update(norm._parameters)
             new._buffers.update(norm._buffers)
+            if hasattr(norm, "act"):  # timm's norms include an activation
+                new.drop, new.act = norm.drop, norm.act
+                new.register_forward_hook(_drop_and_activate)
             replaced[norm] = new.train(norm.training)
         return replaced[norm]
 
@@ -118,3 +121,7 @@ def _replace_sync_batchnorm(model: nn.Module, make: Callable[..., nn.Module]) ->
             if isinstance(child, nn.SyncBatchNorm):
                 module._modules[name] = replacement(child)
     return model
+
+
+def _drop_and_activate(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+    return norm.act(norm.drop(output))

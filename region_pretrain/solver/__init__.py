@@ -1,7 +1,7 @@
 """Optimisers, parameter groups and schedules."""
 
 from region_pretrain.solver.lars import LARS
-from region_pretrain.solver.param_groups import pretrain_param_groups
+from region_pretrain.solver.param_groups import adamw_param_groups, pretrain_param_groups
 from region_pretrain.solver.schedules import (
     cosine_momentum,
     warmup_cosine,
@@ -11,6 +11,7 @@ from region_pretrain.solver.schedules import (
 
 __all__ = [
     "LARS",
+    "adamw_param_groups",
     "cosine_momentum",
     "pretrain_param_groups",
     "warmup_cosine",

@@ -40,6 +40,13 @@ C4 = [
 ]
 VOC_C4 = ["faster_rcnn_r50_c4_voc.py", "faster_rcnn_r50_c4_voc_wd2.5e-5.py"]
 VOC = [*VOC_C4, "faster_rcnn_r50_fpn_voc.py"]
+#: See test_transformer_configs.py.
+TRANSFORMERS = [
+    "mask_rcnn_swin_t_fpn.py",
+    "mask_rcnn_swin_b_fpn.py",
+    "mask_rcnn_convnext_t_fpn.py",
+    "mask_rcnn_vitdet_b.py",
+]
 FPN = FPN_2FC + FPN_4CONV1FC + INFOMIN
 DENSE = ["retinanet_r50_fpn.py", "retinanet_r50_fpn_2x.py", "fcos_r50_fpn.py"]
 KEYPOINTS = ["keypoint_rcnn_r50_fpn.py", "keypoint_rcnn_r50_fpn_2x.py"]
@@ -80,7 +87,7 @@ def lr_of(name: str) -> float:
 
 def test_every_config_is_in_this_file():
     shipped = {p.name for p in (CONFIG_ROOT / "detection").glob("*.py")}
-    assert shipped == {*ALL, SHAPES, *BOXES_ONLY.values()}
+    assert shipped == {*ALL, *TRANSFORMERS, SHAPES, *BOXES_ONLY.values()}
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -143,7 +143,7 @@ def test_a_checkpoint_of_this_library_carries_its_facts(tmp_path, caplog):
     [
         (
             "?as=keras",
-            "as=keras must be one of detectron2, mmdet, release, swin, timm, ",
+            "as=keras must be one of detectron2, facebook, mmdet, release, swin, timm, ",
         ),
         ("?like=timm", "unknown option 'like'; known: as, part"),
         ("?as=mmdet", "has no names of mmdet, but e.g. conv1.weight"),

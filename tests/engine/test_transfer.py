@@ -93,7 +93,8 @@ def test_a_checkpoint_that_shares_no_tensor_is_an_error_with_names_of_both_sides
         load_pretrained(build(), path)
     assert "encoder_q.layer1.0.conv0.weight" in str(error.value)
     assert "backbone.fpn_lateral2.weight" in str(error.value)
-    assert "read as a Detectron2 model" in str(error.value) and "?as=LIBRARY" in str(error.value)
+    assert "read as an unrecognised network" in str(error.value)
+    assert "?as=LIBRARY" in str(error.value)
 
 
 def test_tensors_that_the_model_lacks_are_counted_by_module(tmp_path):

@@ -22,6 +22,8 @@ from detectron2.modeling.backbone.regnet import ResBottleneckBlock, SimpleStem
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.modeling.timm_backbone import TimmBackbone
+
 WIDTH = 16
 STAGES = [(8, 8, 1), (8, 16, 2), (16, 24, 2), (24, 32, 2)]
 
@@ -125,6 +127,20 @@ def _mvit() -> DictConfig:
     return _with_trunk(trunk, ["scale2", "scale3", "scale4", "scale5"])
 
 
+def _timm(name: str, **options) -> DictConfig:
+    trunk = L(TimmBackbone)(name=name, drop_path_rate=0.1, **options)
+    return _with_trunk(trunk, ["res2", "res3", "res4", "res5"])
+
+
+def _timm_vit() -> DictConfig:
+    model = _vitdet()
+    model.backbone.net = L(TimmBackbone)(
+        name="vit_tiny_patch16_224", embed_dim=16, depth=2, num_heads=2, drop_path_rate=0.1
+    )
+    model.backbone.in_feature = "res4"
+    return model
+
+
 def _regnet() -> DictConfig:
     trunk = L(RegNet)(
         stem_class=SimpleStem,
@@ -208,4 +224,18 @@ DETECTORS: dict[str, Callable[[], DictConfig]] = {
     "Swin, FPN": _swin,
     "MViTv2, FPN": _mvit,
     "RegNet, FPN": _regnet,
+    "timm's ConvNeXt, FPN": partial(
+        _timm, "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)
+    ),
+    "timm's Swin, FPN": partial(
+        _timm,
+        "swin_tiny_patch4_window7_224",
+        embed_dim=8,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 2, 4),
+        window_size=4,
+    ),
+    "timm's ResNeSt, FPN": partial(_timm, "resnest14d", stem_width=8),
+    "timm's EfficientNet, FPN": partial(_timm, "efficientnet_b0"),
+    "timm's ViT, simple pyramid": _timm_vit,
 }

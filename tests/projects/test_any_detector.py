@@ -54,6 +54,7 @@ CONVOLUTIONS = FPN | {"MCL": (TRUNK, PYRAMID, "box head's convolutions")}
 FILLED = dict.fromkeys(DETECTORS, FPN) | {
     "Mask R-CNN, FPN, convolutions in the box head": CONVOLUTIONS,
     "ViTDet": CONVOLUTIONS,
+    "timm's ViT, simple pyramid": CONVOLUTIONS,
     "RetinaNet": ONE_STAGE,
     "FCOS": ONE_STAGE,
     "C4": WITH_RES5,

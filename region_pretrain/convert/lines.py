@@ -1,0 +1,38 @@
+"""Lines about pixels and strides, which several targets of an export have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from region_pretrain.convert.facts import Facts
+from region_pretrain.convert.layout import ResNetLayout
+
+
+def values(values: Sequence[float], scale: float = 1.0) -> str:
+    return "[" + ", ".join(f"{value * scale:.8g}" for value in values) + "]"
+
+
+def unknown_pixels(facts: Facts) -> list[str]:
+    if None in (facts.input_format, facts.pixel_mean, facts.pixel_std):
+        return ["# pixel format, mean and std are unknown: use those of its training"]
+    return []
+
+
+def pixel_lines(facts: Facts, what: str) -> list[str]:
+    """Python lines with mean and std of images in [0, 1]."""
+    lines = unknown_pixels(facts)
+    if not lines:
+        lines = [
+            f"mean = {values(facts.pixel_mean, 1 / 255)}"
+            f"  # {facts.input_format}, for pixels in [0, 1]",
+            f"std = {values(facts.pixel_std, 1 / 255)}",
+        ]
+    if facts.input_format == "BGR":
+        lines.append(f"# {what} must be fed BGR images: image[[2, 1, 0]]")
+    return lines
+
+
+def stride_lines(facts: Facts, net: ResNetLayout) -> list[str]:
+    if net.bottleneck and facts.stride_in_1x1 is None:
+        return ["# the stride of the bottlenecks is unknown: assumed in the 3x3 convolution"]
+    return []
