@@ -38,9 +38,11 @@ def rows() -> dict[str, tuple[str, list[str]]]:
     lines = (ROOT / "docs/starting_weights.md").read_text().splitlines()
     first = lines.index("| method | published | continued |") + 2
     cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[first : first + 6]
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines[first : first + 7]
     ]
-    return {method: (published, code.strip("`").split()) for method, published, code in cells}
+    values = {method: (text, code.strip("`").split()) for method, text, code in cells}
+    common = values.pop("all")[1]
+    return {method: (text, [*common, *own]) for method, (text, own) in values.items()}
 
 
 def test_every_method_has_a_row():
@@ -56,7 +58,7 @@ def test_published_values_and_their_reduction(method):
     before, after = config(method, False, []), config(method, False, overrides)
     name = "LARS" if "LARS" in str(before.optimizer._target_) else "SGD"
     epochs = before.lr_multiplier.warmup_epochs
-    warmup = f"warm-up {epochs}" if epochs else "no warm-up"
+    warmup = f"warm-up {epochs} of {before.train.epochs} epochs" if epochs else "no warm-up"
     assert published == f"{name} {before.optimizer.lr}, {warmup}"
     factor = {"LARS": 5, "SGD": 3}[name]
     assert after.optimizer.lr == pytest.approx(before.optimizer.lr / factor)
