@@ -2,16 +2,17 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_continued.py --jobs 2
 
-The start is SoCo after 10 epochs. Each method is pre-trained for 3 epochs from the start, with the
-recipe of docs/starting_weights.md, and for 3 epochs from random weights, with its own config.
-Seconds on one thread while both of an AMD EPYC are busy (SoCo, CCOP, MCL, point-level, MoCo, BYOL):
+The start is SoCo after 10 epochs. Each method is pre-trained for 3 epochs three times: from the
+start with the recipe of docs/starting_weights.md, from the start with its own config unchanged, and
+from random weights with its own config. Seconds on one thread while both of an AMD EPYC are busy
+(SoCo, CCOP, MCL, point-level, MoCo, BYOL):
 
     step of 32 images    0.85 + 0.42 + 1.33 + 0.90 + 0.18 + 0.30       = 4.0
     starts               2 seeds * (310 steps * 0.85 + 15 of start-up)  =   560
-    pre-trainings        2 seeds * 2 * (93 steps * 4.0 + 6 * 15)        = 1,850
+    pre-trainings        2 seeds * 3 * (93 steps * 4.0 + 6 * 15)        = 2,770
     regions              2 stores * 46                                  =    90
-    fine-tunings         14 initialisations * 2 seeds * (200 steps * 0.26 + 10) = 1,740
-                                                            sum: 4,240 = 71 min
+    fine-tunings         20 initialisations * 2 seeds * (200 steps * 0.26 + 10) = 2,480
+                                                     sum: 5,900 / 2 threads = 49 min
 """
 
 from .common.shapes_benchmark import benchmark
@@ -37,6 +38,9 @@ _methods = dict(start=_entry("soco", "(the start)", [_START]))
 for _name, _overrides in RECIPE.items():
     _methods[f"{_name}_continued"] = _entry(
         _name, "from the start", [_LENGTH, _WARMUP, *_overrides], init_from="start"
+    )
+    _methods[f"{_name}_unchanged"] = _entry(
+        _name, "from the start, unchanged config", [_LENGTH], init_from="start"
     )
     _methods[f"{_name}_random"] = _entry(_name, "from random weights", [_LENGTH])
 

@@ -118,7 +118,7 @@ def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tm
     assert {init for init, _ in runs} == {"start"} | {
         f"{method}_{weights}"
         for method in METHODS - {"supervised"}
-        for weights in ("continued", "random")
+        for weights in ("continued", "unchanged", "random")
     }
     recipe = {
         "train.init_checkpoint",
@@ -130,17 +130,22 @@ def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tm
         cfg = config(run)
         assert cfg.train.epochs == (10 if init == "start" else 3) and cfg.train.max_iter is None
         assert cfg.dataloader.train.total_batch_size == 32 and cfg.train.seed == seed
-        if init.endswith("_continued"):
-            assert runs["start", seed].id in run.parents
-            assert cfg.train.init_checkpoint == runs["start", seed].product
-            other = config(runs[init.replace("_continued", "_random"), seed])
-            family = 5 if "LARS" in str(cfg.optimizer._target_) else 3
-            assert cfg.optimizer.lr == pytest.approx(other.optimizer.lr / family, rel=0.02)
-            assert set(changed_keys(other, cfg)) - {"train.output_dir"} <= recipe
-        else:
+        method, _, weights = init.partition("_")
+        if weights not in ("continued", "unchanged"):
             assert cfg.train.init_checkpoint == ""
+            continue
+        assert runs["start", seed].id in run.parents
+        assert cfg.train.init_checkpoint == runs["start", seed].product
+        other = config(runs[f"{method}_random", seed])
+        changed = set(changed_keys(other, cfg)) - {"train.output_dir"}
+        if weights == "unchanged":
+            assert changed == {"train.init_checkpoint"}
+            continue
+        factor = 5 if "LARS" in str(cfg.optimizer._target_) else 3
+        assert cfg.optimizer.lr == pytest.approx(other.optimizer.lr / factor, rel=0.02)
+        assert changed <= recipe
     rates = {config(plan.runs[e["run"]]).optimizer.lr for e in plan.entries if "finetune" in e}
-    assert rates == {0.1} and len(plan.runs) == 2 + 2 * (13 + 14)
+    assert rates == {0.1} and len(plan.runs) == 2 + 2 * (19 + 20)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shlex
 
 import pytest
 from detectron2.config import instantiate
@@ -153,8 +154,18 @@ def test_a_chain_in_slurm_arrays_and_in_a_dry_run(chain, tmp_path):
     made = state.SweepFile("s", "s", "", cluster, "/code", "/", {}, None, chain)
     text = submission.dry_run(made, str(tmp_path / "out"))
     assert "# third_seed1 (after second_seed1)" in text and "afterok:<second_seed1>" in text
-    (second,) = entries(chain, PRETRAIN, init="second", seed=1)
+    (second,), (third,) = (entries(chain, PRETRAIN, init=i, seed=1) for i in ("second", "third"))
     assert f"train.init_checkpoint={second.product}" in text
+    # The commands can be pasted into a shell, which would expand {a,b}.
+    lines = text.splitlines()
+    command = lines[lines.index("# third_seed1 (after second_seed1)") + 1]
+    assert shlex.split(command)[-len(third.tasks[0]) + 2 :] == list(third.tasks[0][2:])
+    (first,) = entries(chain, FINETUNE, init="first", seed=0)
+    names = "dataloader.train.dataset.names={_target_:a.b,size:3,side:96}"
+    task = (*first.tasks[0], names)
+    plan = Plan({first.id: dataclasses.replace(first, tasks=(task,), parents=())})
+    shown = submission.dry_run(dataclasses.replace(made, plan=plan), str(tmp_path / "out"))
+    assert f" '{names}'\n" in shown
 
 
 def test_written_and_read_back(plan):
