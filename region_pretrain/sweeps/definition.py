@@ -30,6 +30,8 @@ class Pretrain:
         label: its name in tables; empty: its key in the sweep.
         regions: path of an existing region store; null: the sweep generates the regions that the
             config needs.
+        init_from: another entry of ``sweep.pretrain``; its final checkpoint of the same seed
+            initialises this pre-training. null: the config's ``train.init_checkpoint``.
         finetune_overrides: overrides of the fine-tunings from it, applied after their own.
     """
 
@@ -37,6 +39,7 @@ class Pretrain:
     overrides: list[str] = field(default_factory=list)
     label: str = ""
     regions: str | None = None
+    init_from: str | None = None
     finetune_overrides: list[str] = field(default_factory=list)
 
 
@@ -226,6 +229,8 @@ def _check(sweep: Sweep) -> None:
         raise UserError(f"sweep.pictures={sweep.pictures}: must be at least 0")
     if sweep.regions.shards < 1:
         raise UserError(f"sweep.regions.shards={sweep.regions.shards}: must be at least 1")
+    for name in sweep.pretrain:
+        _check_chain(sweep, name)
     for name, entry in sweep.finetune.items():
         _check_finetune(f"sweep.finetune.{name}", entry)
     periods = sorted({e.checkpoints for e in sweep.finetune.values() if e.checkpoints != FINAL})
@@ -233,6 +238,25 @@ def _check(sweep: Sweep) -> None:
         raise UserError(
             f"sweep.finetune.*.checkpoints={periods}: all fine-tunings need the same period"
         )
+
+
+def _check_chain(sweep: Sweep, name: str) -> None:
+    key = "train.init_checkpoint"
+    chain = [name]
+    while (source := sweep.pretrain[chain[-1]].init_from) is not None:
+        where = f"sweep.pretrain.{chain[-1]}.init_from={source}"
+        if source in sweep.baselines:
+            raise UserError(f"{where}: {source} is a baseline; instead add {key}=FILE to overrides")
+        if source not in sweep.pretrain:
+            known = ", ".join(sweep.pretrain)
+            raise UserError(f"{where}: sweep.pretrain has no {source}, only {known}")
+        given = [o for o in sweep.pretrain[chain[-1]].overrides if o.startswith(f"{key}=")]
+        if given:
+            raise UserError(f"{where} and the override {given[0]} exclude each other: remove one")
+        if source in chain:
+            circle = " -> ".join([*chain[chain.index(source) :], source])
+            raise UserError(f"sweep.pretrain: init_from is circular: {circle}")
+        chain.append(source)
 
 
 def _check_unique(key: str, values: Sequence[Any]) -> None:

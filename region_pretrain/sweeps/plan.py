@@ -155,9 +155,13 @@ class _Planner:
             overrides.append(f"{_DATASET}.regions={store}")
             if regions is None and not os.path.exists(store):
                 raise UserError(f"sweep.pretrain.{init}.regions={store}: no such file")
+        start = self._pretrain(entry.init_from, seed) if entry.init_from else None
+        if start is not None:
+            overrides.append(f"train.init_checkpoint={start.product}")
         cfg = checked_config(entry.config, tuple(overrides), False)
-        # The parent identifies a store that the sweep generates; its path does not matter.
+        # The parents identify what the sweep generates; its paths do not matter.
         without = [f"{_DATASET}.regions"] if regions else []
+        without += ["train.init_checkpoint"] if start else []
         return self._add(
             PRETRAIN,
             f"{init}_seed{seed}",
@@ -165,7 +169,7 @@ class _Planner:
             content(cfg, without),
             _FINAL_CHECKPOINT,
             lambda folder: [_command(entry.config, overrides, folder)],
-            [regions] if regions else [],
+            [run for run in (regions, start) if run is not None],
             init=init,
             seed=seed,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
+import shlex
 from collections.abc import Callable, Sequence
 
 from submitit.core.utils import environment_variables
@@ -141,7 +141,7 @@ def dry_run(sweep: SweepFile, folder: str) -> str:
         parts += [
             f"# {run.name}"
             + (f" (after {', '.join(a.name for a in after)})" if after else "")
-            + f"\n{subprocess.list2cmdline(job.command())}"
+            + f"\n{shlex.join(job.command())}"
             for run, job in commands
         ]
         if sweep.cluster.kind == "slurm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def documented() -> dict[str, dict[str, str]]:
         if line.startswith("|")
     ]
     head = next(i for i, row in enumerate(rows) if row[1:] == [*METHODS])
-    return {row[0]: dict(zip(METHODS, row[1:], strict=True)) for row in rows[head + 2 :]}
+    table = itertools.takewhile(lambda row: len(row) == len(METHODS) + 1, rows[head + 2 :])
+    return {row[0]: dict(zip(METHODS, row[1:], strict=True)) for row in table}
 
 
 @pytest.mark.parametrize("method", METHODS)

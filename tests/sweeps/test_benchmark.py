@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from region_pretrain.config import load_config
+from region_pretrain.config import changed_keys, load_config
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import load_sweep
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, TRIAL
@@ -109,9 +109,48 @@ def test_the_ablation_shares_its_full_method_with_the_benchmark(tmp_path):
         assert len({parts[init, seed].id for init, _ in parts}) == 4
 
 
+def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tmp_path):
+    changes = [f"sweep.output_dir={tmp_path}"]
+    plan = make_plan(load_sweep(str(ROOT / "configs/sweeps/shapes_continued.py"), changes))
+    runs = {
+        (e["init"], e["seed"]): plan.runs[e["run"]] for e in plan.entries if e["kind"] == PRETRAIN
+    }
+    assert {init for init, _ in runs} == {"start"} | {
+        f"{method}_{weights}"
+        for method in METHODS - {"supervised"}
+        for weights in ("continued", "unchanged", "random")
+    }
+    recipe = {
+        "train.init_checkpoint",
+        "lr_multiplier.warmup_epochs",
+        "optimizer.lr",
+        "model.momentum.start",
+    }
+    for (init, seed), run in runs.items():
+        cfg = config(run)
+        assert cfg.train.epochs == (10 if init == "start" else 3) and cfg.train.max_iter is None
+        assert cfg.dataloader.train.total_batch_size == 32 and cfg.train.seed == seed
+        method, _, weights = init.partition("_")
+        if weights not in ("continued", "unchanged"):
+            assert cfg.train.init_checkpoint == ""
+            continue
+        assert runs["start", seed].id in run.parents
+        assert cfg.train.init_checkpoint == runs["start", seed].product
+        other = config(runs[f"{method}_random", seed])
+        changed = set(changed_keys(other, cfg)) - {"train.output_dir"}
+        if weights == "unchanged":
+            assert changed == {"train.init_checkpoint"}
+            continue
+        factor = 5 if "LARS" in str(cfg.optimizer._target_) else 3
+        assert cfg.optimizer.lr == pytest.approx(other.optimizer.lr / factor, rel=0.02)
+        assert changed <= recipe
+    rates = {config(plan.runs[e["run"]]).optimizer.lr for e in plan.entries if "finetune" in e}
+    assert rates == {0.1} and len(plan.runs) == 2 + 2 * (19 + 20)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two methods, one seed and a few steps of the quick benchmark."""
+    """Two methods, one seed and a few steps of the quick benchmark; MoCo v2 continues SoCo."""
     folder = tmp_path_factory.mktemp("benchmark")
     arguments = [
         "sweep.seeds=[0]",
@@ -119,6 +158,7 @@ def finished(tmp_path_factory):
         f"sweep.output_dir={folder / 'out'}",
         *(f"sweep.pretrain.{m}=null" for m in METHODS - {"moco", "soco"}),
         "sweep.baselines.random=null",
+        "+sweep.pretrain.moco.init_from=soco",
         *(f"sweep.{key}={json.dumps(values)}" for key, values in TINY.items()),
     ]
     environment = {
@@ -165,6 +205,16 @@ def test_every_run_finished_and_the_choice_was_taken(finished):
         if entry["kind"] == PRETRAIN:
             lines = (Path(plan.runs[entry["run"]].folder) / "metrics.json").read_text().splitlines()
             assert [json.loads(line)["iteration"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_a_chain_starts_from_the_weights_of_the_other_run(finished):
+    plan = state.read_sweep(str(finished[0])).plan
+    runs = {run.name: run for run in plan.runs.values()}
+    log = (Path(runs["moco_seed0"].folder) / "log.txt").read_text()
+    table = log[log.index(f"weights from {runs['soco_seed0'].product} (") :]
+    assert re.search(r"^backbone.bottom_up +120/120 .* loaded$", table, re.M)
+    ended = Path(runs["soco_seed0"].product).stat().st_mtime
+    assert ended < (Path(runs["moco_seed0"].folder) / "config.yaml").stat().st_mtime
 
 
 def test_report_and_status_commands(finished):

@@ -66,11 +66,39 @@ def test_values_defaults_and_overrides(file):
         ("sweep.pretrain.two.overrides=train.seed=1", "form key=value"),
         ("sweep.pretrain=[one.py]", "sweep.pretrain=.*Cannot merge"),
         ("sweep.regions.shards=0", "shards"),
+        (
+            "+sweep.pretrain.two.init_from=three",
+            "sweep.pretrain.two.init_from=three: sweep.pretrain has no three, only one, two$",
+        ),
+        (
+            "+sweep.pretrain.two.init_from=random",
+            "two.init_from=random: random is a baseline; .*train.init_checkpoint=FILE to overrides",
+        ),
+        ("+sweep.pretrain.two.init_from=two", "sweep.pretrain: init_from is circular: two -> two$"),
     ],
 )
 def test_a_mistake_is_named(file, override, message):
     with pytest.raises(UserError, match=message):
         load_sweep(file, [override])
+
+
+def test_chains_of_pre_trainings(file):
+    sweep = load_sweep(file, ["+sweep.pretrain.two.init_from=one"])
+    assert (sweep.pretrain["one"].init_from, sweep.pretrain["two"].init_from) == (None, "one")
+
+    def changed(*chains, **two):
+        entries = {name: {"config": "a.py", "init_from": source} for name, source in chains}
+        return parse_sweep({"pretrain": entries | ({"two": two} if two else {})}, "x")
+
+    changed(("c", "b"), ("b", "a"), ("a", None))
+    with pytest.raises(UserError, match="sweep.pretrain: init_from is circular: b -> a -> b$"):
+        changed(("d", None), ("c", "b"), ("b", "a"), ("a", "b"))
+    weights = ["optimizer.lr=1", "train.init_checkpoint=x.pth"]
+    with pytest.raises(UserError, match="two.init_from=a and the override train.init_checkpoint="):
+        changed(("a", None), config="a.py", init_from="a", overrides=weights)
+    # Without the start, the rest of the sweep is not run from random weights.
+    with pytest.raises(UserError, match="two.init_from=one: sweep.pretrain has no one"):
+        load_sweep(file, ["+sweep.pretrain.two.init_from=one", "sweep.pretrain.one=null"])
 
 
 def test_files_that_are_not_sweeps(tmp_path):

@@ -25,7 +25,7 @@ def benchmark(
     unlabeled: int,
     labelled: int,
     val: int,
-    images_seen: int,
+    images_seen: int | None,
     iterations: int,
     evaluations: int,
     learning_rates: list,
@@ -46,10 +46,10 @@ def benchmark(
         unlabeled: number of scenes to pre-train on.
         labelled: number of scenes to fine-tune on, before ``label_fractions``.
         val: number of scenes of the results, and of the held-out scenes.
-        images_seen: length of each pre-training in images.
+        images_seen: length of each pre-training in images; None: as its config says.
         iterations: length of each fine-tuning; the learning rate drops after 3/4 and 11/12 of it.
         evaluations: number of evaluations during a fine-tuning.
-        learning_rates: fine-tuning learning rates to choose from.
+        learning_rates: fine-tuning learning rates to choose from; empty: the config's.
         label_fractions: fractions of the labelled scenes to fine-tune on.
         seeds: seeds of pre-training, fine-tuning and the selection of labelled scenes.
         pretrain_overrides: overrides of every method, applied after its own.
