@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,23 @@ from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
-from region_pretrain.config import CONFIG_ROOT, complete_train, load_file, override_config
+from region_pretrain.config import (
+    CONFIG_ROOT,
+    complete_train,
+    get_config,
+    load_file,
+    override_config,
+)
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.detector import model_of
+from region_pretrain.modeling.detector import Detector, model_of
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.yacs import lazy_detector, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("dataloader", "optimizer", "lr_multiplier", "train")
 
@@ -40,7 +49,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """A method's default recipe for a detector.
+    """A method's default recipe for a detector, with AdamW if its trunk has layer norms.
 
     A file in the project's ``configs/common`` defines ``dataloader``, ``optimizer``,
     ``lr_multiplier`` and ``train``, and a function ``pretrain(detector)`` that returns ``model``.
@@ -61,16 +70,29 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
     path = _find(method)
     of_yacs, overrides = split_overrides(overrides)
     pretrain, *parts = LazyConfig.load(str(path), ("pretrain", *_PARTS))
-    model = pretrain(load_detector(detector, of_yacs))
+    around = load_detector(detector, of_yacs)
+    model = pretrain(around)
     cfg = DictConfig(
         {"model": model, **dict(zip(_PARTS, parts, strict=True))}, flags={"allow_objects": True}
     )
+    if Detector(around).has_layer_norms:
+        _use_adamw(cfg)
     override_config(complete_train(cfg), overrides, str(path))
     with on_meta_device():
         built = check_contract(build_part(cfg.model, "model"))
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)
     return cfg
+
+
+def _use_adamw(cfg: DictConfig) -> None:
+    adamw = get_config("common/adamw_pretrain.py")
+    cfg.optimizer, cfg.lr_multiplier = adamw.optimizer, adamw.lr_multiplier
+    cfg.train.merge_with(adamw.train)
+    logger.info(
+        "the detector's trunk has layer norms: optimiser and schedule are those of "
+        "configs/common/adamw_pretrain.py, not the method's"
+    )
 
 
 def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:

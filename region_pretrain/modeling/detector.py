@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.config import LazyCall as L
-from detectron2.layers import ShapeSpec
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.poolers import ROIPooler
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
-from region_pretrain.modeling.pyramid import pyramid_names, trunk_name
+from region_pretrain.modeling.pyramid import pyramid_names, trunk_name, trunk_of
 from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
 from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.yacs import lazy_detector
@@ -91,6 +92,16 @@ class Detector:
         return L(_trunk_of)(backbone=self.backbone)
 
     @property
+    def has_layer_norms(self) -> bool:
+        """Whether the trunk has layer norms and no batch norms: a transformer or a ConvNeXt."""
+        modules = list(trunk_of(self._backbone).modules())
+        batch_norms = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)
+        layer_norms = (nn.LayerNorm, LayerNorm)
+        return any(isinstance(m, layer_norms) for m in modules) and not any(
+            isinstance(m, batch_norms) for m in modules
+        )
+
+    @property
     def trunk_map(self) -> tuple[str, int]:
         """Name and channels of the trunk's coarsest map, e.g. ``("res5", 2048)``."""
         shapes = self._trunk_shapes
@@ -99,8 +110,7 @@ class Detector:
 
     @property
     def _trunk_shapes(self) -> dict[str, ShapeSpec]:
-        name = trunk_name(self._backbone)
-        return (getattr(self._backbone, name) if name else self._backbone).output_shape()
+        return trunk_of(self._backbone).output_shape()
 
     @property
     def levels(self) -> dict[str, ShapeSpec]:

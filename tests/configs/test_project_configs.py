@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from detectron2.config import LazyConfig, instantiate
 
 from region_pretrain.config import CONFIG_ROOT, load_config
 from region_pretrain.data.photometry import PhotometryLayout
 from region_pretrain.data.views import ViewSampler
+from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import check_contract
 
 RECIPES = sorted((CONFIG_ROOT.parent / "projects").glob("*/configs/*.py"))
@@ -37,7 +37,7 @@ def test_recipe(path: Path, tmp_path):
     changed = load_config(saved, ["optimizer.lr=0.5", "train.max_iter=7"])
     assert changed.optimizer.lr == 0.5 and changed.train.max_iter == 7
 
-    with torch.device("meta"):
+    with on_meta_device():
         models = [instantiate(c.model) for c in (cfg, again)]
     states = [{k: v.shape for k, v in m.state_dict().items()} for m in models]
     assert states[0] == states[1] and len(states[0]) > 100

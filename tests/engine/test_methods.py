@@ -10,6 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.modeling import build_model as build_yacs_model
 from omegaconf import OmegaConf
+from torch.optim import AdamW
 
 from region_pretrain.config import CONFIG_ROOT, changed_keys, load_config, to_yaml
 from region_pretrain.engine.build import build_pretraining_model
@@ -19,6 +20,7 @@ from region_pretrain.engine.methods import add_method_arguments, load_detector, 
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import submission
+from region_pretrain.solver import LARS
 from region_pretrain.yacs import find_config_file, read_yacs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "yacs"))
@@ -205,6 +207,16 @@ def test_frozen_weights_without_norms_are_noticed():
     frozen = ["MODEL.BACKBONE.FREEZE_AT=3", "MODEL.RESNETS.NORM=GN"]
     with pytest.raises(UserError, match="add MODEL.BACKBONE.FREEZE_AT=0 MODEL.FPN.NORM"):
         load_method("ccop", FPN, frozen)
+
+
+def test_trunks_with_layer_norms_are_trained_with_adamw():
+    swin = str(CONFIG_ROOT / "detection/mask_rcnn_swin_t_fpn.py")
+    cfg = load_method("soco", swin, ["train.epochs=20", "optimizer.lr=0.001"])
+    assert cfg.optimizer._target_ == "torch.optim.adamw.AdamW" or cfg.optimizer._target_ is AdamW
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (0.001, 0.05)
+    assert (cfg.lr_multiplier.warmup_epochs, cfg.train.clip_grad.max_norm) == (10, 3.0)
+    assert cfg.train.output_dir == "output/soco" and cfg.train.base_batch_size == 256
+    assert load_method("soco", LSJ).optimizer._target_ is LARS
 
 
 def test_a_saved_fine_tuning_config_is_a_detector(tmp_path):
