@@ -104,6 +104,8 @@ class Weights:
         """Where a model's tensor may be found, in common names and then in the file's own."""
         common, own = common_name(name), timm_name(name)
         yield common
+        # One box head fills all stages of a Cascade R-CNN.
+        yield re.sub(r"^(roi_heads\.box_head)\.\d+\.", r"\1.", common)
         if own is not None:  # a tensor that only timm's network has
             yield own
             yield self.prefix + own

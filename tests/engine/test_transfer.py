@@ -5,10 +5,11 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from narrow_detector import PRETRAINED, build, detector_config, save, state
 from torch import nn
 
@@ -268,6 +269,22 @@ def test_module_of_tells_apart_what_pretraining_fills():
     assert module_of("backbone.res4.0.conv1.weight") == "backbone"  # C4
     assert module_of("roi_heads.res5.norm.weight") == "roi_heads.res5"
     assert module_of("head.cls_score.weight") == "head"
+
+
+def test_one_box_head_fills_every_stage_of_a_cascade(tmp_path):
+    """A Mask R-CNN's pre-training serves the Cascade R-CNN on the same backbone."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))
+    from narrow_detectors import DETECTORS
+
+    single = instantiate(DETECTORS["Faster/Mask R-CNN, FPN"]())
+    cascade = instantiate(DETECTORS["Cascade R-CNN, FPN"]())
+    report = load_pretrained(cascade, save(tmp_path, {"model": state(single, *PRETRAINED)}))
+    heads = cascade.roi_heads.box_head
+    for stage in heads:
+        for name, value in single.roi_heads.box_head.state_dict().items():
+            assert torch.equal(stage.state_dict()[name], value), name
+    assert report.modules["roi_heads.box_head"].loaded_tensors == 12  # 3 stages of 2 fc layers
+    assert not report.unexpected
 
 
 def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, checkpoint):
