@@ -167,9 +167,11 @@ def freeze_unread(
     trained = [name for name, p in reader.named_parameters() if p.requires_grad]
     if not trained:
         return []
+    constraints = getattr(trunk_of(backbone), "padding_constraints", {})
+    side = constraints.get("square_size") or 224
     reader.eval()  # no batch statistics: they would be exchanged between processes
     try:
-        image = torch.empty(1, 3, 224, 224, device="meta")
+        image = torch.empty(1, 3, side, side, device="meta")
         mean = torch.func.functional_call(reader, on_meta, (image,))
         inputs = [on_meta[name] for name in trained]
         gradients = torch.autograd.grad(mean, inputs, allow_unused=True)

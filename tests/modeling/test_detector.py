@@ -16,6 +16,7 @@ from region_pretrain.modeling.detector import Detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.region_head import SharedHeads, Towers
+from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))
 from narrow_detectors import DETECTORS
@@ -138,6 +139,12 @@ def test_unread_parameters_are_those_without_gradient(name):
         assert {"bottom_up.norm0", "bottom_up.norm1"} <= set(frozen)
     if name == "RetinaNet":
         assert "top_block" in frozen and "fpn_output5" in frozen
+
+
+def test_a_trunk_for_one_size_is_read_at_that_size():
+    trunk = TimmBackbone("mvitv2_tiny", img_size=64)
+    assert trunk.padding_constraints["square_size"] == 64
+    assert freeze_unread(trunk, ["res3"])
 
 
 def test_lazy_parts_follow_later_overrides():
