@@ -36,6 +36,10 @@ TRUNK_MAPS = dict.fromkeys(DETECTORS, ("res5", 32)) | {
     "Swin, FPN": ("p3", 64),
     "MViTv2, FPN": ("scale5", 64),
     "RegNet, FPN": ("s4", 128),
+    "timm's Swin, FPN": ("res5", 64),
+    "timm's ResNeSt, FPN": ("res5", 2048),
+    "timm's EfficientNet, FPN": ("res5", 320),
+    "timm's ViT, simple pyramid": ("res4", 16),
 }
 HEADS = dict.fromkeys(DETECTORS, ("roi_heads.box_head", 24)) | {
     "RetinaNet": ("head", 64),

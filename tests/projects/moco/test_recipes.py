@@ -15,6 +15,7 @@ RECIPES = {
     "moco-v2_r50_8xb32-200ep_imagenet": ([224, 224], 1.0, 0.0),
     "moco-v2_r50_8xb32-800ep_imagenet": ([224, 224], 1.0, 0.0),
     "moco-v2_r50_8xb32-800ep_coco": ([224, 224], 1.0, 0.0),
+    "moco-v2_swin-t_8xb128-100ep_imagenet": ([224, 224], 0.0, 0.01),
 }
 
 

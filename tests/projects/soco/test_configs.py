@@ -24,6 +24,8 @@ RECIPES = {
     "soco-cutout_r50-c4_16xb128-400ep_imagenet": ([224, 224], 0.01, 1.25e-7),
     "soco_r50-c4_16xb128-100ep_imagenet": ([224, 224], 0.01, 1.25e-7),
     "soco_r50-c4_16xb128-400ep_imagenet": ([224, 224], 0.01, 1.25e-7),
+    "soco_swin-t-fpn_8xb128-100ep_imagenet": ([224, 224, 112], 0.0, 0.01),
+    "soco_vitdet-b_8xb128-100ep_imagenet": ([224, 224, 112], 0.0, 0.01),
 }
 
 
@@ -43,7 +45,7 @@ def test_sources_of_the_variants():
     }
     assert sources.pop("soco-star_r50-fpn_16xb128-400ep_imagenet") == ["crop", "crop", 0]
     c4 = [sources.pop(name) for name in RECIPES if "c4" in name]
-    assert c4 == [["crop"]] * 4 and list(sources.values()) == [["crop", "crop"]] * 6
+    assert c4 == [["crop"]] * 4 and list(sources.values()) == [["crop", "crop"]] * 8
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "cutout" in name])
