@@ -186,7 +186,7 @@ def freeze_unread(
     frozen = _modules_of(backbone, unread)
     if frozen:
         read = ", ".join(sorted({*names, *of_trunk}))
-        logger.info("only %s is read: %s are not trained", read, ", ".join(frozen))
+        logger.info("maps read: %s; not trained: %s", read, ", ".join(frozen))
     return frozen
 
 

@@ -69,5 +69,5 @@ def test_exactly_the_unread_convolutions_are_frozen(fpn, caplog):
             read = parameter_name.split(".")[0] not in frozen
             assert read == parameter.requires_grad == (parameter.grad is not None)
     assert frozen == ["fpn_lateral2", "fpn_output2", "fpn_lateral3", "fpn_output3", "fpn_output5"]
-    assert f"only p4 is read: {', '.join(frozen)} are not trained" in caplog.text
+    assert f"maps read: p4; not trained: {', '.join(frozen)}" in caplog.text
     assert freeze_unread(backbone.bottom_up, ["res5"]) == []
