@@ -95,12 +95,12 @@ class TransferReport:
 def module_of(name: str) -> str:
     """The module of a detector that a tensor belongs to, e.g. ``"roi_heads.box_head"``.
 
-    This is the top-level module. RoI heads, and a backbone with a feature pyramid, are divided
-    further into what pre-training can fill separately, e.g. ``backbone.bottom_up``,
-    ``backbone.fpn``.
+    This is the top-level module. RoI heads, the towers of a one-stage detector, and a backbone with
+    a feature pyramid are divided further into what pre-training can fill separately, e.g.
+    ``backbone.bottom_up``, ``backbone.fpn``, ``head.cls_subnet``.
     """
     parts = name.split(".")
-    if parts[0] == "roi_heads":
+    if parts[0] == "roi_heads" or parts[:2] in (["head", "cls_subnet"], ["head", "bbox_subnet"]):
         return ".".join(parts[:2])
     if parts[0] == "backbone" and len(parts) > 1:
         if parts[1] in ("bottom_up", "net", "top_block"):

@@ -269,6 +269,7 @@ def test_module_of_tells_apart_what_pretraining_fills():
     assert module_of("backbone.res4.0.conv1.weight") == "backbone"  # C4
     assert module_of("roi_heads.res5.norm.weight") == "roi_heads.res5"
     assert module_of("head.cls_score.weight") == "head"
+    assert module_of("head.bbox_subnet.0.weight") == "head.bbox_subnet"
 
 
 def test_one_box_head_fills_every_stage_of_a_cascade(tmp_path):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.engine.checkpoint import split_state
+from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.momentum import MomentumCopy
@@ -145,6 +146,9 @@ def test_one_step_and_back_into_the_detector(name, method, region_folder, tmp_pa
     filled = Counter(map(module_of, saved))
     wanted = {"box head's convolutions", *expected} if HEAD in expected else set(expected)
     assert filled == {module: total[module] for module in wanted if total[module]}
+
+    report = load_pretrained(instantiate(DETECTORS[name]()), str(tmp_path / "model_final.pth"))
+    assert set(report.matched) == set(saved) and not report.unexpected
 
 
 @pytest.mark.parametrize("method", METHODS)
