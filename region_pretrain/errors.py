@@ -39,7 +39,10 @@ class NonFiniteLoss(UserError, FloatingPointError):
 
 
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2."""
+    """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2.
+
+    So does a class of a config that cannot be imported.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -47,6 +50,11 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | N
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except ImportError as error:
+            if not str(error).startswith("Error loading"):  # of a _target_
+                raise
+            print(f"error: a _target_ of the config: {describe(error)}", file=sys.stderr)
             sys.exit(2)
 
     return wrapper

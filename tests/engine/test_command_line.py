@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from tiny_run import make_config, make_detection_config
+
+from region_pretrain.errors import exit_on_user_error
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -127,3 +129,25 @@ def test_a_loss_that_is_not_finite_costs_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: loss became NaN or infinite")
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_class_that_cannot_be_imported_is_one_line(capsys):
+    """A misspelt ``_target_`` in an override."""
+
+    @exit_on_user_error
+    def main() -> None:
+        instantiate({"_target_": "region_pretrain.data.shape.shapes", "split": "train"})
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("error: a _target_ of the config: ImportError: Error loading")
+    assert "region_pretrain.data.shape" in lines[0]
+
+    @exit_on_user_error
+    def other() -> None:
+        raise ImportError("No module named 'panopticapi'")
+
+    with pytest.raises(ImportError, match="panopticapi"):
+        other()

@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
-import shlex
 
 import pytest
 from detectron2.config import instantiate
+from sweep_plans import DETECTOR, MOCO, SOCO, entries, overrides, sweep
 
 from region_pretrain.config import CONFIG_ROOT, load_config
 from region_pretrain.engine.command_line import argument_parser
@@ -14,39 +14,8 @@ from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import jobs, state, submission
 from region_pretrain.sweeps.choice import choose, read_choice
-from region_pretrain.sweeps.definition import parse_sweep
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL, Plan
 from region_pretrain.sweeps.plan import make_plan
-
-SOCO = "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
-MOCO = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
-DETECTOR = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
-RATES = {
-    "learning_rates": [0.05, 0.1],
-    "held_out": ["+dataloader.test.dataset.names.seed=1000"],
-}
-
-
-def sweep(folder, **changes):
-    values = {
-        "pretrain": {"soco": {"config": SOCO}},
-        "finetune": {"det": {"config": DETECTOR, **RATES}},
-        "images_seen": 320,
-        "output_dir": str(folder),
-    }
-    return parse_sweep({**values, **changes}, "test")
-
-
-def entries(plan, kind, **labels):
-    return [
-        plan.runs[e["run"]]
-        for e in plan.entries
-        if e["kind"] == kind and all(e[k] == v for k, v in labels.items())
-    ]
-
-
-def overrides(run, task=0):
-    return dict(a.lstrip("+").split("=", 1) for a in run.tasks[task] if "=" in a)
 
 
 @pytest.fixture(scope="module")
@@ -89,83 +58,6 @@ def test_what_depends_on_what(plan):
     # regions, 2 pre-trainings; for each of 2 initialisations: 2 trials, a choice, 2 seeds
     assert len(plan.runs) == 1 + 2 + 2 * 5
     assert len({run.folder for run in plan.runs.values()}) == len(plan.runs)
-
-
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """MoCo v2 from SoCo from MoCo v2, and MoCo v2 from random weights; listed last to first."""
-    pretrain = {
-        "third": {"config": MOCO, "init_from": "second"},
-        "second": {"config": SOCO, "init_from": "first"},
-        "first": {"config": MOCO},
-    }
-    det = {"config": DETECTOR}
-    folder = tmp_path_factory.mktemp("chain")
-    return make_plan(sweep(folder, pretrain=pretrain, finetune={"det": det}, seeds=[0, 1]))
-
-
-def test_a_pre_training_continues_another_of_the_same_seed(chain):
-    (regions,) = entries(chain, REGIONS)
-    for seed in (0, 1):
-        (first,), (second,), (third,), (det,) = (
-            entries(chain, kind, init=init, seed=seed)
-            for kind, init in (
-                *((PRETRAIN, init) for init in ("first", "second", "third")),
-                (FINETUNE, "third"),
-            )
-        )
-        assert first.parents == () and "train.init_checkpoint" not in overrides(first)
-        assert set(second.parents) == {regions.id, first.id} and third.parents == (second.id,)
-        assert det.parents == (third.id,)
-        for run, start in ((second, first), (third, second), (det, third)):
-            assert overrides(run)["train.init_checkpoint"] == start.product
-        assert first.id != third.id  # the same config from other weights
-    assert len({run.id for run in entries(chain, PRETRAIN)}) == 6
-    order = list(chain.runs)
-    assert all(order.index(p) < order.index(r.id) for r in chain.runs.values() for p in r.parents)
-
-
-def test_a_chain_does_not_depend_on_names_and_folders(chain, tmp_path):
-    pretrain = {
-        "a": {"config": MOCO},
-        "b": {"config": SOCO, "init_from": "a"},
-        "same": {"config": SOCO, "init_from": "a"},
-    }
-    found = make_plan(sweep(tmp_path, pretrain=pretrain, finetune={}))
-    assert set(found.runs) <= set(chain.runs) and len(found.runs) == 3
-    pretrain["b"]["init_from"] = None
-    other = make_plan(sweep(tmp_path, pretrain=pretrain, finetune={}))
-    assert len(set(other.runs) - set(found.runs)) == 1
-
-
-def test_a_chain_in_slurm_arrays_and_in_a_dry_run(chain, tmp_path):
-    groups = submission.missing(chain, dict.fromkeys(chain.runs, state.WAITING))
-    shown = [([r.name for r in runs], [a.name for a in after]) for runs, after in groups]
-    assert shown[:6] == [
-        (["regions_second"], []),
-        (["first_seed0", "first_seed1"], []),
-        (["second_seed0"], ["regions_second", "first_seed0"]),
-        (["second_seed1"], ["regions_second", "first_seed1"]),
-        (["first_seed0_det"], ["first_seed0"]),
-        (["first_seed1_det"], ["first_seed1"]),
-    ]
-    assert (["third_seed1"], ["second_seed1"]) in shown
-    cluster = Cluster(kind="slurm", partition="gpu")
-    made = state.SweepFile("s", "s", "", cluster, "/code", "/", {}, None, chain)
-    text = submission.dry_run(made, str(tmp_path / "out"))
-    assert "# third_seed1 (after second_seed1)" in text and "afterok:<second_seed1>" in text
-    (second,), (third,) = (entries(chain, PRETRAIN, init=i, seed=1) for i in ("second", "third"))
-    assert f"train.init_checkpoint={second.product}" in text
-    # The commands can be pasted into a shell, which would expand {a,b}.
-    lines = text.splitlines()
-    command = lines[lines.index("# third_seed1 (after second_seed1)") + 1]
-    assert shlex.split(command)[-len(third.tasks[0]) + 2 :] == list(third.tasks[0][2:])
-    (first,) = entries(chain, FINETUNE, init="first", seed=0)
-    names = "dataloader.train.dataset.names={_target_:a.b,size:3,side:96}"
-    task = (*first.tasks[0], names)
-    plan = Plan({first.id: dataclasses.replace(first, tasks=(task,), parents=())})
-    shown = submission.dry_run(dataclasses.replace(made, plan=plan), str(tmp_path / "out"))
-    assert f" '{names}'\n" in shown
 
 
 def test_written_and_read_back(plan):
