@@ -77,6 +77,7 @@ setup(
     # What it imports is listed here with our own needs, so that one `pip install` serves both.
     install_requires=[
         "cloudpickle",
+        "fonttools",  # parses the SVG paths of emoji
         "fvcore>=0.1.5,<0.1.6",
         "hydra-core>=1.1",
         "iopath>=0.1.7",

@@ -16,6 +16,7 @@ from region_pretrain.warnings import ignore_library_warnings
 
 ignore_library_warnings()
 
+import region_pretrain.data.emoji  # noqa: F401
 import region_pretrain.data.shapes  # noqa: F401  registers data sets
 from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.errors import UserError, exit_on_user_error

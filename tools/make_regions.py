@@ -22,6 +22,7 @@ ignore_library_warnings()
 from detectron2.config import instantiate
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
+import region_pretrain.data.emoji  # noqa: F401
 import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain import registration
 from region_pretrain.config import load_config

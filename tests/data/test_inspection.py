@@ -9,8 +9,9 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from region_pretrain.data.generated import register_scenes
 from region_pretrain.data.inspection import compare, inspect
-from region_pretrain.data.shapes import ShapesSpec, register_shapes
+from region_pretrain.data.shapes import ShapesSpec
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +166,7 @@ def test_what_cannot_be_loaded(images):
 
 def test_registered_data_with_boxes(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    name = register_shapes("inspected", ShapesSpec("val", 3, side=48))
+    name = register_scenes(ShapesSpec("val", 3, side=48), "inspected")
     try:
         found = inspect(name)
         assert found.problems == [] and len(found.classes) == 8

@@ -13,13 +13,13 @@ from detectron2.data import DatasetCatalog
 from pycocotools.coco import COCO
 from shapely.geometry import Polygon
 
+from region_pretrain.data.generated import make_scenes
 from region_pretrain.data.shapes import (
     CLASSES,
     LEVELS,
     Difficulty,
     ShapesSpec,
     get_difficulty,
-    make_shapes,
     render_scene,
     shapes,
 )
@@ -131,15 +131,15 @@ def test_the_fraction_of_typical_materials_is_the_configured_one():
 
 
 def test_the_same_seed_gives_the_same_files_whatever_the_size_and_workers(tmp_path, monkeypatch):
-    few = make_shapes(ShapesSpec("val", 3, side=48), workers=1)
+    few = make_scenes(ShapesSpec("val", 3, side=48), workers=1)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "again"))
-    many = make_shapes(ShapesSpec("val", 120, side=48), workers=2)
+    many = make_scenes(ShapesSpec("val", 120, side=48), workers=2)
     for i in range(3):
         name = f"images/{i:06d}.png"
         assert (few / name).read_bytes() == (many / name).read_bytes()
     first, second = (json.loads((d / "annotations.json").read_text()) for d in (few, many))
     assert first["annotations"] == second["annotations"][: len(first["annotations"])]
-    train = make_shapes(ShapesSpec("train", 1, side=48))
+    train = make_scenes(ShapesSpec("train", 1, side=48))
     assert (train / "images/000000.png").read_bytes() != (few / "images/000000.png").read_bytes()
 
 
@@ -147,9 +147,10 @@ def test_the_same_seed_gives_the_same_files_whatever_the_size_and_workers(tmp_pa
 IN_A_JOB = """
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-from region_pretrain.data.shapes import ShapesSpec, make_shapes
+from region_pretrain.data.generated import make_scenes
+from region_pretrain.data.shapes import ShapesSpec
 for seed in range(8):  # the failure is random
-    make_shapes(ShapesSpec("val", 100, 32, seed), workers=2)
+    make_scenes(ShapesSpec("val", 100, 32, seed), workers=2)
 """
 
 
@@ -161,7 +162,7 @@ def test_generation_finishes_where_sigterm_is_ignored(tmp_path):
 
 
 def test_the_json_is_coco_with_masks_of_the_right_area():
-    folder = make_shapes(ShapesSpec("train", 8, side=128))
+    folder = make_scenes(ShapesSpec("train", 8, side=128))
     coco = COCO(str(folder / "annotations.json"))
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == list(CLASSES)
     for annotation in coco.loadAnns(coco.getAnnIds()):

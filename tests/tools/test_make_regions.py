@@ -17,7 +17,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from region_pretrain.data.catalog import get_records
-from region_pretrain.data.shapes import ShapesSpec, register_shapes
+from region_pretrain.data.generated import register_scenes
+from region_pretrain.data.shapes import ShapesSpec
 from region_pretrain.regions import RegionStore
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +93,7 @@ def test_shards_and_then_one_more_call(tmp_path, photos, capsys, caplog, monkeyp
 
 def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    name = register_shapes("make_regions_val", ShapesSpec("val", 3, side=48))
+    name = register_scenes(ShapesSpec("val", 3, side=48), "make_regions_val")
     try:
         tool().main(["--dataset", name, "--out", str(tmp_path / "r.arrow"),
                      "--recipe", "ground_truth-v1", "--workers", "1"])  # fmt: skip

@@ -1,11 +1,6 @@
 """Shapes: the built-in procedural data set, generated from a seed."""
 
-from region_pretrain.data.shapes.dataset import (
-    ShapesSpec,
-    make_shapes,
-    register_shapes,
-    shapes,
-)
+from region_pretrain.data.shapes.dataset import ShapesSpec, shapes
 from region_pretrain.data.shapes.scene import (
     CLASSES,
     LEVELS,
@@ -22,8 +17,6 @@ __all__ = [
     "Scene",
     "ShapesSpec",
     "get_difficulty",
-    "make_shapes",
-    "register_shapes",
     "render_scene",
     "shapes",
 ]

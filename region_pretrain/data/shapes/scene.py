@@ -6,7 +6,7 @@ whole scene. If every object had its own colour, pre-training would match region
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -14,9 +14,9 @@ import shapely
 from shapely.geometry import MultiPolygon, Polygon
 from shapely.geometry import box as rectangle
 
+from region_pretrain.data.generated import select_level
 from region_pretrain.data.shapes.materials import MATERIALS
 from region_pretrain.data.shapes.outlines import OUTLINES, sample_outline
-from region_pretrain.errors import UserError
 
 CLASSES: tuple[str, ...] = tuple(OUTLINES)
 _MATERIAL_NAMES = tuple(MATERIALS)
@@ -93,16 +93,7 @@ def get_difficulty(level: str, **overrides) -> Difficulty:
     Raises:
         UserError: unknown level or field.
     """
-    if level not in LEVELS:
-        raise UserError(f"Shapes has no level {level!r}; it has {', '.join(LEVELS)}")
-    unknown = set(overrides) - {f.name for f in fields(Difficulty)}
-    if unknown:
-        names = ", ".join(f.name for f in fields(Difficulty))
-        raise UserError(
-            f"the difficulty of Shapes has no {', '.join(sorted(unknown))}; it has {names}"
-        )
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
-    return replace(LEVELS[level], **values)
+    return select_level("Shapes", LEVELS, level, **overrides)
 
 
 @dataclass

@@ -1,0 +1,26 @@
+"""Emoji: scenes composed of emoji of several vendors on photographs, generated from a seed."""
+
+from region_pretrain.data.emoji.dataset import SPLIT_VENDORS, EmojiSpec, emoji
+from region_pretrain.data.emoji.scene import (
+    LEVELS,
+    Difficulty,
+    Scene,
+    get_difficulty,
+    render_scene,
+)
+from region_pretrain.data.emoji.vendors import CLASSES, VENDORS, drawings, fetch
+
+__all__ = [
+    "CLASSES",
+    "LEVELS",
+    "SPLIT_VENDORS",
+    "VENDORS",
+    "Difficulty",
+    "EmojiSpec",
+    "Scene",
+    "drawings",
+    "emoji",
+    "fetch",
+    "get_difficulty",
+    "render_scene",
+]
