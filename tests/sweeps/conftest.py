@@ -1,6 +1,7 @@
 """A sweep of fake runs, which the tests of local execution and of its status share."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Plan, Run
 from region_pretrain.sweeps.state import SweepFile
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(Path(__file__).parent))  # for sweep_plans
 #: Records when it ran and with how many threads. Its last argument makes it wait for a file, fail
 #: once, or keep a training's files.
 TOOL = """
