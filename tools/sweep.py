@@ -25,13 +25,17 @@ commands for a sweep that was started (SWEEP is its output folder, or its config
   tools/sweep.py status SWEEP   print the state of every run, and why runs failed
   tools/sweep.py report SWEEP   write report.html, report.md and results.csv
   tools/sweep.py cancel SWEEP   stop all jobs; they resume when the sweep is started again
+
+command for a results.csv, without the runs:
+  tools/sweep.py tables CSV     write its tables and figures
 """
 
 
 def _start(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --config FILE [options] [sweep.key=value ...]\n"
-        "       %(prog)s {status,report,cancel} SWEEP",
+        "       %(prog)s {status,report,cancel} SWEEP\n"
+        "       %(prog)s tables CSV --out DIR [--reference NAME ...]",
         description=__doc__,
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,12 +148,34 @@ def _choose(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     from region_pretrain.sweeps.choice import choose
 
-    print(choose(dict(text.split("=", 1) for text in args.results), args.metric, args.out))
+    print(choose([text.split("=", 1) for text in args.results], args.metric, args.out))
+
+
+def _tables(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py tables",
+        description="Write tables (Markdown) and figures (PNG) of a sweep's results.csv.",
+    )
+    parser.add_argument("csv", metavar="CSV", help="results.csv of a sweep, or a renamed copy")
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="initialisation to compare the others with, e.g. random; may be given several times "
+        "(default: the first one without pre-training)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    args = parser.parse_args(argv)
+    from region_pretrain.sweeps.report import write_tables
+
+    print(*write_tables(args.csv, args.reference, args.out), sep="\n")
 
 
 @exit_on_user_error
 def main() -> None:
-    commands = {"status": _status, "cancel": _cancel, "report": _report, "choose": _choose}
+    commands = {"status": _status, "cancel": _cancel, "report": _report, "tables": _tables}
+    commands["choose"] = _choose
     command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if command is not None:
         command(sys.argv[2:])

@@ -46,13 +46,21 @@ def metric_curve(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
     return [row["iteration"] + 1 for row in rows], [row[key] for row in rows]
 
 
-def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str) -> bytes:
+def plot_curves(
+    curves: Mapping[str, Curve],
+    x_label: str,
+    y_label: str,
+    errors: Mapping[str, Sequence[float]] | None = None,
+    log_x: bool = False,
+) -> bytes:
     """Draw curves into one diagram, each with its own colour and legend entry.
 
     Args:
         curves: name -> curve; the legend marks empty ones as having no data.
         x_label: label of the x axis.
         y_label: label of the y axis.
+        errors: name -> half the length of the error bar at each point.
+        log_x: use a logarithmic x axis, with a tick at each x value.
 
     Returns:
         PNG, 960 x 600 pixels.
@@ -63,14 +71,21 @@ def plot_curves(curves: Mapping[str, Curve], x_label: str, y_label: str) -> byte
     for i, (name, (x, y)) in enumerate(curves.items()):
         label = name if len(x) else f"{name} (no data)"
         marker = "o" if len(x) <= 30 else None
-        axes.plot(
+        axes.errorbar(
             x,
             y,
+            (errors or {}).get(name),
             label=label,
             color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)],
             marker=marker,
             markersize=4,
+            capsize=3,
         )
+    if log_x:
+        ticks = sorted({value for x, _ in curves.values() for value in x})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import statistics
+from collections.abc import Sequence
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
@@ -13,12 +14,26 @@ from region_pretrain.metrics import read_results
 logger = logging.getLogger(__name__)
 
 
-def choose(results: Mapping[str, str], metric: str, out: str) -> str:
-    """Choose the learning rate with the best metric; the first one wins a tie.
+def mean_of_trials(values: Sequence[float | None]) -> float | None:
+    """The mean metric of the trials of one learning rate.
 
     Args:
-        results: learning rate -> ``results.json`` of its trial.
-        metric: ``task/metric``. A trial without it detected nothing, which counts as 0.
+        values: one per trial; None if its detector found nothing, which counts as 0.
+
+    Returns:
+        None if no trial found anything.
+    """
+    if all(value is None for value in values):
+        return None
+    return statistics.fmean(value or 0.0 for value in values)
+
+
+def choose(results: Sequence[Sequence[str]], metric: str, out: str) -> str:
+    """Choose the learning rate with the best mean metric; the first one wins a tie.
+
+    Args:
+        results: a pair for each trial: learning rate and ``results.json``.
+        metric: ``task/metric``.
         out: file to write the override ``optimizer.lr=...`` to; a command line reads it as
             ``@FILE``.
 
@@ -29,12 +44,13 @@ def choose(results: Mapping[str, str], metric: str, out: str) -> str:
         UserError: a trial has no results.
     """
     task, name = metric.split("/")
-    values = {}
-    for rate, path in results.items():
+    values: dict[str, list[float | None]] = {}
+    for rate, path in results:
         if not os.path.isfile(path):
             raise UserError(f"the trial of optimizer.lr={rate} has no {path}: run it first")
-        values[rate] = read_results(path).get(task, {}).get(name)
-    best = max(values, key=lambda rate: values[rate] or 0.0)
+        values.setdefault(rate, []).append(read_results(path).get(task, {}).get(name))
+    means = {rate: mean_of_trials(found) for rate, found in values.items()}
+    best = max(means, key=lambda rate: means[rate] or 0.0)
     logger.info("%s by learning rate: %s; chosen: %s", metric, values, best)
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     write_text_atomic(out, f"optimizer.lr={best}\n")

@@ -33,6 +33,9 @@ class Pretrain:
         init_from: another entry of ``sweep.pretrain``; its final checkpoint of the same seed
             initialises this pre-training. null: the config's ``train.init_checkpoint``.
         finetune_overrides: overrides of the fine-tunings from it, applied after their own.
+        images_seen: its length in images; null: ``sweep.images_seen``.
+        method: name of its curve in figures against the images seen; the pre-trainings of one
+            method, of several lengths, share it. Empty: its label.
     """
 
     config: str = MISSING
@@ -41,6 +44,8 @@ class Pretrain:
     regions: str | None = None
     init_from: str | None = None
     finetune_overrides: list[str] = field(default_factory=list)
+    images_seen: int | None = None
+    method: str = ""
 
 
 @dataclass
@@ -65,6 +70,9 @@ class Finetune:
     Attributes:
         config: a detection config.
         overrides: ``key=value`` overrides of the config.
+        seeds: seeds of the fine-tunings from each pre-training, which also select label subsets;
+            a baseline is fine-tuned once per seed. Empty: each pre-training is fine-tuned once,
+            with its own seed.
         label_fractions: fractions of the labelled images, each in (0, 1]; below 1, the seed selects
             the subset.
         label_split: split file that lists the images of each fraction and seed, instead of a random
@@ -74,18 +82,20 @@ class Finetune:
         learning_rates: learning rates to try from each initialisation; the results use the one with
             the best ``metric``. A single one is used without trials; empty: the config's.
         held_out: overrides that evaluate the trials on a split that the results do not use.
-        learning_rate_seed: seed of the trials.
+        learning_rate_seeds: seeds of the trials. Each learning rate is tried once per seed, from
+            the pre-trainings in turn, and the best mean is used.
         metric: ``task/metric`` of ``results.json`` that selects the learning rate.
     """
 
     config: str = MISSING
     overrides: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     label_fractions: list[float] = field(default_factory=lambda: [1.0])
     label_split: str = ""
     checkpoints: str | int = FINAL
     learning_rates: list[float] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
-    learning_rate_seed: int = 1000
+    learning_rate_seeds: list[int] = field(default_factory=lambda: [1000])
     metric: str = "bbox/AP"
 
 
@@ -113,7 +123,8 @@ class Sweep:
         output_dir: folder of all runs; empty: ``output/sweeps/<name>``.
         name: the sweep's name; empty: the name of its file.
         title: heading of the report; empty: the name.
-        seeds: seeds of pre-training and fine-tuning; each run is repeated once per seed.
+        seeds: seeds of pre-training and, unless ``finetune.NAME.seeds`` lists others, of
+            fine-tuning; each run is repeated once per seed.
         images_seen: length of every pre-training in images; null: as its config says.
         pretrain_overrides: overrides of all pre-trainings, applied after their own.
         finetune_overrides: overrides of all fine-tunings, applied after their own.
@@ -138,6 +149,11 @@ class Sweep:
     def labels(self) -> dict[str, str]:
         """Initialisation -> its name in tables, baselines first."""
         return {name: init.label or name for name, init in (self.baselines | self.pretrain).items()}
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Pre-training -> the name of its curve in figures against the images seen."""
+        return {name: init.method or init.label or name for name, init in self.pretrain.items()}
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
@@ -268,6 +284,10 @@ def _check_finetune(where: str, entry: Finetune) -> None:
     fractions, rates, period = entry.label_fractions, entry.learning_rates, entry.checkpoints
     _check_unique(f"{where}.label_fractions", fractions)
     _check_unique(f"{where}.learning_rates", rates)
+    _check_unique(f"{where}.seeds", entry.seeds)
+    _check_unique(f"{where}.learning_rate_seeds", entry.learning_rate_seeds)
+    if not entry.learning_rate_seeds:
+        raise UserError(f"{where}.learning_rate_seeds=[]: list at least one seed")
     if not fractions or not all(0 < f <= 1 for f in fractions):
         raise UserError(f"{where}.label_fractions={fractions}: must be fractions in (0, 1]")
     if not all(r > 0 for r in rates):

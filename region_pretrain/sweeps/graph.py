@@ -48,6 +48,8 @@ class Plan:
             - ``run``: id of the run
             - ``init``: the initialisation: a key of ``sweep.pretrain`` or ``sweep.baselines``
             - ``seed``: of training; not for ``regions`` and ``choice``
+            - ``pretrain_seed``: seed of the pre-training that a ``trial`` or ``finetune`` starts
+              from; absent without one
             - ``finetune``: key of ``sweep.finetune``; this and the following only for ``trial``,
               ``choice`` and ``finetune``
             - ``label_fraction``: in (0, 1]

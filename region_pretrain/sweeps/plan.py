@@ -134,15 +134,20 @@ class _Planner:
         """A pre-training's overrides without seed and regions."""
         sweep, entry = self._sweep, self._sweep.pretrain[init]
         overrides = [*entry.overrides, *sweep.pretrain_overrides]
-        if sweep.images_seen is not None:
+        name, images = (
+            ("sweep.images_seen", sweep.images_seen)
+            if entry.images_seen is None
+            else (f"sweep.pretrain.{init}.images_seen", entry.images_seen)
+        )
+        if images is not None:
             cfg = checked_config(entry.config, tuple(overrides), False)
             batch = cfg.dataloader.train.total_batch_size
-            if sweep.images_seen % batch:
+            if images % batch:
                 raise UserError(
-                    f"sweep.images_seen={sweep.images_seen} is not a multiple of the batch size of "
-                    f"{init}, {batch}: the pre-trainings would differ in length"
+                    f"{name}={images} is not a multiple of the batch size of {init}, {batch}: "
+                    "the pre-trainings would differ in length"
                 )
-            overrides.append(f"train.max_iter={sweep.images_seen // batch}")
+            overrides.append(f"train.max_iter={images // batch}")
         periods = {e.checkpoints for e in sweep.finetune.values() if e.checkpoints != FINAL}
         return [*overrides, *(f"train.checkpoint_keep_every={k}" for k in periods)]
 
@@ -190,7 +195,7 @@ class _Planner:
         return [*range(entry.checkpoints, max_iter, entry.checkpoints), FINAL]
 
     def _finetune(self, name: str, init: str, fraction: float, at: str | int) -> None:
-        """Add all runs of one row of the results: trials, choice, one fine-tuning per seed."""
+        """Add all runs of one row of the results: trials, choice, and the fine-tunings."""
         entry = self._sweep.finetune[name]
         labels = {"init": init, "finetune": name, "label_fraction": fraction, "checkpoint": at}
         words = [name] if len(self._sweep.finetune) > 1 else []
@@ -200,27 +205,29 @@ class _Planner:
         slug = "_".join(words)
         choice = self._choice(slug, labels) if len(entry.learning_rates) > 1 else None
         rates = [] if choice else [f"optimizer.lr={rate:g}" for rate in entry.learning_rates]
-        for seed in self._sweep.seeds:
-            mine = {**labels, "seed": seed}
-            self._train(FINETUNE, f"{slug}_seed{seed}_det", mine, seed, rates, choice)
+        own, pretrained = self._sweep.seeds, init in self._sweep.pretrain
+        seeds = [(p, f) for p in (own if pretrained else [None]) for f in entry.seeds]
+        for pretrain, seed in seeds or zip(own, own, strict=True):
+            words = [slug, *([] if pretrain is None else [f"seed{pretrain}"]), "det"]
+            words += [f"seed{seed}"] if entry.seeds else []
+            mine = {**labels, "seed": seed, **({"pretrain_seed": pretrain} if pretrained else {})}
+            self._train(FINETUNE, "_".join(words), mine, rates, choice)
 
     def _choice(self, slug: str, labels: Mapping[str, Any]) -> Run:
         """The run that chooses a learning rate, after its trials."""
-        entry = self._sweep.finetune[labels["finetune"]]
-        seed = entry.learning_rate_seed
-        trials = {
-            rate: self._train(
-                TRIAL,
-                f"{slug}_lr{rate:g}",
-                {**labels, "seed": seed, "learning_rate": rate, "metric": entry.metric},
-                self._sweep.seeds[0],
-                [*entry.held_out, f"optimizer.lr={rate:g}"],
-            )
-            for rate in entry.learning_rates
-        }
+        entry, own = self._sweep.finetune[labels["finetune"]], self._sweep.seeds
+        seeds, trials = entry.learning_rate_seeds, []
+        for rate in entry.learning_rates:
+            for i, seed in enumerate(seeds):
+                mine = {**labels, "seed": seed, "learning_rate": rate, "metric": entry.metric}
+                if labels["init"] in self._sweep.pretrain:
+                    mine["pretrain_seed"] = own[i % len(own)]
+                name = f"{slug}_lr{rate:g}" + (f"_seed{seed}" if len(seeds) > 1 else "")
+                more = [*entry.held_out, f"optimizer.lr={rate:g}"]
+                trials.append((rate, self._train(TRIAL, name, mine, more)))
 
         def tasks(folder: str) -> list[list[str]]:
-            pairs = [f"{rate:g}={run.product}" for rate, run in trials.items()]
+            pairs = [f"{rate:g}={run.product}" for rate, run in trials]
             out = ["--out", os.path.join(folder, CHOICE_FILE)]
             return [["choose", "--metric", entry.metric, *out, *pairs]]
 
@@ -228,10 +235,10 @@ class _Planner:
             CHOICE,
             f"{slug}_choice",
             "tools/sweep.py",
-            [entry.metric, [[rate, run.id] for rate, run in trials.items()]],
+            [entry.metric, [[rate, run.id] for rate, run in trials]],
             CHOICE_FILE,
             tasks,
-            list(trials.values()),
+            [run for _, run in trials],
             **labels,
         )
 
@@ -240,7 +247,6 @@ class _Planner:
         kind: str,
         name: str,
         labels: Mapping[str, Any],
-        pretrain_seed: int,
         more: Sequence[str],
         choice: Run | None = None,
     ) -> Run:
@@ -248,7 +254,6 @@ class _Planner:
 
         Args:
             labels: the entry's keys.
-            pretrain_seed: which of the pre-trainings it starts from.
             more: further overrides.
             choice: the run that chooses its learning rate.
         """
@@ -256,7 +261,7 @@ class _Planner:
         entry, source = sweep.finetune[labels["finetune"]], (sweep.pretrain | sweep.baselines)[init]
         parents = [choice] if choice else []
         if init in self._sweep.pretrain:
-            pretrain, at = self._pretrain(init, pretrain_seed), labels["checkpoint"]
+            pretrain, at = self._pretrain(init, labels["pretrain_seed"]), labels["checkpoint"]
             parents.append(pretrain)
             file = _FINAL_CHECKPOINT if at == FINAL else f"{checkpoint.checkpoint_name(at - 1)}.pth"
             weights = os.path.join(pretrain.folder, file)

@@ -9,22 +9,17 @@ from typing import Any
 
 from tabulate import tabulate
 
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import write_atomic, write_text_atomic
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.plots import metric_curve, plot_curves
 from region_pretrain.sweeps import jobs, state
+from region_pretrain.sweeps.figures import figures
 from region_pretrain.sweeps.pictures import SweepPictures
-from region_pretrain.sweeps.results import (
-    METRICS,
-    Row,
-    collect,
-    collect_probes,
-    logged,
-    pretrainings,
-)
+from region_pretrain.sweeps.results import collect, collect_probes, logged, pretrainings
+from region_pretrain.sweeps.rows import METRICS, Row, read_csv, results_csv
 from region_pretrain.sweeps.state import SweepFile
-from region_pretrain.sweeps.tables import Table, results_csv, row_name, tables
+from region_pretrain.sweeps.tables import Table, row_name, tables
 
 HTML, MARKDOWN, CSV = "report.html", "report.md", "results.csv"
 
@@ -45,7 +40,34 @@ def write_sweep_report(folder: str) -> list[str]:
     paths = [os.path.join(folder, name) for name in (HTML, MARKDOWN, CSV)]
     report.write_report(paths[0], _sections(sweep, folder, now, rows, found), sweep.title)
     write_text_atomic(paths[1], _markdown(sweep, now, found))
-    write_text_atomic(paths[2], results_csv(rows))
+    write_text_atomic(paths[2], results_csv(rows, sweep.name))
+    return paths
+
+
+def write_tables(path: str, references: Sequence[str], folder: str) -> list[str]:
+    """Write the tables and figures of a ``results.csv``, which needs none of the sweep's runs.
+
+    Args:
+        path: the CSV file, possibly renamed.
+        references: see :func:`~region_pretrain.sweeps.tables.tables`.
+        folder: folder to write to; created.
+
+    Returns:
+        Paths of ``<name>.md`` and of ``<name>_*.png``, named after the CSV file.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a reference.
+    """
+    rows = read_csv(path)
+    name = os.path.splitext(os.path.basename(path))[0]
+    parts = _table_parts(tables(rows, {}, references))
+    pictures = [(f"{name}_{figure.name}.png", figure) for figure in figures(rows)]
+    parts += [f"![{figure.caption}]({file})" for file, figure in pictures]
+    os.makedirs(folder, exist_ok=True)
+    paths = [os.path.join(folder, file) for file in (f"{name}.md", *(f for f, _ in pictures))]
+    write_text_atomic(paths[0], "\n\n".join(parts) + "\n")
+    for picture, (_, figure) in zip(paths[1:], pictures, strict=True):
+        write_atomic(picture, lambda file, png=figure.png: file.write(png))
     return paths
 
 
@@ -101,8 +123,9 @@ def _sections(
     results = [report.text(text) for text in _summary(sweep, now)]
     for table in found:
         results += [report.text(table.caption), report.table(table.header, table.rows)]
+    plots = [report.figure(f.png, f.caption, plot=True) for f in figures(rows)]
     sections = [
-        report.Section("Results", results),
+        report.Section("Results", [*results, *([report.side_by_side(plots)] if plots else [])]),
         report.Section("Failures", _failures(sweep, now)),
         report.Section("AP during fine-tuning", _ap_curves(rows)),
         report.Section("Detections", pictures.detections()),
@@ -178,13 +201,15 @@ def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
 
 
 def _markdown(sweep: SweepFile, now: Mapping[str, str], found: Sequence[Table]) -> str:
-    parts = [f"# {sweep.title}", *_summary(sweep, now)]
-    for table in found:
-        parts += [table.caption, _pipes(table.header, table.rows)]
+    parts = [f"# {sweep.title}", *_summary(sweep, now), *_table_parts(found)]
     failed = [sweep.plan.runs[i].name for i, word in now.items() if word == state.FAILED]
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def _table_parts(found: Sequence[Table]) -> list[str]:
+    return [part for t in found for part in (t.caption, _pipes(t.header, t.rows))]
 
 
 def _pipes(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

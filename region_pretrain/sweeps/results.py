@@ -2,79 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from detectron2.config import instantiate
+from omegaconf import OmegaConf
+
 from region_pretrain.config import load_file
+from region_pretrain.data.few_label import SUBSET_FILE
+from region_pretrain.data.sources import register_named
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics, read_results
 from region_pretrain.reporting.plots import Curve, metric_curve
 from region_pretrain.reporting.summary import mean_std
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.choice import read_choice
+from region_pretrain.sweeps.choice import mean_of_trials, read_choice
+from region_pretrain.sweeps.definition import FINAL
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, TRIAL, Run
+from region_pretrain.sweeps.rows import METRICS, Cost, Row, Statistics
 from region_pretrain.sweeps.state import SweepFile
 
-#: ``task/metric`` of ``results.json`` -> heading.
-METRICS = {
-    f"{task}/{metric}": f"{name} {metric}"
-    for task, name in (("bbox", "box"), ("segm", "mask"))
-    for metric in ("AP", "AP50", "AP75")
-}
+logger = logging.getLogger(__name__)
+
 #: What identifies a row, in addition to the initialisation.
 _ROW = ("finetune", "label_fraction", "checkpoint")
 _PROBE = "probe/"
-
-Statistics = dict[str, float | None]  # result of mean_std
-
-
-@dataclass
-class Row:
-    """One initialisation, fine-tuned in one way, over its seeds.
-
-    Attributes:
-        init: name of the initialisation in the sweep.
-        label: its name in tables.
-        finetune, label_fraction, checkpoint: how it is fine-tuned.
-        seeds: number of finished fine-tunings.
-        wanted: number of planned fine-tunings.
-        learning_rate: the chosen or configured learning rate as text; None if not known yet.
-        trials: learning rate -> metric on the held-out split, for the finished trials.
-        by_seed: seed -> key of :data:`METRICS` -> value, None if the detector found nothing.
-        metrics: key of :data:`METRICS` -> mean and standard deviation over the finished seeds.
-        baseline: label of the initialisation that the differences refer to; empty: none.
-        shared_seeds: number of seeds that this row and the baseline have both finished.
-        differences: key of :data:`METRICS` -> mean and standard deviation of the paired differences
-            to the baseline over these seeds.
-        curves: key of :data:`METRICS` -> mean over the seeds by iteration, at the points that all
-            of them have.
-        images_per_second, memory_mib, minutes: cost of the pre-training, means over its seeds (the
-            memory is the maximum); None if there is no pre-training or nothing is logged yet.
-            Minutes are those of its steps.
-    """
-
-    init: str
-    label: str
-    finetune: str
-    label_fraction: float
-    checkpoint: str | int
-    seeds: int = 0
-    wanted: int = 0
-    learning_rate: str | None = None
-    trials: dict[str, float | None] = field(default_factory=dict)
-    by_seed: dict[int, dict[str, float | None]] = field(default_factory=dict)
-    metrics: dict[str, Statistics] = field(default_factory=dict)
-    baseline: str = ""
-    shared_seeds: int = 0
-    differences: dict[str, Statistics] = field(default_factory=dict)
-    curves: dict[str, Curve] = field(default_factory=dict)
-    images_per_second: float | None = None
-    memory_mib: float | None = None
-    minutes: float | None = None
 
 
 def collect(sweep: SweepFile) -> list[Row]:
@@ -85,13 +42,15 @@ def collect(sweep: SweepFile) -> list[Row]:
         if entry["kind"] in (FINETUNE, TRIAL, CHOICE):
             groups[tuple(entry[key] for key in ("init", *_ROW))].append(entry)
     pretrained = pretrainings(sweep)
-    rows = []
+    rows, known = [], {}
     for (init, *how), entries in groups.items():
-        row = Row(init, sweep.labels[init], *how)
-        _fill(row, entries, runs)
-        _fill_cost(row, list(pretrained.get(init, {}).values()))
+        label = sweep.labels[init]
+        row = Row(init, label, sweep.methods.get(init, label), *how)
+        _fill(row, entries, runs, known)
+        by_seed = pretrained.get(init, {})
+        row.images_seen = _images_seen(sweep, list(by_seed.values()), row.checkpoint)
+        row.costs = {seed: cost for seed, run in by_seed.items() if (cost := _cost(run))}
         rows.append(row)
-    _compare(rows, next((init for init in sweep.labels if init not in pretrained), None))
     order = list(sweep.labels)
     return sorted(
         rows,
@@ -147,25 +106,80 @@ def _value(run: Run, key: str) -> float | None:
     return read_results(run.product).get(task, {}).get(metric)
 
 
-def _fill(row: Row, entries: Sequence[Mapping[str, Any]], runs: Mapping[str, Run]) -> None:
-    finetunings = {e["seed"]: runs[e["run"]] for e in entries if e["kind"] == FINETUNE}
+def _fill(
+    row: Row,
+    entries: Sequence[Mapping[str, Any]],
+    runs: Mapping[str, Run],
+    known: dict[str, int | None],
+) -> None:
+    finetunings = {
+        (e.get("pretrain_seed"), e["seed"]): runs[e["run"]]
+        for e in entries
+        if e["kind"] == FINETUNE
+    }
+    trials = defaultdict(list)
     for entry in entries:
         run = runs[entry["run"]]
         if entry["kind"] == CHOICE and state.is_finished(run):
             row.learning_rate = read_choice(run.product)
         elif entry["kind"] == TRIAL and state.is_finished(run):
-            row.trials[f"{entry['learning_rate']:g}"] = _value(run, entry["metric"])
+            trials[f"{entry['learning_rate']:g}"].append(_value(run, entry["metric"]))
+    row.trials = {rate: mean_of_trials(values) for rate, values in trials.items()}
     if not any(entry["kind"] == CHOICE for entry in entries):
         row.learning_rate = _configured_learning_rate(list(finetunings.values()))
-    row.by_seed = {
-        seed: {key: _value(run, key) for key in METRICS}
-        for seed, run in finetunings.items()
-        if state.is_finished(run)
-    }
-    row.seeds, row.wanted = len(row.by_seed), len(finetunings)
-    row.metrics = {key: mean_std([v[key] for v in row.by_seed.values()]) for key in METRICS}
+    finished = {seeds: run for seeds, run in finetunings.items() if state.is_finished(run)}
+    row.by_seeds = {s: {key: _value(run, key) for key in METRICS} for s, run in finished.items()}
+    row.wanted = len(finetunings)
+    row.labels = next((n for run in finished.values() if (n := _labelled_images(run, known))), None)
     metrics = [rows for run in finetunings.values() if (rows := logged(run))]
     row.curves = {key: mean_curve([metric_curve(rows, key) for rows in metrics]) for key in METRICS}
+
+
+def _labelled_images(run: Run, known: dict[str, int | None]) -> int | None:
+    """The number of images that a fine-tuning was trained on; None if it cannot be determined.
+
+    Args:
+        run: finished.
+        known: data set of a config -> its length; extended.
+    """
+    path = os.path.join(run.folder, SUBSET_FILE)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return len(json.load(file)["image_ids"])
+    path = os.path.join(run.folder, "config.yaml")
+    if not os.path.isfile(path):
+        return None
+    cfg = load_file(path)
+    data = cfg.dataloader.train.get("dataset")
+    text = json.dumps(OmegaConf.to_container(data, resolve=True), default=str) if data else ""
+    if text not in known:
+        try:
+            register_named(cfg)
+            known[text] = len(instantiate(data)) if data else None
+        except Exception:  # raised by any data set
+            logger.info("the training images of %s cannot be counted", run.name, exc_info=True)
+            known[text] = None
+    return known[text]
+
+
+def _images_seen(sweep: SweepFile, runs: Sequence[Run], checkpoint: str | int) -> int | None:
+    """Images seen up to a checkpoint of a pre-training, including the one that it continues.
+
+    Args:
+        runs: the pre-training, one per seed; none: the initialisation is not pre-trained.
+    """
+    if not runs:
+        return 0
+    run = next((run for run in runs if state.is_finished(run)), runs[0])
+    at, path = state.progress(run), os.path.join(run.folder, "config.yaml")
+    if at is None or not os.path.isfile(path):
+        return None
+    steps = at.total if checkpoint == FINAL else int(checkpoint)
+    seen = steps * load_file(path).dataloader.train.total_batch_size
+    parents = [sweep.plan.runs[parent] for parent in run.parents]
+    earlier = [parent for parent in parents if parent.kind == PRETRAIN]
+    before = _images_seen(sweep, earlier, FINAL)
+    return None if before is None else before + seen
 
 
 def _configured_learning_rate(runs: Sequence[Run]) -> str | None:
@@ -175,23 +189,6 @@ def _configured_learning_rate(runs: Sequence[Run]) -> str | None:
         if os.path.isfile(path):
             return f"{load_file(path).optimizer.lr:g}"
     return None
-
-
-def _compare(rows: Sequence[Row], baseline: str | None) -> None:
-    """Fill in the differences to a baseline's row of the same fine-tuning and label fraction."""
-    bases = {(row.finetune, row.label_fraction): row for row in rows if row.init == baseline}
-    for row in rows:
-        base = bases.get((row.finetune, row.label_fraction))
-        if base is None or base is row:
-            continue
-        pairs = [
-            (values, base.by_seed[s]) for s, values in row.by_seed.items() if s in base.by_seed
-        ]
-        row.baseline, row.shared_seeds = base.label, len(pairs)
-        row.differences = {
-            key: mean_std([None if None in (a[key], b[key]) else a[key] - b[key] for a, b in pairs])
-            for key in METRICS
-        }
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:
@@ -214,14 +211,15 @@ def step_minutes(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row["time"] * (row["iteration"] - last) for row, last in pairs) / 60
 
 
-def _fill_cost(row: Row, runs: Sequence[Run]) -> None:
-    metrics = [rows for run in runs if (rows := logged(run))]
-    if not metrics:
-        return
-    speeds = [[r["img_per_sec"] for r in rows if "img_per_sec" in r] for rows in metrics]
-    memory = [[r["peak_memory_mib"] for r in rows if "peak_memory_mib" in r] for rows in metrics]
-    if all(speeds):
-        row.images_per_second = statistics.fmean(statistics.median(s) for s in speeds)
-    if all(memory):
-        row.memory_mib = max(max(m) for m in memory)
-    row.minutes = statistics.fmean(step_minutes(rows) for rows in metrics)
+def _cost(run: Run) -> Cost | None:
+    """None if nothing is logged yet."""
+    rows = logged(run)
+    if not rows:
+        return None
+    speeds = [row["img_per_sec"] for row in rows if "img_per_sec" in row]
+    memory = [row["peak_memory_mib"] for row in rows if "peak_memory_mib" in row]
+    return Cost(
+        statistics.median(speeds) if speeds else None,
+        max(memory) if memory else None,
+        step_minutes(rows),
+    )

@@ -59,9 +59,11 @@ class SweepFile:
         root: the code that they run.
         cwd: the folder that relative paths refer to.
         labels: initialisation -> its name in tables.
-        images_seen: length of every pre-training in images; null: as its config says.
+        images_seen: length of every pre-training in images; null: they differ, or their configs
+            determine it.
         plan: the runs.
         pictures: number of images per picture of the report; 0: no pictures.
+        methods: pre-training -> the name of its curve in figures against the images seen.
     """
 
     name: str
@@ -74,6 +76,7 @@ class SweepFile:
     images_seen: int | None
     plan: Plan
     pictures: int = 0
+    methods: dict[str, str] = field(default_factory=dict)
 
 
 def write_sweep(folder: str, sweep: SweepFile) -> None:

@@ -33,6 +33,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
     Raises:
         UserError: a config does not build, or a value does not fit.
     """
+    own_length = any(entry.images_seen is not None for entry in sweep.pretrain.values())
     return SweepFile(
         name=sweep.name,
         title=sweep.title or sweep.name,
@@ -41,9 +42,10 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         root=str(CHECKOUT),
         cwd=os.getcwd(),
         labels=sweep.labels,
-        images_seen=sweep.images_seen,
+        images_seen=None if own_length else sweep.images_seen,
         plan=make_plan(sweep),
         pictures=sweep.pictures,
+        methods=sweep.methods,
     )
 
 

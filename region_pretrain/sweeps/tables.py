@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from region_pretrain.errors import UserError
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.results import METRICS, Row, Statistics
+from region_pretrain.sweeps.intervals import difference, pair
+from region_pretrain.sweeps.rows import METRICS, Row, Statistics
 
 #: Logged metrics of probes -> heading; others keep their names.
 _PROBES = {
@@ -17,16 +17,20 @@ _PROBES = {
     "probe/knn_fpn": "kNN, FPN",
     "probe/knn_head": "kNN, box head",
 }
-_RESULTS = "Box and mask AP in percent, mean ± sample standard deviation over the n finished seeds."
+_RESULTS = "Box and mask AP in percent, mean ± sample standard deviation over n fine-tunings."
 _COST = (
     " Speed, peak memory per process and minutes (of the steps only) are those of the pre-training."
+)
+_DIFFERENCES = (
+    "Difference to {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
+    "interval], which include the variance between the seeds of pre-training and of fine-tuning."
 )
 _PROBE_TEXT = (
     "Probes of the frozen features during pre-training: accuracy in percent, first → last value."
 )
 _TRIALS = (
-    "Trials of learning rates: AP on a held-out split, with a seed that the results do not use. "
-    "Each initialisation uses its best one."
+    "Trials of learning rates: mean AP on a held-out split, with seeds that the results do not "
+    "use. Each initialisation uses its best one."
 )
 
 
@@ -61,17 +65,29 @@ def row_name(row: Row, columns: Mapping[str, str]) -> list[str]:
 def tables(
     rows: Sequence[Row],
     probes: Mapping[str, Mapping[str, tuple[Statistics, Statistics]]],
+    references: Sequence[str] = (),
     brief: bool = False,
 ) -> list[Table]:
     """The tables of a sweep that are not empty: results, differences, probes, trials.
 
     Args:
-        rows: from :func:`region_pretrain.sweeps.results.collect`.
+        rows: all rows of the results.
         probes: label -> probes, from :func:`region_pretrain.sweeps.results.collect_probes`.
+        references: initialisations to compare the others with, one table each; empty: the first
+            one without pre-training.
         brief: leave out AP75, the cost of pre-training and the trials.
+
+    Raises:
+        UserError: a reference is not an initialisation of the rows.
     """
-    found = [_results(rows, brief), _differences(rows, brief), _probes(probes)]
-    return [table for table in [*found, *([] if brief else [_trials(rows)])] if table.rows]
+    inits = list(dict.fromkeys(row.init for row in rows))
+    for name in references:
+        if name not in inits:
+            raise UserError(f"no initialisation is called {name}: choose from {', '.join(inits)}")
+    references = references or [r.init for r in rows if r.by_seeds and not r.pretrained][:1]
+    found = [_results(rows, brief), *(_differences(rows, name, brief) for name in references)]
+    found += [_probes(probes), *([] if brief else [_trials(rows)])]
+    return [table for table in found if table.rows]
 
 
 def _metrics(brief: bool) -> dict[str, str]:
@@ -84,36 +100,38 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
     header += [] if brief else ["img/s", "peak MiB", "min"]
     body = []
     for row in rows:
-        cost = ((row.images_per_second, 0), (row.memory_mib, 0), (row.minutes, 1))
+        done, cost = len(row.by_seeds), row.cost
+        costs = ((cost.images_per_second, 0), (cost.memory_mib, 0), (cost.minutes, 1))
         body.append(
             [
                 *row_name(row, columns),
-                f"{row.seeds}" if row.seeds == row.wanted else f"{row.seeds}/{row.wanted}",
+                f"{done}" if done == row.wanted else f"{done}/{row.wanted}",
                 row.learning_rate or "–",
-                *(shown(row.metrics[key]) for key in metrics),
-                *("–" if v is None else f"{v:.{d}f}" for v, d in ([] if brief else cost)),
+                *(shown(row.statistics(key)) for key in metrics),
+                *("–" if v is None else f"{v:.{d}f}" for v, d in ([] if brief else costs)),
             ]
         )
     return Table(_RESULTS + ("" if brief else _COST), header, body)
 
 
-def _differences(rows: Sequence[Row], brief: bool) -> Table:
-    """Paired differences to the first baseline."""
-    compared = [row for row in rows if row.shared_seeds]
+def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
+    """Paired differences to a reference's row of the same fine-tuning and label fraction."""
     columns, metrics = varying(rows), _metrics(brief)
-    body = [
-        [
-            *row_name(row, columns),
-            f"{row.shared_seeds}",
-            *(shown(row.differences[key], sign=True) for key in metrics),
-        ]
-        for row in compared
-    ]
-    caption = (
-        f"Difference to {compared[0].baseline if compared else ''}: mean ± sample standard "
-        "deviation of the paired differences over the n shared seeds."
-    )
-    return Table(caption, ["initialisation", *columns.values(), "n", *metrics.values()], body)
+    bases = {(r.finetune, r.label_fraction, r.checkpoint): r for r in rows if r.init == reference}
+    body, label = [], ""
+    for row in rows:
+        how = row.finetune, row.label_fraction
+        base = bases.get((*how, row.checkpoint), bases.get((*how, FINAL)))
+        if base is None or row.init == reference:
+            continue
+        label = base.label
+        pairs = {key: pair(row.values(key), base.values(key)) for key in metrics}
+        if count := len(next(iter(pairs.values()))):
+            found = [difference(values) for values in pairs.values()]
+            cells = ["–" if value is None else str(value) for value in found]
+            body.append([*row_name(row, columns), f"{count}", *cells])
+    header = ["initialisation", *columns.values(), "n", *metrics.values()]
+    return Table(_DIFFERENCES.format(label), header, body)
 
 
 def _probes(probes: Mapping[str, Mapping[str, tuple[Statistics, Statistics]]]) -> Table:
@@ -142,22 +160,3 @@ def _trials(rows: Sequence[Row]) -> Table:
     body = [[*row_name(row, columns), *(cell(row, rate) for rate in rates)] for row in rows]
     header = ["initialisation", *columns.values(), *(f"learning rate {rate}" for rate in rates)]
     return Table(_TRIALS, header, body if rates else [])
-
-
-def results_csv(rows: Sequence[Row]) -> str:
-    """The results with all digits; mean and standard deviation have separate columns."""
-    names = ["label", "finetune", "label_fraction", "checkpoint", "seeds", "wanted"]
-    names += ["learning_rate"]
-    costs = ["images_per_second", "memory_mib", "minutes"]
-    parts = [(key, what) for key in METRICS for what in ("mean", "std")]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    header = [f"{key} {what}" for key, what in parts]
-    header += [f"{key} difference {what}" for key, what in parts]
-    writer.writerow(["initialisation", *names, *header, *costs])
-    for row in rows:
-        values = [row.metrics[key][what] for key, what in parts]
-        values += [row.differences[key][what] if row.baseline else None for key, what in parts]
-        costs_of_row = [getattr(row, name) for name in costs]
-        writer.writerow([row.init, *(getattr(row, n) for n in names), *values, *costs_of_row])
-    return buffer.getvalue()

@@ -66,6 +66,22 @@ def test_curves_are_drawn_where_their_values_are():
     assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
 
 
+def test_error_bars_and_a_logarithmic_axis():
+    curve = {"line": ([1, 10, 100], [0.0, 1.0, 0.0])}
+    found = []
+    for errors in (None, {"line": [0.0, 1.0, 0.0]}):
+        picture = decode(plot_curves(curve, "x", "y", errors, log_x=True)).astype(int)
+        blue = np.argwhere((abs(picture - [31, 119, 180]) < 12).all(-1))
+        found.append(blue[blue[:, 1] < 800])  # not the legend
+    plain = found[0]
+    peak = plain[plain[:, 0] < plain[:, 0].min() + 8, 1].mean()
+    left, right = plain[:, 1].min(), 960 - 46
+    assert peak == pytest.approx((left + right) / 2, abs=8)
+    # A bar from 0 to 2 at the peak; without it, the curve crosses each column once.
+    heights = [max(np.ptp(b[b[:, 1] == x, 0]) for x in np.unique(b[:, 1])) for b in found]
+    assert heights[0] < 30 and heights[1] > 400
+
+
 def test_labels_names_and_missing_data_are_drawn():
     curves = {"a": ([20, 40, 60], [3.0, 2.0, 1.5])}
     same = plot_curves(curves, "iteration", "loss")

@@ -4,6 +4,7 @@ from region_pretrain.sweeps.definition import parse_sweep
 
 SOCO = "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 MOCO = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+BYOL = "projects/BYOL/configs/byol_r18_b32_shapes.py"
 DETECTOR = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
 RATES = {
     "learning_rates": [0.05, 0.1],

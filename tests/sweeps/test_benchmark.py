@@ -1,5 +1,6 @@
 """The Shapes benchmark: its sizes, and the quick one end to end, cut down to a minute."""
 
+import csv
 import json
 import os
 import re
@@ -227,6 +228,11 @@ def test_report_and_status_commands(finished):
     metrics = next((folder / "runs").glob("moco_seed0-*")) / "metrics.json"
     peak = max(json.loads(line)["peak_memory_mib"] for line in metrics.read_text().splitlines())
     assert f"| {peak:.0f} |" in table[0] and 100 < peak < 10_000
+    with open(folder / "results.csv", encoding="utf-8") as file:
+        lines = {line["initialisation"]: line for line in csv.DictReader(file)}
+    # MoCo v2 continues SoCo, each with 32 images; there are 16 labelled scenes.
+    found = {init: (line["images_seen"], line["labels"]) for init, line in lines.items()}
+    assert found == {"moco": ("64", "16"), "soco": ("32", "16")}
     done = tool("status", str(folder))
     assert done.returncode == 0 and "4/4" in done.stdout and "11 finished" in done.stdout
 

@@ -33,7 +33,8 @@ def test_values_defaults_and_overrides(file):
     assert (sweep.seeds, sweep.images_seen, sweep.title) == ([3], 640, "T")
     det = sweep.finetune["det"]
     assert (det.learning_rates, det.label_fractions) == ([0.1], [1.0, 0.1])
-    assert (det.checkpoints, det.learning_rate_seed, det.overrides) == ("final", 1000, [])
+    assert (det.checkpoints, det.learning_rate_seeds, det.overrides) == ("final", [1000], [])
+    assert det.seeds == []
     assert sweep.regions.shards == 1
 
 
@@ -56,6 +57,10 @@ def test_values_defaults_and_overrides(file):
         ("sweep.finetune.det.label_fractions=[1,1]", "label_fractions.*twice"),
         ("sweep.finetune.det.learning_rates=[0.1,0.2]", "held_out must name the split"),
         ("sweep.finetune.det.learning_rates=[-1]", "above 0"),
+        ("sweep.finetune.det.learning_rate_seeds=[]", "det.learning_rate_seeds=.*at least one"),
+        ("sweep.finetune.det.learning_rate_seeds=[5,5]", "det.learning_rate_seeds.*twice"),
+        ("sweep.finetune.det.seeds=[3,3]", "sweep.finetune.det.seeds=.*twice"),
+        ("sweep.finetune.det.seeds=2", "sweep.finetune.det.seeds: must be a list"),
         ("sweep.finetune.det.checkpoints=last", "checkpoints='last'"),
         ("sweep.finetune.det.metric=AP", "task/metric"),
         ("+sweep.pretrain.random={config: c.py}", "both have random"),

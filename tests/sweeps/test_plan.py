@@ -256,14 +256,19 @@ def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
         path.write_text(f'{{"bbox": {{"AP": {"null" if ap is None else ap}}}}}')
         paths[rate] = str(path)
     out = str(tmp_path / "new/chosen.txt")
-    assert choose(paths, "bbox/AP", out) == read_choice(out) == "0.1"
+    assert choose(list(paths.items()), "bbox/AP", out) == read_choice(out) == "0.1"
     parser = argument_parser("x", "y.py")
     args = parser.parse_intermixed_args(["--config-file", DETECTOR, "train.seed=3", f"@{out}"])
     cfg = load_config(args.config_file, args.opts)
     assert (cfg.optimizer.lr, cfg.train.seed) == (0.1, 3)
-    assert choose({"0.3": paths["0.2"]}, "bbox/AP", out) == "0.3"  # a detector that finds nothing
+    assert choose([("0.3", paths["0.2"])], "bbox/AP", out) == "0.3"  # a detector finds nothing
+    # The mean over the trials decides; one that found nothing counts as 0.
+    trials = [("0.1", "0.1"), ("0.2", "0.05"), ("0.1", "0.2"), ("0.2", "0.05")]
+    trials = [(rate, paths[source]) for rate, source in trials]  # means 3.625 and 3.5
+    assert choose(trials, "bbox/AP", out) == "0.1"
+    assert choose([*trials, ("0.1", paths["0.2"])], "bbox/AP", out) == "0.2"
     with pytest.raises(UserError, match="trial of optimizer.lr=1 has no"):
-        choose({"1": "absent.json"}, "bbox/AP", out)
+        choose([("1", "absent.json")], "bbox/AP", out)
 
 
 def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):

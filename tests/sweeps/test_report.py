@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from region_pretrain.jobs.attempts import end_attempt, start_attempt
 from region_pretrain.jobs.cluster import Cluster
@@ -101,6 +102,8 @@ class Folder:
 
     def finetune(self, labels, seed):
         name = f"det_{labels['init']}_{labels['label_fraction']}_{seed}"
+        if labels["init"] != "random":
+            labels = {**labels, "pretrain_seed": seed}
         folder = self.run(name, FINETUNE, "results.json", **labels, seed=seed)
         if name == "det_mcl_0.1_1":
             return
@@ -121,9 +124,9 @@ def folder(tmp_path_factory):
     return made
 
 
-def mean_std(values, sign=""):
+def mean_std(values):
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def expected(folder):
@@ -146,6 +149,15 @@ def expected(folder):
     return rows
 
 
+def paired(values, base):
+    """Mean, standard error and interval of the paired t test."""
+    gains = np.subtract(values, base)
+    if len(gains) == 1:
+        return f"{gains[0]:+.1f}"
+    low, high = stats.ttest_rel(values, base).confidence_interval(0.95)
+    return f"{gains.mean():+.1f} ± {stats.sem(gains):.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 def expected_differences(folder):
     """Paired over the seeds: those of ``zip``, as unfinished runs are the last ones."""
     rows = []
@@ -155,11 +167,11 @@ def expected_differences(folder):
                 zip(folder.values[init, fraction], folder.values["random", fraction], strict=False)
             )
             cells = [LABELS[init], f"{100 * fraction:g} %", f"{len(pairs)}"]
-            cells += [
-                mean_std([a[task][m] - b[task][m] for a, b in pairs], "+")
-                for task in TASKS
-                for m in METRICS
-            ]
+            for task in TASKS:
+                for m in METRICS:
+                    cells.append(
+                        paired([a[task][m] for a, _ in pairs], [b[task][m] for _, b in pairs])
+                    )
             rows.append(cells)
     return rows
 
@@ -226,10 +238,10 @@ def test_an_undefined_ap_stays_undefined(folder):
         )
     finally:
         path.write_text(before)
-    assert undefined.metrics["bbox/AP"] == undefined.differences["bbox/AP"]
-    assert undefined.metrics["bbox/AP"] == {"mean": None, "std": None}
-    assert undefined.metrics["segm/AP"] == row.metrics["segm/AP"]
-    results, differences = (table.rows[0] for table in tables([undefined], {})[:2])
+    assert undefined.statistics("bbox/AP") == {"mean": None, "std": None}
+    assert undefined.statistics("segm/AP") == row.statistics("segm/AP")
+    random = next(r for r in rows if (r.init, r.label_fraction) == ("random", 1.0))
+    results, differences = (table.rows[-1] for table in tables([random, undefined], {})[:2])
     assert results[3] == differences[2] == "–" and differences[1] == "2"
 
 
@@ -244,23 +256,27 @@ def test_pictures_that_cannot_be_drawn_are_named(folder):
     assert not (folder.root / "pictures").exists()
 
 
-def test_csv_has_all_digits(folder):
+def test_csv_has_a_line_per_fine_tuning_with_all_digits(folder):
     with open(folder.paths[2], encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["initialisation"], float(r["label_fraction"])) for r in rows] == [
-        (init, fraction) for fraction in (1.0, 0.1) for init in LABELS
-    ]
-    values = [f["segm"]["AP75"] for f in folder.values["soco", 0.1]]
-    base = [f["segm"]["AP75"] for f in folder.values["random", 0.1]]
-    (row,) = (r for r in rows if (r["initialisation"], r["label_fraction"]) == ("soco", "0.1"))
-    for heading, numbers in (
-        ("segm/AP75", values),
-        ("segm/AP75 difference", np.subtract(values, base)),
-    ):
-        assert float(row[f"{heading} mean"]) == pytest.approx(np.mean(numbers), rel=1e-12)
-        assert float(row[f"{heading} std"]) == pytest.approx(np.std(numbers, ddof=1), rel=1e-12)
-    assert (row["seeds"], row["wanted"], row["learning_rate"]) == ("2", "2", "0.1")
-    assert rows[0]["initialisation"] == "random" and rows[0]["segm/AP75 difference mean"] == ""
+        lines = list(csv.DictReader(file))
+    seeds = [(0, 1) for _ in range(5)] + [(0,)]  # the last one is not finished
+    rows = zip([(init, f) for f in (1.0, 0.1) for init in LABELS], seeds, strict=True)
+    wanted = [(init, fraction, seed) for (init, fraction), mine in rows for seed in mine]
+    for line, (init, fraction, seed) in zip(lines, wanted, strict=True):
+        found = folder.values[init, fraction][seed]
+        for task, name in (("bbox", "box"), ("segm", "mask")):
+            for metric in METRICS:
+                assert float(line[f"{name}_{metric.lower()}"]) == found[task][metric]
+        about = ("sweep", "initialisation", "label", "finetune", "checkpoint", "learning_rate")
+        assert [line[k] for k in about] == ["s", init, LABELS[init], "det", "final", "0.1"]
+        assert (float(line["label_fraction"]), line["finetune_seed"]) == (fraction, str(seed))
+        assert line["pretrain_seed"] == ("" if init == "random" else str(seed))
+        if init == "random":
+            assert (line["images_seen"], line["minutes"]) == ("0", "")
+        else:
+            cost = folder.values["cost", init][seed]
+            assert float(line["images_per_second"]) == pytest.approx(np.median(cost["speed"]))
+            assert float(line["memory_mib"]) == pytest.approx(max(cost["memory"]))
 
 
 def test_failure_and_runs(folder):

@@ -1,0 +1,113 @@
+"""The figures of a sweep: AP against the number of labels, and against the images seen."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from region_pretrain.reporting.plots import Curve, plot_curves
+from region_pretrain.sweeps.definition import FINAL
+from region_pretrain.sweeps.rows import METRICS, Row
+
+_KEYS = ("bbox/AP", "segm/AP")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A diagram with its caption.
+
+    Attributes:
+        name: for its file, without extension.
+        caption: what it shows.
+        png: 960 x 600 pixels.
+    """
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """The figures that the rows allow; none without several label counts or lengths."""
+    return [*_against_labels(rows), *_against_images(rows)]
+
+
+def _against_labels(rows: Sequence[Row]) -> list[Figure]:
+    """One figure per fine-tuning, or a single one if each fine-tuning has its own label count."""
+    rows = [row for row in rows if row.checkpoint == FINAL and row.labels is not None]
+    groups = _grouped(rows, lambda row: row.finetune)
+    counts = {name: {row.labels for row in mine} for name, mine in groups.items()}
+    if groups and all(len(found) == 1 for found in counts.values()):
+        distinct = len(set.union(*counts.values())) == len(groups)
+        groups = {"": rows} if distinct else {}
+    found = []
+    for name, mine in groups.items():
+        if len({row.labels for row in mine}) > 1:
+            curves = _grouped(mine, lambda row: row.label)
+            title = f"labels{f'_{name}' if len(groups) > 1 else ''}"
+            text = f", {name}" if len(groups) > 1 else ""
+            found += _draw(title, text, curves, "labelled images", lambda row: row.labels)
+    return found
+
+
+def _against_images(rows: Sequence[Row]) -> list[Figure]:
+    """One figure per fine-tuning and label fraction; baselines are horizontal lines."""
+    found, groups = [], _grouped(rows, lambda row: (row.finetune, row.label_fraction))
+    names = {name for name, _ in groups}
+    for (name, fraction), mine in groups.items():
+        seen = sorted({row.images_seen for row in mine if row.images_seen})
+        if len(seen) < 2:
+            continue
+        title, text = "images", ""
+        if len(names) > 1:
+            title, text = f"{title}_{name}", f", {name}"
+        if len(groups) > len(names):
+            title, text = f"{title}_{fraction:g}", f"{text}, {100 * fraction:g} % of the labels"
+        curves = _grouped([row for row in mine if row.images_seen], lambda row: row.method)
+        flat = {row.label: row for row in mine if row.images_seen == 0}
+        axis = "images seen in pre-training"
+        found += _draw(title, text, curves, axis, lambda row: row.images_seen, flat, seen)
+    return found
+
+
+def _grouped(rows, key) -> dict:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return groups
+
+
+def _draw(title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
+    """A figure of box AP and one of mask AP.
+
+    Args:
+        title: start of the names.
+        text: end of the captions.
+        groups: name of a curve -> its rows.
+        axis: label of the x axis.
+        x: maps a row to its place on the axis.
+        flat: name -> row to draw as a horizontal line.
+        seen: the x values that these lines span.
+    """
+    found = []
+    for key in _KEYS:
+        curves: dict[str, Curve] = {}
+        errors: dict[str, list[float]] = {}
+        for name, row in (flat or {}).items():
+            if (mean := row.statistics(key)["mean"]) is not None:
+                curves[name] = [seen[0], seen[-1]], [mean, mean]
+        for name, rows in groups.items():
+            points = sorted(
+                (x(row), value["mean"], value["std"] or 0.0)
+                for row in rows
+                if (value := row.statistics(key))["mean"] is not None
+            )
+            if points:
+                places, means, errors[name] = map(list, zip(*points, strict=True))
+                curves[name] = places, means
+        if curves:
+            png = plot_curves(curves, axis, f"{METRICS[key]} (%)", errors=errors, log_x=True)
+            caption = f"{METRICS[key]} against {axis}{text}: mean ± standard deviation"
+            found.append(Figure(f"{title}_{METRICS[key].lower().replace(' ', '_')}", caption, png))
+    return found

@@ -1,0 +1,115 @@
+"""Paired differences of fine-tunings, with an interval that respects their two levels of seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+#: Seed of the pre-training (None without one) and of the fine-tuning.
+Seeds = tuple[int | None, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences.
+
+    Attributes:
+        mean: the mean over all pairs.
+        standard_error: of the mean; None if the seeds do not allow an estimate.
+        low, high: bounds of the 95 % interval of the mean; None without a standard error.
+    """
+
+    mean: float
+    standard_error: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """``+5.3``, or ``+5.3 ± 1.2 [+2.1, +8.5]``: standard error and interval."""
+        if self.standard_error is None:
+            return f"{self.mean:+.1f}"
+        interval = f"[{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{self.mean:+.1f} ± {self.standard_error:.1f} {interval}"
+
+
+def pair(
+    values: Mapping[Seeds, float | None], reference: Mapping[Seeds, float | None]
+) -> dict[Seeds, float | None]:
+    """Differences of the runs with equal fine-tuning seeds.
+
+    Pre-training seeds must be equal as well, but a run without pre-training is paired with the runs
+    of every pre-training seed.
+
+    Returns:
+        Seeds -> value - reference; None if one of them is undefined.
+    """
+    pairs: dict[Seeds, float | None] = {}
+    for (pretrain, finetune), a in values.items():
+        for (other, same), b in reference.items():
+            if finetune == same and (pretrain == other or None in (pretrain, other)):
+                seed = other if pretrain is None else pretrain
+                pairs[seed, finetune] = None if None in (a, b) else a - b
+    return pairs
+
+
+def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:
+    """The mean of paired differences with its standard error and 95 % interval.
+
+    With one fine-tuning per pre-training, or without pre-training, the pairs are independent: this
+    is the paired t interval. With K pre-training seeds x M fine-tuning seeds they are not. Pairs of
+    one pre-training share its quality. Pairs of one fine-tuning seed share the label subset, the
+    order and, if the reference is not pre-trained, the reference's run, so the means of the
+    pre-trainings are correlated too, and a t interval or a bootstrap over these means would be too
+    narrow. Both seeds are therefore crossed random effects, with the mean squares of a two-way
+    analysis of variance without replication::
+
+        variance of the mean = (MS_pretrain + MS_finetune - MS_residual) / (K M)
+
+    A negative component of variance counts as 0. The degrees of freedom are Satterthwaite's.
+    An incomplete grid, or a single seed on one level, gives the mean only.
+
+    Args:
+        pairs: from :func:`pair`.
+
+    Returns:
+        None if there are no pairs or one is undefined.
+    """
+    if not pairs or None in pairs.values():
+        return None
+    mean = float(np.mean(list(pairs.values())))
+    rows, columns = ({seeds[level]: None for seeds in pairs} for level in (0, 1))
+    if len(pairs) == len(columns) > 1 and (len(rows) == len(columns) or list(rows) == [None]):
+        variance = float(np.var(list(pairs.values()), ddof=1)) / len(pairs)
+        return _with_interval(mean, variance, len(pairs) - 1)
+    if min(len(rows), len(columns)) > 1 and len(pairs) == len(rows) * len(columns):
+        table = np.array([[pairs[row, column] for column in columns] for row in rows])
+        return _with_interval(mean, *_crossed(table))
+    return Difference(mean)
+
+
+def _crossed(table: np.ndarray) -> tuple[float, float]:
+    """Variance of the mean of a (K, M) table with crossed random effects, and its freedom."""
+    k, m = table.shape
+    rows, columns = table.mean(1), table.mean(0)
+    residual = table - rows[:, None] - columns + table.mean()
+    degrees = k - 1, m - 1, (k - 1) * (m - 1)
+    squares = m * rows.var(ddof=1), k * columns.var(ddof=1), (residual**2).sum() / degrees[2]
+    # Components of variance are not negative: leave out the level whose own would be.
+    signs = max(
+        ((1, 1, -1), (1, 0, 0), (0, 1, 0)),
+        key=lambda s: sum(a * b for a, b in zip(s, squares, strict=True)),
+    )
+    terms = [s * square for s, square in zip(signs, squares, strict=True)]
+    spread = sum(term**2 / degree for term, degree in zip(terms, degrees, strict=True))
+    freedom = sum(terms) ** 2 / spread if spread else 1.0
+    return sum(terms) / (k * m), freedom
+
+
+def _with_interval(mean: float, variance: float, freedom: float) -> Difference:
+    error = math.sqrt(variance)
+    half = float(stdtrit(freedom, 0.975)) * error
+    return Difference(mean, error, mean - half, mean + half)

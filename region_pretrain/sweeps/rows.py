@@ -1,0 +1,185 @@
+"""The rows of a sweep's results, and the CSV file with one line per fine-tuning."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+
+from region_pretrain.errors import UserError
+from region_pretrain.reporting.plots import Curve
+from region_pretrain.reporting.summary import mean_std
+from region_pretrain.sweeps.definition import FINAL
+from region_pretrain.sweeps.intervals import Seeds
+
+#: ``task/metric`` of ``results.json`` -> heading.
+METRICS = {
+    f"{task}/{metric}": f"{name} {metric}"
+    for task, name in (("bbox", "box"), ("segm", "mask"))
+    for metric in ("AP", "AP50", "AP75")
+}
+_METRIC_COLUMNS = {key: name.lower().replace(" ", "_") for key, name in METRICS.items()}
+
+Statistics = dict[str, float | None]  # result of mean_std
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a pre-training; a value is None if it is not logged.
+
+    Attributes:
+        images_per_second: median.
+        memory_mib: peak memory of a process.
+        minutes: time of the steps only.
+    """
+
+    images_per_second: float | None = None
+    memory_mib: float | None = None
+    minutes: float | None = None
+
+
+@dataclass
+class Row:
+    """One initialisation, fine-tuned in one way, over all seeds.
+
+    Attributes:
+        init: name of the initialisation in the sweep.
+        label: its name in tables.
+        method: its name in figures against the images seen, shared by pre-trainings of a method.
+        finetune, label_fraction, checkpoint: how it is fine-tuned.
+        labels: number of labelled images; None if unknown.
+        images_seen: images seen in pre-training, including the pre-trainings that it continues; 0
+            without pre-training; None if unknown.
+        wanted: number of planned fine-tunings.
+        learning_rate: the chosen or configured learning rate as text; None if not known yet.
+        trials: learning rate -> mean metric on the held-out split over its finished trials.
+        by_seeds: seeds -> key of :data:`METRICS` -> value, None if the detector found nothing; only
+            finished fine-tunings.
+        curves: key of :data:`METRICS` -> mean over the seeds by iteration, at the points that all
+            of them have.
+        costs: seed -> cost of the pre-training.
+    """
+
+    init: str
+    label: str
+    method: str
+    finetune: str
+    label_fraction: float
+    checkpoint: str | int
+    labels: int | None = None
+    images_seen: int | None = None
+    wanted: int = 0
+    learning_rate: str | None = None
+    trials: dict[str, float | None] = field(default_factory=dict)
+    by_seeds: dict[Seeds, dict[str, float | None]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    costs: dict[int | None, Cost] = field(default_factory=dict)
+
+    def values(self, key: str) -> dict[Seeds, float | None]:
+        """The values of one metric."""
+        return {seeds: values[key] for seeds, values in self.by_seeds.items()}
+
+    def statistics(self, key: str) -> Statistics:
+        """Mean and standard deviation of one metric over the finished fine-tunings."""
+        return mean_std(list(self.values(key).values()))
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the sweep pre-trains this initialisation, as far as finished runs tell."""
+        return any(pretrain is not None for pretrain, _ in self.by_seeds)
+
+    @property
+    def cost(self) -> Cost:
+        """The mean cost over the pre-training's seeds; the memory is the maximum."""
+        totals = {"memory_mib": max}
+        found = {}
+        for part in fields(Cost):
+            values = [getattr(cost, part.name) for cost in self.costs.values()]
+            if values and None not in values:
+                found[part.name] = totals.get(part.name, statistics.fmean)(values)
+        return Cost(**found)
+
+
+_ROW = ("label", "method", "finetune", "labels", "label_fraction", "checkpoint")
+_ROW += ("images_seen", "learning_rate")
+_COSTS = tuple(part.name for part in fields(Cost))
+COLUMNS = ("sweep", "initialisation", "pretrain_seed", "finetune_seed", *_ROW)
+COLUMNS += (*_METRIC_COLUMNS.values(), *_COSTS)
+
+
+def results_csv(rows: Sequence[Row], sweep: str) -> str:
+    """One line per finished fine-tuning, with all digits; an undefined value is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        for (pretrain, finetune), values in row.by_seeds.items():
+            writer.writerow(
+                {
+                    "sweep": sweep,
+                    "initialisation": row.init,
+                    "pretrain_seed": pretrain,
+                    "finetune_seed": finetune,
+                    **{name: getattr(row, name) for name in _ROW},
+                    **{name: values[key] for key, name in _METRIC_COLUMNS.items()},
+                    **asdict(row.costs.get(pretrain, Cost())),
+                }
+            )
+    return buffer.getvalue()
+
+
+def read_csv(path: str) -> list[Row]:
+    """The rows that :func:`results_csv` wrote, without trials and curves.
+
+    Raises:
+        UserError: there is no such file, it lacks a column, or a value is not a number.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no {path}: expected the results.csv of a sweep")
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            raise UserError(f"{path} has no column {missing[0]}: expected a sweep's results.csv")
+        lines = list(reader)
+    rows: dict[tuple[str, ...], Row] = {}
+    for number, line in enumerate(lines, 2):
+        try:
+            _add_line(rows, line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return list(rows.values())
+
+
+def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
+    names = ("sweep", "initialisation", "finetune", "label_fraction", "checkpoint")
+    key = tuple(line[name] for name in names)
+    row = rows.get(key)
+    if row is None:
+        checkpoint = line["checkpoint"]
+        row = rows[key] = Row(
+            line["initialisation"],
+            line["label"],
+            line["method"],
+            line["finetune"],
+            float(line["label_fraction"]),
+            FINAL if checkpoint == FINAL else int(checkpoint),
+            _number(line["labels"], int),
+            _number(line["images_seen"], int),
+            learning_rate=line["learning_rate"] or None,
+        )
+    pretrain = _number(line["pretrain_seed"], int)
+    seeds = pretrain, int(line["finetune_seed"])
+    if seeds in row.by_seeds:
+        raise ValueError(f"a second line of {' '.join(key)} with seeds {seeds}")
+    row.by_seeds[seeds] = {k: _number(line[name], float) for k, name in _METRIC_COLUMNS.items()}
+    row.wanted += 1
+    cost = Cost(*(_number(line[name], float) for name in _COSTS))
+    if cost != Cost():
+        row.costs[pretrain] = cost
+
+
+def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
+    return kind(text) if text else None

@@ -1,0 +1,229 @@
+"""A results.csv alone: read back, and turned into tables and figures by one command."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from region_pretrain.errors import UserError
+from region_pretrain.progress import Progress, write_progress
+from region_pretrain.sweeps.figures import figures
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Run
+from region_pretrain.sweeps.results import collect
+from region_pretrain.sweeps.rows import METRICS, Cost, Row, read_csv, results_csv
+from region_pretrain.sweeps.tables import tables
+
+ROOT = Path(__file__).parents[2]
+METHODS = {"random": "random weights", "moco": "MoCo v2", "soco": "SoCo"}
+
+
+def rows_of(counts=(25, 100), lengths=(0,)):
+    """3 pre-training seeds x 3 fine-tuning seeds per label count, with random AP."""
+    rng, rows = np.random.default_rng(0), []
+    for labels in counts:
+        for init, label in METHODS.items():
+            for length in (0,) if init == "random" else lengths:
+                name, images = (init, 0) if init == "random" else (f"{init}{length}", 320 + length)
+                row = Row(name if length else init, f"{label} {length}" if length else label, label,
+                          "det", labels / 100, "final", labels, images, 9, "0.05")  # fmt: skip
+                for p in (None,) if init == "random" else (0, 1, 2):
+                    for f in (0, 1, 2):
+                        row.by_seeds[p, f] = {key: rng.uniform(10, 40) for key in METRICS}
+                    if p is not None:
+                        row.costs[p] = Cost(30.5 + p, 900.0 - p, None)
+                row.wanted = len(row.by_seeds)
+                rows.append(row)
+    return rows
+
+
+def write(path, rows, name="s"):
+    path.write_text(results_csv(rows, name))
+    return str(path)
+
+
+def test_rows_are_read_back(tmp_path):
+    rows = rows_of()
+    rows[1].by_seeds[0, 1]["segm/AP75"] = None
+    assert read_csv(write(tmp_path / "a.csv", rows)) == rows
+    first = (tmp_path / "a.csv").read_text().splitlines()[0]
+    assert first == (
+        "sweep,initialisation,pretrain_seed,finetune_seed,label,method,finetune,labels,"
+        "label_fraction,checkpoint,images_seen,learning_rate,box_ap,box_ap50,box_ap75,mask_ap,"
+        "mask_ap50,mask_ap75,images_per_second,memory_mib,minutes"
+    )
+    rows[1].checkpoint = 400
+    assert read_csv(write(tmp_path / "a.csv", rows))[1].checkpoint == 400
+    assert rows[1].cost == Cost(31.5, 900.0, None)
+
+
+def test_mistakes_in_a_file_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    with pytest.raises(UserError, match="there is no .*a.csv"):
+        read_csv(str(path))
+    text = results_csv(rows_of(), "s")
+    path.write_text(text.replace("mask_ap50", "mask"))
+    with pytest.raises(UserError, match="a.csv has no column mask_ap50"):
+        read_csv(str(path))
+    lines = text.splitlines(True)
+    path.write_text("".join([*lines[:3], lines[2]]))
+    with pytest.raises(UserError, match=r"line 4: a second line of s random .*\(None, 1\)"):
+        read_csv(str(path))
+    path.write_text("".join([lines[0], lines[1].replace(",0,", ",zero,", 1)]))
+    with pytest.raises(UserError, match="line 2: .*zero"):
+        read_csv(str(path))
+
+
+def cells(value, base):
+    """A cell of the table of differences: effects of both seeds, by analysis of variance."""
+    gains = value - base
+    pretrain, finetune = (3 * gains.mean(axis).var(ddof=1) for axis in (1, 0))
+    rest = gains - gains.mean(1, keepdims=True) - gains.mean(0, keepdims=True) + gains.mean()
+    residual = (rest**2).sum() / 4
+    total = max(pretrain + finetune - residual, pretrain, finetune)
+    spread = pretrain**2 / 2 + finetune**2 / 2 + residual**2 / 4
+    freedom = 2 if total in (pretrain, finetune) else total**2 / spread
+    error = (total / 9) ** 0.5
+    low, high = stats.t.interval(0.95, freedom, gains.mean(), error)
+    return f"{gains.mean():+.1f} ± {error:.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def test_tables_and_figures_by_one_command(tmp_path):
+    rows = rows_of()
+    path = write(tmp_path / "long.csv", rows)
+    command = [sys.executable, "tools/sweep.py", "tables", path, "--out", str(tmp_path / "out")]
+    command += ["--reference", "random", "--reference", "moco"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ["long.md", "long_labels_box_ap.png", "long_labels_mask_ap.png"]
+    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names]
+    for name in names[1:]:
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.size == (960, 600) and np.asarray(image).std() > 10
+    text = (tmp_path / "out/long.md").read_text()
+    assert re.findall(r"\]\((.*?)\)", text) == names[1:]
+    found = [re.sub(r"^\| | \|$", "", line).split(" | ") for line in text.splitlines()]
+
+    def table(row, key):
+        values = list(row.values(key).values())
+        return np.reshape(values, (-1, 3))  # one line for random weights
+
+    for labels in (25, 100):
+        random, moco, soco = (r for r in rows if r.labels == labels)
+        for row in (random, moco, soco):
+            aps = table(row, "segm/AP").ravel()
+            start = [row.label, f"{labels} %", f"{len(aps)}", "0.05"]
+            (line,) = (cell for cell in found if cell[:4] == start)
+            assert line[7] == f"{aps.mean():.1f} ± {aps.std(ddof=1):.1f}"
+        lines = [cell for cell in found if cell[:3] == ["SoCo", f"{labels} %", "9"]]
+        for line, base in zip(lines[-2:], (random, moco), strict=True):
+            expected = [cells(table(soco, key), table(base, key)) for key in METRICS]
+            assert line[3:] == expected
+    with pytest.raises(UserError, match="no initialisation is called byol: choose from random, "):
+        tables(rows, {}, ["byol"])
+
+
+def test_figures_follow_what_the_sweep_varies():
+    def names(rows):
+        return [figure.name for figure in figures(rows)]
+
+    assert names(rows_of(counts=(100,))) == []
+    both = ["box_ap", "mask_ap"]
+    assert names(rows_of()) == [f"labels_{task}" for task in both]
+    lengths = rows_of(counts=(100,), lengths=(32, 64))
+    assert names(lengths) == [f"images_{task}" for task in both]
+    fractions = rows_of(lengths=(32, 64))
+    assert names(fractions) == [
+        *(f"labels_{task}" for task in both),
+        *(f"images_{fraction}_{task}" for fraction in ("0.25", "1") for task in both),
+    ]
+    # Fine-tunings that differ in their labels, e.g. in order to differ in length, share a figure.
+    rows = rows_of()
+    for row in rows:
+        row.finetune, row.label_fraction = f"det{row.labels}", 1.0
+    assert names(rows) == [f"labels_{task}" for task in both]
+    for row in rows:
+        row.labels = 25
+    assert names(rows) == []
+
+
+def test_curves_of_the_figures(monkeypatch):
+    drawn = []
+
+    def draw(curves, x_label, y_label, errors, log_x):
+        drawn.append((curves, x_label, y_label, errors))
+        return b""
+
+    monkeypatch.setattr("region_pretrain.sweeps.figures.plot_curves", draw)
+    rows = rows_of()
+    rows[0].by_seeds[None, 0]["bbox/AP"] = None
+    figures(rows)
+    curves, x_label, y_label, errors = drawn[0]
+    assert (x_label, y_label) == ("labelled images", "box AP (%)")
+    soco = [row.statistics("bbox/AP") for row in rows if row.init == "soco"]
+    assert curves["SoCo"] == ([25, 100], [value["mean"] for value in soco])
+    assert errors["SoCo"] == [value["std"] for value in soco]
+    assert curves["random weights"] == ([100], [rows[3].statistics("bbox/AP")["mean"]])
+    drawn.clear()
+    rows = rows_of(counts=(100,), lengths=(64, 32))
+    figures(rows)
+    curves, x_label, *_ = drawn[0]
+    assert x_label == "images seen in pre-training"
+    flat = rows[0].statistics("bbox/AP")["mean"]
+    assert list(curves) == list(METHODS.values())
+    assert curves["random weights"] == ([352, 384], [flat, flat])
+    means = {r.images_seen: r.statistics("bbox/AP")["mean"] for r in rows if r.method == "SoCo"}
+    assert curves["SoCo"] == ([352, 384], [means[352], means[384]])
+
+
+def test_labels_and_images_seen_of_the_runs(sweeps, tmp_path):
+    """The images of chains are added up; both are read from the configs that the runs wrote."""
+    folders = {}
+
+    def add(name, kind, *parents, **labels):
+        sweeps.add(name, *parents)
+        run = sweeps.plan.runs[name]
+        folders[name] = Path(run.folder)
+        folders[name].mkdir(parents=True)
+        product = str(folders[name] / "results.json")
+        sweeps.plan.runs[name] = Run(**{**run.__dict__, "kind": kind, "product": product})
+        sweeps.plan.entries.append({"kind": kind, "run": name, "seed": 0, **labels})
+
+    how = {"finetune": "det", "label_fraction": 1.0, "checkpoint": "final"}
+    add("first", PRETRAIN, init="first")
+    add("second", PRETRAIN, "first", init="second")
+    add("det_random", FINETUNE, init="random", **how)
+    for name in ("first", "second"):
+        add(f"det_{name}", FINETUNE, name, init=name, pretrain_seed=0, **how)
+    add("det_early", FINETUNE, "second", init="second", pretrain_seed=0, **how | {"checkpoint": 3})
+    for name, folder in folders.items():
+        (folder / "results.json").write_text('{"bbox": {"AP": 5.0}}')
+        data = "    total_batch_size: 8\n"
+        if name.startswith("det"):
+            data += "    dataset: {_target_: builtins.dict, a: 1, b: 2, c: 3}\n"
+        text = f"dataloader:\n  train:\n{data}optimizer: {{lr: 0.1}}\ntrain: {{register: []}}\n"
+        (folder / "config.yaml").write_text(text)
+    write_progress(f"{folders['first']}/progress.json", Progress(10, 10))
+    write_progress(f"{folders['second']}/progress.json", Progress(4, 4))
+    subset = '{"image_ids": [3, 4, 5, 6, 7]}'
+    (folders["det_first"] / "labelled_images.json").write_text(subset)
+    file = sweeps.file()
+    file.labels = {"random": "random", "first": "First", "second": "Second"}
+    found = {(row.init, row.checkpoint): row for row in collect(file)}
+    seen = {key: row.images_seen for key, row in found.items()}
+    assert seen == {
+        ("random", "final"): 0,
+        ("first", "final"): 80,
+        ("second", 3): 80 + 24,
+        ("second", "final"): 80 + 32,
+    }
+    assert found["first", "final"].labels == 5
+    assert found["random", "final"].labels == found["second", 3].labels == 3
+    assert list(found["second", 3].by_seeds) == [(0, 0)]
+    assert list(found["random", "final"].by_seeds) == [(None, 0)]
