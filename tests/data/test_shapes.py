@@ -187,7 +187,7 @@ def test_registered_by_name_and_generated_on_first_use():
     ("call", "message"),
     [
         (lambda: shapes("test", 1), "no split 'test'"),
-        (lambda: shapes("val", 1, level="insane"), "easy, medium, hard"),
+        (lambda: shapes("val", 1, level="insane"), "clear, easy, medium, hard"),
         (lambda: shapes("val", 1, colour=3), "colour"),
         (lambda: shapes("val", 0), "size >= 1"),
     ],
@@ -195,3 +195,12 @@ def test_registered_by_name_and_generated_on_first_use():
 def test_wrong_names_are_refused(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_in_clear_scenes_the_material_determines_the_class():
+    shown = set()
+    for seed in range(40):
+        for item in render_scene(96, LEVELS["clear"], np.random.default_rng(seed)).objects:
+            assert item.material == item.category
+            shown.add(item.category)
+    assert shown == set(range(len(CLASSES)))

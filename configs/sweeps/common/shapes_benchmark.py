@@ -1,6 +1,6 @@
 """The Shapes benchmark: every method with the same budget, detector and protocol.
 
-``shapes_quick.py``, ``shapes_medium.py`` and ``shapes_full.py`` define its sizes.
+``shapes_quick.py``, ``shapes_medium.py``, ``shapes_long.py`` and ``shapes_full.py`` are its sizes.
 """
 
 #: Seeds of the scenes of the results, and of the held-out scenes that choose learning rates.
@@ -33,6 +33,8 @@ def benchmark(
     seeds: list,
     pretrain_overrides: list,
     finetune_overrides: list,
+    finetune_seeds: list = (),
+    learning_rate_seeds: list = (HELD_OUT_SEED,),
 ) -> dict:
     """A sweep over all methods and random weights.
 
@@ -51,9 +53,11 @@ def benchmark(
         evaluations: number of evaluations during a fine-tuning.
         learning_rates: fine-tuning learning rates to choose from; empty: the config's.
         label_fractions: fractions of the labelled scenes to fine-tune on.
-        seeds: seeds of pre-training, fine-tuning and the selection of labelled scenes.
+        seeds: seeds of pre-training, and of fine-tuning unless ``finetune_seeds`` lists others.
         pretrain_overrides: overrides of every method, applied after its own.
         finetune_overrides: overrides of every fine-tuning.
+        finetune_seeds: seeds of the fine-tunings from each pre-training; empty: the pre-training's.
+        learning_rate_seeds: seeds of the trials of learning rates.
     """
     pretrain = {}
     for name, entry in methods.items():
@@ -79,9 +83,11 @@ def benchmark(
                     f"lr_multiplier.steps=[{iterations * 3 // 4},{iterations * 11 // 12}]",
                     f"+lr_multiplier.warmup_iters={iterations // 6}",
                 ],
+                seeds=list(finetune_seeds),
                 label_fractions=label_fractions,
                 learning_rates=learning_rates,
                 held_out=[f"{_TEST}.seed={HELD_OUT_SEED}", "train.eval_period=0"],
+                learning_rate_seeds=list(learning_rate_seeds),
             )
         ),
         finetune_overrides=finetune_overrides,

@@ -56,7 +56,7 @@ def shapes(
 
     Args:
         split, size, side, seed: see :class:`~region_pretrain.data.generated.SceneSpec`.
-        level: ``easy``, ``medium`` or ``hard``.
+        level: ``clear``, ``easy``, ``medium`` or ``hard``.
         **difficulty: fields of :class:`~region_pretrain.data.shapes.scene.Difficulty` to override.
 
     Returns:

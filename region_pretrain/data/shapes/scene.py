@@ -59,6 +59,20 @@ class Difficulty:
 
 #: Level name -> difficulty.
 LEVELS: dict[str, Difficulty] = {
+    # Easy, but what distinguishes objects of one scene also distinguishes their classes, so that
+    # matching regions of two views brings objects of a class together.
+    "clear": Difficulty(
+        objects=(2, 4),
+        size=(0.28, 0.5),
+        contrast=(0.0, 0.1),
+        texture=0.18,
+        ground_texture=0.02,
+        typical=1.0,
+        clutter=0,
+        occlusion=0.15,
+        rotation=25.0,
+        noise=0.01,
+    ),
     "easy": Difficulty(
         objects=(2, 4),
         size=(0.28, 0.5),
