@@ -3,8 +3,8 @@
     python tools/sweep.py --config configs/sweeps/shapes_long.py --jobs 2
 
 It may be stopped at any time and continues when it is started again. The scenes are of the level
-"clear". The ceiling is a detector trained on the boxes and masks of all 1,000 scenes, from which the
-fine-tuning starts; train it first:
+"clear". The ceiling is a detector trained on the boxes and masks of all 1,000 scenes, from which
+the fine-tuning starts; train it first:
 
     python tools/train_net.py --config-file configs/detection/mask_rcnn_r18_fpn_shapes.py \\
         dataloader.train.dataset.names.split=unlabeled dataloader.train.dataset.names.size=1000 \\
