@@ -32,10 +32,12 @@ class Regions(NamedTuple):
     Attributes:
         features: level -> vectors (N, D), on the CPU.
         labels: classes (N,), int64.
+        images: positions of the regions' images in the data set (N,), int64.
     """
 
     features: dict[str, Tensor]
     labels: Tensor
+    images: Tensor
 
 
 @contextmanager
@@ -188,7 +190,8 @@ def read_regions(
     Returns:
         The regions of all processes, in the order of the images.
     """
-    batches = [dicts[start : start + batch_size] for start in range(0, len(dicts), batch_size)]
+    starts = range(0, len(dicts), batch_size)
+    batches = [(start, dicts[start : start + batch_size]) for start in starts]
     rank, world = comm.get_rank(), comm.get_world_size()
     mine = _local_regions(model, reader, batches[rank::world], augmentations, input_format)
     parts = [part for part in comm.all_gather(mine) if part]
@@ -197,13 +200,14 @@ def read_regions(
     return Regions(
         {level: torch.cat([b.features[level] for b in batches]) for level in reader.levels},
         torch.cat([b.labels for b in batches]),
+        torch.cat([b.images for b in batches]),
     )
 
 
 def _local_regions(
     model: nn.Module,
     reader: RegionReader,
-    batches: Sequence[Sequence[Mapping[str, Any]]],
+    batches: Sequence[tuple[int, Sequence[Mapping[str, Any]]]],
     augmentations: Sequence[T.Augmentation],
     input_format: str | None,
 ) -> list[Regions]:
@@ -211,7 +215,7 @@ def _local_regions(
     mean, std, input_format = _pixels(model, input_format)
     found = []
     with evaluating(reader):
-        for batch in batches:
+        for start, batch in batches:
             loaded = [load_region(record, input_format, augmentations) for record in batch]
             images = ImageList.from_tensors(
                 [((image - mean) / std).to(device) for image, _, _ in loaded],
@@ -221,7 +225,10 @@ def _local_regions(
             boxes = [Boxes(boxes).to(device) for _, boxes, _ in loaded]
             vectors = {k: v.float().cpu() for k, v in reader(images.tensor, boxes).items()}
             labels = itertools.chain.from_iterable(classes for _, _, classes in loaded)
-            found.append(Regions(vectors, torch.tensor(list(labels), dtype=torch.int64)))
+            counts = torch.tensor([len(classes) for _, _, classes in loaded])
+            positions = torch.arange(start, start + len(batch)).repeat_interleave(counts)
+            labels = torch.tensor(list(labels), dtype=torch.int64)
+            found.append(Regions(vectors, labels, positions))
     return found
 
 

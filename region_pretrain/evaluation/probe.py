@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from region_pretrain.evaluation.features import (
 )
 from region_pretrain.evaluation.knn import knn_classify
 from region_pretrain.evaluation.linear import linear_classify
+from region_pretrain.evaluation.scenes import SECOND_VIEW, retrieve, variance_within
 from region_pretrain.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,10 @@ PROBE_FILE = "probe.json"
 
 def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dict[str, Any]:
     """Classify ground-truth boxes by kNN and by a linear classifier; write ``probe.json``.
+
+    Two more measures need no classes: how often a test box is found again in a second view of its
+    image, and the fraction of the features' variance within images; see
+    :mod:`region_pretrain.evaluation.scenes`.
 
     Training boxes are those of ``dataloader.train.dataset``, test boxes those of
     ``dataloader.test.dataset``; images are read as by ``dataloader.test.mapper``.
@@ -89,19 +95,21 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
     reading = time.perf_counter() - start
     if not comm.is_main_process():
         return {}
-    (train_images, train), (test_images, test) = splits.values()
+    (train_images, train, _), (test_images, test, second) = splits.values()
     levels = {}
     for level in reader.levels:
         levels[level] = {
             "weights": "random" if matched is None else _loaded(model, reader, level, matched),
             "dimensions": train.features[level].shape[1],
             **_classify(train, test, level, device, k, cfg.train.seed),
+            **_within_images(test, second, level),
         }
     result = {
         "checkpoint": cfg.train.init_checkpoint or None,
         "classes": len(train.labels.unique()),
         "train": {"images": train_images, "boxes": len(train.labels)},
         "test": {"images": test_images, "boxes": len(test.labels)},
+        "retrieval_chance": _chance(test),
         "k": k,
         "seed": cfg.train.seed,
         "seconds": {
@@ -126,6 +134,10 @@ def table(result: Mapping[str, Any]) -> str:
             for probe in ("knn", "linear")
             for metric in ("top1", "per_class")
         ]
+        numbers += [
+            math.nan if value is None else 100 * value
+            for value in (found["retrieval"], found["variance_within"])
+        ]
         rows.append(
             [level, found["weights"], found["dimensions"], *numbers, f"{found['linear']['l2']:g}"]
         )
@@ -135,26 +147,31 @@ def table(result: Mapping[str, Any]) -> str:
         f"of {train['images']} images; accuracy in percent"
     )
     headers = ["level", "weights", "features", f"{result['k']}-NN", "per class"]
-    headers += ["linear", "per class", "L2"]
-    return f"{counts}\n" + tabulate(rows, headers, floatfmt=".1f", disable_numparse=[7])
+    headers += ["linear", "per class", "found again", "within images", "L2"]
+    chance = result["retrieval_chance"]
+    if chance is not None:
+        counts += f"; {100 * chance:.1f} are found again by chance"
+    return f"{counts}\n" + tabulate(rows, headers, floatfmt=".1f", disable_numparse=[9])
 
 
 def _read(
     cfg: DictConfig, split: str, model: nn.Module, reader: RegionReader, max_images: int | None
-) -> tuple[int, Regions]:
-    """Number of images of a split and their regions."""
+) -> tuple[int, Regions, Regions | None]:
+    """Number of images of a split, their regions, and for the test split those of second views."""
     loader, mapper = cfg.dataloader[split], cfg.dataloader.test.get("mapper")
     if not isinstance(mapper, DictConfig) or "augmentations" not in mapper:
         raise UserError("dataloader.test.mapper has no augmentations, from which a probe resizes")
     dicts = with_boxes(instantiate(loader.dataset), f"dataloader.{split}.dataset")
     if max_images is not None and len(dicts) > max_images:
         dicts = [dicts[i] for i in np.linspace(0, len(dicts) - 1, max_images).round().astype(int)]
-    augmentations: Sequence[Any] = [instantiate(a) for a in mapper.augmentations]
-    regions = read_regions(
-        model, reader, dicts, augmentations, input_format=mapper.get("image_format")
-    )
-    logger.info("%s: %d boxes of %d images", split, len(regions.labels), len(dicts))
-    return len(dicts), regions
+    resizing = [instantiate(a) for a in mapper.augmentations]
+    second = [[*resizing, *SECOND_VIEW]] if split == "test" else []
+    views = [
+        read_regions(model, reader, dicts, view, input_format=mapper.get("image_format"))
+        for view in [resizing, *second]
+    ]
+    logger.info("%s: %d boxes of %d images", split, len(views[0].labels), len(dicts))
+    return len(dicts), views[0], views[1] if second else None
 
 
 def _classify(
@@ -169,6 +186,20 @@ def _classify(
     predicted, penalty = linear_classify(x, y, test_x, seed=seed)
     linear = accuracy_of(predicted.cpu(), test.labels)
     return {"knn": by_neighbours._asdict(), "linear": {**linear._asdict(), "l2": penalty}}
+
+
+def _chance(test: Regions) -> float | None:
+    features = next(iter(test.features.values()))
+    found = retrieve(features, features, test.images)
+    return found and found.chance
+
+
+def _within_images(test: Regions, second: Regions, level: str) -> dict[str, float | None]:
+    found = retrieve(test.features[level], second.features[level], test.images)
+    return {
+        "retrieval": found and found.top1,
+        "variance_within": variance_within(test.features[level], test.images),
+    }
 
 
 def _loaded(model: nn.Module, reader: RegionReader, level: str, matched: Sequence[str]) -> str:

@@ -353,8 +353,10 @@ def test_two_processes_share_the_images(tmp_path, dicts):
     # The order of the regions and the padding of the batches are those of one process.
     model = make_detector()
     for size, mine, other in zip((1, 3, 20), regions, others, strict=True):
-        features, labels = read_regions(model, model_reader(model), dicts, batch_size=size)
+        features, labels, images = read_regions(model, model_reader(model), dicts, batch_size=size)
         assert mine[1].tolist() == other[1].tolist() == labels.tolist() == _labels(dicts)
+        assert mine[2].tolist() == other[2].tolist() == images.tolist()
+        assert images.tolist() == [n for n in range(10) for _ in range(2 + n % 2)]
         for level, values in features.items():
             torch.testing.assert_close(mine[0][level], values, rtol=1e-5, atol=1e-6)
             assert torch.equal(mine[0][level], other[0][level])

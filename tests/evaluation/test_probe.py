@@ -15,6 +15,7 @@ from region_pretrain.evaluation.features import model_reader, read_regions
 from region_pretrain.evaluation.knn import knn_classify
 from region_pretrain.evaluation.linear import linear_classify
 from region_pretrain.evaluation.probe import do_probe, table
+from region_pretrain.evaluation.scenes import SECOND_VIEW, retrieve, variance_within
 
 SHAPES = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
 
@@ -50,6 +51,7 @@ def test_values_are_those_of_the_classifiers(names, dicts, tmp_path):
     train, test = (
         read_regions(model, reader, part, input_format="RGB") for part in (dicts[:6], dicts[6:])
     )
+    second = read_regions(model, reader, dicts[6:], SECOND_VIEW, input_format="RGB")
     assert list(result["levels"]) == ["trunk", "fpn", "head"]
     for level, found in result["levels"].items():
         x, test_x = train.features[level], test.features[level]
@@ -61,7 +63,12 @@ def test_values_are_those_of_the_classifiers(names, dicts, tmp_path):
             "dimensions": {"trunk": 288, "fpn": 48, "head": 256}[level],
             "knn": {"top1": by_neighbours.top1, "per_class": by_neighbours.per_class},
             "linear": {"top1": linear.top1, "per_class": linear.per_class, "l2": penalty},
+            "retrieval": retrieve(test_x, second.features[level], test.images).top1,
+            "variance_within": variance_within(test_x, test.images),
         }
+        assert 0 < found["variance_within"] < 1.5
+    assert test.images.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert result["retrieval_chance"] == 0.4  # 4 images, 10 boxes
     assert result["levels"]["fpn"]["linear"]["top1"] > 0.5  # colours are easy
     assert (result["train"], result["test"]) == (
         {"images": 6, "boxes": 15},
@@ -73,6 +80,7 @@ def test_values_are_those_of_the_classifiers(names, dicts, tmp_path):
     assert lines[1].split()[:4] == ["level", "weights", "features", "3-NN"]
     found = result["levels"]["trunk"]
     numbers = [f"{100 * v:.1f}" for v in [*found["knn"].values()] + [*found["linear"].values()][:2]]
+    numbers += [f"{100 * found[key]:.1f}" for key in ("retrieval", "variance_within")]
     assert lines[3].split() == ["trunk", "loaded", "288", *numbers, f"{found['linear']['l2']:g}"]
 
 
