@@ -147,9 +147,7 @@ def start_logging(folder: str | None) -> None:
         try:
             setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
         except OSError as error:
-            raise UserError(
-                f"cannot write {folder}/log.txt: {error}"
-            ) from error
+            raise UserError(f"cannot write {folder}/log.txt: {error}") from error
         new = [h for h in log.handlers if h not in before]
         _log_handlers.extend((log, h) for h in new)
         for handler in new:
