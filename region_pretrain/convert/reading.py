@@ -74,6 +74,9 @@ _HARMLESS = {
 _HARMLESS_MODULES = ("pathlib", "datetime", "enum", "decimal", "fractions", "uuid", "typing")
 
 
+_DOS_FOLDER = 0x10
+
+
 class _Inert(dict):
     """Stands for an object that is not needed; whatever is done to it has no effect."""
 
@@ -187,10 +190,7 @@ def _read(path: str, head: bytes) -> Any:
             metadata = file.metadata() or {}
         return {"model": load_file(path), "metadata": metadata}
     if head.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
     with open(path, "rb") as file:
         first = _load(file, encoding="latin1")
@@ -198,6 +198,23 @@ def _read(path: str, head: bytes) -> Any:
         return first
     # The magic number of PyTorch's format before 1.6.
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+
+
+def check_archive(path: str) -> None:
+    """Compare the checksums of a file that ``torch.save`` wrote, which ``torch.load`` ignores.
+
+    Raises:
+        Exception: of any kind, if the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # PyTorch leaves the memory of an entry that is marked as a folder uninitialised.
+            folder = entry.is_dir() or entry.external_attr & _DOS_FOLDER
+            if folder or entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"the entry {entry.filename!a} is not a stored file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def _verified(content: Any) -> Any:

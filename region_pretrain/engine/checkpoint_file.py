@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from typing import Any
 
 import torch
 from detectron2.utils.file_io import PathManager
 
+from region_pretrain.convert.reading import check_archive
 from region_pretrain.errors import UserError, describe
 
 #: The entries that every checkpoint of a run has, and their types.
@@ -41,10 +41,7 @@ def read_run_checkpoint(path: str) -> dict[str, Any]:
     """
     try:
         local = PathManager.get_local_path(path)
-        with zipfile.ZipFile(local) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(local)
         data = torch.load(local, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise all kinds of exceptions
         raise DamagedCheckpoint(f"{path} is damaged ({describe(error)[:200]})") from error
