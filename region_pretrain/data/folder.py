@@ -108,13 +108,14 @@ class _Listing:
             OSError: the folder itself cannot be listed.
         """
         # Each with its parent folders, to stop at loops of links.
-        todo: list[tuple[str, str, tuple[str, ...]]] = [(folder, "", ())]
+        todo: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(folder, "", ())]
         while todo:
             path, relative, above = todo.pop()
-            real = os.path.realpath(path)
-            if real in above:
-                continue
             try:
+                status = os.stat(path)
+                this = (status.st_dev, status.st_ino)
+                if this in above:
+                    continue
                 with os.scandir(path) as found:
                     entries = {e.name: e for e in found if not e.name.startswith(".")}
             except OSError as error:
@@ -127,7 +128,7 @@ class _Listing:
                 continue
             for entry in entries.values():
                 if self._is_folder(entry, relative, entries):
-                    todo.append((entry.path, f"{relative}{entry.name}/", (*above, real)))
+                    todo.append((entry.path, f"{relative}{entry.name}/", (*above, this)))
 
     def _is_folder(self, entry: os.DirEntry, relative: str, siblings: Container[str]) -> bool:
         """Add an entry if it is a file; otherwise, return whether it is a folder to be added."""
