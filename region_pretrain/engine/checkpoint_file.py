@@ -37,12 +37,14 @@ def read_run_checkpoint(path: str) -> dict[str, Any]:
         Its content, on the CPU.
 
     Raises:
-        DamagedCheckpoint: the file is not a checkpoint of a run, or is damaged.
+        DamagedCheckpoint: the file is missing, damaged, or not a checkpoint of a run.
     """
     try:
         local = PathManager.get_local_path(path)
         check_archive(local)
         data = torch.load(local, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path} is missing") from error
     except Exception as error:  # damaged bytes raise all kinds of exceptions
         raise DamagedCheckpoint(f"{path} is damaged ({describe(error)[:200]})") from error
     if not isinstance(data, dict):
