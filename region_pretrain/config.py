@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.config import LazyConfig
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.dataset_names import make_names_absolute
-from region_pretrain.errors import UserError
-from region_pretrain.lazy import refer_to_file, unsaveable
+from region_pretrain.errors import UserError, describe
+from region_pretrain.lazy import load_plain_yaml, load_yaml, refer_to_file, unsaveable
 from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
 from region_pretrain.registration import complete_register, recording
 from region_pretrain.yacs import (
@@ -154,6 +154,8 @@ def num_classes_keys(cfg: DictConfig) -> list[str]:
 def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
     """Load a config file without completing it.
 
+    YAML is read safely: nothing that it names is called before the config is instantiated.
+
     Args:
         path: a LazyConfig (``.py``), the ``config.yaml`` of a run, or a yacs config (``.yaml``),
             which is converted; a path, or a name in Detectron2's model zoo.
@@ -166,6 +168,8 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
     if not path:
         raise UserError("no config given: use --config-file PATH")
     path = find_config_file(path)
+    if not path.endswith((".py", ".yaml", ".yml")):
+        raise UserError(f"{path} is not a config: its name must end with .py or .yaml")
     if is_yacs(path):
         return to_lazy_config(read_yacs(path, yacs_overrides))
     if yacs_overrides:
@@ -174,13 +178,44 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
             "LazyConfig are in lower case"
         )
     try:
+        if not path.endswith(".py"):
+            return _from_yaml(path)
         with recording(path):
             cfg = LazyConfig.load(path)
-        return refer_to_file(cfg, path) if path.endswith(".py") else cfg
+        return refer_to_file(cfg, path)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} cannot be loaded: {describe(error)}") from error
+
+
+def _from_yaml(path: str) -> DictConfig:
+    with PathManager.open(path, "r") as file:
+        content = load_yaml(file.read())
+    if not isinstance(content, dict) or not isinstance(content.get("train", {}), dict):
+        raise UserError(f"{path} is not a config: it must be a mapping, and its train as well")
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
+def read_saved(path: str) -> dict[str, Any]:
+    """Read the ``config.yaml`` of a run in its saved form, for :func:`changed_keys`.
+
+    Names and objects are text: nothing is imported or called.
+
+    Raises:
+        UserError: the file cannot be read, or is not a run's config.
+    """
+    try:
+        with PathManager.open(path, "r") as file:
+            content = load_plain_yaml(file.read())
+        if not isinstance(content, dict) or not isinstance(content.get("train"), dict):
+            raise ValueError("it has no mapping called train")
+    except Exception as error:  # damaged bytes raise many kinds of exceptions
+        raise UserError(
+            f"{path}, the config of the run in this folder, is damaged: {describe(error)}; restore "
+            "it, or delete it to resume without comparing configs"
+        ) from error
+    return content
 
 
 def complete_train(cfg: DictConfig) -> DictConfig:
@@ -235,14 +270,21 @@ def to_yaml(cfg: DictConfig) -> str:
             return f.read()
 
 
-def changed_keys(old: DictConfig, new: DictConfig) -> dict[str, tuple[str, str]]:
+def changed_keys(
+    old: DictConfig | dict[str, Any], new: DictConfig | dict[str, Any]
+) -> dict[str, tuple[str, str]]:
     """Compare two configs in their saved form, in which a class is its importable name.
+
+    Args:
+        old, new: configs, or what :func:`read_saved` returns.
 
     Returns:
         Dotted key of each leaf that differs -> (old, new) as text. A leaf that one of them lacks is
         ``(absent)`` there.
     """
-    return _differences(yaml.unsafe_load(to_yaml(old)), yaml.unsafe_load(to_yaml(new)))
+    return _differences(
+        *(cfg if isinstance(cfg, dict) else load_plain_yaml(to_yaml(cfg)) for cfg in (old, new))
+    )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[str, str]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from typing import IO
 
@@ -60,11 +62,48 @@ def write_text_atomic(path: str, text: str) -> None:
     write_atomic(path, lambda f: f.write(text.encode("utf-8")))
 
 
-def remove_parts(folder: str) -> None:
-    """Remove what killed writers left in a folder that no other process is writing to."""
-    if is_local(folder):
-        for part in glob.glob(os.path.join(glob.escape(folder), f"*{_PART}-*")):
-            os.remove(part)
+def remove_parts(folder: str, prefix: str = "", shared: bool = False) -> None:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: a local folder; others are left alone.
+        prefix: only parts of files whose names begin like this.
+        shared: other processes may be writing to the folder: what they may still need is kept, i.e.
+            files of running processes, and those of other machines that are younger than a day.
+    """
+    if not is_local(folder):
+        return
+    pattern = f"{glob.escape(os.path.join(folder, prefix))}*{_PART}-*"
+    for part in glob.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if not shared or _is_abandoned(part):
+                os.remove(part)
+
+
+def _is_abandoned(part: str) -> bool:
+    host, _, pid = part.rpartition(f"{_PART}-")[2].rpartition("-")
+    if host != socket.gethostname() or not pid.isdigit():
+        return time.time() - os.path.getmtime(part) > 24 * 3600
+    return int(pid) == os.getpid() or not _is_running(int(pid))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def printable(name: str) -> str:
+    """A file name on one line of UTF-8: control characters and invalid bytes are escaped."""
+    return name if name.isprintable() else "".join(map(_escaped, name))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else repr(character)[1:-1]
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""Values of LazyConfigs that YAML cannot represent, such as lambdas."""
+"""Saved LazyConfigs: reading their YAML safely, and values that YAML cannot represent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,68 @@ from torch import Tensor, nn
 from region_pretrain.errors import UserError
 
 _NAMED = (type, FunctionType, MethodType, BuiltinFunctionType)
+#: Classes whose objects only hold data. ``LazyConfig.save`` writes objects of Detectron2's configs.
+_DATA = {
+    "functools.partial",
+    "detectron2.layers.shape_spec.ShapeSpec",
+    "detectron2.structures.boxes.BoxMode",
+}
+_PYTHON = "tag:yaml.org,2002:python/"
+
+
+class _ConfigLoader(yaml.UnsafeLoader):
+    """Reads the tags that ``LazyConfig.save`` writes; calls nothing but the classes of ``_DATA``.
+
+    Names (``!!python/name``) are imported, as those of ``_target_`` are.
+    """
+
+    def make_python_instance(self, suffix, node, args=None, kwds=None, newobj=False):
+        if suffix not in _DATA:
+            self.find_python_module(suffix, node.start_mark)
+        return super().make_python_instance(suffix, node, args, kwds, newobj)
+
+    def find_python_module(self, name, mark):
+        raise yaml.constructor.ConstructorError(
+            None, None, f"it would call or import {name}, which could run code", mark
+        )
+
+    def set_python_instance_state(self, instance, state):
+        yaml.FullLoader.set_python_instance_state(self, instance, state, unsafe=False)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads every tag of Python as plain text and containers; imports and calls nothing."""
+
+
+def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        return suffix.removeprefix("name:") + node.value
+    if isinstance(node, yaml.MappingNode):
+        return {suffix: loader.construct_mapping(node, deep=True)}
+    values = loader.construct_sequence(node, deep=True)
+    return tuple(values) if suffix == "tuple" else {suffix: values}
+
+
+_PlainLoader.add_multi_constructor(_PYTHON, _plain)
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML that ``LazyConfig.save`` has written, without calling anything that it names.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or has an object that could run code.
+        Exception: a name cannot be imported.
+    """
+    return yaml.load(text, _ConfigLoader)
+
+
+def load_plain_yaml(text: str) -> Any:
+    """Read YAML that ``LazyConfig.save`` has written, with names and objects as text.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    return yaml.load(text, _PlainLoader)
 
 
 def value_of(file: str, key: str) -> Any:
@@ -77,7 +139,7 @@ def _survives(key: str, value: Any) -> bool:
     try:
         if key.endswith("_target_"):  # saved by name
             return locate(_convert_target_to_string(value)) == value
-        again = yaml.unsafe_load(yaml.dump(value))
+        again = load_yaml(yaml.dump(value))
     except Exception:  # a constructor may raise anything
         return False
     return again == value if isinstance(value, _NAMED) else True

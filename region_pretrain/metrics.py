@@ -17,8 +17,8 @@ Results = dict[str, dict[str, float | None]]
 def read_metrics(path: str) -> list[dict[str, Any]]:
     """Read a run's ``metrics.json``.
 
-    Lines of the same iteration (training and evaluation log separately) are merged. An incomplete
-    last line, left by a killed run, is skipped.
+    Lines of the same iteration (training and evaluation log separately) are merged. Damaged lines
+    are skipped, such as an incomplete last line, left by a killed run.
 
     Args:
         path: the file, or the run's output folder.
@@ -34,17 +34,23 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     if not PathManager.isfile(path):
         raise UserError(f"there is no {path}: expected a run's output folder or its metrics.json")
     rows: dict[int, dict[str, Any]] = {}
-    with PathManager.open(path, "r") as f:
+    with PathManager.open(path, "rb") as f:
         for line in f:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and "iteration" in row:
+            row = parse_line(line)
+            if row is not None:
                 rows[row["iteration"]] = rows.get(row["iteration"], {}) | row
     if not rows:
         raise UserError(f"{path} has no metrics")
     return [rows[iteration] for iteration in sorted(rows)]
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A line of ``metrics.json``; None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
 
 
 def newest_metrics(path: str) -> dict[str, float]:

@@ -38,9 +38,11 @@ def write_progress(path: str, progress: Progress) -> None:
 
 
 def read_progress(path: str) -> Progress | None:
-    """Read what the run wrote last; None if there is no such file yet."""
+    """Read what the run wrote last; None if there is no such file yet, or it is damaged."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return Progress(**json.load(file))
-    except FileNotFoundError:
+        with open(path, "rb") as file:
+            found = Progress(**json.load(file))
+    except (OSError, TypeError, ValueError, RecursionError):
         return None
+    numbers = (found.done, found.total, found.seconds_left or 0, found.updated)
+    return found if all(isinstance(n, int | float) for n in numbers) else None

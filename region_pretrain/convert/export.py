@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from region_pretrain.convert import names, targets
+from region_pretrain.convert.digest import DIGEST, digest_of
 from region_pretrain.convert.heads import background_first, swap_anchor_axes
 from region_pretrain.convert.layout import is_bottleneck, numbered, rows, trunk_kind
 from region_pretrain.convert.names import common_name, timm_name
@@ -84,13 +85,17 @@ def write_export(checkpoint: str, to: str, out: str | None = None) -> tuple[str,
         if exported.by_suffix:
             content["matching_heuristics"] = True
     if to == "safetensors":
-        data = save(state, {"format": "pt", "detector": json.dumps(facts)})
+        metadata = {"format": "pt", "detector": json.dumps(facts)}
+        metadata[DIGEST] = digest_of({"model": state, "metadata": metadata})
+        data = save(state, metadata)
         write_atomic(out, lambda f: f.write(data))
     elif suffix == ".pkl":
         # NumPy has no bfloat16; float32 has all its values.
         content["model"] = {
-            k: (v.float() if v.dtype == torch.bfloat16 else v).numpy() for k, v in state.items()
+            k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()
         }
+        content[DIGEST] = digest_of(content)
+        content["model"] = {k: v.numpy() for k, v in content["model"].items()}
         write_atomic(out, lambda f: pickle.dump(content, f))
     else:
         write_atomic(out, lambda f: torch.save(content, f))

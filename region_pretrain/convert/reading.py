@@ -21,7 +21,8 @@ import torch
 from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file
 
-from region_pretrain.errors import UserError
+from region_pretrain.convert.digest import DIGEST, digest_of
+from region_pretrain.errors import UserError, describe
 
 _NUMPY = {
     f"numpy.{core}.{module}.{name}"
@@ -71,6 +72,9 @@ _HARMLESS = {
     "typing.Any",
 }
 _HARMLESS_MODULES = ("pathlib", "datetime", "enum", "decimal", "fractions", "uuid", "typing")
+
+
+_DOS_FOLDER = 0x10
 
 
 class _Inert(dict):
@@ -143,7 +147,9 @@ _PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="pickle")
 def read_checkpoint(path: str) -> Any:
     """Read a checkpoint: PyTorch's formats, safetensors, or a pickle of arrays.
 
-    The format is recognised by the file's content, not by its extension.
+    The format is recognised by the file's content, not by its extension. Checksums are compared:
+    those of zip archives (PyTorch since 1.6), and the digest in files that
+    :mod:`region_pretrain.convert.export` wrote. Other formats have none.
 
     Args:
         path: file or URL that ``PathManager`` opens.
@@ -168,11 +174,11 @@ def read_checkpoint(path: str) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the checkpoint {path}: {reason}") from error
     try:
-        return _tensors(_read(local, head))
+        return _verified(_tensors(_read(local, head)))
     except UserError:
         raise
     except Exception as error:  # damaged files raise all kinds of exceptions
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "it ends early"
+        reason = describe(error)[:200] if str(error).strip() else "it ends early"
         raise UserError(
             f"cannot read the checkpoint {path}: it is damaged, or not a checkpoint ({reason})"
         ) from error
@@ -184,10 +190,7 @@ def _read(path: str, head: bytes) -> Any:
             metadata = file.metadata() or {}
         return {"model": load_file(path), "metadata": metadata}
     if head.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
     with open(path, "rb") as file:
         first = _load(file, encoding="latin1")
@@ -195,6 +198,39 @@ def _read(path: str, head: bytes) -> Any:
         return first
     # The magic number of PyTorch's format before 1.6.
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+
+
+def check_archive(path: str) -> None:
+    """Compare the checksums of a file that ``torch.save`` wrote, which ``torch.load`` ignores.
+
+    Raises:
+        Exception: of any kind, if the file is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            # PyTorch leaves the memory of an entry that is marked as a folder uninitialised.
+            folder = entry.is_dir() or entry.external_attr & _DOS_FOLDER
+            if folder or entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"the entry {entry.filename!a} is not a stored file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+
+
+def _verified(content: Any) -> Any:
+    """Compare a content with its digest, if it has one."""
+    if not isinstance(content, dict):
+        return content
+    metadata = content.get("metadata")
+    digest = content.get(DIGEST)
+    checked = content
+    if isinstance(metadata, dict) and DIGEST in metadata:  # safetensors
+        digest = metadata[DIGEST]
+        rest = {key: value for key, value in metadata.items() if key != DIGEST}
+        checked = {**content, "metadata": rest}
+    if digest is not None and digest != digest_of(checked):
+        raise ValueError("its sha256 is wrong")
+    return content
 
 
 def _tensors(content: Any) -> Any:

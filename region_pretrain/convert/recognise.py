@@ -25,7 +25,7 @@ from region_pretrain.convert.names import (
 )
 from region_pretrain.convert.reading import read_checkpoint
 from region_pretrain.convert.trunk_names import translate
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 
 #: Entries of a checkpoint that contain its weights, the preferred ones first.
 _CONTAINERS = (
@@ -128,6 +128,15 @@ def read_weights(path: str) -> Weights:
     """
     file, options = _split(path)
     content = read_checkpoint(file)
+    try:
+        return _weights(file, content, options)
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is not a checkpoint: its content has an unknown form ({describe(error)[:200]})"
+        ) from error
+
+
+def _weights(file: str, content: Any, options: dict[str, str]) -> Weights:
     if not isinstance(content, Mapping):
         raise UserError(
             f"{file} is not a checkpoint: it contains a {type(content).__name__}, not a dict"

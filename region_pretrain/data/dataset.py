@@ -230,7 +230,7 @@ class PretrainDataset:
             if made_for != size:
                 raise UserError(
                     "{} is {}x{}, but its regions were made for {}x{}: make the regions "
-                    "again".format(file_name, *size, *made_for)
+                    "again".format(image.name, *size, *made_for)
                 )
         return File(image, size, boxes, label)
 

@@ -11,8 +11,11 @@ from detectron2.utils.file_io import PathManager
 
 from region_pretrain.dataset_names import parse
 from region_pretrain.errors import UserError
+from region_pretrain.files import printable
 
 logger = logging.getLogger(__name__)
+
+_SKIPPED_SHOWN = 20
 
 FOLDER_PREFIX = "folder://"
 IMAGE_EXTENSIONS = tuple(
@@ -28,15 +31,17 @@ _OTHER_IMAGES = set(
 def load_image_folder(root: str) -> list[dict]:
     """All images in a folder and its subfolders, recognised by extension, sorted by path.
 
+    Only regular files count; links are followed, and a link to nothing is an unreadable image.
     Hidden files and folders are skipped, and so are output folders of runs and sweeps and the
-    previews of region stores; links to folders are followed. Files with other endings are counted
-    in the log.
+    previews of region stores. Files with other endings are counted in the log. Pipes, devices,
+    links to themselves, names that are not UTF-8 and unreadable subfolders are skipped and listed
+    there with the reason.
 
     Returns:
         Records whose ``image_id`` is the path relative to ``root``, separated by ``/``.
 
     Raises:
-        UserError: no such folder, no images, or a file name that is not UTF-8.
+        UserError: no such folder, or no images.
     """
     folder = local_folder(root)
     listing = _Listing()
@@ -45,8 +50,16 @@ def load_image_folder(root: str) -> list[dict]:
     except OSError as error:
         raise UserError(f"the image folder {root} cannot be read: {error}") from error
     others = ", ".join(f"{n} {ending}" for ending, n in listing.others.most_common(8))
+    if listing.skipped:
+        shown = "; ".join(
+            f"{printable(path)}: {reason}" for path, reason in listing.skipped[:_SKIPPED_SHOWN]
+        )
+        rest = len(listing.skipped) - _SKIPPED_SHOWN
+        more = f"; and {rest} more" if rest > 0 else ""
+        logger.warning("%s: skipped %d: %s%s", root, len(listing.skipped), shown, more)
     if not listing.images:
         found = f"; its files: {others}" if others else ""
+        found += f"; {len(listing.skipped)} were skipped, see above" if listing.skipped else ""
         known = " ".join(IMAGE_EXTENSIONS)
         raise UserError(f"the image folder {root} has no images ({known}){found}")
     if others:
@@ -57,11 +70,6 @@ def load_image_folder(root: str) -> list[dict]:
     for output in listing.outputs:
         logger.info("%s: skipped %s, which is an output", root, output)
     paths = sorted(listing.images)
-    try:
-        "".join(paths).encode()
-    except UnicodeEncodeError as error:
-        bad = next(p for p in paths if any("\ud800" <= c <= "\udfff" for c in p))
-        raise UserError(f"{folder}: the file name {bad!a} is not UTF-8; rename it") from error
     return [{"file_name": os.path.join(folder, path), "image_id": path} for path in paths]
 
 
@@ -84,34 +92,78 @@ class _Listing:
         images: paths relative to the folder.
         others: ending, in lower case -> number of other files.
         outputs: relative paths of outputs of this library.
+        skipped: (relative path, reason) of what cannot be used.
     """
 
     def __init__(self) -> None:
         self.images: list[str] = []
         self.others: Counter[str] = Counter()
         self.outputs: list[str] = []
+        self.skipped: list[tuple[str, str]] = []
 
-    def walk(self, folder: str, relative: str = "", above: tuple[str, ...] = ()) -> None:
-        """Add a folder; ``above`` are the parent folders, to stop at loops of links."""
-        real = os.path.realpath(folder)
-        if real in above:
-            return
-        with os.scandir(folder) as entries:
-            visible = {entry.name: entry for entry in entries if not entry.name.startswith(".")}
-        if relative and _is_output_folder(visible):
-            self.outputs.append(relative)
-            return
-        for name, entry in visible.items():
-            if entry.is_dir():
-                self.walk(entry.path, f"{relative}{name}/", (*above, real))
-            elif name.removesuffix(".preview.png") != name and (
-                name.removesuffix(".preview.png") in visible
-            ):
-                self.outputs.append(relative + name)
-            elif name.lower().endswith(IMAGE_EXTENSIONS):
-                self.images.append(relative + name)
-            else:
-                self.others[os.path.splitext(name)[1].lower() or "without ending"] += 1
+    def walk(self, folder: str) -> None:
+        """Add a folder and its subfolders.
+
+        Raises:
+            OSError: the folder itself cannot be listed.
+        """
+        # Each with its parent folders, to stop at loops of links.
+        todo: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(folder, "", ())]
+        while todo:
+            path, relative, above = todo.pop()
+            try:
+                status = os.stat(path)
+                this = (status.st_dev, status.st_ino)
+                if this in above:
+                    continue
+                with os.scandir(path) as found:
+                    entries = {e.name: e for e in found if not e.name.startswith(".")}
+            except OSError as error:
+                if not relative:
+                    raise
+                self.skipped.append((relative, f"cannot be listed, {error.strerror}"))
+                continue
+            if relative and _is_output_folder(entries):
+                self.outputs.append(relative)
+                continue
+            for entry in entries.values():
+                if self._is_folder(entry, relative, entries):
+                    todo.append((entry.path, f"{relative}{entry.name}/", (*above, this)))
+
+    def _is_folder(self, entry: os.DirEntry, relative: str, siblings: Container[str]) -> bool:
+        """Add an entry if it is a file; otherwise, return whether it is a folder to be added."""
+        name = entry.name
+        original = name.removesuffix(".preview.png")
+        kind = _kind(entry)
+        if kind == "folder":
+            return True
+        if kind != "file":
+            self.skipped.append((relative + name, kind))
+        elif original != name and original in siblings:
+            self.outputs.append(relative + name)
+        elif name.lower().endswith(IMAGE_EXTENSIONS):
+            self.images.append(relative + name)
+        else:
+            self.others[os.path.splitext(name)[1].lower() or "without ending"] += 1
+        return False
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """``folder``, ``file``, or why an entry is neither."""
+    try:
+        entry.name.encode()
+        if entry.is_dir():
+            return "folder"
+        # A link to nothing is a missing file, which is reported when it is read.
+        return "file" if entry.is_file() or _is_dangling(entry) else "not a regular file"
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    except OSError as error:
+        return error.strerror
+
+
+def _is_dangling(entry: os.DirEntry) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _is_output_folder(names: Container[str]) -> bool:

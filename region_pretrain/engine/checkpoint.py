@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from region_pretrain.convert.facts import facts_of
+from region_pretrain.engine.checkpoint_file import DamagedCheckpoint, read_run_checkpoint
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 from region_pretrain.files import (
     free_bytes,
     is_disk_full,
@@ -137,17 +138,34 @@ class RunCheckpointer(DetectionCheckpointer):
             write_atomic(path, lambda f: torch.save(data, f))
             self.tag_last_checkpoint(f"{name}.pth")
         except Exception as error:
-            if not is_disk_full(error):
+            full = is_disk_full(error)
+            if not full and not isinstance(error, OSError):
                 raise
-            last = self.last_good()
+            reason = f"no space left for {path}" if full else f"cannot write {path}: {error}"
             raise UserError(
-                f"no space left for {path}; last good checkpoint: {last or 'none'}. "
-                "Free some disk space and continue with --resume"
+                f"{reason}; last good checkpoint: {self.last_good() or 'none'}. "
+                f"{'Free some disk space' if full else 'Fix this'} and continue with --resume"
             ) from error
         logger.info("saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text_atomic(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def get_checkpoint_file(self) -> str:
+        """Path of the file that ``last_checkpoint`` names; "" if it names none."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        try:
+            with PathManager.open(path, "rb") as file:
+                name = file.read().decode().strip()
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("%s cannot be read: %s", path, describe(error))
+            return ""
+        if not re.fullmatch(r"[\w.-]+\.pth", name):
+            logger.warning("%s does not name a checkpoint", path)
+            return ""
+        return os.path.join(self.save_dir, name)
 
     def last_good(self) -> str:
         """Path of the checkpoint that ``last_checkpoint`` names; "" if it does not exist."""
@@ -186,11 +204,18 @@ class RunCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: no checkpoint is readable, or it belongs to another model or schedule.
         """
-        path = on_main_process(self._newest_readable)
+        newest = {}  # path -> content, on the main process
+
+        def find() -> str | None:
+            path, data = self._newest_readable()
+            newest[path] = data
+            return path
+
+        path = on_main_process(find)
         if not path:
             logger.warning("no checkpoint in %s yet: starting from iteration 0", self.save_dir)
             return 0
-        data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
+        data = newest.pop(path, None) or read_run_checkpoint(path)
         self._check_run(path, data["run"])
         if data.get("thing_classes", self.classes) != self.classes:
             raise UserError(
@@ -205,10 +230,12 @@ class RunCheckpointer(DetectionCheckpointer):
                     f"{path} has no {key}: it was written with another train.amp; restore that "
                     "setting"
                 )
-            obj.load_state_dict(data[key])
+            with _of_another_run(path, key):
+                obj.load_state_dict(data[key])
         if self.trainer:
             state = {"iteration": data["iteration"], "hooks": data["hooks"]}
-            TrainerBase.load_state_dict(self.trainer, state)
+            with _of_another_run(path, "hooks"):
+                TrainerBase.load_state_dict(self.trainer, state)
         if data["run"].get("max_iter") != self.run.get("max_iter"):
             self._restart_schedule(rates)
         if len(data["rng"]) == comm.get_world_size():
@@ -237,10 +264,14 @@ class RunCheckpointer(DetectionCheckpointer):
             set_random_state(self._random_state)
             self._random_state = None
 
-    def _newest_readable(self) -> str | None:
-        """The file that ``last_checkpoint`` names if it is intact, else the newest intact one."""
+    def _newest_readable(self) -> tuple[str | None, dict[str, Any] | None]:
+        """The file that ``last_checkpoint`` names if it is intact, else the newest intact one.
+
+        Returns:
+            (its path, its content); None if there is no checkpoint.
+        """
         if is_local(self.save_dir) and not os.path.isdir(self.save_dir):
-            return None
+            return None, None
         remove_parts(self.save_dir)
         tagged = self.get_checkpoint_file()
         final = os.path.join(self.save_dir, f"{FINAL}.pth")
@@ -249,11 +280,12 @@ class RunCheckpointer(DetectionCheckpointer):
         if tagged and tagged not in paths:
             logger.warning("%s is missing; looking for an earlier checkpoint", tagged)
         for path in paths:
-            if is_intact(path):
-                return path
-            logger.warning("%s is damaged; trying the checkpoint before it", path)
+            try:
+                return path, read_run_checkpoint(path)
+            except DamagedCheckpoint as error:
+                logger.warning("%s; trying the checkpoint before it", error)
         if not paths:
-            return None
+            return None, None
         raise UserError(
             f"none of the {len(paths)} checkpoints in {self.save_dir} is readable; "
             "remove them to start over"
@@ -305,13 +337,16 @@ class RunCheckpointer(DetectionCheckpointer):
             ) from error
 
 
-def is_intact(path: str) -> bool:
-    """Whether a checkpoint is a complete archive with correct checksums."""
+@contextlib.contextmanager
+def _of_another_run(path: str, entry: str) -> Iterator[None]:
+    """Report the state of another model, optimiser or hook as a :class:`UserError`."""
     try:
-        with zipfile.ZipFile(PathManager.get_local_path(path)) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
-        return False
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} belongs to another run, its {entry} cannot be restored: {describe(error)}; "
+            "remove it to continue from the checkpoint before it"
+        ) from error
 
 
 def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+from typing import Any, TextIO
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from region_pretrain.config import changed_keys, load_file, to_yaml
+from region_pretrain.config import changed_keys, read_saved, to_yaml
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 #: Keys that may differ when a run is resumed, because they do not change what is computed.
 HARMLESS = (
@@ -37,10 +41,8 @@ LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "op
 
 
 def holds_run(folder: str) -> bool:
-    """Whether a folder contains a config and a run's first results: metrics or a checkpoint."""
-    if not PathManager.isfile(os.path.join(folder, "config.yaml")):
-        return False
-    names = PathManager.ls(folder)
+    """Whether a folder contains a run's first results: metrics or a checkpoint."""
+    names = PathManager.ls(folder) if PathManager.isdir(folder) else []
     return "metrics.json" in names or any(
         name.startswith("model_") and name.endswith(".pth") for name in names
     )
@@ -78,10 +80,10 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
     path = os.path.join(folder, "config.yaml")
     if not resume:
         refuse_existing_run(folder)
-    saved = load_file(path) if holds_run(folder) else None
+    saved = _saved_config(path) if holds_run(folder) else None
     if cfg.train.seed is None:
         drawn = int.from_bytes(os.urandom(3), "big")
-        cfg.train.seed = drawn if saved is None else saved.train.seed
+        cfg.train.seed = drawn if saved is None else saved["train"].get("seed", drawn)
     if saved is not None:
         _refuse_changes(path, saved, cfg)
     text = to_yaml(cfg)
@@ -93,7 +95,19 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
     return cfg.train.seed
 
 
-def _refuse_changes(path: str, saved: DictConfig, cfg: DictConfig) -> None:
+def _saved_config(path: str) -> dict[str, Any] | None:
+    """The config of the run to resume; None, with a warning, if it is missing."""
+    if PathManager.exists(path):
+        return read_saved(path)
+    logger.warning(
+        "%s is missing: nothing shows whether the run was started with this config, so make sure "
+        "that learning rate, seed and data are the same",
+        path,
+    )
+    return None
+
+
+def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
     allowed = HARMLESS + (LENGTH if cfg.train.allow_new_length else ())
     changed = {
         key: values
@@ -119,6 +133,9 @@ def start_logging(folder: str | None) -> None:
     """Log to the console (main process) and to ``<folder>/log.txt`` (others: ``log.txt.rankN``).
 
     A second run in the same process logs to its own folder only.
+
+    Raises:
+        UserError: ``log.txt`` cannot be opened.
     """
     for log, handler in _log_handlers:
         log.removeHandler(handler)
@@ -127,9 +144,27 @@ def start_logging(folder: str | None) -> None:
     for name in ("fvcore", "detectron2", "region_pretrain"):
         log = logging.getLogger(name)
         before = list(log.handlers)
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+        try:
+            setup_logger(folder, distributed_rank=comm.get_rank(), name=name, abbrev_name=name)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}/log.txt: {error}") from error
         new = [h for h in log.handlers if h not in before]
         _log_handlers.extend((log, h) for h in new)
         for handler in new:
             if handler.stream is sys.stdout:
-                handler.setLevel(logging.INFO)  # tracebacks are only in log.txt
+                handler.setLevel(logging.INFO)
+                handler.addFilter(_is_not_traceback)
+            else:
+                handler.handleError = functools.partial(_stop_writing, handler.stream)
+
+
+def _is_not_traceback(record: logging.LogRecord) -> bool:
+    """False for the traceback with which Detectron2's trainer ends; it is only in ``log.txt``."""
+    return not (record.exc_info and record.name == "detectron2.engine.train_loop")
+
+
+def _stop_writing(stream: TextIO, record: logging.LogRecord) -> None:
+    """Continue without ``log.txt`` after it could not be written, e.g. to a full disk."""
+    print(f"{stream.name} cannot be written ({sys.exc_info()[1]}); it ends here", file=sys.stderr)
+    with open(os.devnull, "wb") as nowhere:  # also for what is still in the stream's buffer
+        os.dup2(nowhere.fileno(), stream.fileno())

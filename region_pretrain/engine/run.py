@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import instantiate
@@ -46,6 +48,7 @@ from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.files import is_disk_full
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 
@@ -179,7 +182,7 @@ def run_training(
         _initialise(model, cfg, classes)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
-    with stop.listen():
+    with stop.listen(), _full_disk_reported(checkpointer):
         trainer.train(start_iter, max_iter)
     stop.close()
     if evaluation is not None and evaluation.error:
@@ -190,6 +193,25 @@ def run_training(
             f"train.init_checkpoint={checkpointer.last_good()}"
         )
     return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
+
+
+@contextmanager
+def _full_disk_reported(checkpointer: RunCheckpointer) -> Iterator[None]:
+    """A disk that fills while metrics, results or events are written is a :class:`UserError`."""
+    report = threading.excepthook
+    # TensorBoard's thread raises its error again in this one.
+    threading.excepthook = lambda args: None if is_disk_full(args.exc_value) else report(args)
+    try:
+        yield
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"no space left in {checkpointer.save_dir}; last good checkpoint: "
+            f"{checkpointer.last_good() or 'none'}. Free some disk space and continue with --resume"
+        ) from error
+    finally:
+        threading.excepthook = report
 
 
 def _initialise(model: nn.Module, cfg: DictConfig, classes: Classes | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import math
 import os
@@ -19,7 +18,9 @@ from detectron2.utils.events import (
 )
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.files import write_text_atomic
+from region_pretrain.errors import UserError
+from region_pretrain.files import write_atomic
+from region_pretrain.metrics import parse_line
 from region_pretrain.progress import PROGRESS_FILE, Progress, write_progress
 
 logger = logging.getLogger(__name__)
@@ -107,21 +108,26 @@ def drop_lines_from(path: str, iteration: int) -> None:
 
     Args:
         path: JSON lines; need not exist.
-        iteration: lines of this and later iterations are removed, and so is an incomplete line.
+        iteration: lines of this and later iterations are removed, and so are damaged lines.
+
+    Raises:
+        UserError: it is not a file.
     """
     if not PathManager.exists(path):
         return
-    with PathManager.open(path) as f:
+    if not PathManager.isfile(path):
+        raise UserError(f"{path} is not a file: move it away, or choose another train.output_dir")
+    with PathManager.open(path, "rb") as f:
         lines = f.readlines()
     kept = []
     for line in lines:
-        try:
-            if json.loads(line)["iteration"] < iteration:
-                kept.append(line.rstrip("\n") + "\n")
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: dropped an incomplete line", path)
+        row = parse_line(line)
+        if row is None:
+            logger.warning("%s: dropped a damaged line", path)
+        elif row["iteration"] < iteration:
+            kept.append(line.rstrip(b"\r\n") + b"\n")
     if kept != lines:
-        write_text_atomic(path, "".join(kept))
+        write_atomic(path, lambda f: f.writelines(kept))
 
 
 def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -18,7 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
+from region_pretrain.files import is_disk_full
 from region_pretrain.images import UnreadableImage, read_record, tolerated_files
 from region_pretrain.progress import Progress, write_progress
 from region_pretrain.regions.parts import ImageResult, Parts
@@ -66,7 +68,7 @@ def make_regions(
         The summary, or ``None`` if parts of other shards are missing.
 
     Raises:
-        UserError: too many unreadable images, or ``out`` is something else.
+        UserError: too many unreadable images, ``out`` is something else, or it cannot be written.
     """
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
@@ -82,7 +84,12 @@ def make_regions(
     if os.path.isdir(out):
         raise UserError(f"{out} is a folder; name a file, e.g. {out}/regions.arrow")
 
-    parts = Parts(records, out, recipe, part_size)
+    with _write_errors(out):
+        return _make(Parts(records, out, recipe, part_size), workers, shard, tolerated)
+
+
+def _make(parts: Parts, workers: int, shard: tuple[int, int], tolerated: int) -> dict | None:
+    index, count = shard
     if (summary := parts.finished_summary()) is not None:
         return summary
     parts.claim_folder()
@@ -100,6 +107,21 @@ def make_regions(
             if unreadable > tolerated:
                 break  # merge() raises the error
     return parts.merge(tolerated)
+
+
+@contextlib.contextmanager
+def _write_errors(out: str) -> Iterator[None]:
+    """Report a full disk and files that cannot be written as a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        full = is_disk_full(error)
+        if not full and error.filename is None:
+            raise
+        reason = "no space left" if full else describe(error)
+        raise UserError(
+            f"cannot write {out}: {reason}; fix this and run again, finished parts are kept"
+        ) from error
 
 
 class _ProgressFile:
@@ -126,7 +148,8 @@ class _ProgressFile:
 
     def _write(self, seconds_left: float | None) -> None:
         self._written = time.monotonic()
-        write_progress(self.path, Progress(self.done, self.total, seconds_left))
+        with contextlib.suppress(FileNotFoundError):  # another run has merged all parts
+            write_progress(self.path, Progress(self.done, self.total, seconds_left))
 
 
 def _run_parts(

@@ -21,7 +21,7 @@ import numpy as np
 from iopath.common.file_io import file_lock
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import printable, remove_parts, write_text_atomic
 from region_pretrain.images import UnreadableImage, read_record, readings_of
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
@@ -75,18 +75,17 @@ class Parts:
     def __init__(self, records: Sequence[dict], out: str, recipe: Recipe, size: int) -> None:
         self.out, self.recipe, self.size = out, recipe, size
         self.folder = f"{out}.parts"
-        names, keys = hashlib.sha256(), set()
+        keys = set()
         for record in records:
-            key = str(record["image_id"]).encode()
-            names.update(len(key).to_bytes(8, "little") + key)
+            key = str(record["image_id"])
             if key in keys:
                 raise UserError(
-                    f"image {key.decode()!r} appears twice: image_id is the key of an image's "
-                    "regions and must be unique"
+                    f"image {key!r} appears twice: image_id is the key of an image's regions and "
+                    "must be unique"
                 )
             keys.add(key)
         self._total = len(records)
-        self._image_list = names.hexdigest()
+        self._image_list = _digest(records)
         self._reading = readings_of(records)
         self._base = self._existing()
         self.records = self._without_regions(records)
@@ -111,10 +110,11 @@ class Parts:
         return os.path.join(self.folder, f"part-{part:06d}.arrow")
 
     def is_complete(self, part: int) -> bool:
-        """Whether a part exists and none of its unreadable files has been fixed since."""
-        if not os.path.exists(self.path(part)):
+        """Whether a part exists, is intact, and none of its unreadable files has been fixed."""
+        store = self._open(part)
+        if store is None:
             return False
-        unreadable = dict(RegionStore.open(self.path(part)).manifest["unreadable"])
+        unreadable = dict(store.manifest["unreadable"])
         for record in self.records_of(part) if unreadable else ():
             if str(record["image_id"]) in unreadable:
                 try:
@@ -124,20 +124,48 @@ class Parts:
                     pass
         return True
 
+    def _open(self, part: int) -> RegionStore | None:
+        """A part; None if it is missing, or, with a warning, damaged or of another run."""
+        path = self.path(part)
+        if not os.path.exists(path):
+            return None
+        try:
+            store = RegionStore.open(path)
+            store.verify()
+            for fact, value in self._facts(part).items():
+                if store.manifest.get(fact) != value:
+                    raise UserError(f"{path} has another {fact} than this run")
+            if store.manifest["versions"].get("opencv") != cv2.__version__:
+                raise UserError(f"{path} was made with another version of OpenCV")
+        except UserError as error:
+            logger.warning("Not used, this part is made again: %s", error)
+            return None
+        return store
+
+    def _facts(self, part: int) -> dict[str, str]:
+        """What a part must have in its manifest."""
+        return {
+            "recipe": self.recipe.id,
+            "image_list": _digest(self.records_of(part)),
+            "reading": self._reading,
+        }
+
     def claim_folder(self) -> None:
-        """Create the folder of parts.
+        """Create the folder of parts, and remove what killed runs left unfinished.
 
         Raises:
             UserError: the folder contains parts of other images or settings.
         """
-        path = os.path.join(self.folder, "plan.json")
+        path = self._plan_path()
         os.makedirs(self.folder, exist_ok=True)
+        out_folder, name = os.path.split(os.path.abspath(self.out))
+        remove_parts(out_folder, name, shared=True)
+        remove_parts(self.folder, shared=True)
         with file_lock(path):
-            if not os.path.isfile(path):
+            found = self._found_plan()
+            if found is None:  # also if it is damaged: each part has its own digest
                 write_text_atomic(path, json.dumps(self._plan))
                 return
-            with open(path) as file:
-                found = json.load(file)
         for key, value in self._plan.items():
             if found.get(key) != value:
                 raise UserError(
@@ -145,6 +173,18 @@ class Parts:
                     f"{found.get(key)}, this run's is {value}; continue with the same settings, "
                     "delete that folder, or choose another output file"
                 )
+
+    def _plan_path(self) -> str:
+        return os.path.join(self.folder, "plan.json")
+
+    def _found_plan(self) -> dict[str, Any] | None:
+        """The plan in the folder; None if it is missing or damaged."""
+        try:
+            with open(self._plan_path(), "rb") as file:
+                found = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def _existing(self) -> RegionStore | None:
         """The store if it exists already; refuses one of another recipe."""
@@ -157,6 +197,8 @@ class Parts:
                 f"{store.manifest['recipe']}, not with recipe {self.recipe.id}; delete it or "
                 "choose another output file"
             )
+        if not isinstance(store.manifest.get("summary"), dict):
+            raise UserError(f"{self.out} exists, but has no summary; choose another output file")
         reading = store.manifest.get("reading", self._reading)
         if reading != self._reading:
             raise UserError(
@@ -186,9 +228,19 @@ class Parts:
         return [record for record, has in zip(records, found, strict=True) if not has]
 
     def finished_summary(self) -> dict | None:
-        """The summary of the store if it has the regions of all images."""
+        """The summary of the store if it has the regions of all images.
+
+        What an earlier run left of the folder of parts is removed.
+
+        Raises:
+            UserError: the store is damaged.
+        """
         if self._base is None or self.records:
             return None
+        self._base.verify()
+        found = self._found_plan() or self._plan
+        if all(found.get(key) == self._plan[key] for key in ("recipe", "image_list")):
+            shutil.rmtree(self.folder, ignore_errors=True)
         return self._base.manifest["summary"]
 
     def write(self, part: int, results: Sequence[ImageResult]) -> int:
@@ -199,7 +251,7 @@ class Parts:
         """
         good = [r for r in results if not r.error]
         facts = {
-            "recipe": self.recipe.id,
+            **self._facts(part),
             "unreadable": [(r.key, r.error) for r in results if r.error],
             "seconds": sum(r.seconds for r in good),
             "objects": sum(r.objects for r in good),
@@ -223,13 +275,15 @@ class Parts:
         with file_lock(self.out):
             base = self._existing()
             if base is not None and base.manifest.get("image_list") == self._image_list:
+                shutil.rmtree(self.folder, ignore_errors=True)
                 return base.manifest["summary"]  # another shard was faster
-            paths = [self.path(p) for p in range(len(self)) if os.path.exists(self.path(p))]
-            manifests, counts = [], []
-            for path in paths:  # one at a time: there may be more parts than file handles
-                store = RegionStore.open(path)
-                manifests.append(store.manifest)
-                counts.append(store.counts())
+            paths, manifests, counts = [], [], []
+            for part in range(len(self)):  # one at a time: there may be more than file handles
+                store = self._open(part)
+                if store is not None:
+                    paths.append(store.path)
+                    manifests.append(store.manifest)
+                    counts.append(store.counts())
             self._check_unreadable(manifests, tolerated)
             if len(paths) < len(self):
                 logger.info(
@@ -261,7 +315,7 @@ class Parts:
         unreadable = [pair for manifest in manifests for pair in manifest["unreadable"]]
         listing = f"{self.out}.unreadable.txt"
         if unreadable:
-            write_text_atomic(listing, "".join(f"{key}\t{error}\n" for key, error in unreadable))
+            write_text_atomic(listing, "".join(map(_line, unreadable)))
         elif os.path.exists(listing):
             os.remove(listing)  # written by an earlier run; the files have been fixed since
         if len(unreadable) > tolerated:
@@ -270,6 +324,20 @@ class Parts:
                 f"{tolerated} that are tolerated (e.g. {unreadable[0][1]}): fix the files listed "
                 f"in {listing} or raise --max-unreadable, and run again; finished parts are kept"
             )
+
+
+def _line(pair: tuple[str, str]) -> str:
+    key, error = map(printable, pair)
+    return f"{key}\t{error}\n"
+
+
+def _digest(records: Sequence[dict]) -> str:
+    """sha256 of the keys of images, in order."""
+    digest = hashlib.sha256()
+    for record in records:
+        key = str(record["image_id"]).encode()
+        digest.update(len(key).to_bytes(8, "little") + key)
+    return digest.hexdigest()
 
 
 def _as_part(store: RegionStore) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from region_pretrain import __version__
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_atomic
 from region_pretrain.regions.store import (
+    CHECKSUM_KEY,
     FORMAT_VERSION,
     MANIFEST_KEY,
     SCHEMA,
     Chunk,
     RegionStore,
+    checksum_of,
     content_hash,
     key_hash,
 )
@@ -40,7 +42,7 @@ def write_store(path: str, rows: Iterable[Row], facts: Mapping[str, Any]) -> dic
         facts: entries of the manifest, at least ``recipe``.
 
     Returns:
-        The manifest: the facts, counts and the content hash.
+        The manifest: the facts, counts, content hash and checksums.
 
     Raises:
         UserError: two rows with the same key, or a box that is empty or not within its image.
@@ -67,7 +69,11 @@ def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> d
     Raises:
         UserError: an image is in two stores, or a store is missing or damaged.
     """
-    total = sum(len(RegionStore.open(p)) for p in paths)
+    total = 0
+    for p in paths:  # one at a time: there may be more stores than file handles
+        store = RegionStore.open(p)
+        store.verify()
+        total += len(store)
     slices = -(-total // (_MERGE_CHUNKS * _CHUNK_ROWS))
     # Hashes are uniform, so equal ranges of them contain about equally many rows.
     bounds = [(i << 64) // slices for i in range(1, slices)] if slices else []
@@ -75,7 +81,7 @@ def merge_stores(paths: Sequence[str], path: str, facts: Mapping[str, Any]) -> d
     def batches() -> Iterator[pa.RecordBatch]:
         for low, high in zip([0, *bounds], [*bounds, None], strict=True):
             rows = []
-            for p in paths:  # reopened per slice: there may be more stores than file handles
+            for p in paths:  # reopened per slice
                 for chunk in RegionStore.open(p).chunks:
                     start = int(chunk.hashes.searchsorted(np.uint64(low)))
                     stop = len(chunk.hashes)
@@ -97,6 +103,8 @@ def _write(
 ) -> dict[str, Any]:
     images = boxes = 0
     previous = (-1, b"")
+    index_crc: list[int] = []
+    boxes_crc: list[int] = []
 
     def counted() -> Iterator[Chunk]:
         nonlocal images, boxes, previous
@@ -109,6 +117,8 @@ def _write(
                 raise UserError(f"{path}: image {first[1].decode()!r} appears twice")
             previous = (int(chunk.hashes[-1]), chunk.key(len(chunk.hashes) - 1))
             images, boxes = images + batch.num_rows, boxes + len(chunk.boxes)
+            index_crc.append(chunk.index_crc())
+            boxes_crc.extend(map(chunk.boxes_crc, range(chunk.blocks)))
             yield chunk
 
     # The manifest comes before the rows, so the hash needs a separate pass.
@@ -124,8 +134,11 @@ def _write(
         "images": images,
         "boxes": boxes,
         "sha256": sha256,
+        "index_crc32": index_crc,
+        "boxes_crc32": boxes_crc,
     }
-    schema = SCHEMA.with_metadata({MANIFEST_KEY: json.dumps(manifest, sort_keys=True)})
+    text = json.dumps(manifest, sort_keys=True).encode()
+    schema = SCHEMA.with_metadata({MANIFEST_KEY: text, CHECKSUM_KEY: checksum_of(text)})
 
     def write(file: IO[bytes]) -> None:
         with pa.ipc.new_file(file, schema) as writer:

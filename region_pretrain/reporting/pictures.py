@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 
 import cv2
@@ -11,11 +10,11 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.engine.checkpoint_file import read_run_checkpoint
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, read_record
@@ -85,21 +84,19 @@ def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list
 
     Raises:
         NothingToDraw: the method draws no pictures.
-        UserError: the checkpoint does not belong to this model.
+        UserError: the checkpoint is damaged or belongs to another model.
     """
     if cfg.train.seed is None:
         cfg.train.seed = 0
     torch.manual_seed(cfg.train.seed)
     model = check_contract(instantiate(cfg.model))
     if weights:
+        saved = read_run_checkpoint(weights)
         try:
-            saved = torch.load(
-                PathManager.get_local_path(weights), map_location="cpu", weights_only=True
-            )
             model.load_state_dict({**saved["model"], **saved["pretraining"]})
-        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        except (RuntimeError, TypeError) as error:
             why = str(error).strip().splitlines()[0]
-            raise UserError(f"{weights} is no checkpoint of a run of this config: {why}") from error
+            raise UserError(f"{weights} belongs to a run of another config: {why}") from error
     drawn = model.eval().pictures(batch)
     if drawn is None:
         raise NothingToDraw(

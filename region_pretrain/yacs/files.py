@@ -14,7 +14,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 
 _ZOO = "model_zoo://"
 _TOP_LEVEL_KEY = re.compile(r"^[\"']?(\w+)[\"']?\s*:", re.MULTILINE)
@@ -48,11 +48,19 @@ def find_config_file(name: str) -> str:
 
 
 def is_yacs(path: str) -> bool:
-    """Whether a file is YAML with top-level keys of Detectron2's yacs configs, e.g. ``MODEL``."""
+    """Whether a file is YAML with top-level keys of Detectron2's yacs configs, e.g. ``MODEL``.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     if not path.endswith((".yaml", ".yml")):
         return False
-    with PathManager.open(path, "r") as file:
-        return not {"_BASE_", *get_cfg()}.isdisjoint(_TOP_LEVEL_KEY.findall(file.read()))
+    try:
+        with PathManager.open(path, "r") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    return not {"_BASE_", *get_cfg()}.isdisjoint(_TOP_LEVEL_KEY.findall(text))
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -78,7 +86,7 @@ def read_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     try:
         cfg.merge_from_file(path)
-    except (AssertionError, KeyError, OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # yacs raises many kinds of exceptions
         reason = " ".join(str(error).strip("'\"").split())
         raise UserError(f"{path} is not a config of Detectron2: {reason}") from error
     for text in overrides:

@@ -53,10 +53,13 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert keys == ["a/2.jpg", "gone.jpg", "linked/1.jpg"]
 
 
-def test_a_file_name_that_is_not_unicode_is_named(tmp_path):
+def test_a_file_name_that_is_not_unicode_is_skipped_and_named(tmp_path, caplog):
     open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb").close()
-    with pytest.raises(UserError, match=r"caf\\udce9\.jpg' is not UTF-8"):
+    with pytest.raises(UserError, match="has no images .*1 were skipped"):
         load_image_folder(str(tmp_path))
+    touch(tmp_path, "a.jpg")
+    assert [r["image_id"] for r in load_image_folder(str(tmp_path))] == ["a.jpg"]
+    assert r"caf\udce9.jpg: its name is not UTF-8" in caplog.text
 
 
 @pytest.mark.parametrize("ending", IMAGE_EXTENSIONS)

@@ -14,9 +14,9 @@ from region_pretrain.engine import checkpoint
 from region_pretrain.engine.checkpoint import (
     RunCheckpointer,
     check_free_space,
-    is_intact,
     split_state,
 )
+from region_pretrain.engine.checkpoint_file import DamagedCheckpoint, read_run_checkpoint
 from region_pretrain.errors import UserError
 
 RUN = {"max_iter": 20, "total_batch_size": 8, "world_size": 1}
@@ -150,11 +150,12 @@ def test_when_all_are_damaged_it_does_not_start_over_silently(tmp_path):
 
 
 def test_bit_flips_are_seen(tmp_path):
+    make(tmp_path).save("m", iteration=1)
     path = tmp_path / "m.pth"
-    torch.save({"x": torch.arange(1000)}, path)
-    assert is_intact(str(path))
+    assert read_run_checkpoint(str(path))["iteration"] == 1
     flip_byte(path)
-    assert not is_intact(str(path))
+    with pytest.raises(DamagedCheckpoint, match=r"m\.pth is damaged"):
+        read_run_checkpoint(str(path))
 
 
 @pytest.mark.parametrize("key", ["max_iter", "total_batch_size"])

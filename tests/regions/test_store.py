@@ -56,7 +56,7 @@ def test_rows_are_read_as_written(tmp_path, monkeypatch):
     assert manifest["recipe"] == "soco-v1" and manifest["anything"] == [1, 2]
     assert manifest["images"] == 400
     assert manifest["boxes"] == sum(len(row[3]) for row in rows)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert set(manifest["versions"]) == {"opencv", "numpy", "region_pretrain"}
 
 
@@ -272,9 +272,9 @@ def test_changed_bytes_are_refused_at_opening_or_found_by_verify(tmp_path):
 
 def test_a_newer_format_is_refused_with_advice(tmp_path, monkeypatch):
     path = str(tmp_path / "a.arrow")
-    monkeypatch.setattr(writing, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(writing, "FORMAT_VERSION", 3)
     write_store(path, _rows(2), {"recipe": "x"})
-    with pytest.raises(UserError, match="store format 2, but this version reads 1"):
+    with pytest.raises(UserError, match="store format 3, but this version reads 2"):
         RegionStore.open(path)
 
 

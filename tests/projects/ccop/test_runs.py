@@ -181,7 +181,7 @@ def test_the_picture_of_the_candidates(config, tmp_path):
     weights = str(tmp_path / "run/model_final.pth")
     trained = model_pictures(cfg, batch, weights)
     assert any((rows[i][2] != trained[i][2]).any() for i in drawn)
-    with pytest.raises(UserError, match="no checkpoint of a run of this config"):
+    with pytest.raises(UserError, match="none.pth is missing"):
         model_pictures(cfg, batch, str(tmp_path / "none.pth"))
 
 
