@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark test test-slurm lint docs clean
+.PHONY: setup demo benchmark test test-faults test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ benchmark: $(STAMP)
 # One thread a process: several of two threads on two cores are much slower than one after the other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore=tests/slurm
+
+# Killed processes, signals, changed data, damaged files; also part of `make test`.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
 
 # On a real slurmctld and two slurmd of this machine: apt-get install slurm-wlm munge
 test-slurm: $(STAMP)

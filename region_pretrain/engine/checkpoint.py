@@ -199,7 +199,7 @@ class RunCheckpointer(DetectionCheckpointer):
             return 0
         data = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
         if self.fingerprint is not None:
-            on_main_process(lambda: self.fingerprint.compare(path, data["data"]))
+            on_main_process(lambda: self.fingerprint.compare(path, data.get("data")))
         self._check_run(path, data["run"])
         if data.get("thing_classes", self.classes) != self.classes:
             raise UserError(

@@ -76,12 +76,12 @@ class Fingerprint:
                 logger.warning("%s cannot be written: %s", path, error)
         return {**self._facts, "files": digest}
 
-    def compare(self, path: str, saved: dict[str, Any]) -> None:
+    def compare(self, path: str, saved: dict[str, Any] | None) -> None:
         """Compare the data with that of a checkpoint. For the main process.
 
         Args:
             path: the checkpoint.
-            saved: its :meth:`entry`.
+            saved: its :meth:`entry`; None if it has none.
 
         Raises:
             UserError: something has changed, and ``allow_changed_data`` is off.
@@ -89,11 +89,14 @@ class Fingerprint:
         now = self.entry()
         if now == saved:
             return
-        changes = [
-            *self._changed_files(saved, now),
-            *(["other regions"] if saved["regions"] != now["regions"] else []),
-            *_changed_settings(saved["settings"], now["settings"]),
-        ]
+        if not isinstance(saved, dict) or saved.keys() != now.keys():
+            changes = ["the checkpoint has no fingerprint to compare with"]
+        else:
+            changes = [
+                *self._changed_files(saved, now),
+                *(["other regions"] if saved["regions"] != now["regions"] else []),
+                *_changed_settings(saved["settings"], now["settings"]),
+            ]
         text = f"the training data is not that of {path}: {'; '.join(changes)}"
         if not self.allow_changed_data:
             raise UserError(

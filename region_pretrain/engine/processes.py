@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -172,7 +172,8 @@ def _signals_reach_processes() -> Iterator[list[signal.Signals]]:
         again = number in received and number != signal.SIGUSR2
         received.append(signal.Signals(number))
         for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGKILL if again else signal.SIGUSR2)
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL if again else signal.SIGUSR2)
 
     with stop_signals_handled(pass_on):
         yield received

@@ -128,6 +128,12 @@ def test_other_boxes_and_another_order_are_noticed(tmp_path):
     assert "another order of the images" in refusal(saved, fingerprint(detection(b, a), tmp_path))
 
 
+def test_a_checkpoint_without_a_fingerprint_is_refused_or_accepted(loader, tmp_path):
+    for saved in (None, {}, {"images": 3}, []):
+        assert "has no fingerprint" in refusal(saved, fingerprint(loader(), tmp_path / "out"))
+    fingerprint(loader(), tmp_path / "out", allow_changed_data=True).compare("x", None)
+
+
 def test_without_the_list_of_files_only_their_numbers_are_compared(region_folder, loader, tmp_path):
     out = tmp_path / "out"
     saved = fingerprint(loader(), out).entry()
