@@ -25,6 +25,8 @@ def describe(error: BaseException) -> str:
 
 #: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).
 STOPPED = 75
+#: Exit code of a process that Ctrl-C ended before it could save anything.
+INTERRUPTED = 130
 
 
 class Stopped(SystemExit):
@@ -41,7 +43,7 @@ class NonFiniteLoss(UserError, FloatingPointError):
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2.
 
-    So does a class of a config that cannot be imported.
+    So does a class of a config that cannot be imported. Ctrl-C prints one line and exits with 130.
     """
 
     @functools.wraps(main)
@@ -49,12 +51,19 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | N
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            message, code = f"error: {error}", 2
         except ImportError as error:
             if not str(error).startswith("Error loading"):  # of a _target_
                 raise
-            print(f"error: a _target_ of the config: {describe(error)}", file=sys.stderr)
-            sys.exit(2)
+            message, code = f"error: a _target_ of the config: {describe(error)}", 2
+        except KeyboardInterrupt:
+            message, code = "interrupted", INTERRUPTED
+        except Stopped as error:
+            message, code = "", error.code
+        # Here the frames of the error are freed. A loader in one of them ends its workers; left to
+        # the interpreter's exit, they would be waited for forever.
+        if message:
+            print(message, file=sys.stderr)
+        sys.exit(code)
 
     return wrapper

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.errors import UserError
+from region_pretrain.json_files import read_json
 
 #: task -> metric -> percent; None where undefined, e.g. the AP of a class without boxes.
 Results = dict[str, dict[str, float | None]]
@@ -92,8 +93,9 @@ def read_results(path: str) -> Results:
 
     Raises:
         FileNotFoundError: the run is not finished.
+        UserError: the file is damaged.
     """
     if not path.endswith(".json"):
         path = os.path.join(path, "results.json")
-    with PathManager.open(path, "r") as f:
-        return json.load(f)
+    fix = "delete it and continue the run with --resume, which evaluates its model again"
+    return read_json(PathManager.get_local_path(path), Results, fix)

@@ -1,17 +1,31 @@
-"""Library warnings that the user of a command-line tool can do nothing about."""
+"""Library warnings and tracebacks that tell the user of a command-line tool nothing."""
 
 import logging
+import multiprocessing
+import sys
 import warnings
+from types import TracebackType
 
 
 def ignore_library_warnings() -> None:
     """Hide the warnings that Detectron2 0.6 causes with current versions of its dependencies.
 
-    A command-line tool calls it before it imports anything else. Filters of the user (``-W``,
-    ``PYTHONWARNINGS``) take precedence.
+    A command-line tool calls it before it imports anything else. From then on, Ctrl-C prints one
+    line instead of a traceback, also while the tool is still importing. Filters of the user
+    (``-W``, ``PYTHONWARNINGS``) take precedence.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # torch.jit.script
     warnings.filterwarnings("ignore", message="pkg_resources is deprecated", append=True)
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming", append=True)
     # One line per process that it terminates, which would bury the error of the one that failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    sys.excepthook = _print_exception
+
+
+def _print_exception(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+    elif multiprocessing.current_process().name == "MainProcess":  # one line for all processes
+        print("interrupted", file=sys.stderr)

@@ -54,6 +54,9 @@ train = dict(
     # Allow resuming with more epochs or iterations, also a finished run: all schedules become those
     # of the new length, which raises the learning rate again.
     allow_new_length=False,
+    # Allow resuming although images, labels or regions have changed since the checkpoint, which a
+    # resumed run otherwise refuses.
+    allow_changed_data=False,
     # Fine-tuning: evaluate every this many iterations (0: never) and at the end.
     eval_period=5000,
     # Fine-tuning: largest fraction of the images that may be unreadable; each is replaced by the

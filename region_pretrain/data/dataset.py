@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from detectron2.data import DatasetFromList
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.catalog import get_records, label_by_folder
+from region_pretrain.data.contents import Contents
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.geometry import decode_reduction, render
 from region_pretrain.data.views import ViewSample, ViewSampler
@@ -213,6 +214,17 @@ class PretrainDataset:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def contents(self) -> Contents:
+        """The images and their regions, in the order of their indices."""
+
+        def image(index: int) -> tuple[str, Any]:
+            file_name, key, *others = self._records[index]
+            known = not self.labels and others[1:] == [None, None]
+            return file_name, None if known and key in file_name else (key, *others)
+
+        regions = self.store.manifest["sha256"] if self.store is not None else ""
+        return Contents(len(self), image, regions)
 
     def read(self, index: int) -> File:
         """Read a file of the data set without decoding it.

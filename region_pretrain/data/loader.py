@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.contents import Contents
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.errors import UserError
@@ -90,6 +91,10 @@ class PretrainLoader:
     def iterations_per_epoch(self) -> int:
         """Full batches per epoch."""
         return len(self.dataset) // self.total_batch_size
+
+    def contents(self) -> Contents:
+        """The images and their regions."""
+        return self.dataset.contents()
 
     def prefetched_bytes(self) -> int:
         """Shared memory that this rank's batches occupy at most, in bytes; loads one image."""

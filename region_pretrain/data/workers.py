@@ -17,13 +17,16 @@ T = TypeVar("T")
 
 
 def init_worker(_: int) -> None:
-    """Use one OpenCV thread, and leave a job's signals to the training process.
+    """Use one OpenCV thread, and leave signals to the training process.
 
-    SLURM sends them to every process of a job. If a worker exited on SIGTERM, the training process
-    would fail before it has saved a checkpoint. Workers exit with their loader.
+    SLURM sends them to every process of a job, ``timeout`` and systemd to every process of a run.
+    If a worker exited on SIGTERM, the training process would fail before it has saved a checkpoint.
+    Workers exit with their loader.
     """
     cv2.setNumThreads(0)
-    if "SUBMITIT_EXECUTOR" in os.environ:
+    in_job = "SUBMITIT_EXECUTOR" in os.environ
+    # Forked while a run listens to signals, a worker ignores USR2 already.
+    if in_job or signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

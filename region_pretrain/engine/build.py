@@ -36,7 +36,9 @@ class TrainingData(Protocol):
         iterations_per_epoch: full batches per epoch; None if the data has no epochs.
 
     An optional method ``prefetched_bytes()`` returns the shared memory that this process's batches
-    occupy at most; see :func:`region_pretrain.engine.memory.check_shared_memory`.
+    occupy at most; see :func:`region_pretrain.engine.memory.check_shared_memory`. Another one,
+    ``contents()``, returns what the batches are computed from; without it, a resumed run cannot
+    notice that the images have changed (:class:`region_pretrain.engine.fingerprint.Fingerprint`).
     """
 
     total_batch_size: int

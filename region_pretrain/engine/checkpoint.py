@@ -18,6 +18,7 @@ from torch import nn
 
 from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.checkpoint_file import DamagedCheckpoint, read_run_checkpoint
+from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError, describe
@@ -73,6 +74,7 @@ class RunCheckpointer(DetectionCheckpointer):
     - ``iteration``: last finished iteration (0-based); a resumed run starts at the next one;
     - ``rng``: random states, one entry per rank;
     - ``run``: properties of the run that the schedule depends on;
+    - ``data``: a :class:`~region_pretrain.engine.fingerprint.Fingerprint` of the training data;
     - ``detector``: what the weights presume, see :class:`~region_pretrain.convert.facts.Facts`;
     - ``thing_classes``: the names of a detector's classes, if they are known.
 
@@ -86,6 +88,7 @@ class RunCheckpointer(DetectionCheckpointer):
         classes: names of the detector's classes; empty if unknown.
         allow_new_length: resume even if ``max_iter`` differs; the schedules become those of the new
             length.
+        fingerprint: of the training data; None if it is not compared.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
     """
 
@@ -98,6 +101,7 @@ class RunCheckpointer(DetectionCheckpointer):
         allow_world_size_change: bool = False,
         classes: Sequence[str] = (),
         allow_new_length: bool = False,
+        fingerprint: Fingerprint | None = None,
         **checkpointables: Any,
     ) -> None:
         given = {name: obj for name, obj in checkpointables.items() if obj is not None}
@@ -106,6 +110,7 @@ class RunCheckpointer(DetectionCheckpointer):
         self.allow_world_size_change = allow_world_size_change
         self.classes = list(classes)
         self.allow_new_length = allow_new_length
+        self.fingerprint = fingerprint
         self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
         self._random_state: dict[str, Any] | None = None
 
@@ -131,6 +136,8 @@ class RunCheckpointer(DetectionCheckpointer):
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
         if self.classes:
             data["thing_classes"] = self.classes
+        if self.fingerprint is not None:
+            data["data"] = self.fingerprint.entry()
         data["detector"] = facts_of(self.model).to_dict()
 
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -216,6 +223,8 @@ class RunCheckpointer(DetectionCheckpointer):
             logger.warning("no checkpoint in %s yet: starting from iteration 0", self.save_dir)
             return 0
         data = newest.pop(path, None) or read_run_checkpoint(path)
+        if self.fingerprint is not None:
+            on_main_process(lambda: self.fingerprint.compare(path, data.get("data")))
         self._check_run(path, data["run"])
         if data.get("thing_classes", self.classes) != self.classes:
             raise UserError(
@@ -305,7 +314,9 @@ class RunCheckpointer(DetectionCheckpointer):
                     self.run[key],
                 )
                 continue
-            if key == "max_iter" and self.allow_new_length and self.run[key] > run[key]:
+            new_data = self.fingerprint is not None and self.fingerprint.allow_changed_data
+            longer = self.allow_new_length and self.run[key] > run[key]
+            if key == "max_iter" and (longer or new_data):
                 logger.info("%s: %d iterations become %d", path, run[key], self.run[key])
                 continue
             if key == "max_iter":

@@ -23,6 +23,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from region_pretrain.data.contents import Contents, describe_record
 from region_pretrain.data.few_label import write_subset
 from region_pretrain.data.masks import check_masks
 from region_pretrain.data.other_labels import check_other_labels
@@ -199,6 +200,11 @@ class DetectionTrainData:
         self._wide = np.zeros(len(records), dtype=bool)
         if aspect_ratio_grouping and all("width" in r and "height" in r for r in records):
             self._wide = np.array([r["width"] > r["height"] for r in records])
+
+    def contents(self) -> Contents:
+        """The images with their boxes and classes."""
+        records = self._dataset._records
+        return Contents(len(records), lambda index: describe_record(records[index], index))
 
     def prefetched_bytes(self) -> int:
         """Shared memory that this process's batches occupy at most, in bytes; loads one image."""

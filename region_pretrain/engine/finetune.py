@@ -29,6 +29,7 @@ from region_pretrain.data.workers import share_batches_of
 from region_pretrain.engine.build import TrainingData, build_model, resolve_device
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
 from region_pretrain.engine.labelled_data import (
+    Classes,
     check_labelled_data,
     compare_with_checkpoint,
     missing_files_are_user_errors,
@@ -151,8 +152,12 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     """
     complete_train(cfg)
     classes = check_labelled_data(cfg, training=True)
-    start_run(cfg, resume)
-    classes.log()
+    with start_run(cfg, resume):
+        classes.log()
+        return _train(cfg, classes, resume)
+
+
+def _train(cfg: DictConfig, classes: Classes, resume: bool) -> Results:
     with missing_files_are_user_errors():
         data = detection_training_data(
             cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable, cfg.train.output_dir

@@ -80,7 +80,12 @@ class CheckpointHook(HookBase):
         self.checkpointer.remove_old(self.max_to_keep, self.keep_every)
         self._saved_at = time.monotonic()
         if stopping and not last:
-            logger.warning("stopping on request: saved after iteration %d", iteration)
+            logger.warning(
+                "stopped on request: saved after iteration %d; --resume continues the run",
+                iteration,
+            )
+            # A rank that exits first would make the launcher terminate the one that is saving.
+            comm.synchronize()
             raise Stopped
 
     def _is_due(self, done: int) -> bool:

@@ -28,6 +28,7 @@ HARMLESS = (
     "train.checkpoint_keep_every",
     "train.allow_world_size_change",
     "train.allow_new_length",
+    "train.allow_changed_data",
     "train.eval_period",
     "train.device",
     "train.register",

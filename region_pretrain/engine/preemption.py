@@ -1,19 +1,38 @@
-"""Stops a run between two steps when the scheduler sends a signal."""
+"""Stops a run between two steps when a scheduler or its user sends a signal."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.utils import comm
 from torch import distributed as dist
 
-logger = logging.getLogger(__name__)
+from region_pretrain.errors import Stopped
+from region_pretrain.lease import machine, process_start
+
+_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def stop_signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle USR2, TERM and Ctrl-C in the context; no effect in a thread, which receives none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # The shell of a background job may have turned Ctrl-C off.
+    numbers = [n for n in _SIGNALS if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+    usual = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in usual.items():
+            signal.signal(number, previous)
 
 
 class StopRequest:
@@ -24,45 +43,66 @@ class StopRequest:
     synchronises the device nor makes a rank wait longer than the gradients' all-reduce does.
 
     All ranks construct it together.
+
+    Attributes:
+        received: the signals that this process received.
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received: list[int] = []
         self._group = dist.new_group(backend="gloo") if comm.get_world_size() > 1 else None
         self._flag: torch.Tensor | None = None
         self._work: dist.Work | None = None
+        self._finished: Callable[[], bool] = lambda: False
+        ranks = comm.all_gather((machine(), os.getpid(), process_start(os.getpid())))
+        self._peers = [(pid, start) for where, pid, start in ranks if where == machine()]
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Treat USR2, and TERM in a job that submitit started, as requests to stop.
+    def listen(self, finished: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Treat USR2, TERM and Ctrl-C as requests to stop; a second TERM or Ctrl-C ends at once.
 
-        Processes forked within the context, such as a loader's workers, ignore USR2.
+        Outside of a job that submitit started, where TERM means USR2, TERM also ends a process
+
+        - of which another rank on this machine has ended: the launcher then terminates the others;
+        - for which nothing is left to save, and so does Ctrl-C.
+
+        Processes forked within the context, such as a loader's workers, ignore the signals.
+
+        Args:
+            finished: whether the last checkpoint has been saved.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only
-            return
-        numbers = [signal.SIGUSR2]
-        if "SUBMITIT_EXECUTOR" in os.environ:
-            numbers.append(signal.SIGTERM)
-        usual = {number: signal.signal(number, self._on_signal) for number in numbers}
-        try:
+        self._finished = finished
+        with stop_signals_handled(self._on_signal):
             yield
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.received = signal.Signals(number)
+        again = number in self.received
+        self.received.append(number)
+        by_hand = number == signal.SIGINT or (
+            number == signal.SIGTERM and "SUBMITIT_EXECUTOR" not in os.environ
+        )
+        if not by_hand:
+            return
+        if number == signal.SIGTERM and any(process_start(p) != start for p, start in self._peers):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif again:
+            raise KeyboardInterrupt
+        elif self._finished():
+            raise Stopped
+        elif comm.is_main_process():
+            # Logging may not be interrupted by itself.
+            os.write(2, b"stopping after this step, once its checkpoint is saved\n")
 
     def agreed(self) -> bool:
         """Whether all ranks must stop now. Every rank calls this once after each step."""
         if self._group is None:
-            return self.received is not None
+            return bool(self.received)
         agreed = False
         if self._work is not None:
             self._work.wait()
             agreed = bool(self._flag.item())
-        self._flag = torch.tensor([int(self.received is not None)])
+        self._flag = torch.tensor([int(bool(self.received))])
         self._work = dist.all_reduce(
             self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
         )
@@ -76,9 +116,9 @@ class StopRequest:
 
 
 def _ignore_in_fork() -> None:
-    handler = signal.getsignal(signal.SIGUSR2)
-    if isinstance(getattr(handler, "__self__", None), StopRequest):
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in _SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest):
+            signal.signal(number, signal.SIG_IGN)
 
 
 os.register_at_fork(after_in_child=_ignore_in_fork)

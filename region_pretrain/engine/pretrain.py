@@ -37,12 +37,12 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
     if "evaluator" in cfg.dataloader:
         raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
     register_named(cfg)
-    start_run(cfg, resume)
-    data = build_part(cfg.dataloader.train, "dataloader.train")
-    if not isinstance(data, TrainingData):
-        raise UserError(
-            f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
-            "iterations_per_epoch or iterate(start_iter, stop_iter)"
-        )
-    metrics, _ = run_training(cfg, data, resume=resume, build=build_pretraining_model)
-    return metrics
+    with start_run(cfg, resume):
+        data = build_part(cfg.dataloader.train, "dataloader.train")
+        if not isinstance(data, TrainingData):
+            raise UserError(
+                f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
+                "iterations_per_epoch or iterate(start_iter, stop_iter)"
+            )
+        metrics, _ = run_training(cfg, data, resume=resume, build=build_pretraining_model)
+        return metrics

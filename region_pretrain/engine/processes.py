@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed as dist
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from region_pretrain.engine.preemption import stop_signals_handled
 from region_pretrain.errors import STOPPED, Stopped, UserError, describe
 
 _EXIT_CODE = 2
@@ -128,21 +131,52 @@ def launch(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     try:
-        detectron2_launch(
-            _main_of_process,
-            num_processes,
-            num_machines=num_machines,
-            machine_rank=machine_rank,
-            dist_url=dist_url,
-            args=(main, args),
-        )
+        with _signals_reach_processes() as received:
+            detectron2_launch(
+                _main_of_process,
+                num_processes,
+                num_machines=num_machines,
+                machine_rank=machine_rank,
+                dist_url=dist_url,
+                args=(main, args),
+            )
     except ProcessExitedException as error:
         if error.exit_code in (_EXIT_CODE, STOPPED):  # the child has printed the reason
             sys.exit(error.exit_code)
+        if error.exit_code >= 0:
+            raise
+        if received:
+            reason = f"stopped by {received[-1].name} before a checkpoint was saved"
+        else:
+            reason = f"process {error.error_index} of {num_processes} died from {error.signal_name}"
+        print(f"error: {reason}; --resume continues the run", file=sys.stderr)
+        sys.exit(128 - error.exit_code)
+    except ProcessRaisedException as error:
+        if signal.SIGINT in received and error.msg.rstrip().endswith("KeyboardInterrupt"):
+            raise KeyboardInterrupt from None
         raise
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _signals_reach_processes() -> Iterator[list[signal.Signals]]:
+    """Pass USR2, TERM and Ctrl-C on to the child processes as USR2, which saves a checkpoint.
+
+    A second TERM or Ctrl-C kills them. Within the context, the list grows by each signal.
+    """
+    received: list[signal.Signals] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        again = number in received and number != signal.SIGUSR2
+        received.append(signal.Signals(number))
+        for child in multiprocessing.active_children():
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL if again else signal.SIGUSR2)
+
+    with stop_signals_handled(pass_on):
+        yield received
 
 
 def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from detectron2.config import instantiate
@@ -15,6 +15,7 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
@@ -33,6 +34,7 @@ from region_pretrain.engine.build import (
     wrap_model,
 )
 from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
+from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.hooks import (
     CheckpointHook,
     CollapseWarning,
@@ -49,33 +51,48 @@ from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_disk_full
+from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 
 logger = logging.getLogger(__name__)
 
 
-def start_run(cfg: DictConfig, resume: bool) -> None:
+@contextmanager
+def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
     """Claim ``train.output_dir``, save the config there, start logging and seed this process.
 
-    Every process of a run calls this first.
+    Every process of a run enters this first. No other run can use the folder until the main process
+    leaves it.
 
     Args:
         cfg: complete; a null ``train.seed`` is replaced by a number.
         resume: continue the run in the folder.
 
     Raises:
-        UserError: see :func:`~region_pretrain.engine.output_dir.claim_output_dir`.
+        UserError: another run is using the folder, or see
+            :func:`~region_pretrain.engine.output_dir.claim_output_dir`.
     """
-    cfg.train.seed = on_main_process(lambda: claim_output_dir(cfg, resume))
-    seed_all_rng(cfg.train.seed + comm.get_rank())
-    torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
     folder = cfg.train.output_dir
-    start_logging(folder)
-    logger.info("rank %d of %d processes", comm.get_rank(), comm.get_world_size())
-    # What follows in the report are 3000 characters of compiler flags.
-    logger.info("environment:\n%s", collect_env_info().split("PyTorch built with")[0])
-    logger.info("config: %s", os.path.join(folder, "config.yaml"))
+    with ExitStack() as leases:
+
+        def claim() -> int:
+            try:
+                PathManager.mkdirs(folder)
+                leases.enter_context(hold(folder))
+            except OSError as error:
+                raise UserError(f"cannot write to train.output_dir={folder}: {error}") from error
+            return claim_output_dir(cfg, resume)
+
+        cfg.train.seed = on_main_process(claim)
+        seed_all_rng(cfg.train.seed + comm.get_rank())
+        torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
+        start_logging(folder)
+        logger.info("rank %d of %d processes", comm.get_rank(), comm.get_world_size())
+        # What follows in the report are 3000 characters of compiler flags.
+        logger.info("environment:\n%s", collect_env_info().split("PyTorch built with")[0])
+        logger.info("config: %s", os.path.join(folder, "config.yaml"))
+        yield
 
 
 def run_training(
@@ -110,8 +127,8 @@ def run_training(
 
     Raises:
         UserError: the final evaluation failed; the final checkpoint has been saved.
-        Stopped: the process received USR2 (TERM as well in a SLURM job); a checkpoint of the last
-            finished step has been saved.
+        Stopped: a process received USR2, TERM or Ctrl-C; a checkpoint of the last finished step has
+            been saved.
     """
     train = cfg.train
     device = resolve_device(train.device)
@@ -119,6 +136,7 @@ def run_training(
     check_shared_memory(data)
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)
     lr = scale_lr(cfg, data, max_iter)
+    fingerprint = Fingerprint(data, cfg, train.output_dir, train.allow_changed_data)
 
     model = build(cfg, device)
     freeze(model, train.freeze)
@@ -146,6 +164,7 @@ def run_training(
         allow_world_size_change=train.allow_world_size_change,
         classes=classes.names if classes else (),
         allow_new_length=train.allow_new_length,
+        fingerprint=fingerprint,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=trainer.scaler,
@@ -182,7 +201,11 @@ def run_training(
         _initialise(model, cfg, classes)
     if start_iter >= max_iter:
         logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
-    with stop.listen(), _full_disk_reported(checkpointer):
+    with (
+        closing(fingerprint),
+        stop.listen(finished=lambda: trainer.iter >= max_iter),
+        _full_disk_reported(checkpointer),
+    ):
         trainer.train(start_iter, max_iter)
     stop.close()
     if evaluation is not None and evaluation.error:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 from region_pretrain.files import write_text_atomic
+from region_pretrain.json_files import read_json
 
 #: A job fails after this many consecutive attempts without a new checkpoint.
 MAX_STALLED = 10
@@ -18,22 +20,62 @@ MAX_STALLED = 10
 _NAME = "attempts.json"
 
 
-def read_attempts(output_dir: str) -> list[dict[str, Any]]:
+class _Started(TypedDict):
+    job: str
+    restart: int
+    host: str
+    started: float
+    start: str
+
+
+class Attempt(_Started, total=False):
+    """An attempt of a run.
+
+    Attributes:
+        job: its job id.
+        restart: SLURM's restart count.
+        host: where it ran.
+        started, ended: Unix times; ``ended`` is None if unknown.
+        start: the checkpoint that it resumed from, or "".
+        stop: the newest checkpoint at its end.
+        outcome: ``finished``, ``stopped`` (on request; will resume), ``killed`` (a process died
+            from a signal, or SLURM gave up the step), ``failed`` (with ``error``) or ``unknown``
+            (the attempt recorded no outcome before the next one started). Missing while it runs.
+        error: the message of a failed attempt.
+    """
+
+    ended: float | None
+    stop: str
+    outcome: str
+    error: str
+
+
+def read_attempts(output_dir: str) -> list[Attempt]:
     """The attempts of a run, oldest first.
 
-    Returns:
-        One dict per attempt with ``job`` (id), ``restart`` (SLURM's restart count), ``host``,
-        ``started`` (Unix time) and ``start`` (the checkpoint it resumed from, or ""). An attempt
-        that has ended also has ``ended``, ``stop`` (the newest checkpoint) and ``outcome``:
-        ``finished``, ``stopped`` (on request; will resume), ``killed`` (a process died from a
-        signal, or SLURM gave up the step), ``failed`` (with ``error``) or ``unknown`` (the attempt
-        recorded no outcome before the next one started).
+    Raises:
+        UserError: the record is damaged.
     """
+    path = os.path.join(output_dir, _NAME)
     try:
-        with open(os.path.join(output_dir, _NAME), encoding="utf-8") as file:
-            return json.load(file)
+        return read_json(path, list[Attempt], "delete it, which forgets earlier attempts")
     except FileNotFoundError:
         return []
+
+
+def vanished(attempts: Sequence[Attempt]) -> int:
+    """How many attempts in a row, at the end, recorded no outcome: they were killed.
+
+    An attempt before them that wrote a checkpoint without an outcome does not count.
+    """
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.get("outcome", "unknown") != "unknown":
+            break
+        if count and attempt["start"] != attempt.get("stop"):
+            break
+        count += 1
+    return count
 
 
 def start_attempt(output_dir: str, job: str, restart: int, host: str) -> int:
@@ -64,7 +106,7 @@ def end_attempt(output_dir: str, outcome: str, error: str = "") -> None:
 
     Args:
         output_dir: the run's folder.
-        outcome: see :func:`read_attempts`.
+        outcome: see :class:`Attempt`.
         error: the message of a failed attempt.
     """
     attempts = read_attempts(output_dir)
@@ -84,6 +126,6 @@ def newest_checkpoint(output_dir: str) -> str:
         return ""
 
 
-def _write(output_dir: str, attempts: list[dict[str, Any]]) -> None:
+def _write(output_dir: str, attempts: Sequence[Attempt]) -> None:
     os.makedirs(output_dir, exist_ok=True)
     write_text_atomic(os.path.join(output_dir, _NAME), json.dumps(attempts, indent=1) + "\n")

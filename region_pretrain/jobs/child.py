@@ -42,15 +42,20 @@ def start_child(
     return subprocess.Popen(command, cwd=cwd, env=changed, preexec_fn=in_child)
 
 
-def following_parent(number: signal.Signals) -> Callable[[], None]:
-    """A ``preexec_fn`` that has the kernel signal a child when this process dies (Linux only)."""
+def following_parent(number: signal.Signals, parent: int | None = None) -> Callable[[], None]:
+    """A function after whose call the kernel signals the process when its parent dies (Linux only).
+
+    Args:
+        number: the signal.
+        parent: process id of the parent; default: this process, for a ``preexec_fn``.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    parent = os.getpid()
+    expected = os.getpid() if parent is None else parent
 
     def follow() -> None:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, number)
-            if os.getppid() != parent:
+            if os.getppid() != expected:
                 os._exit(1)  # the parent died before prctl took effect
 
     return follow

@@ -24,6 +24,7 @@ _ALIASES = {
     "timeout_min": "time",
 }
 _NOT_IN_TEXT = ("kind", "extra", "setup")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ class Cluster:
     signal_seconds: int = 120
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("extra", "setup"):  # a set-up line is code in any case
+                refuse_control_characters(f"cluster {name}", value)
+        for key, value in self.extra.items():
+            refuse_control_characters(f"sbatch option {key!r}", value)
+            if not re.fullmatch(r"[\w-]+", str(key)):
+                raise UserError(f"sbatch option {key!r}: use only letters, digits, - and _")
         if self.kind not in KINDS:
             raise UserError(f"cluster kind={self.kind}: must be one of {', '.join(KINDS)}")
         for name in _INTEGERS:
@@ -113,6 +121,22 @@ class Cluster:
     def tasks(self) -> int:
         """Processes per node."""
         return self.tasks_per_node or self.gpus_per_node or 1
+
+
+def refuse_control_characters(what: str, value: Any) -> None:
+    """Refuse a line break and its like, with which a value would become a line of a batch script.
+
+    Args:
+        what: the value's name in the error message.
+        value: its text is checked.
+
+    Raises:
+        UserError: it contains a control character.
+    """
+    if _CONTROL.search(str(value)):
+        raise UserError(
+            f"{what}={str(value)!r}: line breaks and control characters are not allowed"
+        )
 
 
 def parse_slurm(text: str) -> Cluster:

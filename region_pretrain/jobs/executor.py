@@ -12,7 +12,7 @@ from submitit.core.utils import FailedJobError, environment_variables
 from submitit.slurm.slurm import SlurmExecutor
 
 from region_pretrain.errors import UserError
-from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.jobs.cluster import Cluster, refuse_control_characters
 from region_pretrain.jobs.job import MAX_TIMEOUTS, ToolJob
 from region_pretrain.jobs.slurm import outside_allocation
 
@@ -42,6 +42,7 @@ def submit(
     Raises:
         UserError: SLURM refuses the jobs; the message quotes it.
     """
+    refuse_control_characters("output folder", folder)
     os.makedirs(folder, exist_ok=True)
     root = _common_root(jobs)
     jobs = [_for_cluster(job, cluster) for job in jobs]
@@ -100,6 +101,9 @@ def _slurm_executor(
     after: Sequence[str],
     root: str,
 ) -> SlurmExecutor:
+    texts = {"job name": name, "output folder": folder, "code": root, "dependency": ":".join(after)}
+    for what, text in texts.items():
+        refuse_control_characters(what, text)
     executor = executor_class(folder, max_num_timeout=MAX_TIMEOUTS)
     cpus = cluster.cpus_per_task
     parameters = {

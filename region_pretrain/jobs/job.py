@@ -21,10 +21,12 @@ from submitit.core.utils import JobPaths
 from submitit.helpers import Checkpointable
 
 from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, start_attempt
-from region_pretrain.jobs.child import start_child
+from region_pretrain.jobs.child import following_parent, start_child
 from region_pretrain.jobs.rendezvous import rank_environment
 from region_pretrain.jobs.slurm import job_state, restart_count
+from region_pretrain.lease import process_start
 
 #: submitit limits the number of time-outs; :mod:`region_pretrain.jobs.attempts` counts instead.
 MAX_TIMEOUTS = 10**9
@@ -102,6 +104,10 @@ class _Task:
         self._note = os.path.join(folder, "tasks", note)
 
     def run(self) -> str:
+        if self.env.cluster == "local":  # SLURM ends all processes of a job itself
+            following_parent(signal.SIGKILL, os.getppid())()
+            if process_start(int(self.env.job_id)) is None:
+                sys.exit("the job's controller was killed")
         if self.env.global_rank == 0:
             self._start_attempt()
         self._write_note("running")
@@ -198,8 +204,7 @@ class _Task:
         """Write the task's state where :mod:`region_pretrain.jobs.requeue` reads it."""
         note = {"state": state, "code": code, "output_dir": self.job.output_dir}
         os.makedirs(os.path.dirname(self._note), exist_ok=True)
-        with open(self._note, "w", encoding="utf-8") as file:
-            json.dump(note, file)
+        write_text_atomic(self._note, json.dumps(note))
 
     def _needs_requeue(self) -> bool:
         """False if the job was cancelled, or requeued by whoever signalled it."""

@@ -5,15 +5,16 @@ python -m region_pretrain.jobs.requeue FOLDER EXIT_CODE
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.jobs import slurm
 from region_pretrain.jobs.attempts import end_attempt
+from region_pretrain.json_files import read_json
 
 
 @exit_on_user_error
@@ -22,7 +23,8 @@ def main() -> None:
     folder, code = Path(sys.argv[1]), sys.argv[2]
     job = SlurmJobEnvironment().job_id
     paths = sorted(folder.glob(f"tasks/{job}_{slurm.restart_count()}_*.json"))
-    notes = [json.loads(path.read_text()) for path in paths]  # the last note of each task
+    # The last note of each task.
+    notes = [read_json(str(path), dict[str, Any], "the job is not requeued") for path in paths]
     # A task that still counts as running was killed itself, before it could write another note.
     killed = [note for note in notes if note["state"] in ("killed", "running")]
     if killed:

@@ -135,8 +135,9 @@ def _submit(
     files: Mapping[str, str],
 ) -> None:
     name = os.path.basename(os.path.abspath(output))
+    script = sbatch_text(jobs, cluster, folder, name)  # refuses what may not be in it
     if dry_run:
-        print(sbatch_text(jobs, cluster, folder, name), end="")
+        print(script, end="")
         return
     check_cluster(cluster)
     os.makedirs(folder, exist_ok=True)

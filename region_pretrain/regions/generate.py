@@ -22,6 +22,7 @@ from tqdm import tqdm
 from region_pretrain.errors import UserError, describe
 from region_pretrain.files import is_disk_full
 from region_pretrain.images import UnreadableImage, read_record, tolerated_files
+from region_pretrain.lease import PREFIX, hold
 from region_pretrain.progress import Progress, write_progress
 from region_pretrain.regions.parts import ImageResult, Parts
 from region_pretrain.regions.recipes import Recipe, get_recipe
@@ -102,10 +103,11 @@ def _make(parts: Parts, workers: int, shard: tuple[int, int], tolerated: int) ->
         path = os.path.join(parts.folder, f"progress-{index}.json")
         progress = _ProgressFile(path, total - left, total)
         unreadable = 0
-        for part, results in _run_parts(parts, todo, workers, progress.advance):
-            unreadable += parts.write(part, results)
-            if unreadable > tolerated:
-                break  # merge() raises the error
+        with hold(parts.folder, f"{PREFIX}-{index}", f"shard {index} of {parts.out}"):
+            for part, results in _run_parts(parts, todo, workers, progress.advance):
+                unreadable += parts.write(part, results)
+                if unreadable > tolerated:
+                    break  # merge() raises the error
     return parts.merge(tolerated)
 
 

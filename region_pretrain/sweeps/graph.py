@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 REGIONS, PRETRAIN, TRIAL, CHOICE, FINETUNE = "regions", "pretrain", "trial", "choice", "finetune"
@@ -59,16 +58,3 @@ class Plan:
 
     runs: dict[str, Run] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
-        """The inverse of :meth:`to_json`."""
-        runs = {}
-        for name, run in values["runs"].items():
-            tasks = tuple(tuple(task) for task in run["tasks"])
-            runs[name] = Run(**{**run, "tasks": tasks, "parents": tuple(run["parents"])})
-        return cls(runs, list(values["entries"]))

@@ -6,12 +6,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
 from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.jobs.executor import submit
 from region_pretrain.jobs.job import ToolJob
 from region_pretrain.jobs.snapshot import CHECKOUT
+from region_pretrain.lease import PREFIX, holder_of
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
 from region_pretrain.sweeps.state import Record, SweepFile
@@ -90,13 +92,19 @@ def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
         Job id -> ``queued`` or ``running``.
 
     Raises:
-        UserError: SLURM does not answer.
+        UserError: SLURM does not answer, or the sweep runs on another machine.
     """
     if cluster.kind == "slurm":
         return {
             job: state.QUEUED if word in slurm.WAITING_STATES else state.RUNNING
             for job, word in slurm.my_jobs().items()
         }
+    holder = holder_of(folder)
+    if holder is not None and not holder.is_here():
+        raise UserError(
+            f"the sweep in {folder} is run by {holder}: use this command there; if that machine no "
+            f"longer runs, delete {os.path.join(folder, PREFIX)}"
+        )
     return dict.fromkeys(_local_jobs(os.path.join(folder, "jobs")), state.RUNNING)
 
 

@@ -6,7 +6,6 @@ Its state is in files only: killed and restarted, it finds the running jobs and 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import os
 import signal
@@ -14,81 +13,60 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import IO
 
+from region_pretrain.errors import exit_on_user_error
+from region_pretrain.jobs.attempts import read_attempts, vanished
+from region_pretrain.lease import InUse, hold, holder_of
 from region_pretrain.sweeps import jobs, state
-from region_pretrain.sweeps.state import SweepFile
+from region_pretrain.sweeps.graph import Run
+from region_pretrain.sweeps.state import Record, SweepFile
 
 logger = logging.getLogger(__name__)
 
-_LOCK = "coordinator.lock"
 LOG = "coordinator.txt"
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 15.0
-
-
-def _open_lock(folder: str) -> IO[str] | None:
-    """The sweep's lock, which the kernel releases when its holder dies; None if it is taken."""
-    file = open(os.path.join(folder, _LOCK), "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+_MAX_KILLED = 3  # times in a row without a new checkpoint
 
 
 def coordinator_pid(folder: str) -> int | None:
-    """Process id of a sweep's coordinator; None if none is running."""
-    path = os.path.join(folder, _LOCK)
-    if not os.path.exists(path):
-        return None
-    mine = _open_lock(folder)
-    if mine is not None:
-        mine.close()
-        return None
-    with open(path, encoding="utf-8") as file:
-        text = file.read().strip()
-    return int(text) if text.isdigit() else None
+    """Process id of a sweep's coordinator; None if none is running on this machine."""
+    holder = holder_of(folder)
+    return holder.pid if holder is not None and holder.is_here() else None
 
 
 def start_coordinator(folder: str) -> None:
     """Start the coordinator in its own session. A running one picks up new runs automatically."""
-    lock = _open_lock(folder)
-    if lock is None:
+    if coordinator_pid(folder) is not None:
         return
-    # The process inherits the locked file, so the lock is never free in between.
-    with lock, open(os.path.join(folder, LOG), "ab") as log:
-        lock.truncate(0)
+    with open(os.path.join(folder, LOG), "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, folder, str(lock.fileno())],
+            [sys.executable, "-m", __name__, folder],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=state.read_sweep(folder).root,
-            pass_fds=[lock.fileno()],
         )
-        lock.write(f"{process.pid}\n")
+    # Until then, the sweep looks as if its process had been killed.
+    _wait_until(lambda: coordinator_pid(folder) is not None or process.poll() is not None, 60)
 
 
-def coordinate(folder: str, lock: IO[str]) -> None:
+def coordinate(folder: str) -> None:
     """Run everything that is not finished, parents first, until nothing more can run.
 
     Args:
         folder: the sweep's folder.
-        lock: the sweep's lock, which this process holds; released at the end.
     """
     while True:
-        _work(folder)
-        fcntl.flock(lock, fcntl.LOCK_UN)
+        try:
+            with hold(folder):
+                _work(folder)
+        except InUse:
+            return  # by another coordinator
         # The sweep may have been started again since the last check.
         sweep = state.read_sweep(folder)
         if not _startable(sweep, jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))):
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
             return
 
 
@@ -109,6 +87,12 @@ def _work(folder: str) -> None:
         runs = sweep.plan.runs
         mine = [job for job in mine if not job.done()]
         now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
+        killed = [run for run in runs.values() if now[run.id] == state.FAILED and _was_killed(run)]
+        for run in killed:
+            logger.info("%s: killed; starting it again", run.name)
+            state.write_record(run, Record(state.read_record(run).submitted))
+        if killed:
+            continue
         for name, word in now.items():
             if word not in (state.WAITING, seen.get(name)):
                 logger.info("%s: %s", runs[name].name, word)
@@ -122,6 +106,14 @@ def _work(folder: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def _was_killed(run: Run) -> bool:
+    """Whether the process beside the run's tool was killed, so that the run can be started again.
+
+    A tool that was killed alone has been started again already, by the process beside it.
+    """
+    return 0 < vanished(read_attempts(run.folder)) < _MAX_KILLED
+
+
 def cancel_local(folder: str) -> list[str]:
     """Stop a sweep's coordinator and its jobs.
 
@@ -129,6 +121,7 @@ def cancel_local(folder: str) -> list[str]:
         Names of the stopped runs. They resume from their checkpoints when started again.
     """
     sweep = state.read_sweep(folder)
+    jobs.live_jobs(sweep.cluster, folder)  # refuses a sweep of another machine
     if (pid := coordinator_pid(folder)) is not None:
         os.kill(pid, signal.SIGTERM)
         _wait_until(lambda: coordinator_pid(folder) is None)
@@ -146,20 +139,18 @@ def cancel_local(folder: str) -> list[str]:
     return stopped
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _GRACE_SECONDS
+def _wait_until(condition: Callable[[], bool], seconds: float = _GRACE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
+@exit_on_user_error
 def main() -> None:
     # Background jobs of a shell ignore SIGINT, and so would their children; it cancels a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    folder, number = sys.argv[1:]
-    with open(int(number), "a", encoding="utf-8") as lock:
-        os.set_inheritable(lock.fileno(), False)
-        coordinate(folder, lock)
+    coordinate(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from region_pretrain.config import load_file
 from region_pretrain.data.few_label import SUBSET_FILE
 from region_pretrain.data.sources import register_named
 from region_pretrain.errors import UserError
+from region_pretrain.json_files import read_json
 from region_pretrain.metrics import read_metrics, read_results
 from region_pretrain.reporting.plots import Curve, metric_curve
 from region_pretrain.reporting.summary import mean_std
@@ -144,8 +145,8 @@ def _labelled_images(run: Run, known: dict[str, int | None]) -> int | None:
     """
     path = os.path.join(run.folder, SUBSET_FILE)
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            return len(json.load(file)["image_ids"])
+        fix = "delete it, and the report counts the images of the config"
+        return len(read_json(path, dict[str, Any], fix).get("image_ids", ()))
     path = os.path.join(run.folder, "config.yaml")
     if not os.path.isfile(path):
         return None

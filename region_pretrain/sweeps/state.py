@@ -9,12 +9,13 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from glob import escape, glob
-from typing import Any
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
-from region_pretrain.jobs.attempts import read_attempts
+from region_pretrain.jobs.attempts import Attempt, read_attempts
 from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.json_files import read_json
+from region_pretrain.lease import PREFIX
 from region_pretrain.progress import Progress, read_progress
 from region_pretrain.sweeps.graph import REGIONS, Plan, Run
 
@@ -64,6 +65,7 @@ class SweepFile:
         plan: the runs.
         pictures: number of images per picture of the report; 0: no pictures.
         methods: pre-training -> the name of its curve in figures against the images seen.
+        version: of this format.
     """
 
     name: str
@@ -77,35 +79,30 @@ class SweepFile:
     plan: Plan
     pictures: int = 0
     methods: dict[str, str] = field(default_factory=dict)
+    version: int = _VERSION
 
 
 def write_sweep(folder: str, sweep: SweepFile) -> None:
     """Write ``sweep.json``."""
-    values = asdict(sweep) | {"version": _VERSION, "plan": sweep.plan.to_json()}
-    write_text_atomic(os.path.join(folder, _SWEEP), json.dumps(values, indent=1) + "\n")
+    text = json.dumps(asdict(sweep), indent=1) + "\n"
+    write_text_atomic(os.path.join(folder, _SWEEP), text)
 
 
 def read_sweep(folder: str) -> SweepFile:
     """Read ``sweep.json``.
 
     Raises:
-        UserError: the folder contains no sweep, or one of another version.
+        UserError: the folder contains no sweep, one of another version, or a damaged one.
     """
     path = os.path.join(folder, _SWEEP)
-    if not os.path.isfile(path):
-        raise UserError(f"{folder} contains no sweep: there is no {path}")
-    with open(path, encoding="utf-8") as file:
-        values = json.load(file)
+    fix = "delete it and start the sweep again, which keeps its finished runs"
     try:
-        if values.pop("version", None) != _VERSION:
-            raise TypeError
-        values["cluster"] = Cluster(**values["cluster"])
-        values["plan"] = Plan.from_json(values["plan"])
-        return SweepFile(**values)
-    except (TypeError, KeyError):
-        raise UserError(
-            f"{path} was written by another version: set another sweep.output_dir"
-        ) from None
+        sweep = read_json(path, SweepFile, fix)
+    except FileNotFoundError:
+        raise UserError(f"{folder} contains no sweep: there is no {path}") from None
+    if sweep.version != _VERSION:
+        raise UserError(f"{path} was written by another version: set another sweep.output_dir")
+    return sweep
 
 
 def claim(folder: str, name: str) -> None:
@@ -119,7 +116,7 @@ def claim(folder: str, name: str) -> None:
         other = read_sweep(folder).name
         if other != name:
             raise UserError(f"{folder} belongs to the sweep {other}, not to {name}: {fix}")
-    elif os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+    elif os.path.exists(folder) and not _is_free(folder):
         raise UserError(f"{folder} is not empty and contains no sweep: {fix}")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -127,13 +124,26 @@ def claim(folder: str, name: str) -> None:
         raise UserError(f"{folder} cannot be created: {error}; {fix}") from error
 
 
+def _is_free(folder: str) -> bool:
+    """Whether a folder is empty, or that of a sweep whose file has been deleted."""
+    if not os.path.isdir(folder):
+        return False
+    names = [name for name in os.listdir(folder) if not name.startswith(PREFIX)]
+    return not names or "runs" in names
+
+
 def read_record(run: Run) -> Record | None:
-    """A run's record; None if it was never submitted."""
+    """A run's record; None if it was never submitted.
+
+    Raises:
+        UserError: the record is damaged.
+    """
     path = os.path.join(run.folder, _RUN)
-    if not os.path.isfile(path):
+    fix = f"delete it, and {run.name} counts as never submitted"
+    try:
+        return read_json(path, Record, fix)
+    except FileNotFoundError:
         return None
-    with open(path, encoding="utf-8") as file:
-        return Record(**json.load(file))
 
 
 def write_record(run: Run, record: Record) -> None:
@@ -218,8 +228,8 @@ def progress(run: Run) -> Progress | None:
     )
 
 
-def attempts(run: Run) -> list[dict[str, Any]]:
-    """All attempts of a run (see :func:`read_attempts`), including those of its shards.
+def attempts(run: Run) -> list[Attempt]:
+    """All attempts of a run (see :class:`Attempt`), including those of its shards.
 
     A finished run's attempt that has not recorded its end yet gets the time of the product.
     """

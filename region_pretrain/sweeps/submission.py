@@ -13,6 +13,7 @@ from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import sbatch_text
 from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
+from region_pretrain.lease import PREFIX, hold
 from region_pretrain.sweeps import jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
 from region_pretrain.sweeps.graph import Plan, Run
@@ -20,6 +21,8 @@ from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.state import Record, SweepFile
 
 Group = tuple[list[Run], list[Run]]
+
+_PATIENCE_SECONDS = 60.0  # another start of the same sweep takes seconds
 
 
 def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
@@ -63,6 +66,11 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
     folder = os.path.abspath(folder)
     check_cluster(sweep.cluster)
     state.claim(folder, sweep.name)
+    with hold(folder, f"{PREFIX}-start", patience=_PATIENCE_SECONDS):
+        _start(sweep, folder, say)
+
+
+def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     live = jobs.live_jobs(sweep.cluster, folder)
     now = jobs.states(sweep.plan, live)
     for run in sweep.plan.runs.values():

@@ -15,8 +15,8 @@ from region_pretrain.errors import UserError
 
 def begin(folder, resume=False, **train):
     cfg = complete_train(make_config(folder, **train))
-    start_run(cfg, resume)
-    return cfg
+    with start_run(cfg, resume):
+        return cfg
 
 
 def make_progress(folder):
@@ -61,10 +61,12 @@ def test_resume_accepts_the_same_config_and_harmless_changes(tmp_path, train):
 def test_resume_accepts_another_number_of_workers(tmp_path):
     cfg = make_config(tmp_path)
     cfg.dataloader.train.num_workers = 2
-    start_run(complete_train(cfg), False)
+    with start_run(complete_train(cfg), False):
+        pass
     make_progress(tmp_path)
     cfg.dataloader.train.num_workers = 8
-    start_run(cfg, True)
+    with start_run(cfg, True):
+        pass
 
 
 def test_resume_refuses_another_config_and_lists_the_changes(tmp_path):
@@ -73,8 +75,8 @@ def test_resume_refuses_another_config_and_lists_the_changes(tmp_path):
     cfg = complete_train(make_config(tmp_path, seed=3, epochs=8))
     cfg.model.noise = 0.2
     cfg.optimizer.momentum = 0.5
-    with pytest.raises(UserError) as error:
-        start_run(cfg, True)
+    with pytest.raises(UserError) as error, start_run(cfg, True):
+        pass
     for part in (
         "model.noise: 0.1 -> 0.2",
         "optimizer.momentum: (absent) -> 0.5",

@@ -70,17 +70,47 @@ def test_both_processes_stop_after_the_same_step_when_one_is_signalled(tmp_path,
     assert same_weights(folder, tmp_path / "whole")
 
 
-def test_term_is_a_stop_request_only_in_a_job(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_each_signal_is_a_request_to_stop(monkeypatch, number, capfd):
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    before = signal.getsignal(number)
     stop = StopRequest()
     with stop.listen():
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    with stop.listen():
         assert not stop.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.agreed()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        if number == signal.SIGUSR2:  # a scheduler may repeat it
+            os.kill(os.getpid(), number)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) == before
+    said = "stopping after this step, once its checkpoint is saved\n"
+    assert capfd.readouterr().err == ("" if number == signal.SIGUSR2 else said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_with_nothing_left_to_save_it_stops_at_once_except_in_a_job(monkeypatch, number):
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    with StopRequest().listen(finished=lambda: True):
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGUSR2)  # the final evaluation may well be done in time
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    stop = StopRequest()
+    with stop.listen(finished=lambda: True):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.agreed()
+
+
+def test_ctrl_c_that_the_shell_has_turned_off_stays_off():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest().listen():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_in_a_thread_which_receives_no_signals_trains_as_usual():
@@ -114,16 +144,20 @@ class TellsItself(Dataset):
         return self[len(indices)]
 
 
-def test_workers_forked_while_a_run_listens_ignore_usr2():
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGINT])
+def test_workers_forked_while_a_run_listens_ignore_its_signals(number):
     stop = StopRequest()
     with stop.listen():
-        got = list(DataLoader(TellsItself(signal.SIGUSR2), batch_size=None, num_workers=1))
-    assert [int(i) for i in got] == list(range(8)) and stop.received is None
+        got = list(DataLoader(TellsItself(number), batch_size=None, num_workers=1))
+    assert [int(i) for i in got] == list(range(8)) and not stop.received
 
 
 @pytest.mark.parametrize("kind", ["plain", "pre-training", "fine-tuning"])
-def test_loader_workers_of_a_job_ignore_both_signals(monkeypatch, kind):
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+@pytest.mark.parametrize("in_job", [True, False])
+def test_loader_workers_ignore_both_signals(monkeypatch, kind, in_job):
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    if in_job:
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     both = TellsItself(signal.SIGUSR2, signal.SIGTERM)
     with StopRequest().listen():
         if kind == "plain":

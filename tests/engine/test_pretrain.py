@@ -114,6 +114,7 @@ def test_the_output_folder_contains_what_is_documented(tmp_path):
     do_pretrain(make_config(tmp_path))
     names = sorted(os.listdir(tmp_path))
     assert [n for n in names if not n.startswith("events.")] == [
+        ".lease",
         "config.yaml",
         "last_checkpoint",
         "log.txt",

@@ -1,4 +1,4 @@
-"""Fault tests use the tiny runs of the engine's tests, also in the processes that they start."""
+"""Fault tests use the tiny runs and fake sweeps of other tests, also in their child processes."""
 
 import os
 import sys
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FOLDERS = [str(TESTS / "faults"), str(TESTS / "engine")]
+FOLDERS = [str(TESTS / name) for name in ("faults", "engine", "sweeps")]
 sys.path[:0] = FOLDERS
+
+from fake_sweeps import sweeps  # noqa: E402, F401  a fixture
 
 
 @pytest.fixture(autouse=True, scope="session")

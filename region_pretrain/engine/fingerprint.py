@@ -1,0 +1,205 @@
+"""Notices that a run's data has changed since its checkpoint was written."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
+
+from region_pretrain.config import to_yaml
+from region_pretrain.data.contents import Contents
+from region_pretrain.errors import UserError
+from region_pretrain.files import is_local, write_atomic
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 2048  # images per task of a thread
+_THREADS = 16  # a network file system answers many requests at once
+_SHOWN = 3
+#: Settings of a loader that do not change its batches.
+_HARMLESS = ("num_workers", "pin_memory")
+
+
+class Fingerprint:
+    """A digest of all images' names, sizes and modification times, of their regions and settings.
+
+    The main process examines the files in the background, from construction until the fingerprint
+    is needed. A compressed list of them in the output folder, ``data_files-<digest>.txt.gz``,
+    allows a later run to name the files that differ.
+
+    Args:
+        data: the training loader. An optional method ``contents()`` returns its
+            :class:`~region_pretrain.data.contents.Contents`.
+        cfg: the config; ``dataloader.train`` contains the settings.
+        folder: the run's output folder.
+        allow_changed_data: continue with data that has changed.
+    """
+
+    def __init__(
+        self, data: Any, cfg: DictConfig, folder: str, allow_changed_data: bool = False
+    ) -> None:
+        contents = data.contents() if hasattr(data, "contents") else Contents(0, lambda _: ("", 0))
+        self.allow_changed_data = allow_changed_data
+        self._folder = folder
+        self._facts = {
+            "images": contents.count,
+            "regions": contents.regions,
+            "settings": _settings(cfg),
+        }
+        self._listing: Future[tuple[str, bytes]] = Future()
+        self._closed = threading.Event()
+        if comm.is_main_process():
+            threading.Thread(target=self._examine, args=(contents,), daemon=True).start()
+
+    def close(self) -> None:
+        """Stop examining files."""
+        self._closed.set()
+
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint contains of it; waits for the files. For the main process."""
+        digest, packed = self._listing.result()
+        path = self._path(digest)
+        if self._facts["images"] and not PathManager.exists(path):
+            try:
+                write_atomic(path, lambda file: file.write(packed))
+            except OSError as error:
+                logger.warning("%s cannot be written: %s", path, error)
+        return {**self._facts, "files": digest}
+
+    def compare(self, path: str, saved: dict[str, Any] | None) -> None:
+        """Compare the data with that of a checkpoint. For the main process.
+
+        Args:
+            path: the checkpoint.
+            saved: its :meth:`entry`; None if it has none.
+
+        Raises:
+            UserError: something has changed, and ``allow_changed_data`` is off.
+        """
+        now = self.entry()
+        if now == saved:
+            return
+        if not isinstance(saved, dict) or saved.keys() != now.keys():
+            changes = ["the checkpoint has no fingerprint to compare with"]
+        else:
+            changes = [
+                *self._changed_files(saved, now),
+                *(["other regions"] if saved["regions"] != now["regions"] else []),
+                *_changed_settings(saved["settings"], now["settings"]),
+            ]
+        text = f"the training data is not that of {path}: {'; '.join(changes)}"
+        if not self.allow_changed_data:
+            raise UserError(
+                f"{text}. Undo the changes, set train.allow_changed_data=True to continue with the "
+                "data as it is now, or choose another train.output_dir"
+            )
+        logger.warning("%s; continuing with the data as it is now", text)
+
+    def _path(self, digest: str) -> str:
+        return os.path.join(self._folder, f"data_files-{digest[:8]}.txt.gz")
+
+    def _examine(self, contents: Contents) -> None:
+        try:
+            digest, packed = hashlib.sha256(), bytearray()
+            for text in self._chunks(contents):
+                digest.update(text)
+                packed += gzip.compress(text, compresslevel=1, mtime=0)
+            self._listing.set_result((digest.hexdigest(), bytes(packed)))
+        except BaseException as error:
+            self._listing.set_exception(error)
+
+    def _chunks(self, contents: Contents) -> Iterator[bytes]:
+        def lines(start: int) -> bytes:
+            if self._closed.is_set():
+                raise RuntimeError("the run has ended")
+            stop = min(start + _CHUNK, contents.count)
+            return "".join(_line(*contents.image(i)) for i in range(start, stop)).encode()
+
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            yield from pool.map(lines, range(0, contents.count, _CHUNK))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _changed_files(self, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        if saved["files"] == now["files"]:
+            return []
+        count = f"{now['images']} instead of {saved['images']} images"
+        old, new = _read_listing(self._path(saved["files"]), saved["files"]), None
+        if old is not None:
+            new = _parse(gzip.decompress(self._listing.result()[1]))
+        if not old or new is None:
+            return [f"{count} (the list of their names is missing)"]
+        both = [name for name in new if name in old]
+        kinds = {
+            "removed images": [name for name in old if name not in new],
+            "new images": [name for name in new if name not in old],
+            "images of another size": [n for n in both if old[n][0] != new[n][0]],
+            "images modified without a change of size": [
+                n for n in both if old[n][0] == new[n][0] and old[n][1] != new[n][1]
+            ],
+            "images with other labels": [n for n in both if old[n][2:] != new[n][2:]],
+        }
+        found = [
+            f"{kind}: {len(names)} (e.g. {', '.join(names[:_SHOWN])})"
+            for kind, names in kinds.items()
+            if names
+        ]
+        return found or ["another order of the images"]
+
+
+def _settings(cfg: DictConfig) -> str:
+    """``dataloader.train`` as YAML, without what does not change its batches."""
+    values = OmegaConf.to_container(cfg.dataloader.train, resolve=True)
+    kept = {key: value for key, value in values.items() if key not in _HARMLESS}
+    return to_yaml(OmegaConf.create(kept, flags={"allow_objects": True}))
+
+
+def _changed_settings(old: str, new: str) -> list[str]:
+    if old == new:
+        return []
+    lines = difflib.ndiff(old.splitlines(), new.splitlines())
+    changed = [f"{line[0]} {line[2:].strip()[:200]}" for line in lines if line[0] in "+-"]
+    return [f"dataloader.train: {', '.join(changed[:2 * _SHOWN])}"]
+
+
+def _line(name: str, others: Any) -> str:
+    """One image of the listing: size, modification time (ns), digest of the rest, name."""
+    size = time = digest = "-"
+    if is_local(name):
+        try:
+            status = os.stat(name)
+            size, time = status.st_size, status.st_mtime_ns
+        except (OSError, ValueError):
+            size = "missing"
+    if others is not None:
+        digest = hashlib.blake2b(repr(others).encode(), digest_size=8).hexdigest()
+    return f"{size} {time} {digest} {name!r}\n"  # repr: one line, whatever the name
+
+
+def _read_listing(path: str, digest: str) -> dict[str, tuple[str, ...]] | None:
+    try:
+        with PathManager.open(path, "rb") as file:
+            text = gzip.decompress(file.read())
+    except (OSError, EOFError, ValueError):
+        return None
+    return _parse(text) if hashlib.sha256(text).hexdigest() == digest else None
+
+
+def _parse(text: bytes) -> dict[str, tuple[str, ...]]:
+    """Name -> size, time and digest of each image with it; crops of one file share its name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for line in text.decode().splitlines():
+        size, time, digest, name = line.split(" ", 3)
+        found[name] = found[name] + (digest,) if name in found else (size, time, digest)
+    return found

@@ -1,0 +1,185 @@
+"""A tiny run in processes that a test can interrupt.
+
+They are forked from the test, which has imported everything already, or started by a command line:
+fault_runs.py FOLDER PROCESSES [KEY=VALUE ...]
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+from region_pretrain.warnings import ignore_library_warnings
+
+if __name__ in ("__main__", "__mp_main__"):  # as in a tool
+    ignore_library_warnings()
+
+import functools
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.engine import HookBase
+from omegaconf import OmegaConf
+from tiny_run import CLOCK, Loader, make_config, make_detection_config
+
+from region_pretrain.data.contents import Contents
+from region_pretrain.engine.finetune import do_train
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
+from region_pretrain.errors import exit_on_user_error
+
+
+class SlowLoader(Loader):
+    """Needs a while until it is there."""
+
+    def __init__(self, seconds: float = 0.0, **settings):
+        time.sleep(seconds)
+        super().__init__(**settings)
+
+
+class FolderLoader(Loader):
+    """Has as many images as a folder has files."""
+
+    def __init__(self, folder: str, **settings):
+        self._files = sorted(str(path) for path in Path(folder).iterdir())
+        super().__init__(num_images=len(self._files), **settings)
+
+    def contents(self) -> Contents:
+        return Contents(len(self._files), lambda i: (self._files[i], None))
+
+
+class Slow(HookBase):
+    """Gives a test time to interrupt a run between two steps."""
+
+    def after_step(self) -> None:
+        time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0.1")))
+
+
+def train(folder: str, changes: list[str]) -> None:
+    make = make_detection_config if "kind=finetune" in changes else make_config
+    cfg = make(folder, hooks=[L(Slow)()], eval_period=0)
+    if make is make_config:
+        cfg.dataloader.train._target_ = SlowLoader
+    resume = "resume=True" in changes
+    changes = [change for change in changes if not change.startswith(("resume=", "kind="))]
+    cfg.merge_with(OmegaConf.from_dotlist(changes))
+    (do_train if make is make_detection_config else do_pretrain)(cfg, resume)
+
+
+@exit_on_user_error
+def main(arguments: list[str]) -> None:
+    folder, processes, *changes = arguments
+    launch(train, int(processes), device="cpu", args=(folder, changes))
+
+
+def default_signals() -> None:
+    """As in a process that was not forked."""
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Process:
+    """A forked process in a session of its own, with the methods of ``subprocess.Popen``."""
+
+    def __init__(self, function, output: Path) -> None:
+        self.returncode: int | None = None
+        gc.collect()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            ignore_library_warnings()
+            default_signals()
+            os.register_at_fork(after_in_child=default_signals)
+            code = 0
+            function()
+        except SystemExit as error:
+            code = error.code or 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while self.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return self.returncode
+
+
+class Run:
+    """A tiny run.
+
+    Args:
+        folder: its output folder; what it prints is in ``<folder>.out``.
+    """
+
+    def __init__(self, folder: Path, processes: int = 1, *changes: str) -> None:
+        self.folder = folder
+        self._arguments = [str(folder), str(processes), *changes]
+
+    def start(self, *changes: str) -> Process:
+        def run() -> None:
+            start = torch.multiprocessing.start_processes
+            torch.multiprocessing.start_processes = functools.partial(start, start_method="fork")
+            main([*self._arguments, *changes])
+
+        return Process(run, self.folder.with_suffix(".out"))
+
+    def start_command(self, *changes: str) -> subprocess.Popen:
+        command = [sys.executable, __file__, *self._arguments, *changes]
+        with open(self.folder.with_suffix(".out"), "ab") as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+    def finish(self, *changes: str) -> int:
+        return self.start(*changes).wait(120)
+
+    def output(self) -> str:
+        return self.folder.with_suffix(".out").read_text(errors="replace")
+
+    def losses(self) -> list[dict]:
+        """metrics.json without timings, and without a line that is still being written."""
+        path, found = self.folder / "metrics.json", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                found.append({k: v for k, v in json.loads(line).items() if k not in CLOCK})
+            except ValueError:
+                break
+        return found
+
+    def wait_for(self, iteration: int, process: Process | subprocess.Popen) -> None:
+        self.until(lambda: any(r["iteration"] >= iteration for r in self.losses()), process)
+
+    def until(self, condition, process: Process | subprocess.Popen) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert process.poll() is None and time.monotonic() < deadline, self.output()
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,130 @@
+"""Signals to one process of a run, to all of them, and too early."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fault_runs import Run
+
+from region_pretrain.errors import STOPPED
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("model_*.pth"))
+
+
+def same(a, b):
+    a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (a, b))
+    return all(torch.equal(a[k][n], b[k][n]) for k in ("model", "pretraining") for n in a[k])
+
+
+def assert_one_line(text, line):
+    assert "Traceback" not in text and "Terminating process" not in text, text
+    assert text.count(line) == 1, text
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request, tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("whole") / str(request.param), request.param)
+    assert run.finish() == 0, run.output()
+    return request.param, run
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [
+        (signal.SIGUSR2, False),
+        (signal.SIGTERM, False),
+        (signal.SIGTERM, True),  # timeout, systemd
+        (signal.SIGINT, True),  # a terminal
+    ],
+)
+def test_a_signal_saves_and_the_run_continues_exactly(undisturbed, tmp_path, number, to_all):
+    processes, whole = undisturbed
+    run = Run(tmp_path / "run", processes)
+    process = run.start()
+    run.wait_for(3, process)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.wait(60) == STOPPED, run.output()
+    assert_one_line(run.output(), "stopped on request: saved after iteration")
+    (saved,) = checkpoints(run.folder)
+    done = run.losses()[-1]["iteration"]
+    # The metrics of the saved step are in the checkpoint, and written when the run continues.
+    assert saved == f"model_{done + 1:07d}.pth" and 3 <= done < 18
+    if number == signal.SIGUSR2 or to_all and number == signal.SIGINT:
+        assert run.finish("resume=True") == 0, run.output()
+        assert run.losses() == whole.losses() and same(run.folder, whole.folder)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_ctrl_c_ends_at_once(tmp_path, processes):
+    run = Run(tmp_path / "run", processes, "train.checkpointer.period=0")
+    process = run.start()
+    run.wait_for(1, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # both wait until it continues
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
+    run.until(lambda: "stopping after this step" in run.output(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) in (130, 137, STOPPED)
+    assert "Traceback" not in run.output(), run.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_process_that_has_not_trained_yet_ends_without_a_traceback(tmp_path, number):
+    run = Run(tmp_path / "run", 1, "dataloader.train.seconds=60")
+    process = run.start()
+    run.until(lambda: (run.folder / "config.yaml").exists(), process)
+    os.killpg(process.pid, number)
+    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert run.output().count("interrupted") == (number == signal.SIGINT)
+    assert "Traceback" not in run.output(), run.output()
+
+
+def test_ctrl_c_while_a_launcher_starts_its_processes_prints_one_line(tmp_path):
+    run = Run(tmp_path / "run", 2)
+    process = run.start_command()  # they import everything again
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    run.until(lambda: len(children.read_text().split()) >= 3, process)  # with their tracker
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) in (130, 128 + signal.SIGUSR2), run.output()
+    lines = [line for line in run.output().splitlines() if "arning" not in line]
+    assert len(lines) == 1 and ("interrupted" in lines[0] or "stopped by SIGINT" in lines[0])
+
+
+def test_ctrl_c_while_a_tool_imports_prints_one_line(tmp_path):
+    code = (
+        "from region_pretrain.warnings import ignore_library_warnings\n"
+        "ignore_library_warnings()\n"
+        "import os, signal\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
+    run = Run(tmp_path / "run", 2)
+    process = run.start()
+    run.wait_for(7, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(60) == 128 + signal.SIGKILL, run.output()
+    assert_one_line(run.output(), "of 2 died from SIGKILL; --resume continues the run")
+    assert run.finish("resume=True") == 0
+
+
+def test_the_parents_death_lets_its_processes_save(tmp_path):
+    run = Run(tmp_path / "run", 2)
+    process = run.start()
+    run.wait_for(3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    assert run.finish("resume=True") == 0, run.output()  # waits until they have ended
+    assert len(run.losses()) == 20
