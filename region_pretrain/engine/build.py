@@ -19,7 +19,7 @@ from torch import nn
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 from region_pretrain.modeling.trunk import compile_trunks
 
 logger = logging.getLogger(__name__)
@@ -175,8 +175,8 @@ def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     seed_all_rng(cfg.train.seed + comm.get_rank())
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and dist.is_available() and dist.is_initialized():
-        model = use_cpu_sync_batchnorm(model)
+    if dist.is_available() and dist.is_initialized():
+        use_sync_batchnorm(model)
     return model
 
 
