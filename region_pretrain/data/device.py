@@ -19,8 +19,8 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         tensor: on the CPU, otherwise it is returned unchanged or moved as usual.
         device: the CPU, or a GPU.
     """
-    to_gpu = tensor.device.type == "cpu" and torch.device(device).type != "cpu"
-    if to_gpu and tensor.nbytes > _STAGED_BYTES:
+    to_gpu = torch.device(device).type not in ("cpu", "meta")
+    if to_gpu and tensor.device.type == "cpu" and tensor.nbytes > _STAGED_BYTES:
         channels_last = tensor.dim() == 4 and tensor.is_contiguous(
             memory_format=torch.channels_last
         )
