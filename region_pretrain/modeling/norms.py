@@ -109,24 +109,24 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, weight, mean, invstd, counts = ctx.saved_tensors
         kernels, needs = _kernels(x), ctx.needs_input_grad[:3]
         grad = _dense(grad)
-        # A process without samples has gradients of 0, not none: DDP waits for them.
-        total, product = torch.zeros_like(mean), torch.zeros_like(mean)
-        grad_weight = torch.zeros_like(weight) if needs[1] else None
-        grad_bias = torch.zeros_like(weight) if needs[2] else None
         if x.numel():
             total, product, grad_weight, grad_bias = kernels.batch_norm_backward_reduce(
                 grad, x, mean, invstd, weight, *needs
             )
+        else:  # gradients of 0, not none: DDP waits for them
+            total = product = torch.zeros_like(mean)
+            grad_weight = torch.zeros_like(weight) if needs[1] else None
+            grad_bias = torch.zeros_like(weight) if needs[2] else None
         grad_input = None
         if needs[0]:
             sums = torch.cat([total, product])
             dist.all_reduce(sums)
-            total, product = sums.chunk(2)
-            grad_input = torch.zeros_like(x)
             if x.numel():
                 grad_input = kernels.batch_norm_backward_elemt(
-                    grad, x, mean, invstd, weight, total, product, counts
+                    grad, x, mean, invstd, weight, *sums.chunk(2), counts
                 )
+            else:
+                grad_input = torch.zeros_like(x)
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from detectron2.layers import Conv2d, get_norm
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.norms import SyncBatchNorm, use_sync_batchnorm
@@ -124,6 +125,18 @@ def test_every_process_sends_float32_even_without_samples(two_processes):
         assert half["weight"].dtype == torch.float32  # also a gradient of 0, for DDP
         assert half["num_batches_tracked"] == 1
     assert not two_processes[1][2][0]["weight"].any()
+
+
+def test_torch_compile_needs_no_break():
+    """As in a group of two processes, one of which is this one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = use_sync_batchnorm(make_model()["conv"]).train()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert model.norm.num_batches_tracked == 1 and model.norm.weight.grad is not None
+    finally:
+        dist.destroy_process_group()
 
 
 def test_fewer_than_two_samples_leave_the_running_statistics_unchanged(two_processes):
