@@ -144,7 +144,7 @@ def main() -> None:
         images = args.folder / f"images{args.rank}"
         cfg, batch = load(config, str(images))
         parts = {"all": batch.chunk(args.world)[args.rank]}
-        if group and any(view.valid.any() for view in batch.views):
+        if group and any(view.valid.shape[1] > 1 for view in batch.views):
             mine = parts.pop("all")
             last = args.rank == args.world - 1
             parts["unequal"] = fewer_regions(mine) if last else mine

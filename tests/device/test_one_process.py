@@ -1,8 +1,21 @@
 """Each Shapes recipe trains on a simulated GPU as on the CPU, without waiting for the device."""
 
 import json
+from pathlib import Path
 
 import pytest
+
+#: Kernels of a float32 step at batch size 4; a change that needs more should know it.
+MOST_KERNELS = {
+    "byol_r18_b32_shapes": 900,
+    "ccop_r18-fpn_b32_shapes": 900,
+    "mcl-supervised_r18-fpn_b32_shapes": 1300,
+    "mcl_r18-fpn_b32_shapes": 1900,
+    "moco-v2_r18_b32_shapes": 600,
+    "point-region_r18-fpn_b32_shapes": 1200,
+    "point-region_r18_b32_shapes": 1200,
+    "soco_r18-fpn_b32_shapes": 2000,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +46,8 @@ def test_under_autocast_choices_and_losses_are_float32(found, config):
     assert result["half"] == {}
     assert result["losses"][0] != found[config]["all"]["cpu"][0]  # the networks were not
     assert result["losses"][0] == pytest.approx(found[config]["all"]["cpu"][0], rel=0.03, abs=0.1)
+
+
+def test_a_step_launches_no_more_kernels_than_before(found, config):
+    kernels = sum(found[config]["all"]["float32"]["kernels"].values())
+    assert 500 < kernels <= MOST_KERNELS.get(Path(config).stem, 2000)
