@@ -17,6 +17,7 @@ optimizer.lr = 0.03
 optimizer.weight_decay = 1e-4
 optimizer.params.weight_decay_norm = None  # null: norms decay like all other weights
 train.base_batch_size = 256
+train.cudnn_benchmark = True
 lr_multiplier.update(warmup_epochs=0, final_factor=0.0)
 
 dataloader.train.total_batch_size = 256

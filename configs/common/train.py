@@ -27,8 +27,12 @@ train = dict(
     channels_last=False,
     # torch.compile the trunks: compiling takes minutes, and brings nothing on a CPU.
     compile=False,
-    # Let cuDNN benchmark its algorithms: faster if all batches have the same shape.
+    # Let cuDNN benchmark its algorithms: faster if all batches have the same shape, as in
+    # pre-training, whose recipes switch it on.
     cudnn_benchmark=False,
+    # Precision of float32 matrix products on a GPU: "high" uses TF32, with 10 bits of mantissa, as
+    # cuDNN's convolutions do by default; "highest" does not.
+    float32_matmul_precision="high",
     # Split each batch into this many micro-batches and accumulate their gradients: less memory,
     # same learning rate, but batch norm sees one micro-batch at a time.
     accumulate_steps=1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 from tabulate import tabulate
@@ -15,6 +14,7 @@ from region_pretrain.engine.build import (
     build_model,
     build_optimizer,
     resolve_device,
+    use_fast_kernels,
 )
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
@@ -72,7 +72,7 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
     )
     if cfg.train.compile:
         compile_trunks(model)
-    torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
+    use_fast_kernels(cfg.train, device)
     return benchmark_step(trainer, batch, seconds)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from region_pretrain.data.device import to_device
+
 
 @dataclass
 class View:
@@ -36,9 +38,9 @@ class View:
     def _map(self, function: Callable[[Tensor], Tensor]) -> View:
         return View(**{name: function(value) for name, value in vars(self).items()})
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> View:
-        """A copy of the view with its images on a device."""
-        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> View:
+        """A copy of the view with its images on a device; does not wait for the copy."""
+        return replace(self, images=to_device(self.images, device))
 
 
 @dataclass
@@ -65,10 +67,9 @@ class ViewBatch:
         views = [view._map(function) for view in self.views]
         return ViewBatch(views, function(self.indices), labels)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> ViewBatch:
-        """A copy of the batch with its views' images on a device."""
-        views = [view.to(device, non_blocking) for view in self.views]
-        return replace(self, views=views)
+    def to(self, device: torch.device | str) -> ViewBatch:
+        """A copy of the batch with its views' images on a device; does not wait for the copy."""
+        return replace(self, views=[view.to(device) for view in self.views])
 
     def pin_memory(self) -> ViewBatch:
         """The batch in page-locked memory; ``DataLoader`` calls this."""

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 
 
@@ -46,9 +47,11 @@ _IDENTITY = IDENTITY.tolist()
 _ORDERS = list(itertools.permutations((0.0, 1.0, 2.0, 3.0)))
 _DRAWS = 10  # four decisions, three factors, hue, order, sigma
 
-# On a CPU a group of samples is processed in pieces of about this many pixels, which stay in the
-# cache between elementwise operations: 25 % faster at 224 x 224.
+#: On a CPU a group of samples is processed in pieces of about this many pixels, which stay in the
+#: cache between elementwise operations: 25 % faster at 224 x 224.
 _PIXELS_IN_CACHE = 65536
+#: On a GPU this many pixels bound the temporaries to about 1 GiB.
+_PIXELS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ def apply_photometry(images: Tensor, params: Tensor, fill: Tensor | None = None)
     if not squares.any():
         return images
     fill = torch.tensor(0.5, device=images.device) if fill is None else fill
-    squares = squares.view(len(images), -1, 4).to(images.device, non_blocking=True)
+    squares = to_device(squares.view(len(images), -1, 4), images.device)
     return torch.where(_inside(squares, *images.shape[2:]), fill, images)
 
 
@@ -214,44 +217,70 @@ def _adjust(images: Tensor, params: Tensor) -> Tensor:
 
     device = images.device
     out = images.clone(memory_format=torch.contiguous_format)
-    # One copy to the device for all index sets, one for the parameters.
-    indices = torch.from_numpy(np.concatenate([rows for _, _, rows in steps]))
-    indices = indices.to(device, non_blocking=True)
-    params = params.to(device, non_blocking=True)
-    piece = len(images)
-    if device.type == "cpu":
-        piece = max(1, _PIXELS_IN_CACHE // (images.shape[2] * images.shape[3]))
-    groups = indices.split([len(rows) for _, _, rows in steps])
-    for (operation, column, _), group in zip(steps, groups, strict=True):
-        for rows in group.split(piece):
-            value = params[rows, column].view(-1, 1, 1, 1)
-            out.index_copy_(0, rows, operation(out.index_select(0, rows), value))
+    # One copy to the device for all index sets, one for the coefficients.
+    rows = torch.from_numpy(np.concatenate([rows for _, rows, _ in steps]))
+    values = torch.from_numpy(np.concatenate([values for _, _, values in steps]))
+    sizes = [len(rows) for _, rows, _ in steps]
+    rows = to_device(rows, device).split(sizes)
+    values = to_device(values, device)[:, :, None, None].split(sizes)
+    pixels = _PIXELS_IN_CACHE if device.type == "cpu" else _PIXELS_AT_ONCE
+    piece = max(1, pixels // (images.shape[2] * images.shape[3]))
+    for (operation, _, _), group, numbers in zip(steps, rows, values, strict=True):
+        for some, their in zip(group.split(piece), numbers.split(piece), strict=True):
+            out.index_copy_(0, some, operation(out.index_select(0, some), their))
     return out
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def _plan(params: np.ndarray) -> Iterator[tuple[Operation, int, np.ndarray]]:
-    """The operations in order: function, column of its parameter, indices of the samples."""
+def _plan(params: np.ndarray) -> Iterator[tuple[Operation, np.ndarray, np.ndarray]]:
+    """The operations in order: function, indices of the samples, ``(n, 3)`` coefficients.
+
+    Brightness, contrast and saturation are one operation, :func:`_blend`. Each sample goes through
+    those before its hue shift, then through the shift, then through the others. Whatever their
+    orders, a batch therefore needs at most three blends, one shift and three blends.
+    """
     at = PhotometryLayout
-    order = params[:, at.FIRST : at.GRAY]
-    active = params[:, at.BRIGHTNESS : at.FIRST] != IDENTITY[at.BRIGHTNESS : at.FIRST]
-    for place in range(order.shape[1]):
-        for column, operation in enumerate((_brightness, _contrast, _saturation, _hue)):
-            rows = np.flatnonzero((order[:, place] == column) & active[:, column])
-            if len(rows):
-                yield operation, column, rows
+    order = params[:, at.FIRST : at.GRAY].astype(np.int64)  # (B, 4)
+    value = np.take_along_axis(params, order, axis=1)  # in the order of application
+    active = value != IDENTITY[order]
+    shift = active & (order == at.HUE)
+    shifted = np.logical_or.accumulate(shift, axis=1)
+    blend = active & ~shift
+    yield from _blends(order, value, blend & ~shifted)
+    if len(rows := np.flatnonzero(shift.any(axis=1))):
+        yield _hue, rows, _column(6 * params[rows, at.HUE])
+    yield from _blends(order, value, blend & shifted)
     if len(rows := np.flatnonzero(params[:, at.GRAY])):
-        yield _gray, at.GRAY, rows
+        yield _gray, rows, _column(params[rows, at.GRAY])
     if len(rows := np.flatnonzero(params[:, at.BLUR_SIGMA])):
         radius = math.ceil(3 * params[:, at.BLUR_SIGMA].max())
-        yield functools.partial(_blur, radius=radius), at.BLUR_SIGMA, rows
+        yield functools.partial(_blur, radius=radius), rows, _column(params[rows, at.BLUR_SIGMA])
     if len(rows := np.flatnonzero(np.isfinite(params[:, at.SOLARIZE_FROM]))):
-        yield _solarize, at.SOLARIZE_FROM, rows
+        yield _solarize, rows, _column(params[rows, at.SOLARIZE_FROM])
 
 
-# Each operation takes images (n, 3, H, W), which it may modify, and its parameter (n, 1, 1, 1).
+def _blends(
+    order: np.ndarray, value: np.ndarray, chosen: np.ndarray
+) -> Iterator[tuple[Operation, np.ndarray, np.ndarray]]:
+    """The first chosen blend of every sample, then the second, then the third."""
+    turn = np.cumsum(chosen, axis=1)
+    for k in range(1, int(turn.max(initial=0)) + 1):
+        rows, place = np.nonzero(chosen & (turn == k))
+        kind, factor = order[rows, place], value[rows, place]
+        coefficients = np.zeros((len(rows), 3), np.float32)
+        coefficients[:, 0] = factor
+        coefficients[:, 1] = np.where(kind == PhotometryLayout.SATURATION, 1 - factor, 0)
+        coefficients[:, 2] = np.where(kind == PhotometryLayout.CONTRAST, 1 - factor, 0)
+        yield _blend, rows, coefficients
+
+
+def _column(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values[:, None], 3, axis=1)
+
+
+# Each operation takes images (n, 3, H, W), which it may modify, and coefficients (n, 3, 1, 1).
 
 
 def _luma(images: Tensor) -> Tensor:
@@ -260,18 +289,12 @@ def _luma(images: Tensor) -> Tensor:
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return images.mul_(factor).clamp_(0, 1)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    mean = _luma(images).mean(dim=(2, 3), keepdim=True)
-    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    luma = _luma(images).mul_(1 - factor)
-    return images.mul_(factor).add_(luma).clamp_(0, 1)
+def _blend(images: Tensor, coefficients: Tensor) -> Tensor:
+    """Each image times its factor, plus multiples of its luma and of the luma's mean."""
+    factor, of_luma, of_mean = coefficients.split(1, dim=1)
+    luma = _luma(images)
+    mean = luma.mean(dim=(2, 3), keepdim=True)
+    return images.mul_(factor).add_(luma.mul_(of_luma).add_(mean * of_mean)).clamp_(0, 1)
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
@@ -289,17 +312,19 @@ def _hue(images: Tensor, shift: Tensor) -> Tensor:
     from_green = (blue - red).mul_(scale).add_(2)
     from_blue = (red - green).mul_(scale).add_(4)
     hue = torch.where(green == high, from_green, from_blue)
-    hue = torch.where(red == high, from_red, hue).add_(6 * shift)
+    hue = torch.where(red == high, from_red, hue).add_(shift[:, :1])
     hue.sub_((hue / 6).floor_().mul_(6))  # [0, 6)
     # The distance from red goes around the circle: 3 - |hue - 3|.
-    weights = (
-        (hue - 3).abs_().neg_().add_(2).clamp_(0, 1),
-        (hue - 2).abs_().sub_(1).clamp_(0, 1),
-        (hue - 4).abs_().sub_(1).clamp_(0, 1),
-    )
-    for channel, weight in zip((red, green, blue), weights, strict=True):
-        torch.sub(high, weight.mul_(spread), out=channel)
-    return images
+    center, sign, offset = _hue_constants(images.device)
+    weight = (hue - center).abs_().mul_(sign).add_(offset).clamp_(0, 1)  # (n, 3, H, W)
+    return torch.sub(high, weight.mul_(spread))
+
+
+@functools.cache
+def _hue_constants(device: torch.device) -> tuple[Tensor, ...]:
+    """A channel's weight is ``clamp(|hue - center| * sign + offset, 0, 1)``: three (3, 1, 1)."""
+    constants = torch.tensor([[3.0, 2.0, 4.0], [-1.0, 1.0, 1.0], [2.0, -1.0, -1.0]])
+    return to_device(constants[:, :, None, None], device).unbind()
 
 
 def _gray(images: Tensor, _: Tensor) -> Tensor:
@@ -313,6 +338,7 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     Pillow's ``GaussianBlur``, which the papers' code calls, is the sigma here.) Adding up the taps
     is three times faster on a CPU than a convolution with one group per sample.
     """
+    sigma = sigma[:, :1]  # (n, 1, 1, 1)
     taps = torch.arange(radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (n, 1, 1, radius + 1): centre and one half
     kernel *= taps <= torch.ceil(3 * sigma)

@@ -19,12 +19,13 @@ from torch import nn
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 from region_pretrain.modeling.trunk import compile_trunks
 
 logger = logging.getLogger(__name__)
 
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_PRECISIONS = ("highest", "high", "medium")
 
 
 @runtime_checkable
@@ -61,6 +62,22 @@ def resolve_device(name: str | None) -> torch.device:
     if name == "cuda":
         logger.warning("train.device=cuda, but this machine has no GPU: using the CPU")
     return torch.device("cpu")
+
+
+def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
+    """Apply ``train.cudnn_benchmark`` and ``train.float32_matmul_precision`` to a run on a GPU.
+
+    Raises:
+        UserError: PyTorch does not know this precision.
+    """
+    precision = train["float32_matmul_precision"]
+    if precision not in _PRECISIONS:
+        raise UserError(
+            f"train.float32_matmul_precision={precision}: must be one of {', '.join(_PRECISIONS)}"
+        )
+    if device.type != "cpu":  # some CPUs have TF32 as well; their results stay what they were
+        torch.backends.cudnn.benchmark = train["cudnn_benchmark"]
+        torch.set_float32_matmul_precision(precision)
 
 
 def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int:
@@ -177,8 +194,8 @@ def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     seed_all_rng(cfg.train.seed + comm.get_rank())
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and dist.is_available() and dist.is_initialized():
-        model = use_cpu_sync_batchnorm(model)
+    if dist.is_available() and dist.is_initialized():
+        use_sync_batchnorm(model)
     return model
 
 

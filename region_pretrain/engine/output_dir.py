@@ -35,6 +35,7 @@ HARMLESS = (
     "train.compile",
     "train.channels_last",
     "train.cudnn_benchmark",
+    "train.float32_matmul_precision",
 )
 _HARMLESS_LAST = ("num_workers",)
 #: Keys that may differ as well if train.allow_new_length is set.

@@ -38,7 +38,10 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
         raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
     register_named(cfg)
     with start_run(cfg, resume):
-        data = build_part(cfg.dataloader.train, "dataloader.train")
+        loader = cfg.dataloader.train
+        if cfg.train.device == "cpu" and "pin_memory" in loader:
+            loader.pin_memory = False  # also on a machine with GPUs
+        data = build_part(loader, "dataloader.train")
         if not isinstance(data, TrainingData):
             raise UserError(
                 f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "

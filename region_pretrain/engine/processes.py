@@ -8,16 +8,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
+from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
 from region_pretrain.errors import STOPPED, Stopped, UserError, describe
 
@@ -85,10 +88,11 @@ def launch(
 ) -> None:
     """Run ``main(*args)`` in every process of a job through Detectron2's ``launch``.
 
-    With ``device="cpu"`` the processes communicate through gloo, even on a machine with GPUs, and
-    share the cores. If ``torchrun`` or SLURM has already started one process per GPU (``RANK``,
-    ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE`` are set), this process joins the others
-    instead of starting more; a process group that the caller has initialised is used unchanged.
+    With ``device="cpu"`` the processes communicate through gloo, even on a machine with GPUs. The
+    processes of a machine share its cores, unless ``OMP_NUM_THREADS`` is set. If ``torchrun`` or
+    SLURM has already started one process per GPU (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and
+    ``LOCAL_WORLD_SIZE`` are set), this process joins the others instead of starting more; a process
+    group that the caller has initialised is used unchanged.
 
     Args:
         main: importable by name.
@@ -100,7 +104,8 @@ def launch(
         args: arguments of ``main``.
 
     Raises:
-        UserError: the machine has too few GPUs, or several machines have no rendezvous address.
+        UserError: the machine has too few GPUs, processes share one, or several machines have no
+            rendezvous address.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
@@ -128,8 +133,9 @@ def launch(
     before = dict(os.environ)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Detectron2 would choose NCCL
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // num_processes)))
+    if num_machines > 1:
+        choose_gloo_interface(urlsplit(dist_url).hostname)
     try:
         with _signals_reach_processes() as received:
             detectron2_launch(
@@ -225,10 +231,61 @@ def _join_from_environment(device: str) -> None:
         raise UserError(
             f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} are not: set them as well"
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, local_size = (int(os.environ[n]) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    gpu = None
     if device != "cpu":
-        # A scheduler may show each process all GPUs of its machine, or only its own.
-        torch.cuda.set_device(local_rank % max(1, torch.cuda.device_count()))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", init_method="env://")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        index = _gpu_of(local_rank, local_size)
+        torch.cuda.set_device(index)
+        gpu = str(torch.cuda.get_device_properties(index).uuid)
+    if int(os.environ["WORLD_SIZE"]) > local_size:
+        choose_gloo_interface(os.environ.get("MASTER_ADDR"))
+    backend = "gloo" if device == "cpu" else "nccl"
+    dist.init_process_group(backend, init_method="env://", timeout=DEFAULT_TIMEOUT)
+    comm.create_local_process_group(local_size)
+    everyone = comm.all_gather((_cores(), gpu))
+    _refuse_shared_gpus([gpu for _, gpu in everyone])
+    first = comm.get_rank() // local_size * local_size
+    if "OMP_NUM_THREADS" not in os.environ:
+        # A scheduler may bind each process to its own cores, or let all use those of the job.
+        cores = set().union(*(cores for cores, _ in everyone[first : first + local_size]))
+        torch.set_num_threads(max(1, len(cores) // local_size))
     comm.synchronize()
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
+
+
+def _gpu_of(local_rank: int, local_size: int) -> int:
+    """The index of this process's GPU among those that it sees.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    count = torch.cuda.device_count()
+    if count == 1:  # a scheduler may show each process its own GPU only
+        return 0
+    if count < local_size:
+        raise UserError(
+            f"{local_size} processes on a machine with {count} GPUs: start one process per GPU"
+        )
+    return local_rank
+
+
+def _refuse_shared_gpus(gpus: Sequence[str | None]) -> None:
+    """Refuse two ranks on one GPU, on which NCCL would fail; all ranks leave the process group.
+
+    Args:
+        gpus: the UUID of each rank's GPU; None on a CPU.
+
+    Raises:
+        UserError: a GPU occurs twice.
+    """
+    for gpu in dict.fromkeys(gpus):
+        ranks = [str(rank) for rank, other in enumerate(gpus) if other == gpu]
+        if gpu is not None and len(ranks) > 1:
+            leave_process_group()
+            raise UserError(
+                f"ranks {', '.join(ranks)} share one GPU: start one process per GPU, or let the "
+                "scheduler give each process its own"
+            )

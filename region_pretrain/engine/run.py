@@ -30,6 +30,7 @@ from region_pretrain.engine.build import (
     resolve_device,
     resolve_max_iter,
     scale_lr,
+    use_fast_kernels,
     warn_of_single_images,
     wrap_model,
 )
@@ -86,7 +87,6 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
 
         cfg.train.seed = on_main_process(claim)
         seed_all_rng(cfg.train.seed + comm.get_rank())
-        torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark
         start_logging(folder)
         logger.info("rank %d of %d processes", comm.get_rank(), comm.get_world_size())
         # What follows in the report are 3000 characters of compiler flags.
@@ -132,6 +132,7 @@ def run_training(
     """
     train = cfg.train
     device = resolve_device(train.device)
+    use_fast_kernels(train, device)
     check_batch_size(cfg, data)
     check_shared_memory(data)
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)

@@ -182,7 +182,7 @@ class Trainer(TrainerBase):
         if batch is None:
             batch = self._load()
         if not isinstance(batch, list):
-            batch = batch.to(self.device, non_blocking=True)
+            batch = batch.to(self.device)
         self._data_seconds += time.perf_counter() - started
 
         if self._method is not None:

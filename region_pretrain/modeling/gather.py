@@ -26,7 +26,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def mean_over_ranks(total: Tensor, count: int) -> Tensor:
+def mean_over_ranks(total: Tensor, count: int | Tensor) -> Tensor:
     """The mean over the items of all processes, which may have different numbers of them.
 
     DDP averages gradients over processes, and the reported losses are averaged as well. If each
@@ -36,14 +36,18 @@ def mean_over_ranks(total: Tensor, count: int) -> Tensor:
 
     Args:
         total: sum over this process's items, of any shape.
-        count: number of this process's items.
+        count: number of this process's items; a tensor on the device is not waited for.
 
     Returns:
         A tensor of the shape of ``total``.
     """
     world = comm.get_world_size()
-    if world == 1:
+    if isinstance(count, Tensor):
+        everywhere = count.to(torch.float32, copy=True)
+    elif world == 1:
         return total / max(count, 1)
-    everywhere = torch.full((), count, dtype=torch.float32, device=total.device)
-    dist.all_reduce(everywhere)
+    else:
+        everywhere = torch.full((), count, dtype=torch.float32, device=total.device)
+    if world > 1:
+        dist.all_reduce(everywhere)
     return total * (world / everywhere.clamp(min=1))

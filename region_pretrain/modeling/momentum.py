@@ -22,18 +22,11 @@ class MomentumCopy(nn.ModuleDict):
 
     Args:
         online: online modules by name; their copies have the same names.
-
-    Raises:
-        ValueError: an online module is a bare ``SyncBatchNorm``, which a CPU run replaces by
-            another module. Wrap it in ``nn.Sequential``.
     """
 
     def __init__(self, online: Mapping[str, nn.Module]) -> None:
         super().__init__({name: copy.deepcopy(module) for name, module in online.items()})
         _disable_drop_path(self)
-        for name, module in online.items():
-            if isinstance(module, nn.SyncBatchNorm):
-                raise ValueError(f"{name} is a bare SyncBatchNorm: wrap it in nn.Sequential")
         self._online = dict(online)  # in a plain dict, so not registered as submodules
         self.requires_grad_(False)
 

@@ -1,127 +1,280 @@
-"""Batch norm across processes on CPUs, and per process."""
+"""Batch norm over the samples of all processes, and per process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.utils import comm
-from fvcore.nn.distributed import differentiable_all_reduce
-from torch import nn
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
+
+#: Weight of a rank without samples. The kernels divide by the sum of the first ranks' weights, so
+#: it must not be 0; beside one sample it vanishes in float32.
+_NO_SAMPLES = 1e-30
 
 
-class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the samples of all processes, on any device and for any input rank.
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the samples of all processes, on CPU and GPU and for any input rank.
 
-    ``torch.nn.SyncBatchNorm`` raises on CPU tensors as soon as a process group exists, and
-    Detectron2's ``NaiveSyncBatchNorm`` weights processes equally, accepts only 4-D input and tracks
-    the biased variance. This one computes what one process would compute with ``nn.BatchNorm``
-    on the concatenated batch, even if the processes have different numbers of samples (such as
-    regions) or none. As a ``BatchNorm2d`` it is recognised by weight-decay groups and precise batch
-    norm.
+    It computes what one process would compute with ``nn.BatchNorm`` on the concatenated batch, even
+    if the processes have different numbers of samples (such as regions) or none. Fewer than two
+    samples leave the running statistics unchanged. Statistics are float32, also under autocast.
 
-    Shapes: (N, C) or (N, C, ...) to the same shape and dtype; statistics are computed in float32.
+    ``torch.nn.SyncBatchNorm`` raises on CPU tensors once a process group exists. On a GPU it waits
+    for the device three times per forward pass to remove processes without samples, and under
+    autocast such a process exchanges bfloat16 with the float32 of the others. Detectron2's
+    ``NaiveSyncBatchNorm`` weights processes equally, accepts only 4-D input and tracks the biased
+    variance. As a ``BatchNorm2d`` this class is recognised by weight-decay groups and precise batch
+    norm, and accepted by DDP on a CPU.
+
+    Shapes: (N, C) or (N, C, ...) to the same shape and dtype.
     """
 
-    def _check_input_dim(self, input: torch.Tensor) -> None:
+    def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected (N, C, ...) input, got shape {tuple(input.shape)}")
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if comm.get_world_size() == 1 or not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        dims = [d for d in range(input.dim()) if d != 1]
-        per_channel = (1, -1) + (1,) * (input.dim() - 2)
-        values = input.float()
+        running = self.running_mean, self.running_var
+        # Of two or more local samples the kernel updates the statistics in place.
+        surely_enough = input.numel() >= 2 * self.num_features
+        if self.track_running_stats and not surely_enough:
+            running = tuple(buffer.clone() for buffer in running)
+        output, counts = _SyncBatchNorm.apply(
+            input, self.weight, self.bias, *running, self._next_momentum(), self.eps
+        )
+        if self.track_running_stats and surely_enough:
+            self.num_batches_tracked.add_(1)
+        elif self.track_running_stats:
+            enough = counts.sum() > 1
+            self.num_batches_tracked.add_(enough)
+            self.running_mean.copy_(torch.where(enough, running[0], self.running_mean))
+            self.running_var.copy_(torch.where(enough, running[1], self.running_var))
+        return output
 
-        # Two passes: E[x^2] - E[x]^2 loses precision if the mean is large.
-        count = values.new_tensor([values.numel() // self.num_features])
-        total = differentiable_all_reduce(torch.cat([values.sum(dims), count]))  # (C + 1,)
-        count = total[-1].detach().clamp(min=1)
-        mean = total[:-1] / count
-        centered = values - mean.view(per_channel)
-        var = differentiable_all_reduce(centered.square().sum(dims)) / count
+    def _next_momentum(self) -> float:
+        if self.momentum is not None or not self.track_running_stats:
+            return self.momentum or 0.0
+        return 1.0 / (float(self.num_batches_tracked) + 1)  # a cumulative average
 
-        output = centered * torch.rsqrt(var + self.eps).view(per_channel)
-        if self.weight is not None:
-            output = output * self.weight.view(per_channel)
-        if self.bias is not None:
-            output = output + self.bias.view(per_channel)
-        if self.track_running_stats and total[-1] > 0:
-            self._update_running_stats(mean.detach(), var.detach(), count)
-        return output.to(input.dtype)
 
-    def _update_running_stats(
-        self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor
-    ) -> None:
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:  # cumulative average, like nn.BatchNorm2d
-            momentum = 1.0 / float(self.num_batches_tracked)
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+class _SyncBatchNorm(torch.autograd.Function):
+    """Normalise the samples of all processes; one collective per direction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the output and each process's number of samples, ``(P,)`` int32."""
+        kernels, channels = _kernels(x), x.shape[1]
+        x = _dense(x)
+        if x.numel():
+            mean, invstd = kernels.batch_norm_stats(x, eps)
+            count = mean.new_full((1,), x.numel() / channels)
+        else:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            mean, invstd = x.new_zeros(channels, dtype=dtype), x.new_ones(channels, dtype=dtype)
+            count = mean.new_full((1,), _NO_SAMPLES)
+        mine = torch.cat([mean, invstd, count])
+        everyone = mine.new_empty(comm.get_world_size() * len(mine))
+        dist.all_gather_into_tensor(everyone, mine)
+        parts = everyone.view(-1, len(mine)).split([channels, channels, 1], dim=1)
+        means, invstds, counts = parts
+        counts = counts.reshape(-1)
+        mean, invstd = kernels.batch_norm_gather_stats_with_counts(
+            x, means, invstds, running_mean, running_var, momentum, eps, counts
+        )
+        counts = counts.to(torch.int32)
+        ctx.save_for_backward(x, weight, mean, invstd, counts)
+        ctx.mark_non_differentiable(counts)
+        if not x.numel():
+            return torch.empty_like(x), counts
+        return kernels.batch_norm_elemt(x, weight, bias, mean, invstd, eps), counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, counts = ctx.saved_tensors
+        kernels, needs = _kernels(x), ctx.needs_input_grad[:3]
+        grad = _dense(grad)
+        if x.numel():
+            total, product, grad_weight, grad_bias = kernels.batch_norm_backward_reduce(
+                grad, x, mean, invstd, weight, *needs
+            )
+        else:  # gradients of 0, not none: DDP waits for them
+            total = product = torch.zeros_like(mean)
+            grad_weight = torch.zeros_like(weight) if needs[1] else None
+            grad_bias = torch.zeros_like(weight) if needs[2] else None
+        grad_input = None
+        if needs[0]:
+            sums = torch.cat([total, product])
+            dist.all_reduce(sums)
+            if x.numel():
+                grad_input = kernels.batch_norm_backward_elemt(
+                    grad, x, mean, invstd, weight, *sums.chunk(2), counts
+                )
+            else:
+                grad_input = torch.zeros_like(x)
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _kernels(x: Tensor) -> Any:
+    return CpuKernels if x.device.type == "cpu" else torch
+
+
+class CpuKernels:
+    """The functions of ``torch`` from which a SyncBN is built on a GPU, for a CPU.
+
+    Channels are dimension 1; ``mean`` and ``invstd`` are ``(C,)``, of several processes ``(P, C)``.
+    """
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / sqrt(biased variance + eps)."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = torch.batch_norm_update_stats(values, None, None, 0.0)
+        return mean, (var + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        counts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Combine the processes' statistics, and update the running ones in place."""
+        total = counts.sum()
+        weight = (counts / total)[:, None]
+        center = (weight * mean).sum(0)
+        # Not E[x^2] - E[x]^2, which loses precision if the mean is large.
+        var = (weight * (invstd**-2 - eps + (mean - center) ** 2)).sum(0).clamp(min=0)
+        if running_mean is not None:
+            running_mean.lerp_(center.to(running_mean.dtype), momentum)
+            unbiased = var * (total / (total - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        return center, (var + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """``(x - mean) * invstd * weight + bias``."""
+        normalised = (x - _wide(mean, x)) * _wide(invstd, x)
+        if weight is not None:
+            normalised = normalised * _wide(weight, x) + _wide(bias, x)
+        return normalised.to(x.dtype)
+
+    @staticmethod
+    def batch_norm_backward_reduce(
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        of_input: bool,
+        of_weight: bool,
+        of_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Sums of ``grad`` and ``grad * (x - mean)``; gradients of weight and bias."""
+        dims = [d for d in range(x.dim()) if d != 1]
+        total = grad.to(mean.dtype).sum(dims)
+        product = (grad * (x - _wide(mean, x))).sum(dims)
+        return (
+            total,
+            product,
+            (product * invstd).to(weight.dtype) if of_weight else None,
+            total.to(weight.dtype) if of_bias else None,
+        )
+
+    @staticmethod
+    def batch_norm_backward_elemt(
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        total: Tensor,
+        product: Tensor,
+        counts: Tensor,
+    ) -> Tensor:
+        """Gradient of the input, from the sums over all processes."""
+        samples = counts.sum()
+        scale = invstd if weight is None else invstd * weight
+        slope = invstd**2 * product / samples
+        flat = grad - _wide(total / samples, x) - (x - _wide(mean, x)) * _wide(slope, x)
+        return (flat * _wide(scale, x)).to(x.dtype)
+
+
+def _wide(per_channel: Tensor, x: Tensor) -> Tensor:
+    return per_channel.view(1, -1, *[1] * (x.dim() - 2))
 
 
 #: Batch norms whose statistics are those of all processes.
-SHARED_BATCH_NORMS = (nn.SyncBatchNorm, CpuSyncBatchNorm)
+SHARED_BATCH_NORMS = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
-def use_cpu_sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every ``nn.SyncBatchNorm`` in a model by :class:`CpuSyncBatchNorm`.
+def use_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Turn every ``nn.SyncBatchNorm`` of a model into a :class:`SyncBatchNorm`, in place.
 
-    For CPU runs with a process group, even of one process. The new layers have the same parameter
-    and buffer objects, so optimisers and state dicts are not affected.
+    For runs with a process group. The modules, their parameters and buffers remain the same
+    objects, so optimisers, momentum copies and state dicts are not affected.
 
     Args:
         model: modified in place.
 
     Returns:
-        The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
+        The model.
     """
-    return _replace_sync_batchnorm(model, CpuSyncBatchNorm)
+    return _turn_sync_batchnorms_into(SyncBatchNorm, model)
 
 
 def use_local_batchnorm(model: nn.Module) -> nn.Module:
-    """Replace every ``nn.SyncBatchNorm`` in a model by a per-process ``nn.BatchNorm2d``.
+    """Turn every ``nn.SyncBatchNorm`` of a model into a per-process ``nn.BatchNorm2d``, in place.
 
-    Like with :func:`use_cpu_sync_batchnorm`, parameters and buffers remain the same objects.
+    As in :func:`use_sync_batchnorm`, modules, parameters and buffers remain the same objects.
 
     Args:
         model: modified in place; the inputs of its norms are ``(N, C, H, W)``.
 
     Returns:
-        The model, or its replacement if the model itself is a ``nn.SyncBatchNorm``.
+        The model.
     """
-    return _replace_sync_batchnorm(model, nn.BatchNorm2d)
+    return _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
 
 
-def _replace_sync_batchnorm(model: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
-    replaced: dict[nn.Module, nn.Module] = {}
-
-    def replacement(norm: nn.SyncBatchNorm) -> nn.Module:
-        if norm not in replaced:
-            new = make(
-                norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
-            )
-            new._parameters.update(norm._parameters)
-            new._buffers.update(norm._buffers)
-            if hasattr(norm, "act"):  # timm's norms include an activation
-                new.drop, new.act = norm.drop, norm.act
-                new.register_forward_hook(_drop_and_activate)
-            replaced[norm] = new.train(norm.training)
-        return replaced[norm]
-
-    if isinstance(model, nn.SyncBatchNorm):
-        return replacement(model)
-    for module in list(model.modules()):
-        # Not named_children(): it skips the second name of a layer that is shared under two names.
-        for name, child in module._modules.items():
-            if isinstance(child, nn.SyncBatchNorm):
-                module._modules[name] = replacement(child)
+def _turn_sync_batchnorms_into(cls: type[nn.BatchNorm2d], model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = cls  # it has all attributes of the new class
+            if hasattr(module, "act"):  # timm's norms include an activation
+                module.register_forward_hook(_drop_and_activate)
     return model
 
 
-def _drop_and_activate(norm: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+def _drop_and_activate(norm: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     return norm.act(norm.drop(output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,21 @@ class Preprocess(nn.Module):
             if self.flip_channels:
                 images = images.flip(1)
             return (images - self.pixel_mean) / self.pixel_std
+
+    def together(self, views: Sequence[View]) -> list[Tensor]:
+        """The same for several views, with fewer GPU kernels: those of one size share a pass."""
+        groups: dict[tuple, list[int]] = {}
+        for i, view in enumerate(views):
+            shapes = view.images.shape[1:], view.photometry.shape[1:]
+            groups.setdefault(shapes, []).append(i)
+        found: dict[int, Tensor] = {}
+        for group in groups.values():
+            images = torch.cat([views[i].images for i in group])
+            photometry = torch.cat([views[i].photometry for i in group])
+            joined = self(replace(views[group[0]], images=images, photometry=photometry))
+            parts = joined.split([len(views[i].images) for i in group])
+            found.update(zip(group, parts, strict=True))
+        return [found[i] for i in range(len(views))]
 
     def _mean_rgb(self) -> Tensor:
         """The colour that normalisation maps to 0: ``(3, 1, 1)`` in [0, 1]."""

@@ -8,6 +8,8 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor
 
+from region_pretrain.data.device import to_device
+
 UNASSIGNED = -1
 
 
@@ -102,17 +104,16 @@ def pool_boxes(
     if len(features) == 1:
         levels = 0
     if isinstance(levels, int):
-        rois = torch.cat([image, boxes * ratios[levels]], dim=1).to(device, non_blocking=True)
+        rois = to_device(torch.cat([image, boxes * ratios[levels]], dim=1), device)
         return pooler.level_poolers[levels](features[levels].float(), rois)
 
     levels = levels.where(levels != UNASSIGNED, len(features) - 1)
     order = torch.argsort(levels, stable=True)
-    rois = torch.cat([image, boxes * ratios[levels]], dim=1)[order].to(device, non_blocking=True)
+    rois = to_device(torch.cat([image, boxes * ratios[levels]], dim=1)[order], device)
     parts = rois.split(torch.bincount(levels, minlength=len(features)).tolist())
     # Levels without boxes take part too, so that every parameter has a gradient on every rank.
     pooled = [
         level_pooler(feature.float(), part)
         for feature, level_pooler, part in zip(features, pooler.level_poolers, parts, strict=True)
     ]
-    back = torch.argsort(order).to(device, non_blocking=True)
-    return torch.cat(pooled).index_select(0, back)
+    return torch.cat(pooled).index_select(0, to_device(torch.argsort(order), device))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from region_pretrain.data.batch import View
+from region_pretrain.data.device import to_device
 from region_pretrain.modeling.norms import use_local_batchnorm
 
 
@@ -128,7 +129,7 @@ class ImageShuffle:
         splits_in = np.bincount(origin // self.batch_size, counts_in, self.world).astype(int)
 
         device = rows.device
-        rows = rows.index_select(0, _rows_of(counts_out, sending).to(device, non_blocking=True))
+        rows = rows.index_select(0, to_device(_rows_of(counts_out, sending), device))
         received = rows.new_empty((int(counts_in.sum()), *rows.shape[1:]))
         # NCCL takes no CPU tensors; Detectron2 keeps a gloo group for them.
         group = comm._get_global_gloo_group() if device.type == "cpu" else None
@@ -136,7 +137,7 @@ class ImageShuffle:
             received, rows.contiguous(), splits_in.tolist(), splits_out.tolist(), group=group
         )
         back = _rows_of(counts_in[arriving], np.argsort(arriving))
-        return received.index_select(0, back.to(device, non_blocking=True))
+        return received.index_select(0, to_device(back, device))
 
 
 def _rows_of(counts: np.ndarray, items: np.ndarray) -> Tensor:

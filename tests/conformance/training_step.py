@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.trainer import Trainer
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 
 LR, SGD_MOMENTUM = 0.05, 0.9
 
@@ -293,7 +293,7 @@ def _train_part(path: str) -> None:
     case = Case(*torch.load(path, weights_only=False))
     rank = dist.get_rank()
     records = train(
-        case._replace(model=use_cpu_sync_batchnorm(case.model)),
+        case._replace(model=use_sync_batchnorm(case.model)),
         [batch.chunk(2)[rank] for batch in case.batches],
         lambda model: DistributedDataParallel(model, broadcast_buffers=False),
     )

@@ -17,6 +17,7 @@ from region_pretrain.data.photometry import (
     CutOut,
     Photometry,
     PhotometryLayout,
+    _plan,
     apply_photometry,
 )
 from region_pretrain.errors import UserError
@@ -272,3 +273,15 @@ def test_a_cut_out_draws_the_same_numbers_in_every_case():
     assert (first[2:] - first[:2]).tolist() == [10, 10]  # sqrt(0.25 * 400)
     assert (second[2:] - second[:2]).tolist() == [1, 1]  # at least one pixel
     assert not third.any()
+
+
+def test_a_batch_needs_seven_steps_for_the_jitter_whatever_its_orders():
+    """Each step is a dozen GPU kernels; one per operation and place would be 16."""
+    rng = np.random.default_rng(3)
+    params = np.stack([EVERYTHING.sample(rng) for _ in range(300)])
+    steps = list(_plan(params))
+    names = [getattr(operation, "func", operation).__name__ for operation, _, _ in steps]
+    assert names == [*["_blend"] * 3, "_hue", *["_blend"] * 3, "_gray", "_blur", "_solarize"]
+    jittered = int((params[:, AT.HUE] != 0).sum())
+    blends = sum(len(rows) for _, rows, _ in [*steps[:3], *steps[4:7]])
+    assert jittered > 100 and len(steps[3][1]) == jittered and blends == 3 * jittered

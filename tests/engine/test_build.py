@@ -16,6 +16,7 @@ from region_pretrain.engine.build import (
     clipping,
     resolve_device,
     scale_lr,
+    use_fast_kernels,
     wrap_model,
 )
 from region_pretrain.engine.detection_data import DetectionTrainData
@@ -151,3 +152,19 @@ def test_device(monkeypatch, caplog):
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="train.device=gpu"):
         resolve_device("gpu")
+
+
+def test_a_gpu_uses_tf32_and_cudnns_benchmark_as_configured(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    found = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", found.append)
+    train = config().train
+    assert (train.float32_matmul_precision, train.cudnn_benchmark) == ("high", False)
+    train.cudnn_benchmark = True
+    use_fast_kernels(train, torch.device("cpu"))
+    assert found == [] and not torch.backends.cudnn.benchmark  # results on a CPU stay the same
+    use_fast_kernels(train, torch.device("cuda", 0))
+    assert found == ["high"] and torch.backends.cudnn.benchmark
+    train.float32_matmul_precision = "fast"
+    with pytest.raises(UserError, match="precision=fast: must be one of highest, high, medium"):
+        use_fast_kernels(train, torch.device("cpu"))

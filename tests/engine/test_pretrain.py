@@ -261,3 +261,15 @@ def test_a_head_whose_batch_norm_may_never_see_two_vectors_is_named(tmp_path, no
     cfg.dataloader.train.total_batch_size = size
     do_pretrain(cfg)
     assert (ONE_IMAGE.format(size, 1) + ": a batch norm that receives" in log(tmp_path)) == warned
+
+
+def refuse_loader(pin_memory):
+    raise UserError(f"pinned: {pin_memory}")
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_batches_of_a_cpu_run_are_not_pinned_on_a_machine_with_gpus(tmp_path, device, pinned):
+    cfg = make_config(tmp_path, device=device)
+    cfg.dataloader.train = L(refuse_loader)(pin_memory=True)
+    with pytest.raises(UserError, match=f"pinned: {pinned}"):
+        do_pretrain(cfg)

@@ -4,6 +4,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tiny_run import (
 )
 from torch import distributed as dist
 
+from region_pretrain.engine import processes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import STOPPED, UserError
@@ -187,3 +190,74 @@ def test_missing_gpus_or_address_are_errors(monkeypatch):
         launch(refuse, 2, device="cuda")
     with pytest.raises(UserError, match="--dist-url"):
         launch(refuse, 1, num_machines=2, device="cuda")
+
+
+class Captured(Exception):
+    """Raised in place of what a test need not run."""
+
+
+def test_gpu_runs_share_the_cores_too_and_the_users_choice_is_kept(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(processes, "_cores", lambda: set(range(10)))
+    seen = []
+    monkeypatch.setattr(
+        processes, "detectron2_launch", lambda *_, **__: seen.append(os.environ["OMP_NUM_THREADS"])
+    )
+    for given in (None, "7"):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        launch(refuse, 4, device="cuda")
+        launch(refuse, 3, device="cpu")
+    assert seen == ["2", "3", "7", "7"]
+
+
+def join(monkeypatch, gpus, rank=0, world=2):
+    """Join a group on a machine with some GPUs; what the other ranks report is made up."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"GPU-{i}")
+    )
+
+    def init_process_group(backend, **arguments):
+        raise Captured(backend, arguments["timeout"], chosen)
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    with pytest.raises(Captured) as captured:
+        launch(refuse, 1, device="cuda")
+    return captured.value.args
+
+
+def test_processes_of_a_scheduler_have_half_an_hour_as_those_of_launch(monkeypatch):
+    assert join(monkeypatch, gpus=2, rank=1) == ("nccl", timedelta(minutes=30), [1])
+    # The scheduler may show each process its own GPU only.
+    assert join(monkeypatch, gpus=1, rank=1) == ("nccl", timedelta(minutes=30), [0])
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: start one process"):
+        join(monkeypatch, gpus=2, world=4)
+    left = []
+    monkeypatch.setattr(processes, "leave_process_group", lambda: left.append(True))
+    processes._refuse_shared_gpus(["GPU-1", "GPU-2"])
+    processes._refuse_shared_gpus([None, None])
+    with pytest.raises(UserError, match="ranks 0, 2 share one GPU: start one process per GPU"):
+        processes._refuse_shared_gpus(["GPU-1", "GPU-2", "GPU-1"])
+    assert left == [True]
+
+
+def test_processes_of_a_scheduler_share_the_cores_of_their_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    assert start_as_a_scheduler("write_threads", str(tmp_path)) == [0, 0]
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [str(share)] * 2
+    cores = str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("OMP_NUM_THREADS", cores)
+    assert start_as_a_scheduler("write_threads", str(tmp_path)) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [cores] * 2

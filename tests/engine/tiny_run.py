@@ -62,8 +62,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
-    def to(self, device, non_blocking: bool = False) -> Batch:
-        return Batch(self.x.to(device, non_blocking=non_blocking))
+    def to(self, device) -> Batch:
+        return Batch(self.x.to(device))
 
     def chunk(self, n: int) -> list[Batch]:
         return [Batch(x) for x in self.x.tensor_split(n)]
@@ -385,6 +385,11 @@ def refuse_on_main_process(folder: str) -> None:
         result += f", {error}"
     with open(path, "w") as f:
         f.write(result)
+
+
+def write_threads(folder: str) -> None:
+    """Write the number of this process's threads to a file."""
+    Path(folder, str(comm.get_rank())).write_text(str(torch.get_num_threads()))
 
 
 def write_ranks(folder: str) -> None:

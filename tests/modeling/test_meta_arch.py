@@ -15,7 +15,7 @@ from region_pretrain.modeling.meta_arch import (
     renew_momentum_copies,
 )
 from region_pretrain.modeling.momentum import MomentumCopy
-from region_pretrain.modeling.norms import CpuSyncBatchNorm, use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import SyncBatchNorm, use_sync_batchnorm
 
 
 class Minimal(PretrainingModel):
@@ -100,8 +100,8 @@ def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
     assert set(detector) == {f"backbone.{key}" for key in model.backbone.state_dict()}
     assert len(rest) == len(model.state_dict()) - len(detector)
     # It follows in a deep copy of the model, and when norms are replaced in the online network.
-    twin = use_cpu_sync_batchnorm(copy.deepcopy(model))
-    assert type(twin.backbone[1]) is CpuSyncBatchNorm
+    twin = use_sync_batchnorm(copy.deepcopy(model))
+    assert type(twin.backbone[1]) is SyncBatchNorm
     before = twin.target["backbone"][1].weight.clone()
     with torch.no_grad():
         twin.backbone[1].weight.fill_(3.0)
@@ -110,5 +110,10 @@ def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
         twin.target["backbone"][1].weight, 0.75 * before + 0.25 * twin.backbone[1].weight
     )
     assert torch.equal(model.target["backbone"][1].weight, before)
-    with pytest.raises(ValueError, match="norm is a bare SyncBatchNorm: wrap it in nn.Sequential"):
-        MomentumCopy({"norm": nn.SyncBatchNorm(2)})
+
+    norm = nn.SyncBatchNorm(2)
+    copied = MomentumCopy({"norm": norm})
+    assert type(use_sync_batchnorm(norm)) is SyncBatchNorm
+    nn.init.constant_(norm.weight, 5.0)
+    copied.ema_update(momentum=0.5)
+    assert copied["norm"].weight.tolist() == [3.0, 3.0]

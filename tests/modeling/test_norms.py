@@ -1,4 +1,4 @@
-"""Batch norm over the processes of a CPU run against one process with the whole batch."""
+"""Batch norm over several processes against one process with the complete batch."""
 
 import copy
 
@@ -10,9 +10,10 @@ from detectron2.layers import Conv2d, get_norm
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from region_pretrain.engine.processes import leave_process_group
-from region_pretrain.modeling.norms import CpuSyncBatchNorm, use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import SyncBatchNorm, use_sync_batchnorm
 
 CHANNELS = 5
 
@@ -41,14 +42,22 @@ def worker(rank: int, folder: str, cases: list) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", world_size=2, rank=rank)
     results = []
     for shards, weights, affine, momentum in cases:
-        norm = use_cpu_sync_batchnorm(nn.Sequential(make_norm(affine, momentum)))[0]
+        norm = use_sync_batchnorm(nn.Sequential(make_norm(affine, momentum)))[0]
         results.append(run(norm, shards[rank], weights[rank], steps=3))
     refused = None
     try:
         make_norm(True, 0.1)(cases[0][0][rank])
     except ValueError as error:
         refused = str(error)
-    torch.save((results, refused), f"{folder}/{rank}.pt")
+    # Half precision: rank 1 has no sample. Then no rank has two.
+    norm = use_sync_batchnorm(make_norm(True, 0.1))
+    sent = []
+    gather = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda out, x: (sent.append((x.dtype, len(x))), gather(out, x))
+    half = run(norm, cases[0][0][rank][: 6 * (1 - rank)].bfloat16(), torch.ones(1), steps=1)
+    before = {k: v.clone() for k, v in norm.named_buffers()}
+    few = [run(norm, torch.ones(n if rank == 0 else 0, CHANNELS), torch.ones(1), 1) for n in (0, 1)]
+    torch.save((results, refused, (half, sent, before, few)), f"{folder}/{rank}.pt")
     leave_process_group()
 
 
@@ -86,7 +95,7 @@ def as_samples(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_equal_one_with_the_whole_batch(two_processes, name):
     shards, weights, affine, momentum = CASES[name]
-    ranks = [results[list(CASES).index(name)] for results, _ in two_processes]
+    ranks = [results[list(CASES).index(name)] for results, _, _ in two_processes]
     plain = nn.BatchNorm1d(CHANNELS, affine=affine, momentum=momentum)
     plain.load_state_dict(make_norm(affine, momentum).state_dict())
     whole, weight = (torch.cat([as_samples(s) for s in both]) for both in (shards, weights))
@@ -104,8 +113,39 @@ def test_two_processes_equal_one_with_the_whole_batch(two_processes, name):
 
 
 def test_pytorch_itself_raises(two_processes):
-    """If this fails, PyTorch supports it and ``CpuSyncBatchNorm`` can be removed."""
-    assert all("expected input tensor to be on GPU" in refused for _, refused in two_processes)
+    """If this fails, PyTorch supports SyncBN on CPUs: ``CpuKernels`` may no longer be needed."""
+    assert all("expected input tensor to be on GPU" in refused for _, refused, _ in two_processes)
+
+
+def test_every_process_sends_float32_even_without_samples(two_processes):
+    for (half, sent, _, _), size in zip((x for _, _, x in two_processes), (6, 0), strict=True):
+        assert sent == [(torch.float32, 2 * CHANNELS + 1)] * 3
+        assert half["output"].dtype == half["x"].dtype == torch.bfloat16
+        assert half["output"].shape == half["x"].shape == (size, CHANNELS)
+        assert half["weight"].dtype == torch.float32  # also a gradient of 0, for DDP
+        assert half["num_batches_tracked"] == 1
+    assert not two_processes[1][2][0]["weight"].any()
+
+
+def test_torch_compile_needs_no_break():
+    """As in a group of two processes, one of which is this one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = use_sync_batchnorm(make_model()["conv"]).train()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert model.norm.num_batches_tracked == 1 and model.norm.weight.grad is not None
+    finally:
+        dist.destroy_process_group()
+
+
+def test_fewer_than_two_samples_leave_the_running_statistics_unchanged(two_processes):
+    for rank, (_, _, (_, _, before, few)) in enumerate(two_processes):
+        for result in few:
+            assert all(torch.equal(result[name], before[name]) for name in before)
+            assert all(value.isfinite().all() for value in result.values())
+        expected = make_norm(True, 0.1).bias.detach()[None]  # a single value is its own mean
+        assert torch.equal(few[1]["output"], expected if rank == 0 else expected[:0])
 
 
 def make_model() -> nn.Module:
@@ -125,30 +165,30 @@ def test_conversion_changes_only_the_class():
     model["conv"].norm.eval()
     before = {k: v for k, v in model.state_dict(keep_vars=True).items()}
     order = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    assert use_cpu_sync_batchnorm(model) is model
+    assert use_sync_batchnorm(model) is model
 
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[k] is before[k] for k in before)  # the very same tensors
     assert [name for name, _ in model.named_modules(remove_duplicate=False)] == order
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    assert sum(isinstance(m, CpuSyncBatchNorm) for m in model.modules()) == 3
+    assert sum(isinstance(m, SyncBatchNorm) for m in model.modules()) == 3
     assert model["first"][0] is model["second"][0]
     assert (model["conv"].norm.training, model["first"][0].training) == (False, True)
     assert type(model["second"][1]) is nn.BatchNorm1d
-    use_cpu_sync_batchnorm(model)  # a second time changes nothing
+    use_sync_batchnorm(model)  # a second time changes nothing
     assert all(v is before[k] for k, v in model.state_dict(keep_vars=True).items())
 
 
 def test_a_model_that_is_itself_a_norm():
     norm = nn.SyncBatchNorm(4)
-    new = use_cpu_sync_batchnorm(norm)
-    assert isinstance(new, CpuSyncBatchNorm) and new.weight is norm.weight
+    new = use_sync_batchnorm(norm)
+    assert new is norm and type(norm) is SyncBatchNorm
 
 
 def test_one_process_without_group_equals_batch_norm():
     model = make_model()
-    converted = use_cpu_sync_batchnorm(copy.deepcopy(model))
+    converted = use_sync_batchnorm(copy.deepcopy(model))
     x = torch.randn(2, 3, 6, 6)
     for training in (True, False):
         for m in (model, converted):
@@ -161,7 +201,7 @@ def test_one_process_without_group_equals_batch_norm():
 
 
 def test_weight_decay_and_precise_bn_see_a_norm():
-    model = use_cpu_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)))
+    model = use_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4)))
     groups = get_default_optimizer_params(model, weight_decay=0.1, weight_decay_norm=0.0)
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert (decay[id(model[0].weight)], decay[id(model[1].weight)]) == (0.1, 0.0)

@@ -18,7 +18,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm, use_local_batchnorm
+from region_pretrain.modeling.norms import use_local_batchnorm, use_sync_batchnorm
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 SWIN = dict(img_size=64, embed_dim=24, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=4)
@@ -142,7 +142,7 @@ def test_batch_norms():
         TimmBackbone("regnety_002", norm="GN")
 
 
-@pytest.mark.parametrize("replace", [use_cpu_sync_batchnorm, use_local_batchnorm])
+@pytest.mark.parametrize("replace", [use_sync_batchnorm, use_local_batchnorm])
 def test_the_norms_that_replace_synchronised_ones_keep_the_activations(replace):
     sync = TimmBackbone("regnety_002", norm="SyncBN")
     plain = TimmBackbone("regnety_002")

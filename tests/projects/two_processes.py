@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.processes import leave_process_group
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 
 
 class Step(NamedTuple):
@@ -60,7 +60,7 @@ def _rank(rank: int, folder: str, names: Sequence[str], outputs: Any, state: Any
     found = {}
     for name in names:
         model, batch = torch.load(f"{folder}/{name}.pt", weights_only=False)
-        model = use_cpu_sync_batchnorm(model)
+        model = use_sync_batchnorm(model)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         mine = step(wrapped, batch.chunk(2)[rank], outputs, state, model)
         for value in mine.outputs.values():

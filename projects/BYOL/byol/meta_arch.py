@@ -91,7 +91,7 @@ class BYOL(PretrainingModel):
             ``loss_image``, in [-4, 4]: the paper's squared error (equation 2, both orders) minus 4;
             and ``embedding_std``.
         """
-        images = [self.preprocess(view) for view in batch.views]
+        images = self.preprocess.together(batch.views)
         first, second = (_unit(self.predictor(self._project(self.online, x))) for x in images)
         with torch.no_grad():
             of_first, of_second = (_unit(self._project(self.target, x)) for x in images)

@@ -11,6 +11,7 @@ import torch
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
 
+from region_pretrain.data.device import to_device
 from region_pretrain.projects.ccop.curriculum import Difficulty
 
 
@@ -141,8 +142,8 @@ def choose_positives(
         hardest: choose the candidate least similar to the query; False: a random one.
     """
     device = query.device
-    valid = candidates.valid.to(device, non_blocking=True)
-    slots = candidates.valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+    valid = to_device(candidates.valid, device)
+    slots = to_device(candidates.valid.flatten().nonzero().squeeze(1), device)
     vectors = to_slots(vectors, slots, valid.shape)  # (R, n + 1, D)
     with torch.autocast(device.type, enabled=False):  # bfloat16 would choose another candidate
         similarity = torch.einsum("rd,rnd->rn", query, vectors)
@@ -153,7 +154,7 @@ def choose_positives(
         index,
         vectors.gather(1, pick[..., None].expand(-1, -1, vectors.shape[-1])).squeeze(1),
         similarity.gather(1, pick).squeeze(1),
-        candidates.iou.to(device, non_blocking=True).gather(1, pick).squeeze(1),
+        to_device(candidates.iou, device).gather(1, pick).squeeze(1),
     )
 
 

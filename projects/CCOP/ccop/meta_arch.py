@@ -17,6 +17,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.modeling.losses import embedding_std, info_nce
@@ -207,11 +208,11 @@ class CCOP(PretrainingModel):
         negatives = self.region_queue.negatives()
         inter = info_nce(query, positive.vectors, negatives, self.temperature)
         pairs = distinct_pairs(key_view.boxes, valid, self.max_pair_iou)
-        slots = valid.flatten().nonzero().squeeze(1).to(query.device, non_blocking=True)
+        slots = to_device(valid.flatten().nonzero().squeeze(1), query.device)
         intra = intra_image_margin(
             to_slots(query, slots, valid.shape),
             to_slots(keys.regions, slots, valid.shape),
-            pairs.to(query.device, non_blocking=True),
+            to_device(pairs, query.device),
             self.margin,
             self.anchor,
         )
@@ -231,7 +232,7 @@ class CCOP(PretrainingModel):
         if len(query) > 1:
             outputs["region_embedding_std"] = embedding_std(keys.regions)
         fraction = mine.valid[:, :-1].float().mean(dim=1).nan_to_num().sum()
-        fraction = fraction.to(query.device, non_blocking=True)
+        fraction = to_device(fraction, query.device)
         sums = torch.stack([fraction, positive.iou.sum(), positive.similarity.sum()])
         names = ("valid_fraction", "chosen_iou", "chosen_similarity")
         for name, value in zip(names, mean_over_ranks(sums, len(query)), strict=True):
@@ -294,7 +295,7 @@ class CCOP(PretrainingModel):
         # About half of the boxes are invalid; these are not even pooled.
         pooled = self._pool(maps, boxes[valid], of, size)
         regions = (candidate == self.num_candidates).nonzero().squeeze(1)
-        regions = pooled.index_select(0, regions.to(pooled.device, non_blocking=True))
+        regions = pooled.index_select(0, to_device(regions, pooled.device))
         head = self.key["region_head"]
         return _Keys(image, _unit(head(pooled)), _unit(head(regions)))
 

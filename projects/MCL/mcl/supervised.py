@@ -8,6 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import ViewBatch
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.projects.mcl.tiles import TileModel
 
@@ -51,15 +52,15 @@ class SupervisedMCL(TileModel):
                 "it to the number of classes (numbered from 0)"
             )
         pyramids = self.pyramids(batch)
-        labels = batch.labels.to(pyramids[0].pixels.device, non_blocking=True)
+        labels = to_device(batch.labels, pyramids[0].pixels.device)
         levels = range(len(self.names))
         losses: list[list[Tensor]] = [[] for _ in levels]
         hits: list[list[Tensor]] = [[] for _ in levels]
         for canvases in pyramids:
-            logits = self.tile_vectors(self.trunk, canvases, levels, self.classifier)
+            logits = self.tile_vectors(self.trunk, canvases, levels, self._classify)
             for i in levels:
                 truth = labels[canvases.images[i]]
-                losses[i].append(F.cross_entropy(logits[i].float(), truth))
+                losses[i].append(F.cross_entropy(logits[i], truth))
                 hits[i].append((logits[i].argmax(dim=1) == truth).float().mean())
         outputs: dict[str, Tensor] = {}
         for name, weight, loss, hit in zip(
@@ -68,3 +69,8 @@ class SupervisedMCL(TileModel):
             outputs[f"loss_{name}"] = weight * torch.stack(loss).mean()
             outputs[f"accuracy_{name}"] = torch.stack(hit).mean()
         return outputs
+
+    def _classify(self, features: Tensor) -> Tensor:
+        """``(n, classes)`` float32 logits: bfloat16 would choose among the nearest at random."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.classifier(features.float())

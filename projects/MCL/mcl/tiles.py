@@ -11,6 +11,7 @@ from detectron2.modeling.poolers import ROIPooler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.preprocess import Preprocess
@@ -147,9 +148,9 @@ class TileModel(PretrainingModel):
 
     @torch.no_grad()
     def _canvases(self, views: Sequence[View]) -> Canvases:
-        pixels = [self.preprocess(view) for view in views]
+        pixels = self.preprocess.together(views)
         drawn = self.montage.draw(len(pixels[0]))
-        flat = torch.cat(drawn).to(pixels[0].device, non_blocking=True)  # one copy for all levels
+        flat = to_device(torch.cat(drawn), pixels[0].device)  # one copy for all levels
         images = list(flat.split([len(slots) for slots in drawn]))
         return Canvases(self.montage.canvases(pixels, images), self.montage.counts(drawn), images)
 

@@ -10,15 +10,17 @@ from detectron2.utils import comm
 from fvcore.nn.distributed import differentiable_all_gather
 from torch import Tensor, nn
 
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import gather_rows
 from region_pretrain.modeling.queue import KeyQueue
-from region_pretrain.projects.point_region_contrast.recompute import recomputed_sum
+from region_pretrain.projects.point_region_contrast.recompute import (
+    entries_at_once,
+    recomputed_sum,
+)
 
 OTHERS = ("none", "local", "gathered", "queue")
 LOGS = ("outside", "inside")
-#: Similarities computed at once; a few tensors of this size exist while the loss is computed.
-_AT_ONCE = 1 << 22
 _NEVER = -1e4  # a logit with no weight in a softmax; finite, so that it causes no NaN
 
 
@@ -96,7 +98,7 @@ class PointContrast(nn.Module):
         self.log, self.same_view = log, same_view
         self.queue = KeyQueue(queue_length, dim) if others == "queue" else None
 
-    def forward(self, query: Points, key: Points) -> tuple[Tensor, int, Tensor]:
+    def forward(self, query: Points, key: Points) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the loss over this process's points.
 
         Args:
@@ -106,9 +108,11 @@ class PointContrast(nn.Module):
 
         Returns:
             The sum over the query view's points that have a positive (0, connected to the graph, if
-            none has), their number, and the mean cosine of positives (0 if there are none).
+            none has), their number, and the mean cosine of positives (0 if there are none): scalars
+            on the vectors' device.
         """
         query, key = self._pooled(query), self._pooled(key._replace(vectors=key.vectors.detach()))
+        device = key.vectors.device
         bank, bank_ids, bank_valid = key
         if self.same_view:
             bank = torch.cat([bank, query.vectors], dim=1)
@@ -117,38 +121,33 @@ class PointContrast(nn.Module):
         positive = query.ids[:, :, None] == bank_ids[:, None]
         positive &= query.valid[:, :, None] & bank_valid[:, None]  # (B, S, S')
         slots = query.ids.shape[1]
-        if self.same_view:  # a point is not its own positive
-            positive[:, :, -slots:] &= ~torch.eye(slots, dtype=torch.bool)
-        anchors = positive.any(dim=2)
-        count = int(anchors.sum())
-
-        device = bank.device
         candidate = positive
         if self.in_image:
             candidate = bank_valid[:, None] & query.valid[:, :, None]
-            if self.same_view:
-                candidate = candidate.clone()
-                candidate[:, :, -slots:] &= ~torch.eye(slots, dtype=torch.bool)
-        own = [t.to(device, non_blocking=True) for t in (positive, candidate, anchors)]
+        if self.same_view:  # a point is neither its own positive nor its own negative
+            itself = torch.eye(slots, dtype=torch.bool, device=device)
+            positive[:, :, -slots:] &= ~itself
+            candidate[:, :, -slots:] &= ~itself
+        anchors = positive.any(dim=2)
+        own = positive, candidate, anchors
         others = self._others(bank, bank_valid)
 
         def part(images: slice) -> Tensor:
             return self._loss(images, query.vectors, bank, *own, *others)
 
         columns = bank.shape[1] + len(others[0])
-        step = _AT_ONCE // max(slots * columns, 1)
+        step = entries_at_once(device) // max(slots * columns, 1)
         with torch.autocast(device.type, enabled=False):
             loss = recomputed_sum(part, len(bank), step)
             with torch.no_grad():
                 cosine = torch.einsum("bid,bjd->bij", query.vectors, bank)
-                similarity = (cosine * own[0]).sum() / max(int(positive.sum()), 1)
+                similarity = (cosine * positive).sum() / positive.sum().clamp(min=1)
         if self.queue is not None and self.training:
-            flat = key.valid.flatten().to(device, non_blocking=True)
-            self.queue.enqueue(key.vectors.flatten(0, 1), flat)
-        return loss, count, similarity
+            self.queue.enqueue(key.vectors.flatten(0, 1), key.valid.flatten())
+        return loss, anchors.sum(), similarity
 
     def _pooled(self, points: Points) -> Points:
-        """Unit vectors, one per group of ``pool`` points."""
+        """Unit vectors, one per group of ``pool`` points, with ids and validity on their device."""
         vectors, ids, valid = points.vectors.float(), points.ids, points.valid
         if self.pool > 1:
             if ids.shape[1] % self.pool:
@@ -164,6 +163,7 @@ class PointContrast(nn.Module):
                     "to dataloader.train.dataset.views.points, with views.positives=region"
                 )
             ids, valid = ids[..., 0], valid.all(dim=2)
+        ids, valid = (to_device(t, vectors.device) for t in (ids, valid))
         return Points(F.normalize(vectors, dim=2), ids, valid)
 
     def _others(self, bank: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,8 +181,8 @@ class PointContrast(nn.Module):
         if self.queue is not None:
             negatives = self.queue.negatives()
             return negatives, torch.full((len(negatives),), -1, device=device)
-        image = torch.arange(images)[:, None].expand(-1, slots)
-        image = torch.where(valid, image, -2).flatten().to(device, non_blocking=True)
+        image = torch.arange(images, device=device)[:, None].expand(-1, slots)
+        image = torch.where(valid, image, -2).flatten()
         vectors = bank.flatten(0, 1)
         if self.others == "gathered" and comm.get_world_size() > 1:
             offset = comm.get_rank() * images

@@ -9,12 +9,13 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.projects.point_region_contrast.points import bilinear_weights, cell_centers
-from region_pretrain.projects.point_region_contrast.recompute import recomputed_sum
-
-#: Softmax entries computed at once; a few tensors of this size exist while the loss is computed.
-_AT_ONCE = 1 << 22
+from region_pretrain.projects.point_region_contrast.recompute import (
+    entries_at_once,
+    recomputed_sum,
+)
 
 
 class AffinityVectors(NamedTuple):
@@ -89,6 +90,7 @@ class AffinityDistillation(nn.Module):
         self.center_momentum = center_momentum
         # (P + 1,): the teacher's similarities, summed over the step's places, and their number.
         self._sums: Tensor | None = None
+        self._spreads: dict[tuple, Tensor] = {}
         if prototypes:
             self.register_buffer("center", torch.zeros(prototypes))
 
@@ -124,8 +126,8 @@ class AffinityDistillation(nn.Module):
             number.
         """
         device = key.device
-        mine, count = valid.to(device, non_blocking=True), int(valid.sum())
-        spread = self._spread(map_size).to(key, non_blocking=True)
+        mine, count = to_device(valid, device), int(valid.sum())
+        spread = self._spread(map_size, key)
         temperatures = self.student_temperature, self.temperature_at(progress)
         with torch.autocast(device.type, enabled=False):
             rows = [
@@ -151,7 +153,7 @@ class AffinityDistillation(nn.Module):
 
         Arguments are those of :meth:`forward`.
         """
-        spread = self._spread(map_size).to(key)
+        spread = self._spread(map_size, key)
         student_maps, teacher_maps = (
             ((weights @ (network.vectors @ key.transpose(1, 2))) @ spread)
             .div(self.student_temperature)
@@ -161,10 +163,15 @@ class AffinityDistillation(nn.Module):
         )
         return student_maps, teacher_maps
 
-    def _spread(self, map_size: tuple[int, int]) -> Tensor:
+    def _spread(self, map_size: tuple[int, int], like: Tensor) -> Tensor:
         """Weights of a map's locations in each place y, ``(h * w, cells * cells)``."""
-        unit = (self.cells, self.cells)
-        return bilinear_weights(cell_centers(self.cells, unit), unit, map_size).T.contiguous()
+        known = map_size, like.device, like.dtype
+        if known not in self._spreads:
+            unit = (self.cells, self.cells)
+            centers = cell_centers(self.cells, unit)
+            weights = bilinear_weights(centers, unit, map_size).T.contiguous().to(like.dtype)
+            self._spreads[known] = to_device(weights, like.device)
+        return self._spreads[known]
 
     def _distil(
         self,
@@ -196,7 +203,8 @@ class AffinityDistillation(nn.Module):
             return (entropy * valid[images]).sum()
 
         images, count = valid.shape
-        return recomputed_sum(part, images, _AT_ONCE // (max(count, 1) * rows[0][1].shape[1]))
+        per_image = max(count, 1) * rows[0][1].shape[1]
+        return recomputed_sum(part, images, entries_at_once(valid.device) // per_image)
 
     def _distil_prototypes(
         self,

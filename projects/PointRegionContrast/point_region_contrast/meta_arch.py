@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import mean_over_ranks
 from region_pretrain.modeling.init import zero_init_residual
@@ -198,7 +199,7 @@ class PointRegionContrast(PretrainingModel):
                 for view, maps in ((query_view, query), (key_view, key))
             ]
             total, count, similarity = self.contrast(*points)
-            if not count and self.training and not self._warned:
+            if self.training and not self._warned and not _have_common_regions(*points):
                 self._warned = True
                 logger.warning(
                     "no image of this batch has a region in both views. If this persists, only "
@@ -206,7 +207,7 @@ class PointRegionContrast(PretrainingModel):
                 )
             outputs["loss_point"] = self.weights["point"] * mean_over_ranks(total, count)
             outputs["points/similarity"] = similarity
-            outputs["points/per_image"] = torch.tensor(count / len(batch))
+            outputs["points/per_image"] = count / len(batch)
         if self.distillation is not None:
             total, count = self._distil(batch, query, teacher, key)
             outputs["loss_affinity"] = self.weights["affinity"] * mean_over_ranks(total, count)
@@ -311,7 +312,7 @@ class PointRegionContrast(PretrainingModel):
         return Points(vectors, view.region_ids[:, :slots], view.valid[:, :slots])
 
     def _weights(self, xy: Tensor, view: View, size: tuple[int, int]) -> Tensor:
-        xy = xy.to(self.preprocess.pixel_mean.device, non_blocking=True)
+        xy = to_device(xy, self.preprocess.pixel_mean.device)
         return bilinear_weights(xy, tuple(view.images.shape[-2:]), size)
 
     def _keys(self, view: View, affinity_only: bool = False) -> _Maps:
@@ -339,3 +340,9 @@ class PointRegionContrast(PretrainingModel):
         if "affinity_head" in network:
             affinity = network["affinity_head"](rows).view(shape)
         return _Maps(contrast, affinity, size)
+
+
+def _have_common_regions(query: Points, key: Points) -> bool:
+    """Whether any image has a valid point of one region in both views; on the CPU."""
+    images = zip(query.ids, query.valid, key.ids, key.valid, strict=True)
+    return any(torch.isin(ids[valid], others[found]).any() for ids, valid, others, found in images)

@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.data.device import to_device
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
@@ -123,7 +124,7 @@ class SoCo(PretrainingModel):
             ``embedding_std``.
         """
         levels = [self._levels(view) for view in batch.views]
-        images = [self.preprocess(view) for view in batch.views]
+        images = self.preprocess.together(batch.views)
         inputs = list(zip(images, batch.views, levels, strict=True))
         online = [self._embed(self.online, *x, predictor=self.predictor) for x in inputs]
         with torch.no_grad():
@@ -139,7 +140,8 @@ class SoCo(PretrainingModel):
             own = slice(group * slots, (group + 1) * slots)
             match = matches(
                 first.region_ids[:, own], batch.views[j].region_ids, valid[0][:, own], valid[j]
-            ).to(online[0].device, non_blocking=True)
+            )
+            match = to_device(match, online[0].device)
             outputs[f"loss_view{j + 1}"] = matched_cosine_loss(
                 online[0][:, own], target[j], match
             ) + matched_cosine_loss(online[j], target[0][:, own], match.transpose(1, 2))
@@ -174,7 +176,7 @@ class SoCo(PretrainingModel):
 
         if self.all_levels:
             everywhere = torch.stack([embed_on(i) for i in range(len(features))])  # (L, B * K, D)
-            chosen = levels.clamp(min=0).to(images.device, non_blocking=True).reshape(1, -1, 1)
+            chosen = to_device(levels.clamp(min=0), images.device).reshape(1, -1, 1)
             chosen = chosen.expand(1, -1, everywhere.shape[-1])
             embedded = everywhere.gather(0, chosen)[0]
         else:

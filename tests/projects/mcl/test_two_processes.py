@@ -7,7 +7,7 @@ from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.engine.processes import leave_process_group
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 
 
 def _losses_and_gradients(model, batch, module, slots):
@@ -25,7 +25,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for case in ("windows", "all"):
         model, batch, slots = torch.load(f"{folder}/{case}.pt", weights_only=False)
-        model = use_cpu_sync_batchnorm(model)
+        model = use_sync_batchnorm(model)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         losses, gradients = _losses_and_gradients(wrapped, batch.chunk(2)[rank], model, slots[rank])
         for value in losses.values():

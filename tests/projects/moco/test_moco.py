@@ -23,7 +23,7 @@ from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import MLPHead
-from region_pretrain.modeling.norms import use_cpu_sync_batchnorm
+from region_pretrain.modeling.norms import use_sync_batchnorm
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
 from region_pretrain.overrides import apply_overrides
@@ -99,7 +99,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
     for shuffle in (False, True):
-        model = use_cpu_sync_batchnorm(torch.load(f"{folder}/{shuffle}.pt", weights_only=False))
+        model = use_sync_batchnorm(torch.load(f"{folder}/{shuffle}.pt", weights_only=False))
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         loss, *rest = _step(wrapped, two_view_batch(8).chunk(2)[rank], model)
         dist.all_reduce(loss)

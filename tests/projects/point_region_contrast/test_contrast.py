@@ -81,7 +81,7 @@ def slowly(query, key, in_image=True, others=True, log="outside", same_view=Fals
     ("in_image", "others"), [(True, "local"), (False, "local"), (True, "none")]
 )
 def test_against_the_slow_restatement(monkeypatch, chunk, same_view, log, in_image, others):
-    monkeypatch.setattr(contrast_module, "_AT_ONCE", chunk)
+    monkeypatch.setattr(contrast_module, "entries_at_once", lambda device: chunk)
     query, key = random_points()
     query.vectors.requires_grad_()
     contrast = PointContrast(in_image=in_image, others=others, log=log, same_view=same_view)

@@ -20,7 +20,7 @@ def vectors(seed: int, batch: int = 2, places: int = 49, dim: int = 8) -> torch.
 def test_values_of_one_row(teacher_temperature, loss):
     """Three places of the key view, with given affinities."""
     distillation = AffinityDistillation(1, 0.1, (teacher_temperature, teacher_temperature))
-    distillation._spread = lambda size: torch.eye(3)
+    distillation._spread = lambda size, like: torch.eye(3)
     key = torch.eye(3)[None]
     student = torch.zeros(1, 3, 3)
     student[0, 0] = torch.tensor([1.0, 0.5, 0.0])
@@ -41,7 +41,8 @@ def test_values_of_one_row(teacher_temperature, loss):
 
 def test_it_equals_the_direct_computation(monkeypatch):
     """Upsample to 56 x 56 first, compute every affinity, then select the places."""
-    monkeypatch.setattr(distillation_module, "_AT_ONCE", 1)  # one image at a time
+    one_image = 1
+    monkeypatch.setattr(distillation_module, "entries_at_once", lambda device: one_image)
     size, cells = (7, 7), 56
     student, teacher, key = (vectors(seed) for seed in range(3))
     student.requires_grad_()

@@ -19,7 +19,7 @@ from region_pretrain.modeling.losses import info_nce
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.point_region_contrast import PointContrast
 from region_pretrain.projects.point_region_contrast import contrast as contrast_module
-from region_pretrain.projects.point_region_contrast import distillation as distillation_module
+from region_pretrain.projects.point_region_contrast.recompute import entries_at_once
 
 PROJECTS = CONFIG_ROOT.parent / "projects"
 LOSSES = ("loss_image", "loss_point", "loss_affinity")
@@ -289,7 +289,7 @@ def test_memory_beyond_moco_at_32_images_of_224_pixels(monkeypatch):
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in models]
     weights = 4 * 4 * (trained[0] - trained[1])
     # Temporary logits, masks and softmax of a slice of either loss; and the third view.
-    parts = 8 * 4 * max(contrast_module._AT_ONCE, distillation_module._AT_ONCE)
+    parts = 8 * 4 * entries_at_once(torch.device("cpu"))
     view = 2 * 4 * 32 * 3 * 224 * 224
     beyond = saved[0] - saved[1] + weights + parts + view
     gib = [round(x / 2**30, 3) for x in (saved[1], saved[0], weights, parts, view, beyond)]

@@ -1,12 +1,17 @@
 """Features at points, sums in slices, and the affinity head."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from region_pretrain.projects.point_region_contrast import AffinityHead
 from region_pretrain.projects.point_region_contrast.points import bilinear_weights, cell_centers
-from region_pretrain.projects.point_region_contrast.recompute import recomputed_sum
+from region_pretrain.projects.point_region_contrast.recompute import (
+    entries_at_once,
+    recomputed_sum,
+)
 
 
 @pytest.mark.parametrize("map_size", [(7, 7), (5, 9), (1, 2)])
@@ -46,7 +51,19 @@ def test_a_sum_over_slices_is_the_sum():
         first = list(sizes)
         torch.testing.assert_close(total, whole)
         torch.testing.assert_close(torch.autograd.grad(total, x)[0], expected)
-        assert sum(first) == 10 and max(first) <= max(step, 1) and len(sizes) == 2 * len(first)
+        assert sum(first) == 10 and max(first) <= max(step, 1)
+        recomputed = len(first) if step < 10 else 0  # a single slice is kept instead
+        assert len(sizes) == len(first) + recomputed
+
+
+def test_slices_follow_the_memory_of_a_gpu(monkeypatch):
+    memory = {"small": 16 << 30, "large": 80 << 30}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: SimpleNamespace(total_memory=memory[d.name])
+    )
+    found = {n: entries_at_once(SimpleNamespace(type="cuda", name=n)) for n in memory}
+    assert found == {"small": 1 << 24, "large": 5 << 24}
+    assert entries_at_once(torch.device("cpu")) == 1 << 22
 
 
 def test_an_affinity_head_is_its_layers():

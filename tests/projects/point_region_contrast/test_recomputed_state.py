@@ -41,7 +41,9 @@ def test_the_gradient_of_prototypes_is_that_of_finite_differences():
 
     def loss() -> torch.Tensor:
         distillation = AffinityDistillation(2, 0.1, (0.05, 0.05), prototypes=6).double().train()
-        distillation._spread = lambda size: torch.eye(4, dtype=torch.float64)  # 2 x 2 to 2 x 2
+        distillation._spread = lambda size, like: torch.eye(
+            4, dtype=torch.float64
+        )  # 2 x 2 to 2 x 2
         buffer = next(distillation.buffers())
         buffer.copy_(torch.linspace(-0.3, 0.3, 6))
         described = [

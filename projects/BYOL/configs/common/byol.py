@@ -16,6 +16,7 @@ train.base_batch_size = 256
 lr_multiplier.update(warmup_epochs=10, warmup_factor=0.0, final_factor=0.0)
 train.amp.enabled = True
 train.channels_last = True
+train.cudnn_benchmark = True
 
 dataloader.train.total_batch_size = 4096
 _augmentation = get_config("common/byol_augmentation.py")

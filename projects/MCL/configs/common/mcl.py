@@ -30,6 +30,7 @@ train = get_config("common/train.py").train
 train.base_batch_size = 256  # lr 1.0 * 4096 / 256 = 16.0
 train.amp.enabled = True
 train.channels_last = True
+train.cudnn_benchmark = True
 train.clip_grad.enabled = True
 train.clip_grad.max_norm = 500.0
 train.checkpointer.period = 1248  # 4 epochs of 312

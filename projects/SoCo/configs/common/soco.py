@@ -14,6 +14,7 @@ dataloader = get_config("common/data/unlabeled.py").dataloader
 train.base_batch_size = 256  # lr 1.0 * 2048 / 256 = 8.0
 train.amp.enabled = True
 train.channels_last = True
+train.cudnn_benchmark = True
 train.checkpointer.period = 2000
 train.checkpoint_keep_every = 10000
 

@@ -1,0 +1,53 @@
+"""Runs the scripts of this folder in processes of their own, which can have a simulated device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+#: Every Shapes recipe, relative to the repository.
+CONFIGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("projects/*/configs/*shapes.py"))
+
+
+@pytest.fixture(scope="session")
+def configs() -> list[str]:
+    return CONFIGS
+
+
+@pytest.fixture(scope="session")
+def run_scripts() -> Callable[[list[list[str]]], None]:
+    """Start scripts of this folder together, and wait until all have succeeded."""
+
+    def run(commands: list[list[str]]) -> None:
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, HERE / script, *arguments],
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for script, *arguments in commands
+        ]
+        try:
+            outputs = [process.communicate(timeout=600)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output[-3000:]
+
+    return run
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "config" in metafunc.fixturenames:
+        metafunc.parametrize("config", CONFIGS, ids=lambda c: Path(c).stem)
