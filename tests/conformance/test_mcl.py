@@ -160,6 +160,14 @@ class SlowMCL(SlowTiles):
         return [outputs | {"embedding_std": spread(next(iter(keys[1].values())))}]
 
 
+def in_float32(classifier):
+    def classify(features):
+        with torch.autocast("cpu", enabled=False):
+            return classifier(features.float())
+
+    return classify
+
+
 class SlowSupervisedMCL(SlowTiles):
     def copies(self, twin):
         return []
@@ -173,9 +181,9 @@ class SlowSupervisedMCL(SlowTiles):
         for side in (0, 1):
             canvases, images = self.pyramid(batch, side)
             network, levels = self.parts(twin), list(self.levels)
-            logits = self.tile_vectors(network, canvases, levels, twin.classifier)
+            logits = self.tile_vectors(network, canvases, levels, in_float32(twin.classifier))
             for i in levels:
-                for row, image in zip(logits[i].float(), images[i], strict=True):
+                for row, image in zip(logits[i], images[i], strict=True):
                     label = batch.labels[image].item()
                     losses[i].append(-torch.log(row[label].exp() / sum(row.exp())))
                     hits[i].append(float(row.argmax() == label))
