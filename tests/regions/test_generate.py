@@ -154,7 +154,7 @@ def test_too_many_unreadable_images_stop_the_run_before_a_store_is_written(tmp_p
     assert not os.path.exists(out)
     assert os.path.exists(out + ".unreadable.txt")
     # It stopped at the first part, and continues when more are allowed.
-    assert sorted(os.listdir(out + ".parts"))[0] == "part-000000.arrow"
+    assert os.path.exists(out + ".parts/part-000000.arrow")
     assert not os.path.exists(out + ".parts/part-000001.arrow")
     summary = make_regions(records, out, "grid-v1", workers=1, part_size=2, max_unreadable=0.2)
     assert (summary["images"], summary["unreadable"]) == (9, 2)

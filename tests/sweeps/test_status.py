@@ -72,7 +72,8 @@ def test_minutes_and_attempts_of_shards_are_summed(sweeps):
     for shard, attempts in enumerate(([(0, 60), (100, 130)], [(10, 100)], [(10, None)])):
         folder = folder_of(run) / f"shard{shard}"
         folder.mkdir()
-        rows = [{"started": a, "ended": b, "outcome": "x"} for a, b in attempts]
+        same = {"job": "7", "restart": 0, "host": "here", "start": "", "outcome": "x"}
+        rows = [{"started": a, "ended": b, **same} for a, b in attempts]
         (folder / "attempts.json").write_text(json.dumps(rows))
     assert len(state.attempts(run)) == 4 and state.minutes(run) == 3.0
 
