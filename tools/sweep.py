@@ -25,6 +25,7 @@ commands for a sweep that was started (SWEEP is its output folder, or its config
   tools/sweep.py status SWEEP   print the state of every run, and why runs failed
   tools/sweep.py report SWEEP   write report.html, report.md and results.csv
   tools/sweep.py cancel SWEEP   stop all jobs; they resume when the sweep is started again
+  tools/sweep.py probes SWEEP   probe all checkpoints; which probe predicts the fine-tuned AP?
 
 command for a results.csv, without the runs:
   tools/sweep.py tables CSV     write its tables and figures
@@ -34,7 +35,7 @@ command for a results.csv, without the runs:
 def _start(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         usage="%(prog)s --config FILE [options] [sweep.key=value ...]\n"
-        "       %(prog)s {status,report,cancel} SWEEP\n"
+        "       %(prog)s {status,report,cancel,probes} SWEEP\n"
         "       %(prog)s tables CSV --out DIR [--reference NAME ...]",
         description=__doc__,
         epilog=_COMMANDS,
@@ -137,6 +138,29 @@ def _report(argv: list[str]) -> None:
     print(*write_sweep_report(folder), sep="\n")
 
 
+def _probes(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py probes",
+        description="Probe the pre-trainings that have been fine-tuned, as tools/probe.py does, "
+        "and print the rank correlation of each probe with the AP. Other fine-tunings of the "
+        "sweep, e.g. a short one with a frozen trunk, count as probes.",
+    )
+    parser.add_argument("sweep", help="the sweep's output folder")
+    parser.add_argument(
+        "--finetune", metavar="NAME", help="fine-tuning to predict (default: first)"
+    )
+    parser.add_argument("--metric", default="bbox/AP", help="its metric (default %(default)s)")
+    parser.add_argument("--out", metavar="CSV", help="file (default: SWEEP/probes.csv)")
+    args = parser.parse_args(argv)
+    from region_pretrain.files import write_text_atomic
+    from region_pretrain.sweeps.probes import probe_checkpoints, probes_csv, rank_correlations
+
+    found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
+    out = args.out or os.path.join(args.sweep, "probes.csv")
+    write_text_atomic(out, probes_csv(found))
+    print(f"{rank_correlations(found)}\n\n{out}")
+
+
 def _choose(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="sweep.py choose",
@@ -175,7 +199,7 @@ def _tables(argv: list[str]) -> None:
 @exit_on_user_error
 def main() -> None:
     commands = {"status": _status, "cancel": _cancel, "report": _report, "tables": _tables}
-    commands["choose"] = _choose
+    commands |= {"probes": _probes, "choose": _choose}
     command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if command is not None:
         command(sys.argv[2:])

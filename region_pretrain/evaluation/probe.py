@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -87,12 +88,10 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
     else:
         logger.warning("no train.init_checkpoint: probing random weights")
     reader = model_reader(model)
-    splits = {}
-    start = time.perf_counter()
+    splits, seconds = {}, dict.fromkeys(("features", "second_view", "knn", "linear"), 0.0)
     for split in ("train", "test"):
         with missing_files_are_user_errors():
-            splits[split] = _read(cfg, split, model, reader, max_images)
-    reading = time.perf_counter() - start
+            splits[split] = _read(cfg, split, model, reader, max_images, seconds)
     if not comm.is_main_process():
         return {}
     (train_images, train, _), (test_images, test, second) = splits.values()
@@ -101,7 +100,7 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         levels[level] = {
             "weights": "random" if matched is None else _loaded(model, reader, level, matched),
             "dimensions": train.features[level].shape[1],
-            **_classify(train, test, level, device, k, cfg.train.seed),
+            **_classify(train, test, level, device, k, cfg.train.seed, seconds),
             **_within_images(test, second, level),
         }
     result = {
@@ -112,10 +111,7 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         "retrieval_chance": _chance(test),
         "k": k,
         "seed": cfg.train.seed,
-        "seconds": {
-            "features": round(reading, 1),
-            "classification": round(time.perf_counter() - start - reading, 1),
-        },
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "levels": levels,
     }
     PathManager.mkdirs(cfg.train.output_dir)
@@ -155,7 +151,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _read(
-    cfg: DictConfig, split: str, model: nn.Module, reader: RegionReader, max_images: int | None
+    cfg: DictConfig,
+    split: str,
+    model: nn.Module,
+    reader: RegionReader,
+    max_images: int | None,
+    seconds: dict[str, float],
 ) -> tuple[int, Regions, Regions | None]:
     """Number of images of a split, their regions, and for the test split those of second views."""
     loader, mapper = cfg.dataloader[split], cfg.dataloader.test.get("mapper")
@@ -165,25 +166,44 @@ def _read(
     if max_images is not None and len(dicts) > max_images:
         dicts = [dicts[i] for i in np.linspace(0, len(dicts) - 1, max_images).round().astype(int)]
     resizing = [instantiate(a) for a in mapper.augmentations]
-    second = [[*resizing, *SECOND_VIEW]] if split == "test" else []
-    views = [
-        read_regions(model, reader, dicts, view, input_format=mapper.get("image_format"))
-        for view in [resizing, *second]
-    ]
-    logger.info("%s: %d boxes of %d images", split, len(views[0].labels), len(dicts))
-    return len(dicts), views[0], views[1] if second else None
+
+    def read(name: str, augmentations: Sequence[Any]) -> Regions:
+        with _timed(seconds, name):
+            return read_regions(
+                model, reader, dicts, augmentations, input_format=mapper.get("image_format")
+            )
+
+    regions = read("features", resizing)
+    second = read("second_view", [*resizing, *SECOND_VIEW]) if split == "test" else None
+    logger.info("%s: %d boxes of %d images", split, len(regions.labels), len(dicts))
+    return len(dicts), regions, second
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
 
 
 def _classify(
-    train: Regions, test: Regions, level: str, device: torch.device, k: int, seed: int
+    train: Regions,
+    test: Regions,
+    level: str,
+    device: torch.device,
+    k: int,
+    seed: int,
+    seconds: dict[str, float],
 ) -> dict[str, dict[str, float]]:
     x, y, test_x = (
         t.to(device) for t in (train.features[level], train.labels, test.features[level])
     )
     if not (x.isfinite().all() and test_x.isfinite().all()):
         raise UserError(f"the features of level {level} are not finite: the weights have diverged")
-    by_neighbours = accuracy_of(knn_classify(x, y, test_x, k=k).cpu(), test.labels)
-    predicted, penalty = linear_classify(x, y, test_x, seed=seed)
+    with _timed(seconds, "knn"):
+        by_neighbours = accuracy_of(knn_classify(x, y, test_x, k=k).cpu(), test.labels)
+    with _timed(seconds, "linear"):
+        predicted, penalty = linear_classify(x, y, test_x, seed=seed)
     linear = accuracy_of(predicted.cpu(), test.labels)
     return {"knn": by_neighbours._asdict(), "linear": {**linear._asdict(), "l2": penalty}}
 

@@ -1,0 +1,167 @@
+"""Which probe of a checkpoint predicts its AP after fine-tuning."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from scipy.stats import spearmanr
+from tabulate import tabulate
+
+from region_pretrain.config import load_config
+from region_pretrain.errors import UserError
+from region_pretrain.evaluation.probe import PROBE_FILE, do_probe
+from region_pretrain.json_files import read_json
+from region_pretrain.metrics import read_results
+from region_pretrain.sweeps import state
+from region_pretrain.sweeps.graph import FINETUNE, Run
+from region_pretrain.sweeps.results import logged, step_minutes
+from region_pretrain.sweeps.state import SweepFile
+
+_LABELS = ("initialisation", "pretrain_seed", "checkpoint", "label_fraction")
+
+
+@dataclass
+class ProbedCheckpoint:
+    """A pre-training's checkpoint.
+
+    Attributes:
+        labels: initialisation, pre-training seed, checkpoint and label fraction.
+        ap: mean over the fine-tuning seeds.
+        probes: name of the probe -> value.
+        seconds: name of the probe -> its cost in seconds.
+    """
+
+    labels: tuple[Any, ...]
+    ap: float
+    probes: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def probe_checkpoints(
+    folder: str, finetune: str | None = None, metric: str = "bbox/AP"
+) -> list[ProbedCheckpoint]:
+    """Probe every pre-training of a sweep that has been fine-tuned with all seeds.
+
+    The probes are those of ``tools/probe.py`` on the data of the fine-tuning, and the sweep's other
+    fine-tunings, such as a short one with a frozen trunk. Finished probes, in the sweep's folder
+    ``probes``, are not repeated.
+
+    Args:
+        folder: the sweep's output folder.
+        finetune: the fine-tuning that is predicted; None: the sweep's first one.
+        metric: ``task/metric`` of its ``results.json``.
+
+    Raises:
+        UserError: the sweep has no such fine-tuning, or no finished one of a pre-training.
+    """
+    sweep = state.read_sweep(folder)
+    groups = _finetunings(sweep)
+    names = list(dict.fromkeys(name for name, _ in groups))
+    finetune = finetune or next(iter(names), None)
+    if finetune not in names:
+        raise UserError(f"no fine-tuning {finetune!r} in {folder}; it has {', '.join(names)}")
+    found = []
+    for (name, labels), runs in groups.items():
+        ap = _mean(runs, metric)
+        if name != finetune or ap is None:
+            continue
+        checkpoint = ProbedCheckpoint(labels, ap)
+        slug = "_".join(str(label) for label in labels)
+        _add_probe(checkpoint, _probe(runs[0], os.path.join(folder, "probes", slug)))
+        for other in names:
+            others = groups.get((other, labels), []) if other != finetune else []
+            value = _mean(others, metric)
+            if value is not None:
+                checkpoint.probes[other] = value
+                checkpoint.seconds[other] = statistics.fmean(
+                    60 * step_minutes(logged(run)) for run in others
+                )
+        found.append(checkpoint)
+    if not found:
+        raise UserError(f"no pre-training of {folder} has been fine-tuned yet: see the status")
+    return found
+
+
+def probes_csv(checkpoints: Sequence[ProbedCheckpoint]) -> str:
+    """One line per checkpoint: its labels, its AP, and its probes and their cost in seconds."""
+    names = list(dict.fromkeys(name for c in checkpoints for name in c.probes))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*_LABELS, "ap", *names, *(f"{name}_seconds" for name in names)])
+    for c in checkpoints:
+        values = [part.get(name, "") for part in (c.probes, c.seconds) for name in names]
+        writer.writerow([*c.labels, c.ap, *values])
+    return buffer.getvalue()
+
+
+def rank_correlations(checkpoints: Sequence[ProbedCheckpoint]) -> str:
+    """A table of each probe's Spearman correlation with the AP, the best first.
+
+    A probe is compared over the checkpoints that have it; at least three are needed.
+    """
+    rows = []
+    for name in dict.fromkeys(name for c in checkpoints for name in c.probes):
+        having = [c for c in checkpoints if name in c.probes]
+        if len(having) < 3:
+            continue
+        values, aps = [c.probes[name] for c in having], [c.ap for c in having]
+        constant = len(set(values)) == 1 or len(set(aps)) == 1
+        rho = 0.0 if constant else float(spearmanr(values, aps).statistic)
+        seconds = statistics.fmean(c.seconds[name] for c in having)
+        rows.append([name, rho, len(having), seconds])
+    rows.sort(key=lambda row: -row[1])
+    headers = ["probe", "Spearman", "checkpoints", "seconds"]
+    return tabulate(rows, headers, floatfmt=("", ".2f", "", ".1f"), tablefmt="github")
+
+
+def _finetunings(sweep: SweepFile) -> dict[tuple[str, tuple[Any, ...]], list[Run]]:
+    """(fine-tuning, labels of the checkpoint) -> its runs with all seeds."""
+    groups: dict[tuple[str, tuple[Any, ...]], list[Run]] = {}
+    for entry in sweep.plan.entries:
+        if entry["kind"] == FINETUNE and "pretrain_seed" in entry:
+            keys = ("init", "pretrain_seed", "checkpoint", "label_fraction")
+            labels = tuple(entry[key] for key in keys)
+            groups.setdefault((entry["finetune"], labels), []).append(sweep.plan.runs[entry["run"]])
+    return groups
+
+
+def _mean(runs: Sequence[Run], metric: str) -> float | None:
+    """Mean over the seeds; None if one is missing. A detector that finds nothing has AP 0."""
+    if not runs or not all(os.path.exists(run.product) for run in runs):
+        return None
+    task, name = metric.split("/")
+    return statistics.fmean(
+        read_results(run.product).get(task, {}).get(name) or 0.0 for run in runs
+    )
+
+
+def _probe(run: Run, folder: str) -> Mapping[str, Any]:
+    """The probe of the weights and data of a fine-tuning, made once."""
+    path = os.path.join(folder, PROBE_FILE)
+    if os.path.exists(path):
+        return read_json(path, dict, "delete it to probe again")
+    (task,) = run.tasks
+    config = task[task.index("--config-file") + 1]
+    # The file with the chosen learning rate does not matter here.
+    overrides = [text for text in task if "=" in text and not text.startswith("@")]
+    return do_probe(load_config(config, [*overrides, f"train.output_dir={folder}"]))
+
+
+def _add_probe(checkpoint: ProbedCheckpoint, found: Mapping[str, Any]) -> None:
+    seconds = found["seconds"]
+    for level, values in found["levels"].items():
+        for name, value, cost in (
+            ("knn", values["knn"]["top1"], seconds["features"] + seconds["knn"]),
+            ("linear", values["linear"]["top1"], seconds["features"] + seconds["linear"]),
+            ("retrieval", values["retrieval"], seconds["features"] + seconds["second_view"]),
+            ("variance_within", values["variance_within"], seconds["features"]),
+        ):
+            if value is not None:
+                checkpoint.probes[f"{name}_{level}"] = value
+                checkpoint.seconds[f"{name}_{level}"] = cost
