@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 # Many small processes share few cores, so waiting threads must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +21,9 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would the processes of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every CI run, new ones in every local run.
 settings.register_profile("ci", derandomize=True, deadline=None)

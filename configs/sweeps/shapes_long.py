@@ -8,8 +8,9 @@ the fine-tuning starts; train it first:
 
     python tools/train_net.py --config-file configs/detection/mask_rcnn_r18_fpn_shapes.py \\
         dataloader.train.dataset.names.split=unlabeled dataloader.train.dataset.names.size=1000 \\
-        dataloader.{train,test}.dataset.names.level=clear train.max_iter=1736 train.eval_period=0 \\
-        lr_multiplier.max_iter=1736 lr_multiplier.steps=[1302,1592] train.device=cpu \\
+        dataloader.train.dataset.names.level=clear dataloader.test.dataset.names.level=clear \\
+        train.max_iter=1736 train.eval_period=0 train.device=cpu \\
+        lr_multiplier.max_iter=1736 lr_multiplier.steps=[1302,1592] \\
         train.output_dir=output/shapes_long_full_supervision
 
 ``docs/results/shapes_long.csv`` has the rows of its ``results.csv``; tables and figures are made by

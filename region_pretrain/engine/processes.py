@@ -168,16 +168,17 @@ def launch(
 
 @contextmanager
 def _signals_reach_processes() -> Iterator[list[signal.Signals]]:
-    """Pass USR2, TERM and Ctrl-C on to the child processes as USR2, which saves a checkpoint.
+    """Pass USR2, TERM and Ctrl-C on as USR2, which saves a checkpoint.
 
-    A second TERM or Ctrl-C kills them. Within the context, the list grows by each signal.
+    They reach the child processes that are started within the context. A second TERM or Ctrl-C kills them. Within the context, the list grows by each signal.
     """
     received: list[signal.Signals] = []
+    others = set(multiprocessing.active_children())
 
     def pass_on(number: int, frame: object) -> None:
         again = number in received and number != signal.SIGUSR2
         received.append(signal.Signals(number))
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL if again else signal.SIGUSR2)
 

@@ -1,9 +1,12 @@
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -138,6 +141,24 @@ def start_as_a_scheduler(function, *args):
         )
         children.append(subprocess.Popen([sys.executable, "-c", code, *args], env=env))
     return [child.wait(60) for child in children]
+
+
+def _sleep() -> None:
+    time.sleep(60)
+
+
+def test_signals_reach_only_the_processes_of_the_launch():
+    before = multiprocessing.get_context("fork").Process(target=_sleep)
+    before.start()
+    with processes._signals_reach_processes() as received:
+        mine = multiprocessing.get_context("fork").Process(target=_sleep)
+        mine.start()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        mine.join(30)
+        assert (mine.exitcode, received) == (-signal.SIGUSR2, [signal.SIGUSR2])
+        assert before.is_alive()
+    before.kill()
+    before.join()
 
 
 def test_processes_that_a_scheduler_started_join(tmp_path):
