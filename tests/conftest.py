@@ -22,7 +22,7 @@ from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 
-# A shell ignores Ctrl-C in what it starts in the background, and so would the processes of the tests.
+# Shells ignore Ctrl-C in what they start in the background, and so would the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every CI run, new ones in every local run.

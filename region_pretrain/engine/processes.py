@@ -170,7 +170,8 @@ def launch(
 def _signals_reach_processes() -> Iterator[list[signal.Signals]]:
     """Pass USR2, TERM and Ctrl-C on as USR2, which saves a checkpoint.
 
-    They reach the child processes that are started within the context. A second TERM or Ctrl-C kills them. Within the context, the list grows by each signal.
+    They reach the child processes that are started within the context. A second TERM or Ctrl-C
+    kills them. Within the context, the list grows by each signal.
     """
     received: list[signal.Signals] = []
     others = set(multiprocessing.active_children())

@@ -143,15 +143,12 @@ def start_as_a_scheduler(function, *args):
     return [child.wait(60) for child in children]
 
 
-def _sleep() -> None:
-    time.sleep(60)
-
-
 def test_signals_reach_only_the_processes_of_the_launch():
-    before = multiprocessing.get_context("fork").Process(target=_sleep)
+    start = multiprocessing.get_context("spawn").Process
+    before = start(target=time.sleep, args=(60,))
     before.start()
     with processes._signals_reach_processes() as received:
-        mine = multiprocessing.get_context("fork").Process(target=_sleep)
+        mine = start(target=time.sleep, args=(60,))
         mine.start()
         os.kill(os.getpid(), signal.SIGUSR2)
         mine.join(30)
