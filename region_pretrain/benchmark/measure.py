@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -59,13 +59,30 @@ def synthetic_batch(cfg: DictConfig, size: int) -> ViewBatch:
         cfg: changed by :func:`use_images`.
         size: number of images.
     """
-    lazy = copy.deepcopy(cfg.dataloader.train.dataset)
-    labels = lazy.get("labels")
-    if labels:
-        lazy.labels = False  # a flat folder has none
-    dataset = instantiate(lazy)
+    dataset = instantiate(_without_labels(cfg).dataset)
     batch = dataset.batch(0, 0, [i % len(dataset) for i in range(size)])
-    return replace(batch, labels=torch.arange(size) % 2) if labels else batch
+    return _with_labels(batch, cfg)
+
+
+def synthetic_loader(cfg: DictConfig) -> Callable[[int, int], Iterator[ViewBatch]]:
+    """``iterate`` of a config's loader with synthetic images; see :func:`synthetic_batch`."""
+    loader = instantiate(_without_labels(cfg))
+    return lambda start, stop: (_with_labels(b, cfg) for b in loader.iterate(start, stop))
+
+
+def _without_labels(cfg: DictConfig) -> DictConfig:
+    """``dataloader.train`` for a flat folder, which has no classes."""
+    lazy = copy.deepcopy(cfg.dataloader.train)
+    if lazy.dataset.get("labels"):
+        lazy.dataset.labels = False
+    return lazy
+
+
+def _with_labels(batch: ViewBatch, cfg: DictConfig) -> ViewBatch:
+    """A batch with made-up classes if the config's data set reads them."""
+    if not cfg.dataloader.train.dataset.get("labels"):
+        return batch
+    return replace(batch, labels=torch.arange(len(batch)) % 2)
 
 
 def loader_rates(cfg: DictConfig, seconds: float) -> LoaderRates:

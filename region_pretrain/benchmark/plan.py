@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,17 +22,20 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.optim import optimizer as optimizers
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 from torch.utils.flop_counter import FlopCounterMode
 
+from region_pretrain.benchmark.images import make_jpegs
 from region_pretrain.benchmark.live_memory import LiveMemory, SavedTensors, storage_bytes
-from region_pretrain.benchmark.measure import make_trainer, synthetic_batch, use_synthetic_images
+from region_pretrain.benchmark.measure import make_trainer, synthetic_batch, use_images
 from region_pretrain.benchmark.step import repeated_steps
+from region_pretrain.data import photometry
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.momentum import MomentumCopy
+from region_pretrain.modeling.norms import SyncBatchNorm
 
 _IMAGES = 8  # synthetic files, which are repeated
 _GIB = 2**30
@@ -95,13 +99,15 @@ class Plan:
         return max(0, int(left * self.images / (self.peak - self.fixed)))
 
 
-def plan_step(cfg: DictConfig, gpus: int) -> Plan:
+def plan_step(cfg: DictConfig, gpus: int, images: tuple[str, str] | None = None) -> Plan:
     """Run two steps on fake tensors, and count in the second.
 
     Args:
-        cfg: a pre-training config. Its images and regions are replaced by synthetic ones. A
-            compiled trunk is planned as if it were not compiled.
+        cfg: a pre-training config, modified in place. A compiled trunk is planned as if it were not
+            compiled.
         gpus: number of processes that share ``dataloader.train.total_batch_size``.
+        images: what replaces its images and regions, see
+            :func:`~region_pretrain.benchmark.images.make_jpegs`; made if None.
 
     Raises:
         UserError: the batch is not a multiple of ``gpus``.
@@ -115,7 +121,7 @@ def plan_step(cfg: DictConfig, gpus: int) -> Plan:
     dtype = cfg.train.amp.dtype if cfg.train.amp.enabled else "float32"
     cfg.train.amp.dtype = "bfloat16"  # as large as float16
     with tempfile.TemporaryDirectory() as folder:
-        use_synthetic_images(cfg, folder, _IMAGES)
+        use_images(cfg, *(images or make_jpegs(folder, _IMAGES)))
         batch = synthetic_batch(cfg, total // gpus)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for view in batch.views:
@@ -126,7 +132,7 @@ def plan_step(cfg: DictConfig, gpus: int) -> Plan:
     with ExitStack() as stack:
         step = stack.enter_context(repeated_steps(trainer, lambda start, stop: repeat(batch)))
         stack.enter_context(_pretended_processes(gpus))
-        stack.enter_context(_foreach_on_fake_tensors())
+        stack.enter_context(_as_on_a_gpu())
         if cfg.train.amp.enabled:
             stack.enter_context(_FloatOnCuda())
         step()
@@ -184,36 +190,35 @@ def _pretended_processes(world: int) -> Iterator[None]:
         for part in parts:
             part.copy_(mine)
 
-    def all_gather_into_tensor(everyone: Tensor, mine: Tensor, **_) -> None:
-        everyone.view(world, -1).copy_(mine.reshape(-1))
-
     def all_to_all_single(received: Tensor, sent: Tensor, *_, **__) -> None:
         rows = min(len(received), len(sent))
         received.zero_()[:rows].copy_(sent[:rows])
 
     with (
         mock.patch.object(comm, "get_world_size", lambda: world),
+        # It saves the same tensors as SyncBN, which computes in small steps on a CPU.
+        mock.patch.object(SyncBatchNorm, "forward", nn.BatchNorm2d.forward),
         mock.patch.object(comm, "_get_global_gloo_group", lambda: None),
         mock.patch.object(dist, "all_reduce", lambda tensor, **_: None),
         mock.patch.object(dist, "all_gather", all_gather),
-        mock.patch.object(dist, "all_gather_into_tensor", all_gather_into_tensor),
         mock.patch.object(dist, "all_to_all_single", all_to_all_single),
     ):
         yield
 
 
 @contextmanager
-def _foreach_on_fake_tensors() -> Iterator[None]:
-    """Let optimisers and clipping process all parameters at once, as they do on a GPU."""
-    devices = ["cpu"]
-    modules = (optimizers, _foreach_utils)
+def _as_on_a_gpu() -> Iterator[None]:
+    """Run as many operators as on a GPU: on all parameters, and on many images, at once."""
     with ExitStack() as stack:
-        for module in modules:
-            types = [*module._foreach_supported_types, torch._subclasses.FakeTensor]
-            stack.enter_context(mock.patch.object(module, "_foreach_supported_types", types))
-            stack.enter_context(
-                mock.patch.object(module, "_get_foreach_kernels_supported_devices", lambda: devices)
-            )
+
+        def replace(owner: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(owner, name, value))
+
+        replace(photometry, "_PIXELS_IN_CACHE", photometry._PIXELS_AT_ONCE)
+        for module in (optimizers, _foreach_utils):
+            types = [*module._foreach_supported_types, FakeTensor]
+            replace(module, "_foreach_supported_types", types)
+            replace(module, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         yield
 
 
@@ -271,19 +276,28 @@ def describe_plan(name: str, plan: Plan) -> str:
             f"## {name}",
             f"{total:,} images per step on {plan.gpus} GPU{'s' * (plan.gpus > 1)}, "
             f"{plan.precision}.",
-            _table(step, ["per GPU and step", ""]),
-            _table([(k, f"{v / _GIB:.2f}") for k, v in memory], ["memory at the peak", "GiB"]),
+            markdown_table(step, ["per GPU and step", ""], left=1),
+            markdown_table(
+                [(k, f"{v / _GIB:.2f}") for k, v in memory], ["memory at the peak", "GiB"], left=1
+            ),
             f"All gradients: {plan.gradients / _GIB:.2f} GiB. Most that is saved for the backward "
             f"pass: {plan.saved / _GIB:.2f} GiB. Largest temporary tensor: "
             f"{plan.temporary / _GIB:.2f} GiB.",
-            _table(
+            markdown_table(
                 sizes,
                 ["GPU memory (GiB)", "images per GPU that fit", f"GPUs for {total:,} images"],
+                left=0,
             ),
         ]
     )
 
 
-def _table(rows: list[tuple], headers: list[str]) -> str:
-    align = ("left" if len(headers) == 2 else "right", *["right"] * (len(headers) - 1))
+def markdown_table(rows: Sequence[Sequence[str]], headers: Sequence[str], left: int) -> str:
+    """A table in Markdown.
+
+    Args:
+        rows, headers: its cells.
+        left: number of columns that are aligned to the left; the others contain numbers.
+    """
+    align = ["left"] * left + ["right"] * (len(headers) - left)
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)

@@ -1,0 +1,75 @@
+"""The report of a GPU, without one: what only a GPU can measure is None."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from region_pretrain.benchmark.gpu_report import (
+    GpuUse,
+    costliest,
+    describe_use,
+    measure_use,
+    union_length,
+)
+from region_pretrain.benchmark.images import make_jpegs
+from region_pretrain.benchmark.plan import plan_step
+from region_pretrain.config import load_config
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ["dataloader.train.total_batch_size=8", "dataloader.train.num_workers=0"]
+
+
+def test_measurements_on_the_cpu(tmp_path):
+    path = str(ROOT / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py")
+    images = make_jpegs(str(tmp_path), 8, (128, 96))
+    recipe = plan_step(load_config(path, SETTINGS), 1, images)
+    memory = recipe.peak_of(5) / 0.9  # room for five of the recipe's eight images per GPU
+    cfg = load_config(path, SETTINGS)
+    use = measure_use(cfg, "moco", 1, images, torch.device("cpu"), memory, seconds=0.1)
+    assert (use.recipe_images, use.precision) == (8, "float32") and use.images in (1, 2, 4)
+    settings = [f"dataloader.train.total_batch_size={use.images}"]
+    plan = plan_step(load_config(path, settings), 1, images)
+    assert use.planned_gib * 2**30 == plan.peak and plan.fitting(memory) >= use.images
+    assert use.resident > 0 and use.loaded > 0 and 0 < use.data_wait < 1
+    assert [use.busy, use.peak_gib, use.waits, use.kernels] == [None] * 4
+    assert f"| {use.images} (recipe: 8) |" in describe_use([use], "a CPU")
+
+
+def test_a_report_names_kernels_and_waits():
+    kernels = [("gemm|x", 12.0, 3.0), ("k" * 200, 1.5, 60.0)]
+    use = GpuUse("soco", 128, 128, "bfloat16", 900.0, 1000.0, 0.1, 0.85, 16.0, 15.5, {}, kernels)
+    waiting = replace(use, config="ccop", waits={"loss.py:12": 3, "heads.py:4": 1})
+    text = describe_use([use, waiting], "One H100")
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()]
+    expected = ["128", "900.0", "1,000.0", "10 %", "85 %", "15.50", "16.00"]
+    assert ["soco", *expected, "0"] in cells and ["ccop", *expected, "4"] in cells
+    assert ["`gemm/x`", "12.00", "3"] in cells
+    assert ["`" + "k" * 97 + "...`", "1.50", "60"] in cells
+    assert "One H100" in text and "Waits at loss.py:12 (3), heads.py:4 (1)." in text
+
+
+def test_overlapping_kernels_are_busy_once():
+    assert union_length([(5, 7), (0, 2), (1, 4), (2, 3)]) == 6
+    assert union_length([]) == 0
+
+
+def test_costliest_kernels_are_per_step():
+    events = [("a", 0.0, 1000.0), ("b", 0.0, 5000.0), ("a", 2000.0, 4000.0)]
+    events += [(f"other{i}", 0.0, 1.0) for i in range(20)]
+    found = costliest(events, steps=2)
+    assert found[:2] == [("b", 2.5, 0.5), ("a", 1.5, 1.0)] and len(found) == 10
+
+
+def test_without_a_gpu_the_command_line_says_so_in_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--gpu-report", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    message = "error: --gpu-report: PyTorch finds no GPU on this machine (try nvidia-smi)"
+    assert (done.returncode, done.stderr.splitlines()) == (2, [message])
+    assert not list(tmp_path.iterdir())
