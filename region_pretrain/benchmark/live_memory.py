@@ -83,12 +83,15 @@ class LiveMemory(TorchDispatchMode):
         bytes: bytes of the storages that are alive.
         peak: maximum of ``bytes``.
         peak_saved: bytes of those that autograd had saved at the peak.
+        late_peak: maximum since autograd has nothing saved any more, i.e. in the optimiser's step.
         largest: bytes of the largest storage that was created and not saved for the backward pass.
     """
 
     def __init__(self, present: Iterable[Tensor], saved: SavedTensors) -> None:
         super().__init__()
-        self.operators = self.bytes = self.peak = self.peak_saved = self.largest = 0
+        self.operators = self.bytes = self.peak = self.peak_saved = self.late_peak = (
+            self.largest
+        ) = 0
         self._saved = saved
         self._alive: dict[int, weakref.ref] = {}
         for tensor in present:
@@ -122,3 +125,4 @@ class LiveMemory(TorchDispatchMode):
         self.bytes += size
         if self.bytes > self.peak:
             self.peak, self.peak_saved = self.bytes, self._saved.bytes
+        self.late_peak = 0 if self._saved.bytes else max(self.late_peak, self.bytes)

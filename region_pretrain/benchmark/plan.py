@@ -64,6 +64,7 @@ class Plan:
         saved: most that autograd keeps for the backward pass.
         temporary: largest tensor that is neither kept for the backward pass nor a gradient.
         saved_at_peak: part of ``saved`` at the moment of the peak.
+        late_peak: largest sum of all tensors after the backward pass, in the optimiser's step.
         peak: largest sum of all tensors that exist at the same time.
     """
 
@@ -82,6 +83,7 @@ class Plan:
     saved: int
     temporary: int
     saved_at_peak: int
+    late_peak: int
     peak: int
 
     @property
@@ -90,13 +92,18 @@ class Plan:
         return self.parameters + self.momentum + self.buffers + self.optimizer + self.buckets
 
     def peak_of(self, images: int) -> float:
-        """The peak with another number of images per GPU, as far as it is linear in it."""
-        return self.fixed + (self.peak - self.fixed) * images / self.images
+        """The peak with another number of images per GPU.
+
+        That of the backward pass is linear in it; that of the optimiser's step is constant.
+        """
+        return max(self.late_peak, self.fixed + (self.peak - self.fixed) * images / self.images)
 
     def fitting(self, memory: float) -> int:
         """Images per GPU that fit into a GPU of this many bytes."""
-        left = memory * (1 - _RESERVE) - self.fixed
-        return max(0, int(left * self.images / (self.peak - self.fixed)))
+        left = memory * (1 - _RESERVE)
+        if left < self.late_peak:
+            return 0
+        return int((left - self.fixed) * self.images / (self.peak - self.fixed))
 
 
 def plan_step(cfg: DictConfig, gpus: int, images: tuple[str, str] | None = None) -> Plan:
@@ -164,6 +171,7 @@ def plan_step(cfg: DictConfig, gpus: int, images: tuple[str, str] | None = None)
         saved=saved.peak,
         temporary=live.largest,
         saved_at_peak=live.peak_saved,
+        late_peak=live.late_peak + buckets,
         peak=live.peak + buckets,
     )
 

@@ -6,9 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
+from region_pretrain.benchmark import gpu_report
 from region_pretrain.benchmark.gpu_report import (
     GpuUse,
     costliest,
@@ -17,7 +17,7 @@ from region_pretrain.benchmark.gpu_report import (
     union_length,
 )
 from region_pretrain.benchmark.images import make_jpegs
-from region_pretrain.benchmark.plan import plan_step
+from region_pretrain.benchmark.plan import Plan, plan_step
 from region_pretrain.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -27,17 +27,28 @@ SETTINGS = ["dataloader.train.total_batch_size=8", "dataloader.train.num_workers
 def test_measurements_on_the_cpu(tmp_path):
     path = str(ROOT / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py")
     images = make_jpegs(str(tmp_path), 8, (128, 96))
-    recipe = plan_step(load_config(path, SETTINGS), 1, images)
-    memory = recipe.peak_of(5) / 0.9  # room for five of the recipe's eight images per GPU
     cfg = load_config(path, SETTINGS)
-    use = measure_use(cfg, "moco", 1, images, torch.device("cpu"), memory, seconds=0.1)
-    assert (use.recipe_images, use.precision) == (8, "float32") and use.images in (1, 2, 4)
-    settings = [f"dataloader.train.total_batch_size={use.images}"]
-    plan = plan_step(load_config(path, settings), 1, images)
-    assert use.planned_gib * 2**30 == plan.peak and plan.fitting(memory) >= use.images
+    use = measure_use(cfg, "moco", 2, images, torch.device("cpu"), 2**40, seconds=0.1)
+    assert (use.recipe_images, use.images, use.precision) == (4, 4, "float32")
     assert use.resident > 0 and use.loaded > 0 and 0 < use.data_wait < 1
+    plan = plan_step(load_config(path, ["dataloader.train.total_batch_size=4"]), 1, images)
+    assert use.planned_gib * 2**30 == plan.peak
     assert [use.busy, use.peak_gib, use.waits, use.kernels] == [None] * 4
-    assert f"| {use.images} (recipe: 8) |" in describe_use([use], "a CPU")
+    assert "| moco     |                 4 |" in describe_use([use], "a CPU")
+
+
+def test_the_batch_is_halved_until_its_plan_fits(monkeypatch):
+    planned = []
+
+    def plan(cfg, gpus, images):
+        planned.append(cfg.dataloader.train.total_batch_size)
+        return Plan(planned[-1], gpus, "float32", *[0] * 13, peak=100 * planned[-1])
+
+    monkeypatch.setattr(gpu_report, "plan_step", plan)
+    cfg = load_config(str(ROOT / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"), [])
+    assert gpu_report._fitting_plan(cfg, 32, ("", ""), 1200).images == 8  # 10 fit into 90 %
+    assert planned == [32, 8] and cfg.dataloader.train.total_batch_size == 32
+    assert gpu_report._fitting_plan(cfg, 32, ("", ""), 50).images == 1
 
 
 def test_a_report_names_kernels_and_waits():

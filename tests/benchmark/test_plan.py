@@ -106,6 +106,18 @@ def test_live_memory_follows_tensors_that_come_and_go():
     assert (live.bytes, live.peak, live.largest, live.operators) == (400, 1400, 600, 2)
 
 
+def test_the_peak_after_the_backward_pass_is_known(images):
+    """In the optimiser's step of a small batch: weights, gradients, momentum and two copies."""
+    path = next(p for p in CONFIGS if "byol" in p.stem)
+    small, large = (plan_step(config(path, total), 1, images) for total in (2, 64))
+    assert small.late_peak - small.pixels == large.late_peak - large.pixels
+    assert small.peak == small.late_peak and small.saved_at_peak == 0
+    assert large.peak > 1.5 * large.late_peak and large.saved_at_peak > 0.9 * large.saved
+    assert large.peak_of(128) == pytest.approx(
+        plan_step(config(path, 128), 1, images).peak, rel=0.05
+    )
+
+
 def test_names_tell_the_number_of_gpus():
     assert gpus_of("projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py") == 16
     assert gpus_of("projects/SoCo/configs/soco_r18-fpn_b32_shapes.py") == 1
@@ -118,11 +130,13 @@ def test_memory_is_linear_in_the_batch():
         **sizes,
         **{"images": 32, "gpus": 8, "precision": "float32", "operators": 1000},
         **{"flops": 32 * 10**12, "gradients": gib, "pixels": gib, "saved": 15 * gib},
-        **{"temporary": gib, "saved_at_peak": 14 * gib, "peak": 20 * gib},
+        **{"temporary": gib, "saved_at_peak": 14 * gib},
+        **{"late_peak": 7 * gib, "peak": 20 * gib},
     )
     assert plan.peak_of(32) == 20 * gib and plan.peak_of(64) == 36 * gib
     assert plan.fitting(40 * gib) == 64  # (0.9 * 40 - 4) / (16 / 32)
-    assert plan.fitting(4 * gib) == 0
+    assert plan.peak_of(1) == 7 * gib  # in the optimiser's step
+    assert plan.fitting(7.7 * gib) == 0 and plan.fitting(7.8 * gib) == 6
     lines = [line.replace(" ", "") for line in describe_plan("name", plan).splitlines()]
     assert "|**peak**|20.00|" in lines and "|gradientsandtemporarytensors|1.00|" in lines
     assert "|40|64|4|" in lines  # 4 GPUs for 256 images

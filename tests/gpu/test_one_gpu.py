@@ -10,8 +10,10 @@ from steps import load, train
 from torch import nn
 
 from region_pretrain.benchmark.gpu_report import host_waits
-from region_pretrain.benchmark.measure import make_trainer
+from region_pretrain.benchmark.images import make_jpegs
+from region_pretrain.benchmark.measure import make_trainer, use_images
 from region_pretrain.benchmark.step import repeated_steps
+from region_pretrain.config import load_config
 from region_pretrain.engine.pretrain import do_pretrain
 
 pytestmark = pytest.mark.gpu
@@ -81,9 +83,16 @@ def test_a_step_waits_for_nothing(config, amp, gpu, images):
     assert sum(found.values()) == 1
 
 
-def run(config: str, folder: str, output: Path, **train):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[str, str]:
+    """Images that are written once: a resumed run refuses files that have changed."""
+    return make_jpegs(str(tmp_path_factory.mktemp("files")), 4, (128, 96))
+
+
+def run(config: str, files: tuple[str, str], output: Path, **train):
     """A run of five iterations that saves after every second one."""
-    cfg, _ = load(config, folder)
+    cfg = load_config(config, [])
+    use_images(cfg, *files)
     cfg.dataloader.train.update(total_batch_size=4, num_workers=0)
     cfg.train.update(
         output_dir=str(output),
@@ -91,6 +100,7 @@ def run(config: str, folder: str, output: Path, **train):
         max_iter=5,
         log_period=1,
         checkpointer={"period": 2, "max_to_keep": 2},
+        hooks=[{"_target_": "tiny_run.StopAt"}],
         float32_matmul_precision="highest",
         cudnn_benchmark=False,
         **train,
@@ -104,7 +114,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("amp", ["float32", "float16"])
-def test_a_resumed_run_continues(unlabelled_config, amp, gpu, images, tmp_path, monkeypatch):
+def test_a_resumed_run_continues(unlabelled_config, amp, gpu, files, tmp_path, monkeypatch):
     """The first resumed loss depends on everything in a checkpoint, and is equal bit for bit.
 
     The gradients of pooled regions and of indexed rows are sums of atomic additions, whose order
@@ -112,15 +122,15 @@ def test_a_resumed_run_continues(unlabelled_config, amp, gpu, images, tmp_path, 
     """
     train = {"amp": {"enabled": amp != "float32", "dtype": "float16"}}
     monkeypatch.setenv("STOP_AT", "4")
-    hooks = [{"_target_": "tiny_run.StopAt"}]
     with pytest.raises(KeyboardInterrupt):
-        do_pretrain(run(unlabelled_config, images, tmp_path, **train, hooks=hooks))
+        do_pretrain(run(unlabelled_config, files, tmp_path, **train))
     before = losses(tmp_path)
     assert [line["iteration"] for line in before] == [0, 1, 2, 3]
+    monkeypatch.delenv("STOP_AT")
     (tmp_path / "model_0000003.pth").unlink()
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
 
-    do_pretrain(run(unlabelled_config, images, tmp_path, **train), resume=True)
+    do_pretrain(run(unlabelled_config, files, tmp_path, **train), resume=True)
     after = losses(tmp_path)
     assert [line["iteration"] for line in after] == [0, 1, 2, 3, 4]
     assert after[:3] == before[:3]
