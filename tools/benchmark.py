@@ -21,6 +21,7 @@ affects all equally.
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -164,6 +165,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
             total = properties.total_memory
             stem = Path(path).stem
             uses.append(measure_use(cfg, stem, gpus_of(path), images, device, total, args.seconds))
+            gc.collect()  # a trainer and its model refer to each other
             torch.cuda.empty_cache()
             results = {"machine": machine, "configs": [asdict(use) for use in uses]}
             text = describe_use(uses, machine)

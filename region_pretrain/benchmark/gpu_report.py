@@ -167,7 +167,9 @@ def host_waits(step: Callable[[], None]) -> dict[str, int]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = (
-        f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in caught
+        if "called a synchronizing" in str(w.message)
     )
     return dict(collections.Counter(places))
 

@@ -234,8 +234,11 @@ class _FloatOnCuda(TorchFunctionMode):
     """Casts to float32 what autocast casts on CUDA and not on the CPU, as far as memory matters."""
 
     _FUNCTIONS = frozenset(
-        (torch.layer_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax)
-    ) | frozenset((F.log_softmax, torch.log_softmax, Tensor.log_softmax))
+        getattr(owner, name)
+        for owner in (torch, F, Tensor)
+        for name in ("layer_norm", "group_norm", "softmax", "log_softmax")
+        if hasattr(owner, name)
+    )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from region_pretrain.benchmark.images import make_jpegs
 from region_pretrain.benchmark.live_memory import LiveMemory, SavedTensors, storage_bytes
 from region_pretrain.benchmark.measure import make_trainer, synthetic_batch, use_images
-from region_pretrain.benchmark.plan import Plan, describe_plan, gpus_of, plan_step
+from region_pretrain.benchmark.plan import Plan, _FloatOnCuda, describe_plan, gpus_of, plan_step
 from region_pretrain.benchmark.step import repeated_steps
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
@@ -116,6 +117,17 @@ def test_the_peak_after_the_backward_pass_is_known(images):
     assert large.peak_of(128) == pytest.approx(
         plan_step(config(path, 128), 1, images).peak, rel=0.05
     )
+
+
+def test_norms_and_softmax_are_float32_as_under_autocast_on_cuda():
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    layer = nn.LayerNorm(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert x.softmax(1).dtype == torch.bfloat16
+        with _FloatOnCuda():
+            found = [layer(x), x.softmax(1), F.softmax(x, dim=1), F.group_norm(x, 1)]
+            assert {y.dtype for y in found} == {torch.float32}
+            assert F.linear(x, layer.weight[None]).dtype == torch.bfloat16
 
 
 def test_names_tell_the_number_of_gpus():
