@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         default=REPORT_CONFIGS,
         metavar="FILE",
-        help="with --gpu-report: other configs than one per method",
+        help="with --gpu-report: the configs to measure (default: one per method)",
     )
     parser.add_argument(
         "--synthetic-images",
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
         "--only", choices=("loader", "step"), help="measure one of them (default: both)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=15, help="time per measurement (default %(default)s)"
+        "--seconds", type=float, default=20, help="time per measurement (default %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a step (default 1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results to a file")

@@ -35,7 +35,7 @@ _COSTLIEST = 10
 
 @dataclass
 class GpuUse:
-    """Steps of a config in one process. What only a GPU has is None on a CPU.
+    """Speed and memory of a config's steps in one process; what needs a GPU is None on a CPU.
 
     Attributes:
         config: the config's name.
@@ -81,7 +81,8 @@ def measure_use(
         cfg: a pre-training config.
         name: its name in the report.
         gpus: processes of the recipe, which determine the images per GPU.
-        images: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
+        images: image files and regions of
+            :func:`~region_pretrain.benchmark.images.make_jpegs`.
         device: a GPU, or the CPU.
         memory: the device's memory in bytes; the batch is halved until the plan fits.
         seconds: duration of each of the two measurements of speed.
@@ -151,7 +152,7 @@ def _time(
         step()
         steps += 1
         if steps % 8 == 0:
-            wait()  # the host may not run ahead of the time that is measured
+            wait()  # keeps the host from running far ahead of the clock
     wait()
     spent = time.perf_counter() - started
     return spent / steps, trainer._data_seconds / spent

@@ -1,4 +1,4 @@
-"""Memory of a step by counting tensors instead of asking an allocator, also of fake tensors."""
+"""The memory of a step, counted from its tensors; they may be fake."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Saved:
-    """A saved tensor; autograd drops it when its node has run backward or is never going to."""
+    """A saved tensor; autograd drops it once its node has run backward, or can no longer run."""
 
     def __init__(self, tensor: Tensor, counter: SavedTensors) -> None:
         self.tensor = tensor
@@ -75,7 +75,7 @@ class LiveMemory(TorchDispatchMode):
     An operator's own workspace is not counted.
 
     Args:
-        present: fake tensors that exist already.
+        present: fake tensors that already exist.
         saved: counts what autograd saves at the same time.
 
     Attributes:
@@ -83,7 +83,7 @@ class LiveMemory(TorchDispatchMode):
         bytes: bytes of the storages that are alive.
         peak: maximum of ``bytes``.
         peak_saved: bytes of those that autograd had saved at the peak.
-        late_peak: maximum since autograd has nothing saved any more, i.e. in the optimiser's step.
+        late_peak: maximum since autograd last had a saved tensor, i.e. in the optimiser's step.
         largest: bytes of the largest storage that was created and not saved for the backward pass.
     """
 

@@ -79,7 +79,7 @@ def _without_labels(cfg: DictConfig) -> DictConfig:
 
 
 def _with_labels(batch: ViewBatch, cfg: DictConfig) -> ViewBatch:
-    """A batch with made-up classes if the config's data set reads them."""
+    """Add arbitrary classes to a batch if the config's data set reads classes."""
     if not cfg.dataloader.train.dataset.get("labels"):
         return batch
     return replace(batch, labels=torch.arange(len(batch)) % 2)

@@ -61,7 +61,7 @@ class Plan:
         gradients: gradients of all parameters.
         buckets: DDP's copy of the gradients; 0 for one process.
         pixels: the batch's images.
-        saved: most that autograd keeps for the backward pass.
+        saved: maximum that autograd keeps for the backward pass.
         temporary: largest tensor that is neither kept for the backward pass nor a gradient.
         saved_at_peak: part of ``saved`` at the moment of the peak.
         late_peak: largest sum of all tensors after the backward pass, in the optimiser's step.
@@ -113,8 +113,8 @@ def plan_step(cfg: DictConfig, gpus: int, images: tuple[str, str] | None = None)
         cfg: a pre-training config, modified in place. A compiled trunk is planned as if it were not
             compiled.
         gpus: number of processes that share ``dataloader.train.total_batch_size``.
-        images: what replaces its images and regions, see
-            :func:`~region_pretrain.benchmark.images.make_jpegs`; made if None.
+        images: the files that replace its images and regions, as returned by
+            :func:`~region_pretrain.benchmark.images.make_jpegs`; None creates some.
 
     Raises:
         UserError: the batch is not a multiple of ``gpus``.
@@ -138,7 +138,7 @@ def plan_step(cfg: DictConfig, gpus: int, images: tuple[str, str] | None = None)
     flops = FlopCounterMode(display=False)
     with ExitStack() as stack:
         step = stack.enter_context(repeated_steps(trainer, lambda start, stop: repeat(batch)))
-        stack.enter_context(_pretended_processes(gpus))
+        stack.enter_context(_simulated_processes(gpus))
         stack.enter_context(_as_on_a_gpu())
         if cfg.train.amp.enabled:
             stack.enter_context(_FloatOnCuda())
@@ -188,8 +188,8 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _pretended_processes(world: int) -> Iterator[None]:
-    """Let this process be the first of several, whose tensors are copies of its own."""
+def _simulated_processes(world: int) -> Iterator[None]:
+    """Collectives behave as if this were the first of several equal processes."""
     if world == 1:
         yield
         return
@@ -216,7 +216,7 @@ def _pretended_processes(world: int) -> Iterator[None]:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Run as many operators as on a GPU: on all parameters, and on many images, at once."""
+    """Process all parameters, and many images, at once, as on a GPU."""
     with ExitStack() as stack:
 
         def replace(owner: Any, name: str, value: Any) -> None:
@@ -231,7 +231,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 class _FloatOnCuda(TorchFunctionMode):
-    """Casts to float32 what autocast casts on CUDA and not on the CPU, as far as memory matters."""
+    """Casts to float32 what autocast casts on CUDA but not on a CPU, where memory matters."""
 
     _FUNCTIONS = frozenset(
         getattr(owner, name)
@@ -291,7 +291,7 @@ def describe_plan(name: str, plan: Plan) -> str:
             markdown_table(
                 [(k, f"{v / _GIB:.2f}") for k, v in memory], ["memory at the peak", "GiB"], left=1
             ),
-            f"All gradients: {plan.gradients / _GIB:.2f} GiB. Most that is saved for the backward "
+            f"All gradients: {plan.gradients / _GIB:.2f} GiB. Maximum saved for the backward "
             f"pass: {plan.saved / _GIB:.2f} GiB. Largest temporary tensor: "
             f"{plan.temporary / _GIB:.2f} GiB.",
             markdown_table(

@@ -76,7 +76,7 @@ def test_costliest_kernels_are_per_step():
     assert found[:2] == [("b", 2.5, 0.5), ("a", 1.5, 1.0)] and len(found) == 10
 
 
-def test_without_a_gpu_the_command_line_says_so_in_one_line(tmp_path):
+def test_a_machine_without_gpu_is_refused_in_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--gpu-report", str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -17,7 +17,10 @@ _not_run: list[str] = []
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # A loader of synthetic images has no labels.
     unlabelled = [path for path in CONFIGS if "labels = True" not in path.read_text()]
-    for name, paths in {"config": CONFIGS, "unlabelled_config": unlabelled}.items():
+    # Compiling takes a minute each: a trunk alone, and one with a pyramid.
+    compiled = [path for path in CONFIGS if path.stem.startswith(("moco-v2_r18", "soco_r18-fpn"))]
+    by_fixture = {"config": CONFIGS, "unlabelled_config": unlabelled, "compiled_config": compiled}
+    for name, paths in by_fixture.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, [str(p) for p in paths], ids=[p.stem for p in paths])
 

@@ -137,10 +137,10 @@ def test_a_resumed_run_continues(unlabelled_config, amp, gpu, files, tmp_path, m
     assert after[3] == pytest.approx(before[3], rel=1e-4)
 
 
-def test_a_compiled_model_has_the_same_losses(unlabelled_config, gpu, images):
+def test_a_compiled_model_has_the_same_losses(compiled_config, gpu, images):
     found = []
     for compiled in (False, True):
-        cfg, batch = load(unlabelled_config, images)
+        cfg, batch = load(compiled_config, images)
         cfg.train.update(float32_matmul_precision="highest", compile=compiled)
         trainer = make_trainer(cfg, gpu)
         with repeated_steps(trainer, lambda start, stop, batch=batch: repeat(batch)):
