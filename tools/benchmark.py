@@ -10,7 +10,7 @@ Compute operators, FLOPs and memory of a step, without a GPU:
 
     tools/benchmark.py --plan projects/SoCo/configs/NAME.py --gpus 8
 
-Measure how well a GPU is used by each method, in less than 15 minutes:
+Measure how well one recipe of each method uses a GPU:
 
     tools/benchmark.py --gpu-report output/gpu_report
 
