@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark test test-faults test-slurm lint docs clean
+.PHONY: setup demo benchmark test test-faults test-gpu test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,12 @@ test-faults: $(STAMP)
 # On a real slurmctld and two slurmd of this machine: apt-get install slurm-wlm munge
 test-slurm: $(STAMP)
 	REQUIRE_SLURM=1 $(BIN)/python -m pytest -q tests/slurm
+
+# On a CUDA GPU; the tests of two GPUs are listed as not run where there is one.
+test-gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  "error: make test-gpu needs a GPU, and PyTorch finds none (try nvidia-smi)")'
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

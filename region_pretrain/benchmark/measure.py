@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 from tabulate import tabulate
+from torch import nn
 
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.loader import LoaderRates, benchmark_loader
 from region_pretrain.benchmark.step import StepRates, benchmark_step
+from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.build import (
     amp_dtype,
     build_model,
     build_optimizer,
+    clipping,
     resolve_device,
     use_fast_kernels,
 )
@@ -33,10 +41,48 @@ def use_synthetic_images(
         folder: folder for the files.
         count, size: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
     """
+    use_images(cfg, *make_jpegs(folder, count, size))
+
+
+def use_images(cfg: DictConfig, names: str, store: str) -> None:
+    """Replace a config's data set and regions with those of :func:`make_jpegs`."""
     dataset = cfg.dataloader.train.dataset
-    dataset.names, store = make_jpegs(folder, count, size)
+    dataset.names = names
     if dataset.get("regions") is not None:
         dataset.regions, dataset.recipe = store, None
+
+
+def synthetic_batch(cfg: DictConfig, size: int) -> ViewBatch:
+    """A batch of a config whose images are synthetic; they are repeated if there are fewer.
+
+    Args:
+        cfg: changed by :func:`use_images`.
+        size: number of images.
+    """
+    dataset = instantiate(_without_labels(cfg).dataset)
+    batch = dataset.batch(0, 0, [i % len(dataset) for i in range(size)])
+    return _with_labels(batch, cfg)
+
+
+def synthetic_loader(cfg: DictConfig) -> Callable[[int, int], Iterator[ViewBatch]]:
+    """``iterate`` of a config's loader with synthetic images; see :func:`synthetic_batch`."""
+    loader = instantiate(_without_labels(cfg))
+    return lambda start, stop: (_with_labels(b, cfg) for b in loader.iterate(start, stop))
+
+
+def _without_labels(cfg: DictConfig) -> DictConfig:
+    """``dataloader.train`` for a flat folder, which has no classes."""
+    lazy = copy.deepcopy(cfg.dataloader.train)
+    if lazy.dataset.get("labels"):
+        lazy.dataset.labels = False
+    return lazy
+
+
+def _with_labels(batch: ViewBatch, cfg: DictConfig) -> ViewBatch:
+    """Add arbitrary classes to a batch if the config's data set reads classes."""
+    if not cfg.dataloader.train.dataset.get("labels"):
+        return batch
+    return replace(batch, labels=torch.arange(len(batch)) % 2)
 
 
 def loader_rates(cfg: DictConfig, seconds: float) -> LoaderRates:
@@ -51,7 +97,6 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
     Raises:
         UserError: the data set has fewer images than one batch.
     """
-    device = resolve_device(cfg.train.device)
     size = cfg.dataloader.train.total_batch_size
     dataset = instantiate(cfg.dataloader.train.dataset)
     if len(dataset) < size:
@@ -60,7 +105,22 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
             "it, or raise --synthetic-images"
         )
     batch = dataset.batch(0, 0, range(size))
+    return benchmark_step(make_trainer(cfg, resolve_device(cfg.train.device)), batch, seconds)
+
+
+def make_trainer(
+    cfg: DictConfig, device: torch.device, prepare: Callable[[nn.Module], object] = lambda model: 0
+) -> Trainer:
+    """A trainer of a config in one process, without data.
+
+    Args:
+        cfg: a pre-training config.
+        device: device of the model.
+        prepare: called with the model before the optimiser is built.
+    """
+    use_fast_kernels(cfg.train, device)
     model = build_model(cfg, device)
+    prepare(model)
     trainer = Trainer(
         model,
         # The learning rate does not affect the time; a small one keeps the numbers finite.
@@ -69,11 +129,11 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
         device=device,
         amp_dtype=amp_dtype(cfg.train.amp, device),
         accumulate_steps=cfg.train.accumulate_steps,
+        **clipping(cfg.train.clip_grad),
     )
     if cfg.train.compile:
         compile_trunks(model)
-    use_fast_kernels(cfg.train, device)
-    return benchmark_step(trainer, batch, seconds)
+    return trainer
 
 
 def describe_loader(rates: LoaderRates) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.engine.trainer import Trainer
 
 _PARTS_STEPS = 3
+_ENDLESS = 1 << 60  # iterations
 
 
 @dataclass
@@ -67,18 +69,10 @@ def benchmark_step(trainer: Trainer, batch: Any, seconds: float) -> StepRates:
     """
     device = trainer.device
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    trainer.data = lambda start, stop: (batch for _ in range(start, stop))
-    trainer.start_iter, trainer.max_iter = 0, 1 << 60
-    trainer.log_period = 1 << 60
-    trainer.iter = 0
-    with EventStorage(0) as storage:
-        trainer.storage = storage
-        trainer.before_train()
+    with repeated_steps(trainer, lambda start, stop: itertools.repeat(batch)) as run:
 
         def step() -> None:
-            trainer.run_step()
-            trainer.iter += 1
-            trainer._unchecked.clear()
+            run()
             wait()
 
         with recorded_calls(trainer.module) as calls:
@@ -91,6 +85,38 @@ def benchmark_step(trainer: Trainer, batch: Any, seconds: float) -> StepRates:
         times = interleaved({"step": step, "floor": lambda: (floor(), wait())}, seconds)
         parts = _parts(trainer, calls, step, wait)
     return StepRates(times["step"], times["floor"], len(batch), parts, memory)
+
+
+@contextmanager
+def repeated_steps(
+    trainer: Trainer, data: Callable[[int, int], Iterable[Any]]
+) -> Iterator[Callable[[], None]]:
+    """Prepare a trainer for single steps, none of which is a log step or checks the losses.
+
+    Args:
+        trainer: a trainer that has not started, or whose last context of this kind is closed.
+        data: see :class:`~region_pretrain.engine.trainer.Trainer`; it must not end.
+
+    Yields:
+        A function that runs one step, without waiting for the device.
+    """
+    trainer.data = data
+    trainer.start_iter, trainer.max_iter = 0, _ENDLESS
+    trainer.log_period = _ENDLESS
+    trainer.iter = 0
+    with EventStorage(0) as storage:
+        trainer.storage = storage
+        trainer.before_train()
+
+        def step() -> None:
+            trainer.run_step()
+            trainer.iter += 1
+            trainer._unchecked.clear()
+
+        try:
+            yield step
+        finally:
+            trainer._batches = trainer._next_batch = None  # ends the loader's workers
 
 
 @contextmanager

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 from collectives import DeviceGroup
-from detectron2.config import instantiate
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
 from simulated import RECORD, Simulation, _pinned, install
 from torch import distributed as dist
 
-from region_pretrain.benchmark.measure import use_synthetic_images
+from region_pretrain.benchmark.measure import synthetic_batch, use_synthetic_images
 from region_pretrain.config import load_config
 from region_pretrain.engine.build import build_model, build_optimizer, clipping
 from region_pretrain.engine.trainer import Trainer
@@ -53,11 +52,7 @@ def load(config: str, folder: str):
     cfg = load_config(config, ["train.amp.enabled=False"])
     # `make_jpegs` writes the same files for each config.
     use_synthetic_images(cfg, folder, BATCH, IMAGE)
-    labels = cfg.dataloader.train.dataset.get("labels")
-    if labels:
-        cfg.dataloader.train.dataset.labels = False
-    batch = instantiate(cfg.dataloader.train.dataset).batch(0, 0, range(BATCH))
-    return cfg, replace(batch, labels=torch.arange(BATCH) % 2) if labels else batch
+    return cfg, synthetic_batch(cfg, BATCH)
 
 
 def train(cfg, batch, device: torch.device, steps: int, amp_dtype=None) -> dict:
