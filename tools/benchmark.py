@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {os.cpu_count()} CPU "
         f"cores; PyTorch {torch.__version__}"
     )
+    os.makedirs(args.gpu_report, exist_ok=True)
     uses: list[GpuUse] = []
     with tempfile.TemporaryDirectory() as folder:
         images = make_jpegs(folder, REPORT_IMAGES)
@@ -164,7 +166,10 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
             cfg = load_config(path, args.opts)
             total = properties.total_memory
             stem = Path(path).stem
+            started = time.perf_counter()
+            print(f"{stem} ({len(uses) + 1} of {len(args.report_configs)})", flush=True)
             uses.append(measure_use(cfg, stem, gpus_of(path), images, device, total, args.seconds))
+            print(f"    {time.perf_counter() - started:.0f} s", flush=True)
             gc.collect()  # a trainer and its model refer to each other
             torch.cuda.empty_cache()
             results = {"machine": machine, "configs": [asdict(use) for use in uses]}

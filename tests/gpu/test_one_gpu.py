@@ -65,7 +65,8 @@ def test_losses_are_those_of_the_cpu(config, dtype, gpu, images, same_random_num
     assert on_gpu["losses"][0] == pytest.approx(on_cpu["losses"][0], rel=rel, abs=abs_)
     if dtype is None:  # after one step of the optimiser
         assert on_gpu["losses"][1] != on_gpu["losses"][0]
-        assert on_gpu["losses"][1] == pytest.approx(on_cpu["losses"][1], rel=1e-2, abs=1e-3)
+        # On the CPU alone, weights that differ by 1e-6 change CCOP's second losses by 5 %.
+        assert on_gpu["losses"][1] == pytest.approx(on_cpu["losses"][1], rel=0.1)
     assert on_gpu["without_gradient"] == []
 
 
@@ -134,7 +135,7 @@ def test_a_resumed_run_continues(unlabelled_config, amp, gpu, files, tmp_path, m
     after = losses(tmp_path)
     assert [line["iteration"] for line in after] == [0, 1, 2, 3, 4]
     assert after[:3] == before[:3]
-    assert after[3] == pytest.approx(before[3], rel=1e-4)
+    assert after[3] == pytest.approx(before[3], rel=1e-4 if amp == "float32" else 1e-2)
 
 
 def test_a_compiled_model_has_the_same_losses(compiled_config, gpu, images):
