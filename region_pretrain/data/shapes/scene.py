@@ -6,7 +6,7 @@ whole scene. If every object had its own colour, pre-training would match region
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -57,34 +57,24 @@ class Difficulty:
     object_saturation: float = 0.005
 
 
+_EASY = Difficulty(
+    objects=(2, 4),
+    size=(0.28, 0.5),
+    contrast=(0.0, 0.1),
+    texture=0.18,
+    ground_texture=0.04,
+    typical=0.85,
+    clutter=3,
+    occlusion=0.15,
+    rotation=25.0,
+    noise=0.01,
+)
 #: Level name -> difficulty.
 LEVELS: dict[str, Difficulty] = {
-    # Easy, but what distinguishes objects of one scene also distinguishes their classes, so that
-    # matching regions of two views brings objects of a class together.
-    "clear": Difficulty(
-        objects=(2, 4),
-        size=(0.28, 0.5),
-        contrast=(0.0, 0.1),
-        texture=0.18,
-        ground_texture=0.02,
-        typical=1.0,
-        clutter=0,
-        occlusion=0.15,
-        rotation=25.0,
-        noise=0.01,
-    ),
-    "easy": Difficulty(
-        objects=(2, 4),
-        size=(0.28, 0.5),
-        contrast=(0.0, 0.1),
-        texture=0.18,
-        ground_texture=0.04,
-        typical=0.85,
-        clutter=3,
-        occlusion=0.15,
-        rotation=25.0,
-        noise=0.01,
-    ),
+    # What distinguishes the objects of a scene also distinguishes their classes, so matching
+    # regions of two views brings objects of a class together.
+    "clear": replace(_EASY, typical=1.0, clutter=0, ground_texture=0.02),
+    "easy": _EASY,
     "medium": Difficulty(),
     "hard": Difficulty(
         objects=(4, 8),
