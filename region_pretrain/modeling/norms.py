@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-#: Weight of a rank without samples. The kernels divide by the sum of the first ranks' weights, so
-#: it must not be 0; beside one sample it vanishes in float32.
+#: Number of samples that a rank without any reports. CUDA's kernel merges the ranks one by one and
+#: would divide 0 by 0; in float32, 1e-30 has no effect next to one sample.
 _NO_SAMPLES = 1e-30
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 from tabulate import tabulate
+from tqdm import tqdm
 
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
@@ -21,6 +22,7 @@ from region_pretrain.metrics import read_results
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import FINETUNE, Run
 from region_pretrain.sweeps.results import logged, step_minutes
+from region_pretrain.sweeps.rows import METRICS
 from region_pretrain.sweeps.state import SweepFile
 
 _LABELS = ("initialisation", "pretrain_seed", "checkpoint", "label_fraction")
@@ -55,25 +57,30 @@ def probe_checkpoints(
     Args:
         folder: the sweep's output folder.
         finetune: the fine-tuning that is predicted; None: the sweep's first one.
-        metric: ``task/metric`` of its ``results.json``.
+        metric: a key of :data:`~region_pretrain.sweeps.rows.METRICS`.
 
     Raises:
-        UserError: the sweep has no such fine-tuning, or no finished one of a pre-training.
+        UserError: unknown metric; the sweep has no such fine-tuning, or no finished one of a
+            pre-training.
     """
+    if metric not in METRICS:
+        raise UserError(f"no metric {metric!r}; known: {', '.join(METRICS)}")
     sweep = state.read_sweep(folder)
     groups = _finetunings(sweep)
     names = list(dict.fromkeys(name for name, _ in groups))
     finetune = finetune or next(iter(names), None)
     if finetune not in names:
         raise UserError(f"no fine-tuning {finetune!r} in {folder}; it has {', '.join(names)}")
+    measured = {
+        labels: (runs[0], ap)
+        for (name, labels), runs in groups.items()
+        if name == finetune and (ap := _mean(runs, metric)) is not None
+    }
     found = []
-    for (name, labels), runs in groups.items():
-        ap = _mean(runs, metric)
-        if name != finetune or ap is None:
-            continue
+    for labels, (run, ap) in tqdm(measured.items(), desc="probes", unit="checkpoint"):
         checkpoint = ProbedCheckpoint(labels, ap)
         slug = "_".join(str(label) for label in labels)
-        _add_probe(checkpoint, _probe(runs[0], os.path.join(folder, "probes", slug)))
+        _add_probe(checkpoint, _probe(run, os.path.join(folder, "probes", slug)))
         for other in names:
             others = groups.get((other, labels), []) if other != finetune else []
             value = _mean(others, metric)

@@ -118,6 +118,8 @@ def test_only_checkpoints_that_all_seeds_have_fine_tuned(folder, monkeypatch):
     assert [c.labels[:2] for c in found] == [("moco", 1), ("byol", 0), ("byol", 1)]
     with pytest.raises(UserError, match=r"no fine-tuning 'dat' in .*; it has det, short"):
         probes.probe_checkpoints(str(folder), "dat")
+    with pytest.raises(UserError, match="no metric 'AP'; known: bbox/AP, "):
+        probes.probe_checkpoints(str(folder), metric="AP")
     for run in runs:
         Path(run.product).unlink(missing_ok=True)
     with pytest.raises(UserError, match="no pre-training of .* has been fine-tuned yet"):
