@@ -146,7 +146,7 @@ def table(result: Mapping[str, Any]) -> str:
     headers += ["linear", "per class", "found again", "within images", "L2"]
     chance = result["retrieval_chance"]
     if chance is not None:
-        counts += f"; {100 * chance:.1f} are found again by chance"
+        counts += f"; {100 * chance:.1f} would be found again by chance"
     return f"{counts}\n" + tabulate(rows, headers, floatfmt=".1f", disable_numparse=[9])
 
 
