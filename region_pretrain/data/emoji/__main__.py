@@ -24,5 +24,9 @@ def draw(level: str, index: int, count: int, side: int) -> np.ndarray:
     return image
 
 
-if __name__ == "__main__":
+def main() -> None:
     write_contact_sheet(__doc__, "emoji.jpg", LEVELS, draw)
+
+
+if __name__ == "__main__":
+    main()
