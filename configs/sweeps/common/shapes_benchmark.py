@@ -1,6 +1,7 @@
 """The Shapes benchmark: every method with the same budget, detector and protocol.
 
-``shapes_quick.py``, ``shapes_medium.py``, ``shapes_long.py`` and ``shapes_full.py`` are its sizes.
+``shapes_quick.py``, ``shapes_medium.py``, ``shapes_long.py`` and ``shapes_full.py`` are its sizes,
+``emoji_long.py`` is the long one on another data set.
 """
 
 #: Seeds of the scenes of the results, and of the held-out scenes that choose learning rates.
@@ -9,10 +10,10 @@ DATA_SEED, HELD_OUT_SEED = 0, 1000
 _TEST, _TRAIN = "dataloader.test.dataset.names", "dataloader.train.dataset.names"
 
 
-def scenes(key: str, split: str, size: int, side: int, level: str) -> str:
-    """The override that sets ``key`` to a Shapes data set."""
+def scenes(key: str, data: str, split: str, size: int, side: int, level: str) -> str:
+    """The override that sets ``key`` to a generated data set, ``shapes`` or ``emoji``."""
     values = f"split:{split},size:{size},side:{side},level:{level},seed:{DATA_SEED}"
-    return f"{key}={{_target_:region_pretrain.data.shapes.shapes,{values}}}"
+    return f"{key}={{_target_:region_pretrain.data.{data}.{data},{values}}}"
 
 
 def benchmark(
@@ -35,6 +36,7 @@ def benchmark(
     finetune_overrides: list,
     finetune_seeds: list = (),
     learning_rate_seeds: list = (HELD_OUT_SEED,),
+    data: str = "shapes",
 ) -> dict:
     """A sweep over all methods and random weights.
 
@@ -58,12 +60,13 @@ def benchmark(
         finetune_overrides: overrides of every fine-tuning.
         finetune_seeds: seeds of the fine-tunings from each pre-training; empty: the pre-training's.
         learning_rate_seeds: seeds of the trials of learning rates.
+        data: the generated data set, ``shapes`` or ``emoji``.
     """
     pretrain = {}
     for name, entry in methods.items():
         entry = dict(entry)
-        data = scenes(entry.pop("data", _TRAIN), "unlabeled", unlabeled, side, level)
-        pretrain[name] = {**entry, "overrides": [*entry.get("overrides", []), data]}
+        names = scenes(entry.pop("data", _TRAIN), data, "unlabeled", unlabeled, side, level)
+        pretrain[name] = {**entry, "overrides": [*entry.get("overrides", []), names]}
     return dict(
         title=title,
         seeds=seeds,
@@ -75,8 +78,8 @@ def benchmark(
             detector=dict(
                 config=detector,
                 overrides=[
-                    scenes(_TRAIN, "train", labelled, side, level),
-                    scenes(_TEST, "val", val, side, level),
+                    scenes(_TRAIN, data, "train", labelled, side, level),
+                    scenes(_TEST, data, "val", val, side, level),
                     f"train.max_iter={iterations}",
                     f"train.eval_period={iterations // evaluations}",
                     f"lr_multiplier.max_iter={iterations}",
