@@ -10,7 +10,7 @@ the boxes and masks of all 1,000 scenes, from which the fine-tuning starts; trai
         dataloader.test.dataset.names._target_=region_pretrain.data.emoji.emoji \\
         dataloader.train.dataset.names.split=unlabeled dataloader.train.dataset.names.size=1000 \\
         model.roi_heads.num_classes=24 train.max_iter=1736 train.eval_period=0 train.device=cpu \\
-        lr_multiplier.max_iter=1736 lr_multiplier.steps=[1302,1592] \\
+        train.clip_grad.enabled=true lr_multiplier.max_iter=1736 lr_multiplier.steps=[1302,1592] \\
         train.output_dir=output/emoji_long_full_supervision
 """
 

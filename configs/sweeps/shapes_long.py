@@ -9,7 +9,7 @@ the fine-tuning starts; train it first:
     python tools/train_net.py --config-file configs/detection/mask_rcnn_r18_fpn_shapes.py \\
         dataloader.train.dataset.names.split=unlabeled dataloader.train.dataset.names.size=1000 \\
         dataloader.train.dataset.names.level=clear dataloader.test.dataset.names.level=clear \\
-        train.max_iter=1736 train.eval_period=0 train.device=cpu \\
+        train.max_iter=1736 train.eval_period=0 train.device=cpu train.clip_grad.enabled=true \\
         lr_multiplier.max_iter=1736 lr_multiplier.steps=[1302,1592] \\
         train.output_dir=output/shapes_long_full_supervision
 
@@ -43,6 +43,8 @@ LONG = {
         "train.amp.enabled=true",
         "train.channels_last=true",
     ],
+    # Without it the first steps destroy pre-trained weights.
+    "finetune_overrides": [*QUICK["finetune_overrides"], "train.clip_grad.enabled=true"],
 }
 
 sweep = benchmark(**LONG)
