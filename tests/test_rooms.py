@@ -13,7 +13,7 @@ PACKAGE = Path(region_pretrain.__file__).parent
 ORDER = (
     "contract errors warnings files json_files lease progress metrics dataset_names registration "
     "overrides lazy yacs config images regions data modeling convert solver engine evaluation "
-    "reporting jobs sweeps benchmark projects"
+    "reporting jobs sweeps benchmark projects commands"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))

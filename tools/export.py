@@ -1,39 +1,7 @@
 #!/usr/bin/env python
-"""Write a detector's weights for another library, and print the configuration that they need.
+"""Write a detector's weights for another library, and print the configuration that they need."""
 
-tools/export.py output/mine --to torchvision
-tools/export.py output/mine/model_0009999.pth --to detectron2 --out detector.pkl
-"""
-
-import argparse
-
-from region_pretrain.warnings import ignore_library_warnings
-
-ignore_library_warnings()
-
-from region_pretrain.convert.export import TARGETS, write_export
-from region_pretrain.errors import exit_on_user_error
-
-
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "checkpoint", metavar="RUN", help="output folder with model_final.pth, or a checkpoint"
-    )
-    parser.add_argument("--to", required=True, choices=TARGETS, help="the target library")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="default: <checkpoint>_<to>.pth or .safetensors; detectron2's may also be a .pkl",
-    )
-    args = parser.parse_args(argv)
-    out, lines = write_export(args.checkpoint, args.to, args.out)
-    print(f"# {out}")
-    print("\n".join(lines))
-
+from region_pretrain.commands.export import main
 
 if __name__ == "__main__":
     main()

@@ -1,36 +1,7 @@
 #!/usr/bin/env python
-"""Pre-train a detector on unlabelled images.
+"""Pre-train a detector on unlabelled images."""
 
-With --config-file, or with --method and the detector's own config:
-
-    tools/pretrain_net.py --method soco --detector my_detector.yaml \
-        dataloader.train.dataset.names=folder://DIR dataloader.train.dataset.regions=regions.arrow
-"""
-
-from region_pretrain.warnings import ignore_library_warnings
-
-ignore_library_warnings()
-
-from region_pretrain.engine.command_line import argument_parser, launch_with_config
-from region_pretrain.engine.methods import add_method_arguments
-from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.jobs.submission import add_slurm_arguments, submit_training, wants_slurm
-
-
-@exit_on_user_error
-def main() -> None:
-    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
-    add_method_arguments(parser)
-    add_slurm_arguments(parser)
-    args = parser.parse_intermixed_args()
-    if args.eval_only:
-        raise UserError("--eval-only is for tools/train_net.py: pre-training has no evaluation")
-    if wants_slurm(args):
-        submit_training(args, "tools/pretrain_net.py")
-    else:
-        launch_with_config(args, do_pretrain, args.resume)
-
+from region_pretrain.commands.pretrain_net import main
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,11 @@
 """tools/check_data.py as a command line."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-TOOL = Path(__file__).parents[2] / "tools" / "check_data.py"
+from region_pretrain.commands.check_data import main
 
 
 @pytest.fixture
@@ -15,12 +13,9 @@ def check(tmp_path, monkeypatch, capsys):
     """Run the tool; returns its exit code and what it printed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("check_data_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*arguments):
-        code = module.main(list(arguments))
+        code = main(list(arguments))
         return code, capsys.readouterr().out
 
     return run

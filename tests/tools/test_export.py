@@ -1,26 +1,16 @@
 """The command line of the exporter."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torchvision
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str) -> None:
-    spec = importlib.util.spec_from_file_location("export", ROOT / "tools/export.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.main(list(arguments))
+from region_pretrain.commands.export import main
 
 
 def test_a_run_s_folder_is_exported(tmp_path, capsys):
     model = torchvision.models.resnet18()
     torch.save(model.state_dict(), tmp_path / "model_final.pth")
-    run(str(tmp_path), "--to", "timm")
+    main([str(tmp_path), "--to", "timm"])
     written = torch.load(tmp_path / "model_final_timm.pth")
     assert torch.equal(written["layer4.1.conv2.weight"], model.layer4[1].conv2.weight)
     lines = capsys.readouterr().out.splitlines()
@@ -30,9 +20,9 @@ def test_a_run_s_folder_is_exported(tmp_path, capsys):
 
 def test_output_can_be_named_and_errors_are_one_line(tmp_path, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "x.pth")
-    run(str(tmp_path / "x.pth"), "--to", "detectron2", "--out", str(tmp_path / "y.pkl"))
+    main([str(tmp_path / "x.pth"), "--to", "detectron2", "--out", str(tmp_path / "y.pkl")])
     assert (tmp_path / "y.pkl").is_file()
     with pytest.raises(SystemExit) as stopped:
-        run(str(tmp_path / "none.pth"), "--to", "timm")
+        main([str(tmp_path / "none.pth"), "--to", "timm"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith("none.pth: no such file\n")

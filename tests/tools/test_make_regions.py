@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import skimage.data
@@ -16,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from region_pretrain.commands import make_regions
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.generated import register_scenes
 from region_pretrain.data.shapes import ShapesSpec
@@ -34,13 +33,6 @@ def run(*arguments, cwd) -> subprocess.CompletedProcess:
         text=True,
         timeout=120,
     )
-
-
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_regions_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -79,7 +71,7 @@ def test_folder_with_a_preview(tmp_path, photos):
 def test_shards_and_then_one_more_call(tmp_path, photos, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
-    main = tool().main
+    main = make_regions.main
     common = ["--images", "photos", "--out", "r.arrow", "--recipe", "grid-v1", "--part-size", "1"]
     main([*common, "--workers", "1", "--shard", "1/2"])
     assert "1 of 2 parts are complete" in caplog.text and capsys.readouterr().out == ""
@@ -95,7 +87,7 @@ def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     name = register_scenes(ShapesSpec("val", 3, side=48), "make_regions_val")
     try:
-        tool().main(["--dataset", name, "--out", str(tmp_path / "r.arrow"),
+        make_regions.main(["--dataset", name, "--out", str(tmp_path / "r.arrow"),
                      "--recipe", "ground_truth-v1", "--workers", "1"])  # fmt: skip
     finally:
         DatasetCatalog.remove(name)
@@ -127,7 +119,7 @@ def test_invalid_arguments_end_with_one_line(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
-        tool().main([*arguments, "--out", "r.arrow"])
+        make_regions.main([*arguments, "--out", "r.arrow"])
     assert exit_.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and message in line
@@ -137,7 +129,7 @@ def test_invalid_arguments_end_with_one_line(
 def test_a_method_without_regions_is_refused(capsys):
     config = Path(__file__).parents[2] / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
     with pytest.raises(SystemExit) as exit_:
-        tool().main(["--config-file", str(config)])
+        make_regions.main(["--config-file", str(config)])
     assert exit_.value.code == 2
     assert (
         capsys.readouterr()
@@ -159,19 +151,20 @@ def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "x.arrow")
     array = ["--shards", "3", "--slurm", "partition=cpu,cpus-per-task=4"]
     recipe = ["--recipe", "ccop-v1", "--set", "mode=fast", "--working-size", "99", "--workers", "2"]
-    here = tool()
-    here.main(["--images", str(tmp_path / "images"), "--out", out, *recipe, *array])
+    make_regions.main(["--images", str(tmp_path / "images"), "--out", out, *recipe, *array])
     assert [job.arguments[-2:] for job in made] == [["--shard", f"{i}/3"] for i in range(3)]
     assert {job.resume for job in made} == {""} and len({job.output_dir for job in made}) == 3
-    args = here.parse_args(made[1].arguments)
+    args = make_regions.parse_args(made[1].arguments)
     assert (args.dataset, args.out) == ([f"folder://{tmp_path}/images"], out)
     assert (args.images, args.workers, args.register) == (None, 2, [])
     assert args.recipe == "ccop-v1" and sorted(args.set) == ["mode=fast", "working_size=99"]
     with pytest.raises(SystemExit):
-        here.main(["--images", str(tmp_path / "images"), "--out", out, *array[:2], "--slurm", "a"])
+        make_regions.main(
+            ["--images", str(tmp_path / "images"), "--out", out, *array[:2], "--slurm", "a"]
+        )
     assert "'a' is not of the form key=value" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        here.main(["--images", str(tmp_path / "images"), "--out", out, "--dry-run"])
+        make_regions.main(["--images", str(tmp_path / "images"), "--out", out, "--dry-run"])
     assert "--dry-run shows what --slurm would submit" in capsys.readouterr().err
 
 
@@ -186,7 +179,7 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     for name, extra in ((by_path, []), (by_code, code)):
         out = str(tmp_path / f"{len(extra)}.arrow")
         arguments = ["--out", out, "--workers", "1", "--recipe", "ground_truth-v1", *extra]
-        tool().main(["--dataset", name, *arguments])
+        make_regions.main(["--dataset", name, *arguments])
         store = RegionStore.open(out)
         for record in get_records(by_path):
             boxes = [(a["bbox"], a["bbox_mode"]) for a in record["annotations"]]
@@ -195,6 +188,6 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     DatasetCatalog.remove(by_code)
 
     # The jobs of shards know neither the config nor the working directory's names.
-    args = tool().parse_args(["--config-file", "x", "--out", "r.arrow", *code])
-    made = tool()._arguments(args, by_path, {})
+    args = make_regions.parse_args(["--config-file", "x", "--out", "r.arrow", *code])
+    made = make_regions._arguments(args, by_path, {})
     assert made == ["--dataset", by_path, *code, "--out", "r.arrow", *made[-4:]]

@@ -1,20 +1,14 @@
 """The command line of the probe."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from region_pretrain.commands.probe import main
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/detection/faster_rcnn_r18_fpn_shapes.py"
-
-
-def run(*arguments: str) -> None:
-    spec = importlib.util.spec_from_file_location("probe", ROOT / "tools/probe.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.main(list(arguments))
 
 
 def test_a_table_and_a_json_of_random_weights(tmp_path, capsys, monkeypatch):
@@ -26,7 +20,7 @@ def test_a_table_and_a_json_of_random_weights(tmp_path, capsys, monkeypatch):
         "dataloader.train.dataset.names.size=6",
         "dataloader.test.dataset.names.size=6",
     ]
-    run("--config-file", config, *overrides, "--k", "2", "--max-images", "4")
+    main(["--config-file", config, *overrides, "--k", "2", "--max-images", "4"])
     result = json.loads((tmp_path / "out/probe.json").read_text())
     assert (result["k"], result["train"]["images"], result["test"]["images"]) == (2, 4, 4)
     assert list(result["levels"]) == ["trunk", "fpn", "head"]
@@ -37,10 +31,10 @@ def test_a_table_and_a_json_of_random_weights(tmp_path, capsys, monkeypatch):
 
 def test_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as stopped:
-        run("--config-file", str(ROOT / CONFIG), "train.init_checkpont=x")
+        main(["--config-file", str(ROOT / CONFIG), "train.init_checkpont=x"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     with pytest.raises(SystemExit):
-        run("--help")
+        main(["--help"])
     assert "train.init_checkpoint=output/mine/model_final.pth" in capsys.readouterr().out

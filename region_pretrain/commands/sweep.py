@@ -1,0 +1,202 @@
+"""Run pre-trainings and the fine-tunings that depend on them, on this machine or on SLURM.
+
+    tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2
+
+The command returns immediately, unless --wait is given. Started again, a sweep runs what is
+missing or has failed, and nothing twice.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import signal
+import sys
+
+from region_pretrain.errors import UserError, exit_on_user_error
+
+_COMMANDS = """\
+commands for a sweep that was started (SWEEP is its output folder, or its config file):
+  tools/sweep.py status SWEEP   print the state of every run, and why runs failed
+  tools/sweep.py report SWEEP   write report.html, report.md and results.csv
+  tools/sweep.py cancel SWEEP   stop all jobs; they resume when the sweep is started again
+  tools/sweep.py probes SWEEP   probe all checkpoints; which probe predicts the fine-tuned AP?
+
+command for a results.csv, without the runs:
+  tools/sweep.py tables CSV     write its tables and figures
+"""
+
+
+def _start(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --config FILE [options] [sweep.key=value ...]\n"
+        "       %(prog)s {status,report,cancel,probes} SWEEP\n"
+        "       %(prog)s tables CSV --out DIR [--reference NAME ...]",
+        description=__doc__,
+        epilog=_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="configs/sweeps/NAME.py")
+    parser.add_argument(
+        "--cluster",
+        choices=["local", "slurm", "debug"],
+        help="where jobs run; debug: one after the other, in this process (default: local)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="local: number of jobs that run at once and share the CPU cores (default: 1)",
+    )
+    parser.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE,...",
+        help="partition=...,gpus-per-node=8,... or clusters/mine.py; implies --cluster slurm",
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="show progress until the end, then the results"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "opts", nargs="*", metavar="sweep.key=value", help="overrides of the config"
+    )
+    args = parser.parse_intermixed_args(argv)
+
+    from region_pretrain.jobs.cluster import Cluster, parse_slurm
+    from region_pretrain.sweeps import status, submission
+    from region_pretrain.sweeps.definition import load_sweep
+
+    kind = args.cluster or ("slurm" if args.slurm else "local")
+    if args.slurm and kind != "slurm":
+        raise UserError(f"--slurm and --cluster {kind} contradict each other: give one of them")
+    if args.jobs is not None and kind != "local":
+        raise UserError(
+            f"--jobs works with --cluster local only; for {kind}, use --slurm array-parallelism=N"
+        )
+    cluster = parse_slurm(args.slurm) if args.slurm else Cluster(kind=kind)
+    if args.jobs is not None:
+        cluster = dataclasses.replace(cluster, jobs=args.jobs)
+    sweep = load_sweep(args.config, args.opts)
+    planned = submission.describe(sweep, cluster, shlex.join(["python", "tools/sweep.py", *argv]))
+    if args.dry_run:
+        print(submission.dry_run(planned, sweep.output_dir))
+        return
+    submission.start(planned, sweep.output_dir)
+    if not args.wait:
+        print(f"follow it with: python tools/sweep.py status {sweep.output_dir}")
+        return
+    from region_pretrain.sweeps.report import results_text, write_sweep_report
+
+    folder = os.path.abspath(sweep.output_dir)
+    try:
+        status.wait(folder)
+    except KeyboardInterrupt:
+        print(f"\nthe sweep continues; to stop it: python tools/sweep.py cancel {sweep.output_dir}")
+        sys.exit(130)
+    print(f"\n{results_text(folder)}\n")
+    print(*write_sweep_report(folder), sep="\n")
+    sys.exit(0 if status.all_finished(folder) else 1)
+
+
+def _folder(argv: list[str], command: str, description: str) -> str:
+    parser = argparse.ArgumentParser(prog=f"sweep.py {command}", description=description)
+    parser.add_argument("sweep", help="the sweep's output folder, or its config file")
+    parser.add_argument("opts", nargs="*", help="with a config file: sweep.key=value")
+    args = parser.parse_args(argv)
+    if not args.sweep.endswith(".py"):
+        return os.path.abspath(args.sweep)
+    from region_pretrain.sweeps.definition import load_sweep
+
+    return os.path.abspath(load_sweep(args.sweep, args.opts).output_dir)
+
+
+def _status(argv: list[str]) -> None:
+    folder = _folder(argv, "status", "Print the state of every run, and why runs failed.")
+    from region_pretrain.sweeps.status import status_text
+
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when a pager or head exits first
+    print(status_text(folder)[0])
+
+
+def _cancel(argv: list[str]) -> None:
+    folder = _folder(argv, "cancel", "Stop all jobs; they resume when the sweep is started again.")
+    from region_pretrain.sweeps.submission import cancel
+
+    stopped = cancel(folder)
+    print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+def _report(argv: list[str]) -> None:
+    folder = _folder(argv, "report", "Write report.html, report.md and results.csv.")
+    from region_pretrain.sweeps.report import write_sweep_report
+
+    print(*write_sweep_report(folder), sep="\n")
+
+
+def _probes(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py probes",
+        description="Probe the pre-trainings that have been fine-tuned, as tools/probe.py does, "
+        "and print the rank correlation of each probe with the AP. Other fine-tunings of the "
+        "sweep, e.g. a short one with a frozen trunk, count as probes.",
+    )
+    parser.add_argument("sweep", help="the sweep's output folder")
+    parser.add_argument(
+        "--finetune", metavar="NAME", help="fine-tuning to predict (default: first)"
+    )
+    parser.add_argument("--metric", default="bbox/AP", help="its metric (default %(default)s)")
+    parser.add_argument("--out", metavar="CSV", help="file (default: SWEEP/probes.csv)")
+    args = parser.parse_args(argv)
+    from region_pretrain.files import write_text_atomic
+    from region_pretrain.sweeps.probes import probe_checkpoints, probes_csv, rank_correlations
+
+    found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
+    out = args.out or os.path.join(args.sweep, "probes.csv")
+    write_text_atomic(out, probes_csv(found))
+    print(f"{rank_correlations(found)}\n\n{out}")
+
+
+def _choose(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py choose",
+        description="Choose the best learning rate; a sweep runs this between trials and results.",
+    )
+    parser.add_argument("--metric", required=True, help="task/metric, e.g. bbox/AP")
+    parser.add_argument("--out", required=True, help="file to write the override to")
+    parser.add_argument("results", nargs="+", metavar="LEARNING_RATE=results.json")
+    args = parser.parse_args(argv)
+    from region_pretrain.sweeps.choice import choose
+
+    print(choose([text.split("=", 1) for text in args.results], args.metric, args.out))
+
+
+def _tables(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="sweep.py tables",
+        description="Write tables (Markdown) and figures (PNG) of a sweep's results.csv.",
+    )
+    parser.add_argument("csv", metavar="CSV", help="results.csv of a sweep, or a renamed copy")
+    parser.add_argument(
+        "--reference",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="initialisation to compare the others with, e.g. random; may be given several times "
+        "(default: the first one without pre-training)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to")
+    args = parser.parse_args(argv)
+    from region_pretrain.sweeps.report import write_tables
+
+    print(*write_tables(args.csv, args.reference, args.out), sep="\n")
+
+
+@exit_on_user_error
+def main() -> None:
+    commands = {"status": _status, "cancel": _cancel, "report": _report, "tables": _tables}
+    commands |= {"probes": _probes, "choose": _choose}
+    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None:
+        command(sys.argv[2:])
+    else:
+        _start(sys.argv[1:])

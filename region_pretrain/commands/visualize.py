@@ -1,0 +1,58 @@
+"""Draw the input of pre-training: the views of the first images, after photometric augmentation.
+
+Each row is an image, each column a view. Boxes of the same colour and number are the same region in
+several views; grey ones are in one view only. Methods whose network receives something else draw
+that instead: for MCL, montages with one row per pyramid and one column per level; for point-level
+region contrast, points. With --method the model draws its own picture, such as CCOP's candidate
+boxes; see the project's README.
+"""
+
+import argparse
+import os
+
+from detectron2.config import instantiate
+from detectron2.utils.file_io import PathManager
+
+from region_pretrain.config import load_config
+from region_pretrain.data.folder import refuse_output_among_images
+from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.reporting.pictures import (
+    first_views,
+    model_pictures,
+    pictures,
+    sheet,
+)
+from region_pretrain.reporting.plots import to_png
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="a pre-training config")
+    parser.add_argument("--num", type=int, default=4, help="number of images (default 4)")
+    parser.add_argument("--output", default="views.png", help="PNG file (default views.png)")
+    parser.add_argument(
+        "--height",
+        type=int,
+        default=224,
+        help="height of a view in the picture in pixels (default 224)",
+    )
+    parser.add_argument("--method", action="store_true", help="draw the method's own picture")
+    parser.add_argument("--weights", default="", help="with --method: a checkpoint of the run")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
+    args = parser.parse_args()
+    if args.num < 1 or args.height < 16:
+        raise UserError(f"--num {args.num} --height {args.height}: must be at least 1 and 16")
+    cfg = load_config(args.config_file, args.opts)
+    if args.weights and not args.method:
+        raise UserError("--weights requires --method")
+    refuse_output_among_images(args.output, instantiate(cfg.dataloader.train.dataset.names))
+    batch = first_views(cfg, args.num)
+    draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
+    picture = sheet(draw, args.height)
+    PathManager.mkdirs(os.path.dirname(args.output) or ".")
+    with PathManager.open(args.output, "wb") as file:
+        file.write(to_png(picture, max_width=picture.shape[1]))
+    print(f"{args.output}: {args.num} images, {picture.shape[1]} x {picture.shape[0]} pixels")
