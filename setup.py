@@ -38,27 +38,25 @@ def find_projects() -> dict[str, str]:
 PROJECTS = find_projects()
 
 
-def config_folders() -> dict[Path, str]:
-    """Where the configs are in the checkout -> where a wheel carries them."""
-    folders = {ROOT / "configs": "region_pretrain/configs"}
-    for name, folder in PROJECTS.items():
-        configs = ROOT / Path(folder).parent / "configs"
-        if name.count(".") == 2 and configs.is_dir():  # not a project's sub-package
-            folders[configs] = f"{name.replace('.', '/')}/configs"
-    return folders
+class BuildWithShipped(build_py):
+    """``build_py`` that also copies configs and tools; a development install reads the checkout's.
 
-
-class BuildWithConfigs(build_py):
-    """``build_py`` that also copies the configs; a development install reads the checkout's."""
+    ``region_pretrain.shipped`` finds them.
+    """
 
     def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
-        for source, destination in config_folders().items():
-            target = Path(self.build_lib, destination)
-            shutil.rmtree(target, ignore_errors=True)  # a config deleted since the last build
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        target = Path(self.build_lib, "region_pretrain/shipped")
+        for name in ("configs", "projects", "tools"):
+            shutil.rmtree(target / name, ignore_errors=True)  # of an earlier build
+        for source in (ROOT / "configs", ROOT / "tools", *ROOT.glob("projects/*/configs")):
+            shutil.copytree(
+                source,
+                target / source.relative_to(ROOT),
+                ignore=shutil.ignore_patterns("__pycache__", ".*"),
+            )
 
 
 setup(
@@ -73,6 +71,15 @@ setup(
     package_dir=PROJECTS,
     package_data={"region_pretrain": ["py.typed"]},
     python_requires=">=3.10",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",  # the version that the tests run on
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+    entry_points={"console_scripts": ["region-pretrain = region_pretrain.commands.cli:main"]},
     # Detectron2 itself is on no index under its own name: tools/install_detectron2.py brings it.
     # What it imports is listed here with our own needs, so that one `pip install` serves both.
     install_requires=[
@@ -89,12 +96,14 @@ setup(
         "packaging",
         "pillow>=11.3",  # reads AVIF
         "pyarrow",
+        "psutil; sys_platform != 'linux'",  # Linux has /proc
         "pycocotools>=2.0.2",
         "safetensors",
         "scikit-image",
         "scipy>1.5.1",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 81 removed
         "shapely",
+        "shtab",  # shell completion
         "simplejpeg",
         "submitit",
         "tabulate",
@@ -110,5 +119,5 @@ setup(
         "timm": ["timm"],  # backbones of timm, and the transformers of Detectron2
         "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     },
-    cmdclass={"build_py": BuildWithConfigs},
+    cmdclass={"build_py": BuildWithShipped},
 )

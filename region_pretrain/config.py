@@ -7,7 +7,6 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from detectron2.config import LazyConfig
@@ -19,6 +18,7 @@ from region_pretrain.errors import UserError, describe
 from region_pretrain.lazy import load_plain_yaml, load_yaml, refer_to_file, unsaveable
 from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
 from region_pretrain.registration import complete_register, recording
+from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import (
     find_config_file,
     is_yacs,
@@ -27,13 +27,8 @@ from region_pretrain.yacs import (
     to_lazy_config,
 )
 
-_PACKAGE = Path(__file__).resolve().parent
-
 #: The ``configs/`` folder of the checkout, or its copy in an installed wheel.
-CONFIG_ROOT = next(
-    (p for p in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (p / "detection").is_dir()),
-    _PACKAGE.parent / "configs",
-)
+CONFIG_ROOT = ROOT / "configs"
 
 #: Keys of a detector's number of classes. With null it follows from the data.
 NUM_CLASSES = (
@@ -49,7 +44,9 @@ def get_config(name: str) -> DictConfig:
     """Load a shipped config, as ``detectron2.model_zoo.get_config`` does for Detectron2's own.
 
     Args:
-        name: path relative to ``configs/``, e.g. ``"detection/mask_rcnn_r50_fpn_4conv1fc.py"``.
+        name: path relative to ``configs/``, e.g. ``"detection/mask_rcnn_r50_fpn_4conv1fc.py"``, or
+            one that begins with ``configs/`` or ``projects/``, e.g.
+            ``"projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"``.
 
     Returns:
         A new config that the caller may change.
@@ -57,10 +54,10 @@ def get_config(name: str) -> DictConfig:
     Raises:
         UserError: there is no such config; the message lists the configs of that folder.
     """
-    path = CONFIG_ROOT / name
+    path = ROOT / name if name.startswith(("configs/", "projects/")) else CONFIG_ROOT / name
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"no config {name!r} in {CONFIG_ROOT}; its folder contains {near}")
+        raise UserError(f"no config {name!r} in {path.parent}; its folder contains {near}")
     return LazyConfig.load(str(path))
 
 

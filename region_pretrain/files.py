@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import IO
 
+from region_pretrain.system import process_start
+
 _PART = ".part"
 
 
@@ -50,6 +52,8 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
         if os.path.exists(part):
             os.remove(part)
         raise
+    if os.name != "posix":  # Windows cannot open a folder
+        return
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself
@@ -84,17 +88,7 @@ def _is_abandoned(part: str) -> bool:
     host, _, pid = part.rpartition(f"{_PART}-")[2].rpartition("-")
     if host != socket.gethostname() or not pid.isdigit():
         return time.time() - os.path.getmtime(part) > 24 * 3600
-    return int(pid) == os.getpid() or not _is_running(int(pid))
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+    return int(pid) == os.getpid() or process_start(int(pid)) is None
 
 
 def printable(name: str) -> str:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local
 from region_pretrain.json_files import build
+from region_pretrain.system import process_start
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Holder:
         host: its host name.
         machine: identifies the boot and the PID namespace in which ``pid`` is meaningful.
         pid: its process id.
-        started: start time of the process, see :func:`process_start`.
+        started: start time of the process, see :func:`~region_pretrain.system.process_start`.
         since: Unix time at which it obtained the lease.
         job: its SLURM job id, or "".
         restart: how often SLURM had restarted that job.
@@ -89,26 +90,6 @@ class Holder:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         job = f" (SLURM job {self.job})" if self.job else ""
         return f"process {self.pid} on {self.host}{job} since {since}"
-
-
-def process_start(pid: int) -> str | None:
-    """The start time of a process of this machine, which differs if the pid is used again.
-
-    Returns:
-        The time in the kernel's clock ticks since boot; "" if unknown; None if it is not running.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            state, *fields = file.read().rpartition(b")")[2].split()
-        return None if state in (b"Z", b"X") else fields[18].decode()  # zombie, dead
-    except OSError:  # no such process, one of another user, or no /proc
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except OSError:
-            pass
-        return ""
 
 
 def machine() -> str:

@@ -19,9 +19,9 @@ train = dict(
     base_batch_size=None,
     # Runs with the same seed are identical; null draws a seed and saves it in config.yaml.
     seed=0,
-    # "cuda" (the CPU if there is no GPU) or "cpu".
+    # "cuda" (the CPU if there is no such GPU), "mps" (the GPU of a Mac) or "cpu".
     device="cuda",
-    # Mixed precision: "bfloat16" or "float16" (a CPU always uses bfloat16).
+    # Mixed precision: "bfloat16" or "float16" (only CUDA GPUs use float16).
     amp=dict(enabled=False, dtype="bfloat16"),
     # NHWC convolutions: faster with mixed precision on recent GPUs.
     channels_last=False,

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from region_pretrain.benchmark.timing import interleaved, resident_mib
+from region_pretrain.benchmark.timing import interleaved
 from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.system import resident_mib
 
 _DISTINCT = 256  # files that are cycled through, so that they stay in the page cache
 

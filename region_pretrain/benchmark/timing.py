@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -42,12 +41,6 @@ def interleaved(
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def resident_mib() -> float:
-    """Resident memory of this process in MiB."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def reset_peak_memory(device: torch.device) -> None:
     """Reset :func:`region_pretrain.engine.memory.peak_memory_mib`."""
     if device.type == "cuda":
@@ -56,7 +49,5 @@ def reset_peak_memory(device: torch.device) -> None:
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
-    except (
-        OSError
-    ):  # not permitted on every kernel; the peak is then that of the process's lifetime
+    except OSError:  # not permitted everywhere; the peak is then that of the process's lifetime
         pass

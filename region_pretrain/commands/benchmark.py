@@ -1,17 +1,19 @@
 """Measure a pre-training config on this machine: the loader compared with JPEG decoding alone, and
 the training step compared with forward and backward of the networks alone.
 
-    tools/benchmark.py --config-file projects/SoCo/configs/NAME.py --synthetic-images 64 \\
-        dataloader.train.total_batch_size=8
-    tools/benchmark.py --config-file ... --only step train.amp.enabled=False
+    %(prog)s --config-file projects/SoCo/configs/soco_r18-fpn_b32_shapes.py \\
+        --synthetic-images 64 dataloader.train.total_batch_size=8
+    %(prog)s --config-file projects/SoCo/configs/soco_r18-fpn_b32_shapes.py \\
+        --synthetic-images 64 --only step train.amp.enabled=true
 
 Compute operators, FLOPs and memory of a step, without a GPU:
 
-    tools/benchmark.py --plan projects/SoCo/configs/NAME.py --gpus 8
+    %(prog)s --plan projects/SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py \\
+        --gpus 8
 
 Measure how well one recipe of each method uses a GPU:
 
-    tools/benchmark.py --gpu-report output/gpu_report
+    %(prog)s --gpu-report output/gpu_report
 
 With --config-file, everything runs in this process: the loader on one core, the step on --threads
 cores or on the GPU. Compare numbers of one run: its measurements alternate, so that other load
@@ -36,21 +38,21 @@ from region_pretrain.benchmark import measure
 from region_pretrain.benchmark.gpu_report import GpuUse, describe_use, measure_use
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
+from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import write_text_atomic
 
-PROJECTS = Path(__file__).parents[2] / "projects"
 #: One recipe per method.
 REPORT_CONFIGS = [
-    str(PROJECTS / path)
+    f"projects/{path}.py"
     for path in (
-        "MoCo/configs/moco-v2_r50_8xb32-200ep_imagenet.py",
-        "BYOL/configs/byol_r50_32xb128-100ep_imagenet.py",
-        "SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet.py",
-        "CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco.py",
-        "MCL/configs/mcl_r50-fpn_32xb128-100ep_imagenet.py",
-        "PointRegionContrast/configs/point-region_r50-fpn_8xb32-200ep_imagenet.py",
+        "MoCo/configs/moco-v2_r50_8xb32-200ep_imagenet",
+        "BYOL/configs/byol_r50_32xb128-100ep_imagenet",
+        "SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet",
+        "CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco",
+        "MCL/configs/mcl_r50-fpn_32xb128-100ep_imagenet",
+        "PointRegionContrast/configs/point-region_r50-fpn_8xb32-200ep_imagenet",
     )
 ]
 REPORT_IMAGES = 256  # files; each config repeats them
@@ -65,10 +67,9 @@ def width_and_height(text: str) -> tuple[int, int]:
     return width, height
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", metavar="FILE", help="the pre-training config to measure")
     what.add_argument("--plan", metavar="FILE", help="the pre-training config to plan")
@@ -109,7 +110,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a step (default 1)")
     parser.add_argument("--json", metavar="FILE", help="also write the results to a file")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+def parse_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
+    """Parse the command line, and refuse options that do not go together."""
+    parser = make_parser(prog)
+    args = parser.parse_intermixed_args(argv)
     if args.synthetic_size and args.synthetic_images is None:
         parser.error("--synthetic-size requires --synthetic-images N")
     return args
@@ -176,8 +183,9 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @exit_on_user_error
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Measure or plan, and print the results."""
+    args = parse_args(argv, prog)
     torch.set_num_threads(args.threads)
     run = measure_config if args.config_file else make_plan if args.plan else report_gpu
     results = {

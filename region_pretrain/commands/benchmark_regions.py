@@ -1,7 +1,8 @@
 """Compare recipes of regions by time per image and recall of annotated objects.
 
-    tools/benchmark_regions.py                              # on Shapes of 500 pixels
-    tools/benchmark_regions.py --dataset coco_2017_val --count 100 soco-v1 soco-v1+working_size=320
+    %(prog)s          # on Shapes of 500 pixels
+    %(prog)s --dataset coco_2017_val --count 100 \\
+        soco-v1 soco-v1+working_size=320
 
 Everything runs on one core.
 """
@@ -11,6 +12,7 @@ import argparse
 from tabulate import tabulate
 
 from region_pretrain.benchmark.regions import compare_recipes
+from region_pretrain.commands import text_parser
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.shapes import shapes
 from region_pretrain.errors import exit_on_user_error
@@ -33,11 +35,9 @@ RECIPES = {
 }
 
 
-@exit_on_user_error
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
     parser.add_argument(
         "recipes",
         nargs="*",
@@ -52,7 +52,13 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, default=50, help="number of images (default %(default)s)"
     )
-    args = parser.parse_args()
+    return parser
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Compare the recipes, and print a table."""
+    args = make_parser(prog).parse_args(argv)
     chosen = {name: name for name in args.recipes} or RECIPES
     recipes = [get_recipe(recipe) for recipe in chosen.values()]
     dataset = args.dataset or shapes(

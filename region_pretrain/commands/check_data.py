@@ -1,7 +1,7 @@
 """Check data sets before training: image files, boxes per class, and what is wrong with them.
 
-    tools/check_data.py coco://train.json?images=DIR coco://val.json?images=DIR
-    tools/check_data.py folder://DIR --decode
+    %(prog)s coco://train.json?images=DIR coco://val.json?images=DIR
+    %(prog)s folder://DIR --decode
 
 Exits with 0 if the data sets can be used, with 1 if something has to be corrected first.
 """
@@ -12,15 +12,14 @@ import logging
 
 import region_pretrain.data.emoji  # noqa: F401
 import region_pretrain.data.shapes  # noqa: F401  registers data sets
+from region_pretrain.commands import text_parser
 from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.errors import UserError, exit_on_user_error
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
     parser.add_argument(
         "names",
         nargs="+",
@@ -34,12 +33,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-images", type=int, metavar="N", help="read at most N files per data set"
     )
     parser.add_argument("--workers", type=int, help="threads (default: one per core)")
-    return parser.parse_args(argv)
+    return parser
 
 
 @exit_on_user_error
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Check the data sets; returns 1 if there are problems."""
+    args = make_parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for flag, value in (("--max-images", args.max_images), ("--workers", args.workers)):
         if value is not None and value < 1:

@@ -1,10 +1,13 @@
 """Make the regions of a data set for pre-training, and write them to a region store.
 
-    tools/make_regions.py --images photos --out regions.arrow --recipe soco-v1
-    tools/make_regions.py --dataset imagenet_train --out imagenet.arrow --shard 3/64
-    tools/make_regions.py --config-file projects/NAME/configs/x.py   # the regions of this config
-    tools/make_regions.py --dataset imagenet_train --out imagenet.arrow \\
+    %(prog)s --images photos --out regions.arrow --recipe soco-v1
+    %(prog)s --dataset imagenet_train --out imagenet.arrow --shard 3/64
+    %(prog)s --dataset imagenet_train --out imagenet.arrow \\
         --shards 64 --slurm partition=cpu,cpus-per-task=16           # as a job array
+
+The regions that a config names:
+
+    %(prog)s --config-file projects/SoCo/configs/soco_r18-fpn_b32_shapes.py
 
 An interrupted run continues when it is started again. Shards may run at the same time on machines
 that share the disk of the output.
@@ -20,6 +23,7 @@ import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.emoji  # noqa: F401
 import region_pretrain.data.shapes  # noqa: F401
 from region_pretrain import registration
+from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
 from region_pretrain.dataset_names import folder_name
@@ -32,11 +36,9 @@ from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe, get_reci
 from region_pretrain.regions.summary import format_summary
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--images", metavar="DIR", help="all images in a folder and its subfolders")
     images.add_argument(
@@ -98,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_slurm_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
@@ -119,8 +121,9 @@ def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) 
 
 
 @exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Make or submit the regions."""
+    args = make_parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     registration.execute(args.register)
     names = args.dataset or folder_name(args.images or "")

@@ -2,23 +2,39 @@
 
 With --config-file, or with --method and the detector's own config:
 
-    tools/pretrain_net.py --method soco --detector my_detector.yaml \
+    %(prog)s --method soco --detector my_detector.yaml \\
         dataloader.train.dataset.names=folder://DIR dataloader.train.dataset.regions=regions.arrow
 """
 
-from region_pretrain.engine.command_line import argument_parser, launch_with_config
+from __future__ import annotations
+
+import argparse
+
+from region_pretrain.commands import program
+from region_pretrain.engine.command_line import (
+    argument_parser,
+    launch_with_config,
+    training_examples,
+)
 from region_pretrain.engine.methods import add_method_arguments
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_training, wants_slurm
 
 
-@exit_on_user_error
-def main() -> None:
-    parser = argument_parser(__doc__, "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    examples = training_examples("projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
+    parser = argument_parser(__doc__, examples, program(prog))
     add_method_arguments(parser)
     add_slurm_arguments(parser)
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run or submit a pre-training."""
+    args = make_parser(prog).parse_intermixed_args(argv)
     if args.eval_only:
         raise UserError("--eval-only is for tools/train_net.py: pre-training has no evaluation")
     if wants_slurm(args):

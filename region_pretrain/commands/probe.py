@@ -6,6 +6,7 @@ per level (trunk, pooled maps, heads) is printed and written to probe.json in tr
 
 import argparse
 
+from region_pretrain.commands import text_parser
 from region_pretrain.engine.command_line import launch_with_config
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.evaluation.probe import do_probe
@@ -22,13 +23,10 @@ A detector of Detectron2's model zoo with the weights that its config names:
 """
 
 
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
+    parser.epilog = EXAMPLES
     parser.add_argument(
         "--config-file",
         metavar="FILE",
@@ -51,5 +49,11 @@ def main(argv: list[str] | None = None) -> None:
         help="config overrides; train.init_checkpoint are the weights, without it they are random",
     )
     parser.set_defaults(num_machines=1, machine_rank=0, dist_url="auto")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Probe the config's detector."""
+    args = make_parser(prog).parse_intermixed_args(argv)
     launch_with_config(args, do_probe, args.k, args.max_images or None)

@@ -1,6 +1,6 @@
 """Run pre-trainings and the fine-tunings that depend on them, on this machine or on SLURM.
 
-    tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2
+    %(prog)s --config configs/sweeps/shapes_quick.py --jobs 2
 
 The command returns immediately, unless --wait is given. Started again, a sweep runs what is
 missing or has failed, and nothing twice.
@@ -13,28 +13,29 @@ import shlex
 import signal
 import sys
 
+from region_pretrain.commands import program, text_parser
 from region_pretrain.errors import UserError, exit_on_user_error
 
 _COMMANDS = """\
 commands for a sweep that was started (SWEEP is its output folder, or its config file):
-  tools/sweep.py status SWEEP   print the state of every run, and why runs failed
-  tools/sweep.py report SWEEP   write report.html, report.md and results.csv
-  tools/sweep.py cancel SWEEP   stop all jobs; they resume when the sweep is started again
-  tools/sweep.py probes SWEEP   probe all checkpoints; which probe predicts the fine-tuned AP?
+  %(prog)s status SWEEP   print the state of every run, and why runs failed
+  %(prog)s report SWEEP   write report.html, report.md and results.csv
+  %(prog)s cancel SWEEP   stop all jobs; they resume when the sweep is started again
+  %(prog)s probes SWEEP   probe all checkpoints; which probe predicts the fine-tuned AP?
 
 command for a results.csv, without the runs:
-  tools/sweep.py tables CSV     write its tables and figures
+  %(prog)s tables CSV     write its tables and figures
 """
 
 
-def _start(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --config FILE [options] [sweep.key=value ...]\n"
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the command line that starts a sweep."""
+    parser = text_parser(prog, __doc__)
+    parser.epilog = _COMMANDS
+    parser.usage = (
+        "%(prog)s --config FILE [options] [sweep.key=value ...]\n"
         "       %(prog)s {status,report,cancel,probes} SWEEP\n"
-        "       %(prog)s tables CSV --out DIR [--reference NAME ...]",
-        description=__doc__,
-        epilog=_COMMANDS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "       %(prog)s tables CSV --out DIR [--reference NAME ...]"
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="configs/sweeps/NAME.py")
     parser.add_argument(
@@ -60,13 +61,19 @@ def _start(argv: list[str]) -> None:
     parser.add_argument(
         "opts", nargs="*", metavar="sweep.key=value", help="overrides of the config"
     )
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def _start(argv: list[str], prog: str) -> None:
+    args = make_parser(prog).parse_intermixed_args(argv)
 
     from region_pretrain.jobs.cluster import Cluster, parse_slurm
     from region_pretrain.sweeps import status, submission
     from region_pretrain.sweeps.definition import load_sweep
 
-    kind = args.cluster or ("slurm" if args.slurm else "local")
+    # submitit's local jobs need POSIX signals and sessions.
+    here = "local" if os.name == "posix" else "debug"
+    kind = args.cluster or ("slurm" if args.slurm else here)
     if args.slurm and kind != "slurm":
         raise UserError(f"--slurm and --cluster {kind} contradict each other: give one of them")
     if args.jobs is not None and kind != "local":
@@ -77,13 +84,13 @@ def _start(argv: list[str]) -> None:
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)
     sweep = load_sweep(args.config, args.opts)
-    planned = submission.describe(sweep, cluster, shlex.join(["python", "tools/sweep.py", *argv]))
+    planned = submission.describe(sweep, cluster, f"{prog} {shlex.join(argv)}")
     if args.dry_run:
         print(submission.dry_run(planned, sweep.output_dir))
         return
     submission.start(planned, sweep.output_dir)
     if not args.wait:
-        print(f"follow it with: python tools/sweep.py status {sweep.output_dir}")
+        print(f"follow it with: {prog} status {sweep.output_dir}")
         return
     from region_pretrain.sweeps.report import results_text, write_sweep_report
 
@@ -91,15 +98,15 @@ def _start(argv: list[str]) -> None:
     try:
         status.wait(folder)
     except KeyboardInterrupt:
-        print(f"\nthe sweep continues; to stop it: python tools/sweep.py cancel {sweep.output_dir}")
+        print(f"\nthe sweep continues; to stop it: {prog} cancel {sweep.output_dir}")
         sys.exit(130)
     print(f"\n{results_text(folder)}\n")
     print(*write_sweep_report(folder), sep="\n")
     sys.exit(0 if status.all_finished(folder) else 1)
 
 
-def _folder(argv: list[str], command: str, description: str) -> str:
-    parser = argparse.ArgumentParser(prog=f"sweep.py {command}", description=description)
+def _folder(argv: list[str], prog: str, description: str) -> str:
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("sweep", help="the sweep's output folder, or its config file")
     parser.add_argument("opts", nargs="*", help="with a config file: sweep.key=value")
     args = parser.parse_args(argv)
@@ -110,32 +117,33 @@ def _folder(argv: list[str], command: str, description: str) -> str:
     return os.path.abspath(load_sweep(args.sweep, args.opts).output_dir)
 
 
-def _status(argv: list[str]) -> None:
-    folder = _folder(argv, "status", "Print the state of every run, and why runs failed.")
+def _status(argv: list[str], prog: str) -> None:
+    folder = _folder(argv, prog, "Print the state of every run, and why runs failed.")
     from region_pretrain.sweeps.status import status_text
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when a pager or head exits first
+    if hasattr(signal, "SIGPIPE"):  # exit quietly when a pager or head exits first
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(status_text(folder)[0])
 
 
-def _cancel(argv: list[str]) -> None:
-    folder = _folder(argv, "cancel", "Stop all jobs; they resume when the sweep is started again.")
+def _cancel(argv: list[str], prog: str) -> None:
+    folder = _folder(argv, prog, "Stop all jobs; they resume when the sweep is started again.")
     from region_pretrain.sweeps.submission import cancel
 
     stopped = cancel(folder)
     print(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
 
 
-def _report(argv: list[str]) -> None:
-    folder = _folder(argv, "report", "Write report.html, report.md and results.csv.")
+def _report(argv: list[str], prog: str) -> None:
+    folder = _folder(argv, prog, "Write report.html, report.md and results.csv.")
     from region_pretrain.sweeps.report import write_sweep_report
 
     print(*write_sweep_report(folder), sep="\n")
 
 
-def _probes(argv: list[str]) -> None:
+def _probes(argv: list[str], prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="sweep.py probes",
+        prog=prog,
         description="Probe the pre-trainings that have been fine-tuned, as tools/probe.py does, "
         "and print the rank correlation of each probe with the AP. Other fine-tunings of the "
         "sweep, e.g. a short one with a frozen trunk, count as probes.",
@@ -156,9 +164,9 @@ def _probes(argv: list[str]) -> None:
     print(f"{rank_correlations(found)}\n\n{out}")
 
 
-def _choose(argv: list[str]) -> None:
+def _choose(argv: list[str], prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="sweep.py choose",
+        prog=prog,
         description="Choose the best learning rate; a sweep runs this between trials and results.",
     )
     parser.add_argument("--metric", required=True, help="task/metric, e.g. bbox/AP")
@@ -170,9 +178,9 @@ def _choose(argv: list[str]) -> None:
     print(choose([text.split("=", 1) for text in args.results], args.metric, args.out))
 
 
-def _tables(argv: list[str]) -> None:
+def _tables(argv: list[str], prog: str) -> None:
     parser = argparse.ArgumentParser(
-        prog="sweep.py tables",
+        prog=prog,
         description="Write tables (Markdown) and figures (PNG) of a sweep's results.csv.",
     )
     parser.add_argument("csv", metavar="CSV", help="results.csv of a sweep, or a renamed copy")
@@ -191,12 +199,23 @@ def _tables(argv: list[str]) -> None:
     print(*write_tables(args.csv, args.reference, args.out), sep="\n")
 
 
+_SUBCOMMANDS = {
+    "status": _status,
+    "cancel": _cancel,
+    "report": _report,
+    "tables": _tables,
+    "probes": _probes,
+    "choose": _choose,
+}
+
+
 @exit_on_user_error
-def main() -> None:
-    commands = {"status": _status, "cancel": _cancel, "report": _report, "tables": _tables}
-    commands |= {"probes": _probes, "choose": _choose}
-    command = commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Start a sweep, or run one of the sub-commands."""
+    argv = sys.argv[1:] if argv is None else argv
+    prog = prog or f"python {program(prog)}"
+    command = _SUBCOMMANDS.get(argv[0]) if argv else None
     if command is not None:
-        command(sys.argv[2:])
+        command(argv[1:], f"{prog} {argv[0]}")
     else:
-        _start(sys.argv[1:])
+        _start(argv, prog)

@@ -5,6 +5,9 @@ several views; grey ones are in one view only. Methods whose network receives so
 that instead: for MCL, montages with one row per pyramid and one column per level; for point-level
 region contrast, points. With --method the model draws its own picture, such as CCOP's candidate
 boxes; see the project's README.
+
+    %(prog)s --config-file projects/SoCo/configs/soco_r18-fpn_b32_shapes.py \\
+        --num 3 dataloader.train.dataset.regions=null
 """
 
 import argparse
@@ -13,26 +16,24 @@ import os
 from detectron2.config import instantiate
 from detectron2.utils.file_io import PathManager
 
+from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.reporting.pictures import (
-    first_views,
-    model_pictures,
-    pictures,
-    sheet,
-)
+from region_pretrain.reporting.pictures import first_views, model_pictures, pictures, sheet
 from region_pretrain.reporting.plots import to_png
 
 
-@exit_on_user_error
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser."""
+    parser = text_parser(prog, __doc__)
+    parser.add_argument(
+        "--config-file", metavar="FILE", required=True, help="a pre-training config"
     )
-    parser.add_argument("--config-file", required=True, help="a pre-training config")
     parser.add_argument("--num", type=int, default=4, help="number of images (default 4)")
-    parser.add_argument("--output", default="views.png", help="PNG file (default views.png)")
+    parser.add_argument(
+        "--output", metavar="FILE", default="views.png", help="PNG file (default views.png)"
+    )
     parser.add_argument(
         "--height",
         type=int,
@@ -40,9 +41,17 @@ def main() -> None:
         help="height of a view in the picture in pixels (default 224)",
     )
     parser.add_argument("--method", action="store_true", help="draw the method's own picture")
-    parser.add_argument("--weights", default="", help="with --method: a checkpoint of the run")
+    parser.add_argument(
+        "--weights", metavar="FILE", default="", help="with --method: a checkpoint of the run"
+    )
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
-    args = parser.parse_args()
+    return parser
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Draw the picture."""
+    args = make_parser(prog).parse_args(argv)
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: must be at least 1 and 16")
     cfg = load_config(args.config_file, args.opts)

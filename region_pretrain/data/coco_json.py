@@ -289,7 +289,8 @@ def cache_folder() -> str:
             return folder
     except OSError:
         pass
-    folder = os.path.join(tempfile.gettempdir(), f"region_pretrain-{os.getuid()}")
+    user = os.getuid() if hasattr(os, "getuid") else "user"  # Windows: a folder of the user's
+    folder = os.path.join(tempfile.gettempdir(), f"region_pretrain-{user}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     return folder
 

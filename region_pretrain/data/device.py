@@ -17,13 +17,13 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
     Args:
         tensor: on the CPU, otherwise it is returned unchanged or moved as usual.
-        device: the CPU, or a GPU.
+        device: the CPU, or a GPU. Copies to an Apple GPU do wait.
     """
-    to_gpu = torch.device(device).type not in ("cpu", "meta")
+    to_gpu = torch.device(device).type == "cuda"
     if to_gpu and tensor.device.type == "cpu" and tensor.nbytes > _STAGED_BYTES:
         channels_last = tensor.dim() == 4 and tensor.is_contiguous(
             memory_format=torch.channels_last
         )
         tensor = tensor if channels_last else tensor.contiguous()
         tensor = tensor if tensor.is_pinned() else tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=to_gpu)

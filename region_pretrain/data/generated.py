@@ -10,7 +10,6 @@ import shutil
 from abc import ABC, abstractmethod
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from region_pretrain.data.catalog import register_once
 from region_pretrain.errors import UserError
+from region_pretrain.system import cores, process_context
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +143,13 @@ def make_scenes(spec: SceneSpec, workers: int | None = None) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "images").mkdir(parents=True)
         jobs = [(spec, i, str(unfinished / "images")) for i in range(spec.size)]
-        workers = min(workers or len(os.sched_getaffinity(0)), max(1, spec.size // 50))
+        workers = min(workers or len(cores()), max(1, spec.size // 50))
         bar = {"total": spec.size, "desc": f"{spec.title} {spec.split}", "unit": "img"}
         if workers == 1:
             results = [_draw_to_disk(job) for job in tqdm(jobs, **bar)]
         else:
             # Not multiprocessing.Pool, which stops workers by SIGTERM: jobs on a cluster ignore it.
-            context = get_context("fork")
-            with ProcessPoolExecutor(workers, context, cv2.setNumThreads, (0,)) as pool:
+            with ProcessPoolExecutor(workers, process_context(), cv2.setNumThreads, (0,)) as pool:
                 results = list(tqdm(pool.map(_draw_to_disk, jobs, chunksize=16), **bar))
         coco = {
             "info": {

@@ -31,6 +31,7 @@ from region_pretrain.data.sources import findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage, read_record
+from region_pretrain.system import cores
 from region_pretrain.yacs.build import build_evaluator, evaluator_classes
 
 logger = logging.getLogger(__name__)
@@ -281,7 +282,7 @@ def _inspect_files(
     notes, wrong = Findings(), Findings()
     unreadable: list[str] = []
     swapped = False
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or len(cores())) as pool:
         files = pool.map(lambda record: _read_file(record, decode), records)
         for record, file in tqdm(
             zip(records, files, strict=True), found.name, len(records), unit="img"

@@ -6,11 +6,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from multiprocessing import get_start_method
 from typing import Any, TypeVar
 
 import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
+
+from region_pretrain.system import USR2
 
 _PREFETCH_FACTOR = 2  # DataLoader's default: batches that each worker prepares ahead
 T = TypeVar("T")
@@ -25,10 +28,12 @@ def init_worker(_: int) -> None:
     """
     cv2.setNumThreads(0)
     in_job = "SUBMITIT_EXECUTOR" in os.environ
-    # Forked while a run listens to signals, a worker ignores USR2 already.
-    if in_job or signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    spawned = get_start_method() != "fork"
+    # Forked while a run listens to signals, a worker ignores USR2 and Ctrl-C already.
+    if in_job or spawned or signal.getsignal(USR2) == signal.SIG_IGN:
+        numbers = [USR2, signal.SIGTERM, *([signal.SIGINT] if spawned else [])]
+        for number in numbers if USR2 else numbers[1:]:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def share(batch: T) -> T:

@@ -50,17 +50,23 @@ class TrainingData(Protocol):
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """``train.device`` as a device; null means a GPU if there is one, else the CPU.
+    """``train.device`` as a device; null means a CUDA GPU if there is one, else the CPU.
 
     Raises:
-        UserError: neither ``cuda`` nor ``cpu``.
+        UserError: neither ``cuda``, ``mps`` nor ``cpu``; or ``mps``, and there is no Apple GPU.
     """
-    if name not in (None, "cuda", "cpu"):
-        raise UserError(f"train.device={name}: must be cuda, cpu or null")
+    if name not in (None, "cuda", "mps", "cpu"):
+        raise UserError(f"train.device={name}: must be cuda, mps, cpu or null")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("train.device=mps: PyTorch finds no Apple GPU; set train.device=cpu")
+        if comm.get_world_size() > 1:
+            raise UserError("train.device=mps: an Apple GPU trains in one process; use one only")
+        return torch.device("mps")
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if name == "cuda":
-        logger.warning("train.device=cuda, but this machine has no GPU: using the CPU")
+        logger.warning("train.device=cuda, but this machine has no CUDA GPU: using the CPU")
     return torch.device("cpu")
 
 
@@ -75,7 +81,7 @@ def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
         raise UserError(
             f"train.float32_matmul_precision={precision}: must be one of {', '.join(_PRECISIONS)}"
         )
-    if device.type != "cpu":  # some CPUs have TF32 as well; their results stay what they were
+    if device.type == "cuda":  # some CPUs have TF32 as well; their results stay what they were
         torch.backends.cudnn.benchmark = train["cudnn_benchmark"]
         torch.set_float32_matmul_precision(precision)
 
@@ -252,8 +258,8 @@ def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | Non
     name = amp.get("dtype", "float16")
     if name not in _AMP_DTYPES:
         raise UserError(f"train.amp.dtype={name}: must be one of {', '.join(_AMP_DTYPES)}")
-    if device.type == "cpu" and name == "float16":
-        logger.warning("train.amp.dtype=float16 needs a GPU: using bfloat16 on the CPU")
+    if device.type != "cuda" and name == "float16":  # it needs a scaled loss
+        logger.warning("train.amp.dtype=float16 needs a CUDA GPU: using bfloat16")
         return torch.bfloat16
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if name == "bfloat16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):

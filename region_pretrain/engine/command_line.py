@@ -19,27 +19,40 @@ from region_pretrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def argument_parser(description: str, example_config: str) -> argparse.ArgumentParser:
+def training_examples(config: str) -> str:
+    """The examples in the ``--help`` of a training.
+
+    Args:
+        config: the config that they use.
+    """
+    prog = "%(prog)s"
+    return f"""
+Examples:
+
+Run a config with some of its settings overridden:
+    {prog} --config-file {config} train.output_dir=output/run1 train.max_iter=1000
+
+Resume the run after an interruption:
+    {prog} --config-file {config} --resume train.output_dir=output/run1 train.max_iter=1000
+
+On 8 GPUs, or with 2 processes on a CPU:
+    {prog} --config-file {config} --num-gpus 8
+    {prog} --config-file {config} --num-gpus 2 train.device=cpu
+"""
+
+
+def argument_parser(
+    description: str, examples: str = "", prog: str | None = None
+) -> argparse.ArgumentParser:
     """Detectron2's argument parser, with help texts for LazyConfigs.
 
     Args:
         description: what the tool does.
-        example_config: config that the examples in ``--help`` use.
+        examples: the end of ``--help``.
+        prog: name of the command in ``--help``; default: that of the running script.
     """
-    prog = "%(prog)s"
-    parser = default_argument_parser(epilog=f"""
-Examples:
-
-Run a config with some of its settings overridden:
-    {prog} --config-file {example_config} train.output_dir=output/run1 train.max_iter=1000
-
-Resume the run after an interruption:
-    {prog} --config-file {example_config} --resume train.output_dir=output/run1 train.max_iter=1000
-
-On 8 GPUs, or with 2 processes on a CPU:
-    {prog} --config-file {example_config} --num-gpus 8
-    {prog} --config-file {example_config} --num-gpus 2 train.device=cpu
-""")
+    parser = default_argument_parser(epilog=examples)
+    parser.prog = prog or parser.prog
     parser.description = description
     parser.fromfile_prefix_chars = "@"  # @FILE: further arguments, one per line
     parser.set_defaults(dist_url="auto")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 
 import torch
 from detectron2.utils import comm
@@ -13,6 +12,7 @@ from region_pretrain.engine.build import TrainingData
 from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.errors import UserError
 from region_pretrain.files import free_bytes
+from region_pretrain.system import peak_resident_mib
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,4 @@ def peak_memory_mib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with open("/proc/self/status", encoding="ascii") as file:
-        peak = [line for line in file if line.startswith("VmHWM")]
-    if peak:
-        return int(peak[0].split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_resident_mib()

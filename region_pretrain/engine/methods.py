@@ -13,19 +13,14 @@ from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
-from region_pretrain.config import (
-    CONFIG_ROOT,
-    complete_train,
-    get_config,
-    load_file,
-    override_config,
-)
+from region_pretrain.config import complete_train, get_config, load_file, override_config
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import Detector, model_of
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import lazy_detector, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
 
@@ -125,7 +120,7 @@ def _plain(name: str) -> str:
 
 def _folders() -> dict[str, Path]:
     """Name of each project -> its ``configs`` folder, in a checkout or in an installed wheel."""
-    return {path.parent.name: path for path in (CONFIG_ROOT.parent / "projects").glob("*/configs")}
+    return {path.parent.name: path for path in (ROOT / "projects").glob("*/configs")}
 
 
 def _find(method: str) -> Path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
 import struct
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface whose address this machine uses to send to a host; None if unknown."""
+    """The interface whose address this machine uses to send to a host; None if unknown.
+
+    It is always unknown outside of Linux.
+    """
+    if fcntl is None:
+        return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((host, 9))  # of a datagram socket: nothing is sent

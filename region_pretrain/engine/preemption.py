@@ -14,9 +14,10 @@ from detectron2.utils import comm
 from torch import distributed as dist
 
 from region_pretrain.errors import Stopped
-from region_pretrain.lease import machine, process_start
+from region_pretrain.lease import machine
+from region_pretrain.system import USR2, process_start
 
-_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+_SIGNALS = tuple(n for n in (USR2, signal.SIGTERM, signal.SIGINT) if n is not None)
 
 
 @contextmanager
@@ -121,4 +122,5 @@ def _ignore_in_fork() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-os.register_at_fork(after_in_child=_ignore_in_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_ignore_in_fork)

@@ -23,6 +23,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
 from region_pretrain.errors import STOPPED, Stopped, UserError, describe
+from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def launch(
     before = dict(os.environ)
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Detectron2 would choose NCCL
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(_cores()) // num_processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // num_processes)))
     if num_machines > 1:
         choose_gloo_interface(urlsplit(dist_url).hostname)
     try:
@@ -177,11 +178,14 @@ def _signals_reach_processes() -> Iterator[list[signal.Signals]]:
     others = set(multiprocessing.active_children())
 
     def pass_on(number: int, frame: object) -> None:
-        again = number in received and number != signal.SIGUSR2
+        again = number in received and number != USR2
         received.append(signal.Signals(number))
         for child in set(multiprocessing.active_children()) - others:
-            with suppress(ProcessLookupError):
-                os.kill(child.pid, signal.SIGKILL if again else signal.SIGUSR2)
+            if again:
+                child.kill()
+            elif USR2 is not None:  # on Windows, Ctrl-C reaches every process of the console
+                with suppress(ProcessLookupError):
+                    os.kill(child.pid, USR2)
 
     with stop_signals_handled(pass_on):
         yield received
@@ -244,18 +248,14 @@ def _join_from_environment(device: str) -> None:
     backend = "gloo" if device == "cpu" else "nccl"
     dist.init_process_group(backend, init_method="env://", timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(local_size)
-    everyone = comm.all_gather((_cores(), gpu))
+    everyone = comm.all_gather((cores(), gpu))
     _refuse_shared_gpus([gpu for _, gpu in everyone])
     first = comm.get_rank() // local_size * local_size
     if "OMP_NUM_THREADS" not in os.environ:
         # A scheduler may bind each process to its own cores, or let all use those of the job.
-        cores = set().union(*(cores for cores, _ in everyone[first : first + local_size]))
-        torch.set_num_threads(max(1, len(cores) // local_size))
+        all_cores = set().union(*(mine for mine, _ in everyone[first : first + local_size]))
+        torch.set_num_threads(max(1, len(all_cores) // local_size))
     comm.synchronize()
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else {0}
 
 
 def _gpu_of(local_rank: int, local_size: int) -> int:

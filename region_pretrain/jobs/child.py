@@ -18,7 +18,7 @@ def start_child(
     cwd: str,
     environment: Mapping[str, str | None],
 ) -> subprocess.Popen:
-    """Start a tool that is killed when this process dies.
+    """Start a tool that, on Linux, is killed when this process dies.
 
     The tool ignores USR2 and TERM until it installs its own handlers: SLURM sends these signals to
     every process of a job, and by default they would kill one that is still importing.
@@ -32,6 +32,8 @@ def start_child(
     changed = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     paths = [root, changed.get("PYTHONPATH", "")]
     changed["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(p for p in paths if p))
+    if os.name != "posix":  # Windows has neither these signals nor preexec_fn
+        return subprocess.Popen(command, cwd=cwd, env=changed)
     follow = following_parent(signal.SIGKILL)
 
     def in_child() -> None:

@@ -15,6 +15,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster, refuse_control_characters
 from region_pretrain.jobs.job import MAX_TIMEOUTS, ToolJob
 from region_pretrain.jobs.slurm import outside_allocation
+from region_pretrain.system import cores
 
 
 def submit(
@@ -151,8 +152,8 @@ def _for_cluster(job: ToolJob, cluster: Cluster) -> ToolJob:
         if not cluster.gpus_per_node:  # submitit would hide all GPUs
             environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0)) // (cluster.jobs * cluster.tasks)
-            environment["OMP_NUM_THREADS"] = str(cluster.cpus_per_task or max(1, cores))
+            share = len(cores()) // (cluster.jobs * cluster.tasks)
+            environment["OMP_NUM_THREADS"] = str(cluster.cpus_per_task or max(1, share))
     return dataclasses.replace(
         job,
         container=cluster.container,

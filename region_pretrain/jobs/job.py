@@ -26,7 +26,7 @@ from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, start_attemp
 from region_pretrain.jobs.child import following_parent, start_child
 from region_pretrain.jobs.rendezvous import rank_environment
 from region_pretrain.jobs.slurm import job_state, restart_count
-from region_pretrain.lease import process_start
+from region_pretrain.system import USR2, process_start
 
 #: submitit limits the number of time-outs; :mod:`region_pretrain.jobs.attempts` counts instead.
 MAX_TIMEOUTS = 10**9
@@ -111,7 +111,7 @@ class _Task:
         if self.env.global_rank == 0:
             self._start_attempt()
         self._write_note("running")
-        numbers = (signal.SIGUSR2, signal.SIGTERM)
+        numbers = [number for number in (USR2, signal.SIGTERM) if number is not None]
         previous = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             return self._conclude(self._run_tool())
@@ -150,12 +150,12 @@ class _Task:
                     self._write_note("signalled")
                     deadline = time.monotonic() + self.job.patience
                 # Whoever sent TERM also kills what does not stop in time.
-                late = time.monotonic() > deadline and self.signalled == signal.SIGUSR2
+                late = time.monotonic() > deadline and self.signalled == USR2
                 if late or not self.job.resume:
                     return None
                 # SLURM signals every process, other launchers only this one. A repeated signal is
                 # harmless, and reaches a tool that was still importing when the first one came.
-                child.send_signal(signal.SIGUSR2)
+                child.send_signal(USR2 or signal.SIGTERM)
         finally:
             if child.poll() is None:
                 child.kill()
@@ -168,7 +168,7 @@ class _Task:
             return self.job.output_dir
         if code == 1 and self.env.num_tasks > 1:
             self._wait_for_peer_failure()
-        if code in (STOPPED, None) or self.signalled == signal.SIGUSR2:
+        if code in (STOPPED, None) or self.signalled not in (None, signal.SIGTERM):
             if self.env.global_rank:
                 sys.exit(0)  # any other code would make srun kill rank 0
             self._end("stopped")

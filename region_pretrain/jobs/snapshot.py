@@ -1,4 +1,4 @@
-"""A copy of the code for queued jobs, so that later edits of the checkout do not affect them."""
+"""A copy of the code for queued jobs, so that later edits of it do not affect them."""
 
 from __future__ import annotations
 
@@ -8,50 +8,27 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from region_pretrain.errors import UserError
+from region_pretrain.shipped import ROOT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-_FOLDERS = ("region_pretrain", "projects", "configs", "tools")
-
-
-def in_checkout(path: str) -> str:
-    """The path of a checkout's file: relative if it is below the working directory.
-
-    Args:
-        path: path relative to the checkout's root.
-
-    Raises:
-        UserError: the file does not exist, as in an installed package.
-    """
-    if not (CHECKOUT / path).is_file():
-        raise UserError(f"no {CHECKOUT / path}: run this from a checkout of the repository")
-    relative = os.path.relpath(CHECKOUT / path)
-    return str(CHECKOUT / path) if relative.startswith("..") else relative
+PACKAGE = Path(__file__).resolve().parents[1]
+_FOLDERS = ("configs", "projects", "tools")
 
 
 def take_snapshot(folder: str) -> str:
-    """Copy the code of this checkout to ``<folder>/code/<digest>``, unless it is there already.
+    """Copy the code to ``<folder>/code/<digest>``, unless it is there already.
+
+    The copy has the layout of a checkout, also if the code is that of an installed wheel.
 
     Args:
         folder: a folder that is visible to all nodes.
 
     Returns:
         The root of the copy, which contains ``tools/``.
-
-    Raises:
-        UserError: this is not a checkout but an installed package, which has no ``tools/``.
     """
-    if not (CHECKOUT / "tools").is_dir():
-        raise UserError(f"no {CHECKOUT / 'tools'}: run this from a checkout of the repository")
-    files = sorted(
-        path
-        for name in _FOLDERS
-        for path in (CHECKOUT / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    )
+    files = _files()
     digest = hashlib.sha256()
-    for path in files:
-        name, data = str(path.relative_to(CHECKOUT)).encode(), path.read_bytes()
+    for target, path in files.items():
+        name, data = target.encode(), path.read_bytes()
         digest.update(b"%d %d " % (len(name), len(data)) + name + data)
     root = Path(folder).resolve() / "code" / digest.hexdigest()[:16]
     if root.is_dir():
@@ -59,12 +36,23 @@ def take_snapshot(folder: str) -> str:
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=root.parent))
     part.chmod(0o755)
-    for path in files:
-        target = part / path.relative_to(CHECKOUT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    for target, path in files.items():
+        (part / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / target)
     try:
         os.rename(part, root)
     except OSError:  # another submission has just made the same copy
         shutil.rmtree(part)
     return str(root)
+
+
+def _files() -> dict[str, Path]:
+    """Path in the copy -> file, sorted."""
+    shipped = [ROOT / name for name in _FOLDERS]
+    found = {}
+    for source, above in ((PACKAGE, PACKAGE.parent), *((folder, ROOT) for folder in shipped)):
+        for path in source.rglob("*"):
+            in_wheel = source == PACKAGE and any(path.is_relative_to(f) for f in shipped)
+            if path.is_file() and "__pycache__" not in path.parts and not in_wheel:
+                found[path.relative_to(above).as_posix()] = path
+    return dict(sorted(found.items()))

@@ -19,7 +19,8 @@ from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm
 from region_pretrain.jobs.executor import sbatch_text, submit
 from region_pretrain.jobs.job import ToolJob
-from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
+from region_pretrain.jobs.snapshot import take_snapshot
+from region_pretrain.shipped import ROOT
 
 
 def add_slurm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
         tool=tool,
         arguments=[*(["--eval-only"] if args.eval_only else []), "--config-file", config],
         output_dir=output_dir,
-        root=str(CHECKOUT),
+        root=str(ROOT),
         resume="" if args.eval_only else "--resume",
     )
     _submit([job], cluster, folder, output_dir, args.dry_run, {config: text})
@@ -111,7 +112,7 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
             tool=tool,
             arguments=[*arguments, "--shard", f"{i}/{args.shards}"],
             output_dir=os.path.join(folder, f"shard{i}"),
-            root=str(CHECKOUT),
+            root=str(ROOT),
             resume="",
         )
         for i in range(args.shards)

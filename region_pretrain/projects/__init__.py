@@ -4,8 +4,6 @@ Every folder under ``projects/`` of a checkout is on this package's path, so a n
 a new folder. An installed wheel contains the packages here.
 """
 
-from pathlib import Path
+from region_pretrain.shipped import ROOT
 
-_CHECKOUT = Path(__file__).resolve().parents[2] / "projects"
-if _CHECKOUT.is_dir():
-    __path__.extend(str(p) for p in sorted(_CHECKOUT.iterdir()) if p.is_dir())
+__path__.extend(str(p) for p in sorted((ROOT / "projects").glob("*")) if p.is_dir())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
 import os
 import threading
 import time
@@ -29,6 +28,7 @@ from region_pretrain.regions.recipes import Recipe, get_recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
 from region_pretrain.regions.summary import RECALL_IOUS, count_found
+from region_pretrain.system import cores, process_context
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def make_regions(
     """
     if isinstance(recipe, str):
         recipe = get_recipe(recipe)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = len(cores()) if workers is None else workers
     index, count = shard
     if workers < 1 or part_size < 1:
         raise UserError(f"workers={workers} and part_size={part_size} must be at least 1")
@@ -186,8 +186,7 @@ def _process_all(
         return
 
     queue: deque[Future[ImageResult]] = deque()
-    context = multiprocessing.get_context("fork")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    executor = ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker)
     try:
         for record in records:
             queue.append(executor.submit(_process, recipe, record))

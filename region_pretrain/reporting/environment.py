@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 from region_pretrain import __version__
+from region_pretrain.system import cores
 
 
 def versions() -> dict[str, str]:
@@ -33,8 +34,7 @@ def machine() -> dict[str, Any]:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
         name = models[0] if models else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"cpu": name, "cores": cores, "system": platform.platform()}
+    found = {"cpu": name, "cores": len(cores()), "system": platform.platform()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found

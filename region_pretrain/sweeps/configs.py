@@ -17,10 +17,11 @@ from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
-from region_pretrain.jobs.snapshot import CHECKOUT, in_checkout
+from region_pretrain.files import is_local
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.regions import RegionStore
+from region_pretrain.shipped import find_shipped
 from region_pretrain.yacs import find_config_file, split_overrides
 
 
@@ -35,14 +36,21 @@ def _load(path: str, overrides: Sequence[str]) -> DictConfig:
     return override_config(copy.deepcopy(_file(path, tuple(of_yacs))), rest, path)
 
 
-def in_zoo(path: str) -> bool:
-    """Whether a config is one of Detectron2's model zoo, and not a file of the checkout."""
-    if (CHECKOUT / path).is_file():
-        return False
-    try:
-        return bool(find_config_file(path))
-    except UserError:
-        return False
+def for_jobs(path: str) -> str:
+    """A config's name for a job, which reads the snapshot's copy of a shipped config.
+
+    Args:
+        path: see :func:`~region_pretrain.yacs.find_config_file`.
+
+    Returns:
+        ``path`` if it names a shipped config or one of the model zoo, else the absolute path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found, shipped = find_config_file(path), find_shipped(path)
+    own = found == path and not (shipped and os.path.samefile(found, shipped))
+    return os.path.abspath(path) if own and is_local(path) else path
 
 
 #: Overrides that do not affect whether a config builds.
@@ -73,7 +81,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     """Load a config and build its model (on the meta device), optimiser and schedule.
 
     Args:
-        path: the config's path in the checkout, or its name in Detectron2's model zoo.
+        path: see :func:`~region_pretrain.yacs.find_config_file`.
         overrides: ``key=value``.
         detection: whether it must be a detection config; otherwise a pre-training config.
 
@@ -83,7 +91,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     Raises:
         UserError: the config is of the wrong kind or does not build.
     """
-    path = find_config_file(path) if in_zoo(path) else in_checkout(path)
+    path = find_config_file(path)
     cfg = _load(path, overrides)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):

@@ -12,11 +12,12 @@ from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.jobs.executor import submit
 from region_pretrain.jobs.job import ToolJob
-from region_pretrain.jobs.snapshot import CHECKOUT
 from region_pretrain.lease import PREFIX, holder_of
+from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
 from region_pretrain.sweeps.state import Record, SweepFile
+from region_pretrain.system import command_lines
 
 _CONFIG = "--config-file"
 
@@ -34,7 +35,7 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
             at = arguments.index(_CONFIG) + 1
             # The snapshot may lack a config that the user keeps elsewhere; neither contains those
             # of Detectron2's model zoo, which have a name instead of a path.
-            for root in (sweep.root, CHECKOUT):
+            for root in (sweep.root, ROOT):
                 if os.path.isfile(path := os.path.join(root, arguments[at])):
                     arguments[at] = path
                     break
@@ -110,16 +111,11 @@ def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
 
 def _local_jobs(folder: str) -> list[str]:
     """Process ids of the submitit controllers whose jobs are in a folder."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                command = file.read().decode("utf-8", "replace").replace("\0", " ")
-        except OSError:  # it has just ended
-            continue
-        if "submitit.local._local" in command and folder in command:
-            found.append(pid)
-    return found
+    return [
+        str(pid)
+        for pid, command in command_lines().items()
+        if "submitit.local._local" in command and folder in command
+    ]
 
 
 def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from detectron2.config import instantiate
 
 from region_pretrain.engine import checkpoint
 from region_pretrain.errors import UserError
-from region_pretrain.sweeps.configs import checked_config, content
+from region_pretrain.sweeps.configs import checked_config, content, for_jobs
 from region_pretrain.sweeps.definition import FINAL, Finetune, Sweep
 from region_pretrain.sweeps.graph import (
     CHOICE,
@@ -113,7 +113,7 @@ class _Planner:
         data = [o for o in overrides if o.lstrip("+").startswith(f"{_DATASET}.")]
 
         def tasks(folder: str) -> list[list[str]]:
-            common = ["--config-file", entry.config, *generation.arguments]
+            common = ["--config-file", for_jobs(entry.config), *generation.arguments]
             common += ["--out", os.path.join(folder, "regions.arrow")]
             if generation.shards == 1:
                 return [[*common, *data]]
@@ -300,4 +300,4 @@ class _Planner:
 
 
 def _command(config: str, overrides: Sequence[str], folder: str) -> list[str]:
-    return ["--config-file", config, *overrides, f"train.output_dir={folder}"]
+    return ["--config-file", for_jobs(config), *overrides, f"train.output_dir={folder}"]

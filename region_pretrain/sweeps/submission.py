@@ -12,8 +12,9 @@ from submitit.core.utils import environment_variables
 from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import sbatch_text
-from region_pretrain.jobs.snapshot import CHECKOUT, take_snapshot
+from region_pretrain.jobs.snapshot import take_snapshot
 from region_pretrain.lease import PREFIX, hold
+from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
 from region_pretrain.sweeps.graph import Plan, Run
@@ -42,7 +43,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         title=sweep.title or sweep.name,
         command=command,
         cluster=cluster,
-        root=str(CHECKOUT),
+        root=str(ROOT),
         cwd=os.getcwd(),
         labels=sweep.labels,
         images_seen=None if own_length else sweep.images_seen,

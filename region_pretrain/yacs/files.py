@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.errors import UserError, describe
+from region_pretrain.shipped import ROOT, find_shipped
 
 _ZOO = "model_zoo://"
 _TOP_LEVEL_KEY = re.compile(r"^[\"']?(\w+)[\"']?\s*:", re.MULTILINE)
@@ -25,8 +27,10 @@ def find_config_file(name: str) -> str:
     """The path of a config file.
 
     Args:
-        name: a path, or the name of one of Detectron2's model-zoo configs, with or without
-            ``model_zoo://``, e.g. ``COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml``.
+        name: a path; or the name of a config that this library ships, e.g.
+            ``configs/detection/mask_rcnn_r50_fpn_4conv1fc.py``; or that of one of Detectron2's
+            model zoo, with or without ``model_zoo://``, e.g.
+            ``COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml``. The first that exists is used.
 
     Raises:
         UserError: there is no such file.
@@ -38,13 +42,25 @@ def find_config_file(name: str) -> str:
         )
     if not name.startswith(_ZOO) and PathManager.isfile(name):
         return name
+    if (shipped := find_shipped(name)) is not None:
+        return str(shipped)
     path, zoo_name = "", name.removeprefix(_ZOO)
     if not zoo_name.startswith(("/", ".")):
         with contextlib.suppress(RuntimeError):
             path = model_zoo.get_config_file(zoo_name)
     if not PathManager.isfile(path):
-        raise UserError(f"no config file {name}")
+        raise UserError(f"no config file {name}{_similar(name)}")
     return path
+
+
+def _similar(name: str) -> str:
+    """A hint that lists shipped configs with a similar name; may be empty."""
+    folder = ROOT / os.path.dirname(name)
+    if not name.startswith(("configs/", "projects/")) or not folder.is_dir():
+        return ""
+    names = [path.name for path in folder.glob("*.py")]
+    near = difflib.get_close_matches(os.path.basename(name), names, n=3, cutoff=0.6)
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def is_yacs(path: str) -> bool:

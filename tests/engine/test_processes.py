@@ -216,7 +216,7 @@ class Captured(Exception):
 
 def test_gpu_runs_share_the_cores_too_and_the_users_choice_is_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(processes, "_cores", lambda: set(range(10)))
+    monkeypatch.setattr(processes, "cores", lambda: list(range(10)))
     seen = []
     monkeypatch.setattr(
         processes, "detectron2_launch", lambda *_, **__: seen.append(os.environ["OMP_NUM_THREADS"])
