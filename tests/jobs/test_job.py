@@ -289,7 +289,8 @@ def test_a_snapshot_is_unaffected_by_later_edits(tmp_path, monkeypatch):
     (checkout / "tools/tool.py").write_text("print(1)")
     (checkout / "tools/__pycache__/x.pyc").write_text("")
     (checkout / "secret").write_text("")
-    monkeypatch.setattr("region_pretrain.jobs.snapshot.CHECKOUT", checkout)
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.ROOT", checkout)
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.PACKAGE", checkout / "region_pretrain")
     first = take_snapshot(str(tmp_path / "run"))
     assert take_snapshot(str(tmp_path / "run")) == first
     (checkout / "tools/tool.py").write_text("print(2)")
@@ -297,3 +298,23 @@ def test_a_snapshot_is_unaffected_by_later_edits(tmp_path, monkeypatch):
     assert open(f"{first}/tools/tool.py").read() == "print(1)"
     assert open(f"{second}/tools/tool.py").read() == "print(2)"
     assert sorted(os.listdir(first)) == ["tools"] and os.listdir(f"{first}/tools") == ["tool.py"]
+
+
+def test_a_snapshot_of_a_wheel_has_the_layout_of_a_checkout(tmp_path, monkeypatch):
+    package = tmp_path / "site-packages/region_pretrain"
+    files = ["lazy.py", "shipped/__init__.py", "projects/soco/views.py"]
+    for name in ("configs/a.py", "tools/train_net.py", "projects/SoCo/configs/b.py"):
+        files.append(f"shipped/{name}")
+    for name in files:
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(name)
+    (tmp_path / "site-packages/tools").mkdir()  # of another distribution
+    (tmp_path / "site-packages/tools/other.py").write_text("")
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.ROOT", package / "shipped")
+    monkeypatch.setattr("region_pretrain.jobs.snapshot.PACKAGE", package)
+    root = Path(take_snapshot(str(tmp_path / "run")))
+    found = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+    assert found == {
+        *(f"region_pretrain/{name}" for name in files[:3]),
+        *(name.removeprefix("shipped/") for name in files[3:]),
+    }

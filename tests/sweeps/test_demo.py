@@ -23,7 +23,6 @@ from detectron2.utils.env import seed_all_rng
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.attempts import read_attempts
-from region_pretrain.jobs.snapshot import in_checkout
 from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
 from region_pretrain.reporting.plots import draw_detections
 from region_pretrain.sweeps import state, submission
@@ -351,11 +350,6 @@ def test_a_failure_is_reported_with_the_tail_of_its_log(demo):
     assert error in (out / log).read_text()
     states = dict(re.findall(r"<td>(?:<a [^>]*>)?(\w+)(?:</a>)?</td>\s*<td>(\w+)</td>", page))
     assert states["random_seed0_det"] == "finished" and states["soco_seed0_det"] == "blocked"
-
-
-def test_a_file_that_the_checkout_lacks():
-    with pytest.raises(UserError, match="no .*tools/absent.py: run this from a checkout"):
-        in_checkout("tools/absent.py")
 
 
 def test_overrides_of_an_initialisation_win_and_pictures_are_checked(tmp_path):

@@ -14,7 +14,7 @@ from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.json_files import build
-from region_pretrain.sweeps import jobs, state, submission
+from region_pretrain.sweeps import configs, jobs, state, submission
 from region_pretrain.sweeps.choice import choose, read_choice
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL, Plan
 from region_pretrain.sweeps.plan import make_plan
@@ -313,3 +313,32 @@ def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             planned(name, tmp_path / "c")
+
+
+def test_jobs_read_the_copies_of_shipped_configs_and_the_users_own_files(tmp_path, monkeypatch):
+    def config_of_job(folder):
+        changes = {"pretrain": {"moco": {"config": MOCO}}, "finetune": {}}
+        found = submission.describe(sweep(folder, **changes), Cluster(), "sweep")
+        found.root = str(tmp_path / "code")
+        (run,) = entries(found.plan, PRETRAIN)
+        (job,) = jobs.tool_jobs(run, found)
+        return job.arguments[job.arguments.index("--config-file") + 1]
+
+    copy = tmp_path / "code" / MOCO
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    assert config_of_job(tmp_path / "a") == str(copy)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert config_of_job(tmp_path / "b") == str(copy)
+    own = tmp_path / "elsewhere" / MOCO
+    own.parent.mkdir(parents=True)
+    names = "model, dataloader, optimizer, lr_multiplier, train"
+    own.write_text(
+        "from region_pretrain.config import get_config\n"
+        f"_cfg = get_config({MOCO!r})\n"
+        f"{names} = (_cfg[name] for name in {names.split(', ')})\n"
+    )
+    configs._file.cache_clear()  # a process does not change its folder
+    configs.checked_config.cache_clear()
+    assert config_of_job(tmp_path / "c") == str(own)

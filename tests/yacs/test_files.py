@@ -36,6 +36,17 @@ def test_a_file_of_the_same_name_comes_first(tmp_path, monkeypatch):
     assert load_config(f"model_zoo://{FASTER}").train.max_iter == 90000
 
 
+def test_shipped_configs_are_found_from_any_folder_and_own_files_come_first(tmp_path, monkeypatch):
+    name = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+    monkeypatch.chdir(tmp_path)
+    assert find_config_file(name) == str(CONFIG_ROOT.parent / name)
+    with pytest.raises(UserError, match="mask_rcn_r18.*; did you mean mask_rcnn_r18_fpn_shapes.py"):
+        find_config_file("configs/detection/mask_rcn_r18_fpn_shapes.py")
+    (tmp_path / "configs/detection").mkdir(parents=True)
+    (tmp_path / name).write_text("train = dict(max_iter=3)\n")
+    assert find_config_file(name) == name and load_config(name).train.max_iter == 3
+
+
 def test_recognised_by_content(tmp_path):
     path = tmp_path / "config.yaml"
     for text in ("_BASE_: x.yaml\n", "# a\nMODEL:\n  MASK_ON: True\n", '"SOLVER": {}\n'):
