@@ -14,7 +14,7 @@ EXAMPLES = """
 Examples:
 
 Evaluate the result of a fine-tuning, on the test data that its config names or on other data:
-    %(prog)s --config-file output/mine_det/config.yaml \\
+    %(prog)s --config-file configs/detection/mask_rcnn_r18_fpn_shapes.py \\
         train.init_checkpoint=output/mine_det/model_final.pth train.output_dir=output/mine_eval
     %(prog)s --config-file configs/detection/mask_rcnn_r50_fpn_4conv1fc.py \\
         train.init_checkpoint=output/mine_det/model_final.pth train.output_dir=output/mine_eval \\

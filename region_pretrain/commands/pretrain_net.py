@@ -2,7 +2,7 @@
 
 With --config-file, or with --method and the detector's own config:
 
-    %(prog)s --method soco --detector my_detector.yaml \\
+    %(prog)s --method soco --detector configs/detection/mask_rcnn_r50_fpn_4conv1fc.py \\
         dataloader.train.dataset.names=folder://DIR dataloader.train.dataset.regions=regions.arrow
 """
 

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import pytest
 from omegaconf import OmegaConf
 
+from region_pretrain.commands import cli
 from region_pretrain.config import load_config
 from region_pretrain.engine.command_line import config_of
 from region_pretrain.jobs.cluster import parse_slurm
@@ -34,7 +35,9 @@ PLACEHOLDERS = {
     "clusters/mine.py": "configs/clusters/example.py",
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-_COMMAND = re.compile(r"^ *((?:\w+=\S+ )?(?=python |tools/|make )(?:.*\\\n)*.*)", re.MULTILINE)
+_COMMAND = re.compile(
+    r"^ *((?:\w+=\S+ )?(?=python |tools/|make |region-pretrain )(?:.*\\\n)*.*)", re.MULTILINE
+)
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^ {4,}\S.*\n(?:\n(?= {4}))?)+", re.MULTILINE)
 _INLINE = re.compile(r"`([^`]+)`")
@@ -68,13 +71,17 @@ def command_lines(text: str) -> list[list[str]]:
         words = [word for word in words if word != "..."]
         while re.fullmatch(r"[A-Z_]+=\S+", words[0]):
             words.pop(0)
+        if ">" in words:
+            del words[words.index(">") :]
         commands.append(words[1:] if words[0] == "python" else words)
     return commands
 
 
 def parse(words: list[str], monkeypatch) -> argparse.Namespace:
     """The arguments as the tool's own parser understands them; nothing is run."""
-    if words[0] == "-m":
+    if words[0] == cli.PROG:
+        tool, arguments = cli, words[1:]
+    elif words[0] == "-m":
         tool, arguments = importlib.import_module(f"{words[1]}.__main__"), words[2:]  # a package
     else:
         spec = importlib.util.spec_from_file_location(Path(words[0]).stem, ROOT / words[0])
@@ -93,12 +100,30 @@ def parse(words: list[str], monkeypatch) -> argparse.Namespace:
     return stopped.value.args[0]
 
 
+def help_examples() -> dict[str, list[list[str]]]:
+    """The command lines in ``region-pretrain COMMAND --help``, by command."""
+    found = {}
+    for name, (module, _) in cli.COMMANDS.items():
+        module = importlib.import_module(f"region_pretrain.commands.{module}")
+        parser = module.make_parser(f"{cli.PROG} {name}")
+        text = f"{parser.description}\n\n{parser.epilog or ''}\n" % {"prog": parser.prog}
+        found[name] = command_lines(text)
+    return found
+
+
 def commands() -> list:
+    found = [(str(p.relative_to(ROOT)), command_lines(text_of(p))) for p in [*MARKDOWN, *SWEEPS]]
+    found += help_examples().items()
     return [
-        pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)}"[:120])
-        for path in [*MARKDOWN, *SWEEPS]
-        for words in command_lines(text_of(path))
+        pytest.param(words, id=f"{where}: {' '.join(words)}"[:120])
+        for where, lines in found
+        for words in lines
     ]
+
+
+def test_every_help_has_an_example():
+    for name, lines in help_examples().items():
+        assert lines and all(words[:2] == [cli.PROG, name] for words in lines), name
 
 
 @pytest.mark.parametrize("words", commands())
@@ -106,6 +131,10 @@ def test_command_line_is_valid(words, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     if words[0] == "make":
         assert set(words[1:]) <= TARGETS
+        return
+    ours = words[1:] if words[0] == cli.PROG else words[2:] * (words[1:2] == ["region_pretrain"])
+    if ours[1:] in ([], ["--help"]) and (ours or words == [cli.PROG]):  # a mention
+        assert set(ours) <= {*cli.COMMANDS, "--help", "COMMAND"}
         return
     if len(words) == 1:  # a mention
         assert (ROOT / words[0]).is_file()
