@@ -1,4 +1,4 @@
-"""Time and recall of recipes."""
+"""Time, recall and precision of recipes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from region_pretrain.images import read_record
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
-from region_pretrain.regions.summary import RECALL_IOUS, count_found
+from region_pretrain.regions.summary import RECALL_IOUS, Hits, count_hits
 
 
 @dataclass
 class RecipeCost:
-    """Cost and recall of one recipe.
+    """Cost, recall and precision of one recipe.
 
     Attributes:
         recipe: the recipe's id.
         seconds: mean time per image on one core, without reading the file.
         boxes: mean number of boxes per image.
         recall: IoU threshold -> percentage of the annotated objects that some box covers.
+        precision: percentage of the boxes that cover an object, see
+            :data:`~region_pretrain.regions.summary.PRECISION_IOU`; NaN without boxes.
     """
 
     recipe: str
     seconds: float
     boxes: float
     recall: dict[float, float]
+    precision: float
 
 
 def compare_recipes(
@@ -53,32 +56,31 @@ def compare_recipes(
     """
     seconds = np.zeros(len(recipes))
     boxes_found = np.zeros(len(recipes))
-    hits = np.zeros((len(recipes), len(RECALL_IOUS)))
-    objects_seen = 0
+    hits = [Hits() for _ in recipes]
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
         for record in tqdm(records, desc="recipes", unit="img"):
             image = read_record(record)
             objects = ground_truth_boxes(record, image.shape[1], image.shape[0])
-            objects_seen += len(objects)
             for r, recipe in enumerate(recipes):
                 rng = np.random.default_rng([0, key_hash(str(record["image_id"]).encode())])
                 started = time.perf_counter()
                 boxes = recipe(image, record, rng)
                 seconds[r] += time.perf_counter() - started
                 boxes_found[r] += len(boxes)
-                hits[r] += [count_found(boxes, objects, iou) for iou in RECALL_IOUS]
+                hits[r] += count_hits(boxes, objects)
     finally:
         cv2.setNumThreads(threads)
-    if not objects_seen:
+    if not any(hit.objects for hit in hits):
         raise UserError("no image has an annotated object: recall needs ground truth")
     return [
         RecipeCost(
             recipe.id,
             seconds[r] / len(records),
             boxes_found[r] / len(records),
-            {iou: 100 * hit / objects_seen for iou, hit in zip(RECALL_IOUS, hits[r], strict=True)},
+            {iou: 100 * recall for iou, recall in zip(RECALL_IOUS, hit.recall, strict=True)},
+            100 * hit.precision,
         )
-        for r, recipe in enumerate(recipes)
+        for r, (recipe, hit) in enumerate(zip(recipes, hits, strict=True))
     ]

@@ -1,4 +1,4 @@
-"""Compare recipes of regions by time per image and recall of annotated objects.
+"""Compare recipes of regions by time per image, and by recall and precision of objects.
 
     %(prog)s          # on Shapes of 500 pixels
     %(prog)s --dataset coco_2017_val --count 100 \\
@@ -17,6 +17,7 @@ from region_pretrain.data.catalog import get_records
 from region_pretrain.data.shapes import shapes
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.regions.recipes import get_recipe
+from region_pretrain.regions.summary import PRECISION_IOU, RECALL_IOUS
 
 _SEARCH = "ccop-v1+max_aspect=100+max_boxes=100000+min_size=0+nms_iou=1"  # without any filter
 #: Selective search alone at full size, 250 and 160 pixels, and recipes with their filters.
@@ -71,9 +72,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             f"{cost.seconds:.3f}",
             f"{costs[0].seconds / cost.seconds:.1f}x",
             f"{cost.boxes:.0f}",
-            *(f"{value:.1f}" for value in cost.recall.values()),
+            *(f"{value:.1f}" for value in (*cost.recall.values(), cost.precision)),
         ]
         for name, cost in zip(chosen, costs, strict=True)
     ]
-    header = ["recipe", "s/image", "speed-up", "boxes/image", "recall@0.5 (%)", "recall@0.7 (%)"]
-    print(tabulate(rows, header, disable_numparse=True, colalign=["left", *["right"] * 5]))
+    header = ["recipe", "s/image", "speed-up", "boxes/image"]
+    header += [f"recall@{iou:g} (%)" for iou in RECALL_IOUS]
+    header += [f"precision@{PRECISION_IOU:g} (%)"]
+    align = ["left", *["right"] * (len(header) - 1)]
+    print(tabulate(rows, header, disable_numparse=True, colalign=align))

@@ -5,6 +5,11 @@
     %(prog)s --dataset imagenet_train --out imagenet.arrow \\
         --shards 64 --slurm partition=cpu,cpus-per-task=16           # as a job array
 
+Boxes that another program computed, or those of a detector:
+
+    %(prog)s --images photos --out boxes.arrow --from boxes.csv --min-score 0.3 --top 50
+    %(prog)s --images photos --out rpn.arrow --from-detector config.yaml model_final.pth
+
 The regions that a config names:
 
     %(prog)s --config-file projects/SoCo/configs/soco_r18-fpn_b32_shapes.py
@@ -15,7 +20,10 @@ that share the disk of the output.
 
 import argparse
 import logging
+import os
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from detectron2.config import instantiate
 
@@ -26,13 +34,28 @@ from region_pretrain import registration
 from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
-from region_pretrain.dataset_names import folder_name
+from region_pretrain.dataset_names import folder_name, is_path_name, parse
+from region_pretrain.engine.detector_regions import DetectorBoxes
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
-from region_pretrain.regions.generate import make_regions
+from region_pretrain.regions.elsewhere import (
+    FORMATS,
+    DetectorRecipe,
+    FileRecipe,
+    attach,
+    load_boxes,
+)
+from region_pretrain.regions.generate import Prepare, make_regions
 from region_pretrain.regions.preview import draw_preview
-from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe, get_recipe
+from region_pretrain.regions.recipes import (
+    ELSEWHERE,
+    RECIPES,
+    GroundTruthRecipe,
+    Recipe,
+    change,
+    get_recipe,
+)
 from region_pretrain.regions.summary import format_summary
 
 
@@ -74,6 +97,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--working-size", metavar="PIXELS", help="long side to downscale to before selective search"
     )
+    _add_elsewhere(parser)
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
         "--shard", default="0/1", metavar="I/N", help="make only the I-th of N shards, 0 <= I < N"
@@ -103,20 +127,128 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of boxes that another program computed."""
+    group = parser.add_argument_group("boxes from elsewhere", "replace --recipe")
+    group.add_argument(
+        "--from",
+        dest="boxes",
+        metavar="PATH",
+        help="a file of boxes: COCO's results or annotations, masks in JSON, Detectron2's "
+        "proposals, CSV; or a folder with a JSON file of masks or a PNG label map per image",
+    )
+    group.add_argument(
+        "--format", metavar="NAME", help=f"{', '.join(FORMATS)} (default: recognised)"
+    )
+    group.add_argument(
+        "--ids", metavar="ANN.json", help="COCO json that lists the images whose ids --from uses"
+    )
+    group.add_argument(
+        "--from-detector",
+        nargs=2,
+        metavar=("CONFIG", "WEIGHTS"),
+        help="a trained detector: a LazyConfig, the config.yaml of a run or Detectron2's yaml, "
+        "and its checkpoint",
+    )
+    group.add_argument(
+        "--detections",
+        action="store_true",
+        help="the detector's final boxes instead of the proposals of its first stage",
+    )
+    group.add_argument("--batch-size", type=int, help="the detector's images per batch (default 8)")
+    group.add_argument("--device", help="cuda, mps or cpu (default: a GPU if there is one)")
+    group.add_argument("--min-score", metavar="S", help="leave out boxes with a lower score")
+    group.add_argument(
+        "--nms-iou", metavar="IOU", help="leave out boxes that overlap more with a better one"
+    )
+    group.add_argument("--top", metavar="N", help="keep the N best boxes of each image")
+    group.add_argument(
+        "--with-zero", action="store_true", help="label 0 of label maps is not background"
+    )
+
+
+#: Arguments of :func:`_add_elsewhere` that are fields of the recipes; those of all boxes first.
+_FIELDS = ("min_score", "nms_iou", "top", "with_zero", "detections")
+
+
+#: Arguments of jobs, besides those that have another name than their value.
+_PASSED = ("format", "ids", "batch_size", "device", *_FIELDS[:3])
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those arguments that differ from their default, None or False."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: v for name, v in values.items() if v is not None and v is not False}
+
+
+def _wants_elsewhere(args: argparse.Namespace) -> bool:
+    """Whether the boxes come from elsewhere; refuses arguments that contradict this."""
+    file, detector = args.boxes is not None, args.from_detector is not None
+    if file and detector:
+        raise UserError("--from and --from-detector exclude each other")
+    if (file or detector) and (wrong := _given(args, "recipe", "mode", "working_size")):
+        raise UserError(f"--{_flag(wrong)} does not apply to boxes from elsewhere")
+    for source, applies, names in (
+        ("--from", file, ("format", "ids", "with_zero")),
+        ("--from-detector", detector, ("detections", "device", "batch_size")),
+        ("--from or --from-detector", file or detector, _FIELDS[:3]),
+    ):
+        if not applies and (wrong := _given(args, *names)):
+            raise UserError(f"--{_flag(wrong)} needs {source}")
+    return file or detector
+
+
+def _flag(names: Iterable[str]) -> str:
+    return next(iter(names)).replace("_", "-")
+
+
+def _elsewhere(
+    args: argparse.Namespace, records: list[dict], changes: dict[str, Any]
+) -> tuple[list[dict], Recipe, Prepare | None]:
+    """The records with their boxes, the recipe, and what computes boxes that are not there yet."""
+    changes = {**changes, **_given(args, *_FIELDS)}
+    if args.boxes is not None:
+        boxes = load_boxes(args.boxes, args.format, args.ids)
+        recipe = change(FileRecipe("file-v1", source=boxes.digest), changes)
+        return attach(records, boxes), recipe, None
+    options = _given(args, "detections", "batch_size", "device")
+    detector = DetectorBoxes(*args.from_detector, **options)
+    changes["detections"] = detector.detections
+    return records, change(DetectorRecipe("detector-v1", source=detector.digest), changes), detector
+
+
+def _refuse_annotations(args: argparse.Namespace, names: str | list[str]) -> None:
+    """Refuse the data set's own annotations as boxes from elsewhere."""
+    for name in [names] if isinstance(names, str) else names:
+        source = parse(name) if is_path_name(name) else None
+        if source is None or source.scheme != "coco" or args.boxes is None:
+            continue
+        if os.path.realpath(args.boxes) == os.path.realpath(source.path):
+            raise UserError(
+                f"--from {args.boxes} has the annotations of {name}: for annotated boxes as "
+                "regions, leave out --from and give --recipe ground_truth-v1"
+            )
+
+
 def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
     """The arguments of a shard's job, independent of the config, which might be edited."""
     names = [names] if isinstance(names, str) else names
     code = [text for entry in args.register for text in ("--register", entry)]
     flags = {
         "--out": args.out,
-        "--recipe": args.recipe,
+        "--recipe": args.recipe if args.boxes is args.from_detector is None else None,
         "--workers": args.workers,
         "--max-unreadable": args.max_unreadable,
         "--part-size": args.part_size,
         "--preview": args.preview,
+        "--from": args.boxes,
+        **{f"--{name.replace('_', '-')}": getattr(args, name) for name in _PASSED},
     }
     given = [text for flag, value in flags.items() if value is not None for text in (flag, value)]
     settings = [text for item in changes.items() for text in ("--set", "=".join(item))]
+    settings += [f"--{name.replace('_', '-')}" for name in _given(args, "with_zero", "detections")]
+    if args.from_detector is not None:
+        settings += ["--from-detector", *args.from_detector]
     return ["--dataset", *names, *code, *map(str, given), *settings]
 
 
@@ -126,6 +258,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = make_parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     registration.execute(args.register)
+    elsewhere = _wants_elsewhere(args)
     names = args.dataset or folder_name(args.images or "")
     if args.config_file is not None:
         cfg = load_config(args.config_file, args.opts)
@@ -146,26 +279,34 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if not args.out:
         raise UserError("no output file: give --out FILE")
     changes = {}
-    for change in args.set:
-        field, equals, value = change.partition("=")
+    for text in args.set:
+        field, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--set {change}: write FIELD=VALUE")
+            raise UserError(f"--set {text}: write FIELD=VALUE")
         changes[field] = value
     if args.mode is not None:
         changes["mode"] = args.mode
     if args.working_size is not None:
         changes["working_size"] = args.working_size
-    recipe = get_recipe(args.recipe or "soco-v1", changes)
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if shard is None:
         raise UserError(f"--shard {args.shard}: write I/N, e.g. 0/8")
     if args.preview is not None and args.preview < 1:
         raise UserError(f"--preview {args.preview}: draw at least one image")
 
-    records = get_records(names, annotations=isinstance(recipe, GroundTruthRecipe))
+    recipe = None if elsewhere else get_recipe(args.recipe or "soco-v1", changes)
+    labels = isinstance(recipe, GroundTruthRecipe)
+    _refuse_annotations(args, names)
+    records, prepare = get_records(names, annotations=labels, boxes=True), None
     if wants_slurm(args):
         submit_shards(args, "tools/make_regions.py", _arguments(args, names, changes), args.out)
         return
+    if elsewhere:
+        records, recipe, prepare = _elsewhere(args, records, changes)
+        if (args.recipe or "").split("+")[0] in ELSEWHERE and args.recipe != recipe.id:
+            raise UserError(
+                f"the config requires recipe {args.recipe}, but these boxes are {recipe.id}"
+            )
     summary = make_regions(
         records,
         args.out,
@@ -174,10 +315,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         shard=(int(shard[1]), int(shard[2])),
         max_unreadable=args.max_unreadable,
         part_size=args.part_size,
+        prepare=prepare,
     )
     if summary is None:
         return
     print(f"{args.out}: recipe {recipe.id}\n{format_summary(summary)}")
+    if args.recipe not in (None, recipe.id) and elsewhere:
+        print(f"to train on them: dataloader.train.dataset.recipe={recipe.id}")
     if args.preview:
         store = RegionStore.open(args.out)
         print(draw_preview(records, store, f"{args.out}.preview.png", args.preview))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain import registration
@@ -25,7 +27,9 @@ from region_pretrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def get_records(names: str | Sequence[str], annotations: bool = True) -> list[dict]:
+def get_records(
+    names: str | Sequence[str], annotations: bool = True, boxes: bool = False
+) -> list[dict]:
     """The images of one or several data sets, concatenated, in a fixed order.
 
     Args:
@@ -33,6 +37,8 @@ def get_records(names: str | Sequence[str], annotations: bool = True) -> list[di
             its subfolders, ``coco://ANN.json?images=DIR``, ``voc://ROOT?split=NAME``.
         annotations: whether labels are needed. Without them, ``coco://`` needs only the images'
             ids and file names in its json.
+        boxes: without ``annotations``, add the boxes that the json of ``coco://`` may have; those
+            that are malformed are left out.
 
     Returns:
         Detectron2 dataset dicts.
@@ -47,7 +53,7 @@ def get_records(names: str | Sequence[str], annotations: bool = True) -> list[di
     records: list[dict] = []
     origin: dict[str, str] = {}  # key -> data set
     for name in names:
-        found = _get_one(name, annotations)
+        found = _get_one(name, annotations, boxes)
         for record in found:
             if "file_name" not in record or "image_id" not in record:
                 raise UserError(f"data set {name!r} has a record without file_name or image_id")
@@ -81,10 +87,10 @@ def check_registered(name: str) -> None:
         raise UserError(f"no data set is called {name!r}{hint}")
 
 
-def _get_one(name: str, annotations: bool) -> list[dict]:
+def _get_one(name: str, annotations: bool, boxes: bool) -> list[dict]:
     check_registered(name)
     if is_path_name(name) and not annotations and (source := parse(name)).scheme == "coco":
-        return read_like(source, load_coco_images(source.path, source.images))
+        return read_like(source, load_coco_images(source.path, source.images, boxes))
     try:
         records = DatasetCatalog.get(name)
     except OSError as error:
@@ -177,13 +183,14 @@ def register_once(name: str, load: Callable[[], list[dict]], **source: object) -
     return True
 
 
-def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
-    """The images of a data set in COCO's layout, sorted by id; annotations are ignored.
+def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False) -> list[dict]:
+    """The images of a data set in COCO's layout, sorted by id.
 
     Args:
         json_file: COCO json, of which only ``images`` is read. With None, the files of the folder
             are listed; the number at the end of a file name is the image's id.
         image_root: the images' folder.
+        boxes: read the boxes of ``annotations`` too; see :func:`get_records`.
 
     Returns:
         Records with COCO's integer ``image_id``, and with ``height`` and ``width`` if the json has
@@ -210,15 +217,17 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
         raise UserError(f"no such file: {json_file}, the COCO json of the images in {image_root}")
     try:
         with PathManager.open(json_file) as file:
-            images = json.load(file)["images"]
+            data = json.load(file)
         records = [
             {
                 "file_name": os.path.join(folder, image["file_name"]),
                 "image_id": image["id"],
                 **{key: image[key] for key in ("height", "width") if image.get(key) is not None},
             }
-            for image in images
+            for image in data["images"]
         ]
+        if boxes:
+            _add_boxes(records, data.get("annotations") or [])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{json_file} is not a COCO json: {type(error).__name__} {error}"
@@ -226,6 +235,20 @@ def load_coco_images(json_file: str | None, image_root: str) -> list[dict]:
     if not records:
         raise UserError(f"{json_file} lists no images")
     return sorted(records, key=_by_id)
+
+
+def _add_boxes(records: list[dict], annotations: list[dict]) -> None:
+    """Add annotated boxes to the records of their images."""
+    by_id = {record["image_id"]: record for record in records}
+    for annotation in annotations:
+        try:
+            box = [float(value) for value in annotation["bbox"]]
+            record, crowd = by_id[annotation["image_id"]], int(annotation.get("iscrowd") or 0)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            continue
+        if len(box) == 4 and all(map(math.isfinite, box)):
+            entry = {"bbox": box, "bbox_mode": BoxMode.XYWH_ABS, "iscrowd": crowd}
+            record.setdefault("annotations", []).append(entry)
 
 
 def _by_id(record: dict) -> tuple[bool, int | str]:

@@ -70,10 +70,22 @@ def random_nms(
     """
     boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
     order = rng.permutation(len(boxes))  # the order of independent random scores
-    boxes = boxes[order]
+    return ordered_nms(boxes[order], iou)[:max_boxes]
+
+
+def ordered_nms(boxes: np.ndarray, iou: float) -> np.ndarray:
+    """Non-maximum suppression of boxes in the order of their scores, best first.
+
+    Args:
+        boxes: ``(N, 4)`` float32.
+        iou: a box is removed if its IoU with a survivor is above this.
+
+    Returns:
+        ``(M, 4)`` float32, in the same order.
+    """
     scores = torch.arange(len(boxes), 0, -1, dtype=torch.float64)
     keep = nms(torch.from_numpy(boxes).double(), scores, iou)
-    return boxes[keep[:max_boxes].numpy()]
+    return boxes[keep.numpy()]
 
 
 def _sides(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -27,10 +27,13 @@ from region_pretrain.regions.parts import ImageResult, Parts
 from region_pretrain.regions.recipes import Recipe, get_recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
-from region_pretrain.regions.summary import RECALL_IOUS, count_found
+from region_pretrain.regions.summary import Hits, count_hits
 from region_pretrain.system import cores, process_context
 
 logger = logging.getLogger(__name__)
+
+#: Adds to records, in their order, what the recipe reads.
+Prepare = Callable[[Iterable[dict]], Iterator[dict]]
 
 _PROGRESS_SECONDS = 1.0
 
@@ -43,6 +46,7 @@ def make_regions(
     shard: tuple[int, int] = (0, 1),
     max_unreadable: float = 0.01,
     part_size: int = 1000,
+    prepare: Prepare | None = None,
 ) -> dict | None:
     """Make the regions of a data set and write them to a store.
 
@@ -54,7 +58,7 @@ def make_regions(
 
     Args:
         records: Detectron2 dicts with ``file_name`` and ``image_id``. If they have
-            ``annotations``, the summary includes the recall of the boxes.
+            ``annotations``, the summary includes the recall and the precision of the boxes.
         out: path of the store, on a local or shared disk.
         recipe: a recipe or its id.
         workers: number of processes; by default one per available core.
@@ -64,6 +68,7 @@ def make_regions(
         max_unreadable: largest fraction of the images that may be unreadable; at least one may,
             unless the fraction is 0.
         part_size: images per part.
+        prepare: called once with the records whose regions are missing, e.g. to run a detector.
 
     Returns:
         The summary, or ``None`` if parts of other shards are missing.
@@ -86,10 +91,13 @@ def make_regions(
         raise UserError(f"{out} is a folder; name a file, e.g. {out}/regions.arrow")
 
     with _write_errors(out):
-        return _make(Parts(records, out, recipe, part_size), workers, shard, tolerated)
+        parts = Parts(records, out, recipe, part_size)
+        return _make(parts, workers, shard, tolerated, prepare or iter)
 
 
-def _make(parts: Parts, workers: int, shard: tuple[int, int], tolerated: int) -> dict | None:
+def _make(
+    parts: Parts, workers: int, shard: tuple[int, int], tolerated: int, prepare: Prepare
+) -> dict | None:
     index, count = shard
     if (summary := parts.finished_summary()) is not None:
         return summary
@@ -104,7 +112,7 @@ def _make(parts: Parts, workers: int, shard: tuple[int, int], tolerated: int) ->
         progress = _ProgressFile(path, total - left, total)
         unreadable = 0
         with hold(parts.folder, f"{PREFIX}-{index}", f"shard {index} of {parts.out}"):
-            for part, results in _run_parts(parts, todo, workers, progress.advance):
+            for part, results in _run_parts(parts, todo, workers, progress.advance, prepare):
                 unreadable += parts.write(part, results)
                 if unreadable > tolerated:
                     break  # merge() raises the error
@@ -155,12 +163,16 @@ class _ProgressFile:
 
 
 def _run_parts(
-    parts: Parts, todo: Sequence[int], workers: int, after_image: Callable[[], None]
+    parts: Parts,
+    todo: Sequence[int],
+    workers: int,
+    after_image: Callable[[], None],
+    prepare: Prepare,
 ) -> Iterator[tuple[int, list[ImageResult]]]:
     """Yield each part and its results; ``after_image`` is called once per image."""
     records = [record for part in todo for record in parts.records_of(part)]
     # Looking ahead by two parts keeps the workers busy while one image takes long.
-    results = _process_all(parts.recipe, records, workers, ahead=2 * parts.size)
+    results = _process_all(parts.recipe, prepare(records), workers, ahead=2 * parts.size)
     with tqdm(total=len(records), desc=parts.recipe.id, unit="img") as bar:
         for part in todo:
             done = []
@@ -172,7 +184,7 @@ def _run_parts(
 
 
 def _process_all(
-    recipe: Recipe, records: Sequence[dict], workers: int, ahead: int
+    recipe: Recipe, records: Iterable[dict], workers: int, ahead: int
 ) -> Iterator[ImageResult]:
     """Results in the order of the records; at most ``ahead`` images wait in the workers' queue."""
     if workers == 1:
@@ -227,17 +239,17 @@ def _process(recipe: Recipe, record: dict) -> ImageResult:
     # The image's own generator: its boxes do not depend on its position in the data set.
     rng = np.random.default_rng([recipe.parameters.get("seed", 0), key_hash(key.encode())])
     try:
-        boxes = recipe(image, record, rng)
+        found = recipe.run(image, record, rng)
     except UserError:
         raise
     except Exception as error:
         raise RuntimeError(f"{record['file_name']}: {recipe.id} failed: {error}") from error
     seconds = time.perf_counter() - start
-    objects = boxes[:0]
+    hits = Hits()
     if "annotations" in record:
         try:
-            objects = ground_truth_boxes(record, width, height)
+            hits = count_hits(found.boxes, ground_truth_boxes(record, width, height))
         except UserError as error:  # recall is not worth ending the run
             logger.warning("Not counted in the recall: %s", error)
-    found = tuple(count_found(boxes, objects, iou) for iou in RECALL_IOUS)
-    return ImageResult(key, width, height, boxes, seconds, len(objects), found)
+    boxes, *counts = found
+    return ImageResult(key, width, height, boxes, seconds, hits, *counts)

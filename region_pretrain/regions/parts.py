@@ -25,10 +25,12 @@ from region_pretrain.files import printable, remove_parts, write_text_atomic
 from region_pretrain.images import UnreadableImage, read_record, readings_of
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
-from region_pretrain.regions.summary import RECALL_IOUS, summarise
+from region_pretrain.regions.summary import PRECISION_IOU, RECALL_IOUS, Hits, summarise
 from region_pretrain.regions.writing import merge_stores, write_store
 
 logger = logging.getLogger(__name__)
+
+_COUNTS = ("given", "dropped", "clipped")
 
 
 class ImageResult(NamedTuple):
@@ -39,9 +41,8 @@ class ImageResult(NamedTuple):
         width, height: size of the image in pixels.
         boxes: ``(N, 4)`` float32 XYXY.
         seconds: time that it took.
-        objects: number of annotated objects.
-        found: number of those that some box covers, per threshold of
-            :data:`~region_pretrain.regions.summary.RECALL_IOUS`.
+        hits: comparison with the annotated objects; empty for an image without annotations.
+        given, dropped, clipped: see :class:`~region_pretrain.regions.recipes.Found`.
         error: why the image is unreadable; all fields but ``key`` are then unset.
     """
 
@@ -50,8 +51,10 @@ class ImageResult(NamedTuple):
     height: int = 0
     boxes: np.ndarray | None = None
     seconds: float = 0.0
-    objects: int = 0
-    found: tuple[int, ...] = (0,) * len(RECALL_IOUS)
+    hits: Hits = Hits()
+    given: int = 0
+    dropped: int = 0
+    clipped: int = 0
     error: str = ""
 
 
@@ -254,8 +257,8 @@ class Parts:
             **self._facts(part),
             "unreadable": [(r.key, r.error) for r in results if r.error],
             "seconds": sum(r.seconds for r in good),
-            "objects": sum(r.objects for r in good),
-            "found": [sum(r.found[i] for r in good) for i in range(len(RECALL_IOUS))],
+            "hits": sum((r.hits for r in good), Hits()),
+            **{key: sum(getattr(r, key) for r in good) for key in _COUNTS},
         }
         write_store(self.path(part), ((r.key, r.width, r.height, r.boxes) for r in good), facts)
         return len(facts["unreadable"])
@@ -298,6 +301,7 @@ class Parts:
                 manifests.append(_as_part(base))
                 counts.append(base.counts())
                 paths.append(self.out)
+            self._check_dropped(manifests)
             summary = summarise(manifests, np.concatenate(counts))
             facts = {
                 "recipe": self.recipe.id,
@@ -325,6 +329,16 @@ class Parts:
                 f"in {listing} or raise --max-unreadable, and run again; finished parts are kept"
             )
 
+    def _check_dropped(self, manifests: Sequence[dict]) -> None:
+        """Refuse boxes of which most are unusable."""
+        given, dropped = (sum(manifest[key] for manifest in manifests) for key in _COUNTS[:2])
+        if 2 * dropped > given:
+            raise UserError(
+                f"{dropped} of {given} boxes are not finite or outside their image: are they "
+                "pixels of these images, and corners or sides as their format has them? Correct "
+                f"them, delete {self.folder}, and run again"
+            )
+
 
 def _line(pair: tuple[str, str]) -> str:
     key, error = map(printable, pair)
@@ -343,10 +357,14 @@ def _digest(records: Sequence[dict]) -> str:
 def _as_part(store: RegionStore) -> dict[str, Any]:
     """The facts of a finished store in the form of a part's."""
     summary = store.manifest["summary"]
-    objects = summary.get("objects", 0)
+    objects, judged = summary.get("objects", 0), summary.get("judged", 0)
+    found = [round(objects * summary.get(f"recall@{iou:g}", 0.0)) for iou in RECALL_IOUS]
+    precise = round(judged * summary.get(f"precision@{PRECISION_IOU:g}", 0.0))
     return {
         "unreadable": [],
+        "given": summary["boxes"],
+        "dropped": summary.get("dropped", 0),
+        "clipped": summary.get("clipped", 0),
         "seconds": summary.get("seconds_per_image", 0.0) * summary["images"],
-        "objects": objects,
-        "found": [round(objects * summary.get(f"recall@{iou:g}", 0.0)) for iou in RECALL_IOUS],
+        "hits": [objects, found, judged, precise],
     }

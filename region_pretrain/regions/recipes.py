@@ -11,7 +11,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,24 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions import filters
 from region_pretrain.regions.selective_search import MODES, selective_search
 from region_pretrain.regions.sources import grid_boxes, ground_truth_boxes, random_boxes
+
+R = TypeVar("R", bound="Recipe")
+
+
+class Found(NamedTuple):
+    """The regions of an image, and what their source contained.
+
+    Attributes:
+        boxes: ``(N, 4)`` float32 XYXY in pixels of the image, half-open.
+        given: number of boxes in the source.
+        dropped: number of those that are not finite, or empty within the image.
+        clipped: number of those that reached beyond the image by more than a pixel.
+    """
+
+    boxes: np.ndarray
+    given: int
+    dropped: int = 0
+    clipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,11 @@ class Recipe(ABC):
             ``(N, 4)`` float32 XYXY in pixels of the image, half-open; N may be 0.
         """
 
+    def run(self, image: np.ndarray, record: Mapping[str, Any], rng: np.random.Generator) -> Found:
+        """Find the regions of one image, and count the unusable boxes of their source."""
+        boxes = self(image, record, rng)
+        return Found(boxes, given=len(boxes))
+
     @property
     def parameters(self) -> dict[str, Any]:
         """All fields except the name, as JSON types."""
@@ -54,9 +77,14 @@ class Recipe(ABC):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     @property
+    def standard(self) -> Recipe:
+        """The recipe of this name with its default fields."""
+        return RECIPES[self.name]
+
+    @property
     def id(self) -> str:
         """The name and all fields that differ from its defaults: ``soco-v1+min_side=16``."""
-        standard = RECIPES[self.name].parameters
+        standard = self.standard.parameters
         changed = {k: v for k, v in self.parameters.items() if v != standard[k]}
         return self.name + "".join(f"+{k}={_text(v)}" for k, v in sorted(changed.items()))
 
@@ -72,7 +100,8 @@ class Recipe(ABC):
         for field, value in fields.items():
             if isinstance(value, int | float) and not 0 <= value < float("inf"):
                 self._refuse(field, "must be at least 0")
-        if fields.get("max_aspect", 1) < 1:
+        aspect = fields.get("max_aspect", 1)
+        if aspect < 1 and aspect != self.standard.parameters["max_aspect"]:  # 0: no limit
             self._refuse("max_aspect", "must be at least 1 (longer side / shorter side)")
         if fields.get("min_size_ratio", 0) > fields.get("max_size_ratio", 1):
             self._refuse("min_size_ratio", "must be at most max_size_ratio")
@@ -82,7 +111,7 @@ class Recipe(ABC):
 
 
 @dataclass(frozen=True)
-class _SizeRules(Recipe):
+class SizeRules(Recipe):
     """A recipe with SoCo's rules on the size and shape of boxes.
 
     Attributes:
@@ -99,13 +128,13 @@ class _SizeRules(Recipe):
     def passing(self, boxes: np.ndarray, width: int, height: int) -> tuple[np.ndarray, ...]:
         """Three ``(N,)`` bool: passes all rules, all but the size ratio, the side rule alone."""
         side = filters.min_side(boxes, self.min_side)
-        shape = side & filters.max_aspect(boxes, self.max_aspect)
+        shape = side & filters.max_aspect(boxes, self.max_aspect or np.inf)
         low, high = self.min_size_ratio, self.max_size_ratio
         return shape & filters.size_ratio(boxes, low, high, width, height), shape, side
 
 
 @dataclass(frozen=True)
-class SoCoRecipe(_SizeRules):
+class SoCoRecipe(SizeRules):
     """Selective search with the filter "ratio3size0308" of SoCo's released code.
 
     If no box of an image passes, it keeps those that pass without the size ratio, else those that
@@ -207,7 +236,7 @@ class GridRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class RandomRecipe(_SizeRules):
+class RandomRecipe(SizeRules):
     """Random boxes that pass the filter of :class:`SoCoRecipe`: a baseline for selective search.
 
     Attributes:
@@ -257,6 +286,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+#: Recipes of other programs' boxes, and the arguments that name their source.
+ELSEWHERE = {"file-v1": "--from PATH", "detector-v1": "--from-detector CONFIG WEIGHTS"}
+
+
 def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Look up a recipe by its id, and override fields.
 
@@ -271,6 +304,8 @@ def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Re
         UserError: an unknown recipe or field, or an invalid value.
     """
     name, *parts = recipe_id.split("+")
+    if name in ELSEWHERE:
+        raise UserError(f"recipe {name} needs its source: tools/make_regions.py {ELSEWHERE[name]}")
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -281,16 +316,19 @@ def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Re
         if not equals:
             raise UserError(f"recipe id {recipe_id!r}: {part!r} is not field=value")
         changes[field] = value
-    changes.update(overrides or {})
-    standard = RECIPES[name]
-    fields = standard.parameters
+    return change(RECIPES[name], {**changes, **(overrides or {})})
+
+
+def change(recipe: R, changes: Mapping[str, Any]) -> R:
+    """A recipe with some fields changed; see :func:`get_recipe`."""
+    fields = recipe.parameters
     values = {}
     for field, value in changes.items():
         if field not in fields:
             has = ", ".join(fields) or "none"
-            raise UserError(f"recipe {name} has no field {field!r}; its fields: {has}")
-        values[field] = _parse(name, field, value, getattr(standard, field))
-    recipe = dataclasses.replace(standard, **values)
+            raise UserError(f"recipe {recipe.name} has no field {field!r}; its fields: {has}")
+        values[field] = _parse(recipe.name, field, value, getattr(recipe, field))
+    recipe = dataclasses.replace(recipe, **values)
     recipe.check()
     return recipe
 

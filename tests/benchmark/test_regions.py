@@ -29,6 +29,9 @@ def test_results_are_those_of_the_stores(tmp_path):
         assert cost.boxes == pytest.approx(summary["mean"])
         for iou, value in cost.recall.items():
             assert value == pytest.approx(100 * summary[f"recall@{iou:g}"])
+        assert cost.precision == pytest.approx(100 * summary["precision@0.5"])
+    assert costs[0].precision == 100
+    assert costs[1].precision < costs[2].precision < 100  # grid windows fit few objects
 
 
 def test_without_objects_there_is_no_recall(region_folder):
@@ -42,4 +45,5 @@ def test_command_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["grid-v1", "shapes-v1"]
+    assert done.stdout.split("\n")[0].endswith("precision@0.5 (%)")
     assert " 1.0x " in done.stdout.splitlines()[2]

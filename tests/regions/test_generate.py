@@ -18,7 +18,7 @@ from region_pretrain.images import read_image, read_record
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.recipes import get_recipe
-from region_pretrain.regions.summary import count_found, format_summary
+from region_pretrain.regions.summary import format_summary
 
 
 def contents(path) -> dict:
@@ -242,15 +242,10 @@ def test_recall_of_annotated_objects(tmp_path, records):
     assert summary["recall@0.5"] == pytest.approx(2 / 3)
     assert summary["recall@0.7"] == pytest.approx(1 / 3)
     assert format_summary(summary).endswith(
-        "recall: 0.667 at IoU 0.5, 0.333 at IoU 0.7, of 3 annotated objects"
+        "recall: 0.667 at IoU 0.5, 0.333 at IoU 0.7, of 3 annotated objects\n"
+        "precision: 0.250 of the boxes have an IoU of 0.5 or more with an annotated object"
     )
-
-
-def test_count_found_counts_objects_and_not_pairs():
-    objects = np.array([[0, 0, 10, 10], [20, 20, 30, 30]], np.float32)
-    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 25]], np.float32)
-    assert [count_found(boxes, objects, iou) for iou in (0.5, 0.51, 0.95, 1.0)] == [2, 1, 1, 1]
-    assert count_found(boxes[:0], objects, 0.5) == count_found(boxes, objects[:0], 0.5) == 0
+    assert summary["precision@0.5"] == 1 / 4  # the crowd's cell does not count
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_job_array_over_shards(tmp_path, monkeypatch, capsys):
     make_regions.main(["--images", str(tmp_path / "images"), "--out", out, *recipe, *array])
     assert [job.arguments[-2:] for job in made] == [["--shard", f"{i}/3"] for i in range(3)]
     assert {job.resume for job in made} == {""} and len({job.output_dir for job in made}) == 3
-    args = make_regions.parse_args(made[1].arguments)
+    args = make_regions.make_parser().parse_args(made[1].arguments)
     assert (args.dataset, args.out) == ([f"folder://{tmp_path}/images"], out)
     assert (args.images, args.workers, args.register) == (None, 2, [])
     assert args.recipe == "ccop-v1" and sorted(args.set) == ["mode=fast", "working_size=99"]
@@ -188,6 +188,6 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     DatasetCatalog.remove(by_code)
 
     # The jobs of shards know neither the config nor the working directory's names.
-    args = make_regions.parse_args(["--config-file", "x", "--out", "r.arrow", *code])
+    args = make_regions.make_parser().parse_args(["--config-file", "x", "--out", "r.arrow", *code])
     made = make_regions._arguments(args, by_path, {})
     assert made == ["--dataset", by_path, *code, "--out", "r.arrow", *made[-4:]]

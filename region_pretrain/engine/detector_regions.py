@@ -1,0 +1,163 @@
+"""A detector's boxes as regions."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from detectron2.config import instantiate
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from omegaconf import OmegaConf
+from torch import nn
+
+from region_pretrain.config import load_config, num_classes_keys, to_yaml
+from region_pretrain.engine.build import build_model, resolve_device
+from region_pretrain.engine.transfer import TransferReport, load_pretrained
+from region_pretrain.errors import UserError
+from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage
+from region_pretrain.regions.elsewhere.matching import GIVEN, Given
+
+_READERS = 8
+Batch = list[tuple[dict, dict | None]]
+
+
+class DetectorBoxes:
+    """Runs a detector over the images of records, in batches.
+
+    Args:
+        config: a detection config: LazyConfig, ``config.yaml`` of a run, or Detectron2's yaml.
+        weights: its checkpoint.
+        detections: use the final detections; otherwise the proposals of the first stage, if the
+            detector has one.
+        batch_size: images per batch.
+        device: ``cuda``, ``mps`` or ``cpu``; None: the config's.
+
+    Attributes:
+        detections: whether the boxes are final detections.
+        digest: 16 hexadecimal digits that identify the model, its test-time augmentation and its
+            weights.
+
+    Raises:
+        UserError: the config or the weights cannot be loaded, or do not belong together.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        weights: str,
+        detections: bool = False,
+        batch_size: int = 8,
+        device: str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        cfg = load_config(config)
+        mapper = cfg.get("dataloader", {}).get("test", {}).get("mapper")
+        if mapper is None:
+            raise UserError(f"{config} has no dataloader.test.mapper: it is not a detection config")
+        if unset := [key for key in num_classes_keys(cfg) if OmegaConf.select(cfg, key) is None]:
+            raise UserError(f"{config}: set {unset[0]}, or give the config.yaml of the training")
+        cfg.train.seed = 0
+        device = resolve_device(device or cfg.train.device)
+        self._model = build_model(cfg, device).eval()
+        two_stage = getattr(self._model, "proposal_generator", None) is not None
+        self.detections = detections or not two_stage
+        report = load_pretrained(self._model, weights)
+        _check_trained(report, weights, self.detections)
+        self._mapper = SamePixels(instantiate(mapper))
+        self._batch_size = batch_size
+        self._source = weights
+        self.digest = _digest({"model": cfg.model, "mapper": mapper}, weights)
+
+    def __call__(self, records: Iterable[dict]) -> Iterator[dict]:
+        """Add each image's boxes to its record; an unreadable image has none."""
+        records = iter(records)
+        with ThreadPoolExecutor(_READERS) as readers:
+            batches = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
+            # The next batch is read while the detector works on this one.
+            waiting = [readers.map(self._read, batch) for batch in itertools.islice(batches, 2)]
+            while waiting:
+                read = list(waiting.pop(0))
+                waiting += [readers.map(self._read, b) for b in itertools.islice(batches, 1)]
+                yield from self._detect(read)
+
+    def _read(self, record: dict) -> tuple[dict, dict | None]:
+        """A record and the model's input, or None if the image is unreadable."""
+        try:
+            image = EncodedImage.read(
+                record["file_name"], record.get("crop"), record.get("reading")
+            )
+            width, height = image.size()
+            record_of_image = {k: v for k, v in record.items() if k != "annotations"}
+            return record, self._mapper({**record_of_image, "width": width, "height": height})
+        except UnreadableImage:
+            return record, None  # reading it again reports it
+
+    def _detect(self, batch: Batch) -> Iterator[dict]:
+        inputs = [given for _, given in batch if given is not None]
+        with torch.no_grad():
+            found = iter(self._boxes(inputs) if inputs else [])
+        for record, given in batch:
+            yield record if given is None else {**record, GIVEN: next(found)}
+
+    def _boxes(self, inputs: Sequence[Mapping[str, Any]]) -> list[Given]:
+        if self.detections:
+            outputs = self._model(inputs)
+            if "instances" not in outputs[0]:
+                raise UserError(f"{type(self._model).__name__} detects no boxes")
+            results = [output["instances"] for output in outputs]
+        else:
+            results = _proposals(self._model, inputs)
+        return [self._given(result) for result in results]
+
+    def _given(self, result: Instances) -> Given:
+        height, width = result.image_size
+        boxes, scores = (
+            (result.pred_boxes, result.scores)
+            if self.detections
+            else (result.proposal_boxes, result.objectness_logits.sigmoid())
+        )
+        boxes, scores = (x.float().cpu().numpy() for x in (boxes.tensor, scores))
+        return Given(boxes, scores, (width, height), self._source)
+
+
+def _proposals(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[Instances]:
+    """The first stage's proposals, in pixels of the original images."""
+    images = model.preprocess_image(inputs)
+    proposals, _ = model.proposal_generator(images, model.backbone(images.tensor))
+    return [
+        detector_postprocess(result, given["height"], given["width"])
+        for result, given in zip(proposals, inputs, strict=True)
+    ]
+
+
+def _check_trained(report: TransferReport, weights: str, detections: bool) -> None:
+    """Refuse weights that leave parts of the detector random whose output is used."""
+    used = {
+        name: count
+        for name, count in report.modules.items()
+        if detections or not name.startswith("roi_heads")
+    }
+    random = [name for name, count in used.items() if count.loaded_tensors < count.tensors]
+    if random:
+        raise UserError(
+            f"{weights} has no weights for {', '.join(random)}: it is not a trained detector of "
+            "this config"
+        )
+
+
+def _digest(parts: Mapping[str, Any], weights: str) -> str:
+    cfg = OmegaConf.create(dict(parts), flags={"allow_objects": True})
+    digest = hashlib.sha256(to_yaml(cfg).encode())
+    path = os.path.expanduser(weights.partition("?")[0])
+    with open(PathManager.get_local_path(path), "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

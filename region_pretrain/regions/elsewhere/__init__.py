@@ -1,0 +1,7 @@
+"""Regions that another program computed: files of boxes, masks and label maps, and detectors."""
+
+from region_pretrain.regions.elsewhere.formats import FORMATS, Boxes, load_boxes
+from region_pretrain.regions.elsewhere.matching import attach
+from region_pretrain.regions.elsewhere.recipe import DetectorRecipe, FileRecipe
+
+__all__ = ["FORMATS", "Boxes", "DetectorRecipe", "FileRecipe", "attach", "load_boxes"]
