@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_API[name]}"), name)
+    warnings = importlib.import_module(f"{__name__}.warnings")
+    with warnings.library_warnings_ignored():
+        value = getattr(importlib.import_module(f"{__name__}.{_API[name]}"), name)
     globals()[name] = value
     return value
 

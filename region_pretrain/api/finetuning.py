@@ -11,14 +11,20 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from region_pretrain import zoo
 from region_pretrain.api.data import Data, DataSets
-from region_pretrain.api.detectors import DETECTOR_FILE, AnyDetector, detection_config
+from region_pretrain.api.detectors import (
+    DETECTOR_FILE,
+    AnyDetector,
+    detection_config,
+    shipped,
+)
 from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys, override_config
 from region_pretrain.dataset_names import make_names_absolute
-from region_pretrain.engine.finetune import do_evaluate, do_train
+from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import Results, newest_metrics
@@ -95,7 +101,7 @@ def finetune(
         names = _check_classes(cfg, classes, detector)
         if isinstance(detector, nn.Module):
             stack.enter_context(modes_kept(detector))
-        results = do_train(cfg, resume, hooks=[keep, *hooks])
+        results = without_nan(do_train(cfg, resume, hooks=[keep, *hooks]))
     model = keep.model if isinstance(detector, nn.Module) else keep.model.eval()
     folder = cfg.train.output_dir
     return Finetuned(
@@ -118,7 +124,10 @@ def _detector_of(init: Weights | nn.Module | None) -> AnyDetector:
 
 
 def _saved_detector(init: str | os.PathLike | None) -> str | None:
-    """The detection config in the folder of a checkpoint."""
+    """The detection config on the card of published weights, or in the folder of a checkpoint."""
+    if isinstance(init, str) and init.startswith(zoo.PREFIX):
+        named = zoo.read_card(init).metadata.get("Detector")
+        return named and shipped(named)
     folder = os.path.dirname(weights_of(init)) if init is not None else ""
     for name in (DETECTOR_FILE, "config.yaml") if folder else ():
         path = os.path.join(folder, name)
@@ -185,7 +194,8 @@ def evaluate(
         verbose: see :func:`~region_pretrain.api.pretraining.pretrain`.
 
     Returns:
-        task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent.
+        task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent; None where it is
+        undefined, e.g. the AP of a class without boxes.
 
     Raises:
         UserError: an argument is invalid, or the data have other classes.
@@ -207,4 +217,4 @@ def evaluate(
     make_names_absolute(complete_train(cfg))
     with isolated(sets.given, verbose):
         _check_classes(cfg, classes, detector, training=False)
-        return do_evaluate(cfg, model)
+        return without_nan(do_evaluate(cfg, model))

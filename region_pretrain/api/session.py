@@ -16,6 +16,7 @@ from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import Stopped, UserError
 from region_pretrain.registration import permanent_names
+from region_pretrain.warnings import library_warnings_ignored
 
 #: Called after each step with the trainer, or a hook of Detectron2.
 Callback = Callable[[Trainer], Any] | HookBase
@@ -51,6 +52,7 @@ def isolated(given: Given | None = None, verbose: bool = True) -> Iterator[None]
         return verbose or is_progress or record.levelno >= logging.WARNING
 
     with ExitStack() as stack:
+        stack.enter_context(library_warnings_ignored())
         stack.enter_context(random_state_kept())
         stack.enter_context(logging_kept(console))
         stack.enter_context(_catalogues_kept())

@@ -236,12 +236,15 @@ def _precise_bn(cfg: DictConfig, trainer: Trainer, data: TrainingData) -> HookBa
     return _PreciseBN(cfg.train.eval_period, trainer.module, batches, count)
 
 
+def without_nan(results: Results) -> Results:
+    """Results with None for NaN, the AP of a class without boxes: JSON has no NaN."""
+    return {
+        task: {name: None if value is None or isnan(value) else value for name, value in v.items()}
+        for task, v in results.items()
+    }
+
+
 def _write_results(path: str, results: Results) -> None:
     if results:
-        table = {
-            task: {name: None if isnan(value) else value for name, value in values.items()}
-            for task, values in results.items()
-        }  # JSON has no NaN (the AP of a class without boxes)
-        text = json.dumps(table, indent=2)
-        write_text_atomic(path, text + "\n")
+        write_text_atomic(path, json.dumps(without_nan(results), indent=2) + "\n")
         logger.info("results: %s", path)
