@@ -72,7 +72,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
                     "Detector": _detector(sweep, init),
                     "File Size": os.path.getsize(weights),
                     "SHA256": sha256,
-                    "Library Versions": versions(),
+                    "Library Versions": {k: str(v) for k, v in versions().items()},
                 },
                 "Results": [r for row in mine for r in _results(sweep, row, baselines)],
                 "Weights": os.path.basename(weights),
