@@ -21,9 +21,9 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.errors import UserError, describe
 from region_pretrain.files import is_local, write_text_atomic
+from region_pretrain.shipped import ROOT
 
 PREFIX = "zoo://"
 METAFILE = "metafile.yml"
@@ -140,7 +140,7 @@ def metafiles() -> list[str]:
     found = os.environ.get(VARIABLE, "").split()
     local = os.path.join(DEFAULT_FOLDER, METAFILE)
     found += [local] if os.path.isfile(local) else []
-    return found + sorted(glob.glob(str(CONFIG_ROOT.parent / "projects" / "*" / METAFILE)))
+    return found + sorted(glob.glob(str(ROOT / "projects" / "*" / METAFILE)))
 
 
 def read_card(name: str, metafile: str | None = None) -> Card:
@@ -167,9 +167,7 @@ def read_card(name: str, metafile: str | None = None) -> Card:
             f"metafiles in the environment variable {VARIABLE}"
         )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)[:10]
-    raise UserError(
-        f"there is no {PREFIX}{name} in {', '.join(places)}; similar: {', '.join(near)}"
-    )
+    raise UserError(f"no {PREFIX}{name} in {', '.join(places)}; similar are {', '.join(near)}")
 
 
 def write_metafile(path: str, content: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from detectron2.config import LazyCall as L
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from region_pretrain.config import CONFIG_ROOT, complete_train, get_config, load_file
+from region_pretrain.config import complete_train, get_config, load_file
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.given import as_lazy_detector, given_part, refer_to
 from region_pretrain.yacs import to_lazy_config
@@ -38,12 +38,6 @@ def plain(detector: AnyDetector) -> str | DictConfig | CfgNode | nn.Module:
             "LazyConfig or a CfgNode) or a built detector"
         )
     return detector
-
-
-def shipped(path: str) -> str:
-    """The path of a config that is named relative to the checkout or the installed package."""
-    found = CONFIG_ROOT.parent / path
-    return str(found) if not os.path.exists(path) and found.is_file() else path
 
 
 def detection_config(detector: AnyDetector) -> DictConfig:

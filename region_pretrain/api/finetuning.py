@@ -17,7 +17,6 @@ from region_pretrain.api.detectors import (
     DETECTOR_FILE,
     AnyDetector,
     detection_config,
-    shipped,
 )
 from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
@@ -126,8 +125,7 @@ def _detector_of(init: Weights | nn.Module | None) -> AnyDetector:
 def _saved_detector(init: str | os.PathLike | None) -> str | None:
     """The detection config on the card of published weights, or in the folder of a checkpoint."""
     if isinstance(init, str) and init.startswith(zoo.PREFIX):
-        named = zoo.read_card(init).metadata.get("Detector")
-        return named and shipped(named)
+        return zoo.read_card(init).metadata.get("Detector")
     folder = os.path.dirname(weights_of(init)) if init is not None else ""
     for name in (DETECTOR_FILE, "config.yaml") if folder else ():
         path = os.path.join(folder, name)

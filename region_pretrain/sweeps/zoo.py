@@ -11,12 +11,13 @@ from typing import Any
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
-from region_pretrain.config import CONFIG_ROOT, load_file
+from region_pretrain.config import load_file
 from region_pretrain.convert.export import write_export
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.errors import UserError
 from region_pretrain.reporting.environment import versions
+from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL
 from region_pretrain.sweeps.graph import FINETUNE, Run
@@ -90,7 +91,7 @@ def _config_of(sweep: SweepFile, run: Run) -> str:
     """A run's config, relative to the checkout if it is in there."""
     task = run.tasks[0]
     path = Path(task[task.index("--config-file") + 1])
-    for root in (sweep.root, CONFIG_ROOT.parent):
+    for root in (sweep.root, ROOT):
         if path.is_relative_to(root):
             return path.relative_to(root).as_posix()
     return str(path)

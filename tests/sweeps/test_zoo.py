@@ -93,7 +93,7 @@ def test_a_card_says_how_the_weights_were_made(sweep, published):
     assert card.weights == f"output/zoo/{NAME}-{card.sha256[:8]}.pth"
     assert hashlib.sha256(Path(card.weights).read_bytes()).hexdigest() == card.sha256
     assert (card.collection, card.config) == ("MoCo v2", RECIPE)
-    assert card.paper == {"Title": "MoCo", "URL": "https://arxiv.org/abs/1911.05722"}
+    assert card.paper == {"Title": "MoCo v2", "URL": "https://arxiv.org/abs/1911.05722"}
     facts = card.metadata
     assert facts["Training Data"].startswith("shapes_unlabeled_12x64px_seed0")
     assert (facts["Iterations"], facts["Batch Size"], facts["Images Seen"]) == (2, 4, 8)
