@@ -33,13 +33,12 @@ def show_views(
 
     Args:
         run: a finished pre-training; or, before one, the first argument of
-            :func:`~region_pretrain.pretrain`.
+            :func:`~region_pretrain.api.pretraining.pretrain`.
         count: number of images, the first ones of the run.
         own: draw the method's own picture instead, e.g. its candidate boxes or affinity maps, with
             the weights of the run or, before it, the initial ones.
         height: height of a view in pixels.
-        **settings: further arguments of :func:`~region_pretrain.pretrain`: ``images``,
-            ``detector``, ``regions``, ...
+        **settings: further arguments of that function: ``images``, ``detector``, ``regions``, ...
 
     Raises:
         UserError: an argument is invalid, or the method draws no pictures of its own.
@@ -75,7 +74,7 @@ def show_detections(
     """Draw what a detector finds, one row per image.
 
     Args:
-        run: the result of :func:`~region_pretrain.finetune`.
+        run: the result of :func:`~region_pretrain.api.finetuning.finetune`.
         images: images, see :data:`~region_pretrain.api.data.Data`; None: those of ``val``, beside
             which the ground truth is drawn (left).
         count: number of images, the first ones.

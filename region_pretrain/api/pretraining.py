@@ -120,7 +120,8 @@ def pretrain_config(method: str | os.PathLike | DictConfig, **settings: Any) -> 
             ``verbose``.
 
     Returns:
-        A config for :func:`pretrain`, :func:`~region_pretrain.show_views` and ``LazyConfig.save``.
+        A config for :func:`pretrain`, :func:`~region_pretrain.api.pictures.show_views` and
+        ``LazyConfig.save``.
 
     Raises:
         UserError: see :func:`pretrain`; or ``images`` are records.

@@ -35,7 +35,8 @@ class Regions(RegionStore):
     summary: dict[str, Any]
 
     def show(self, count: int = 4, max_boxes: int = 25) -> Image.Image:
-        """Draw some images with their regions; see :func:`preview_figure`."""
+        """Draw some images with their regions; see
+        :func:`region_pretrain.regions.preview.preview_figure`."""
         return preview_image(self.records, self, count, max_boxes)
 
     def __str__(self) -> str:
