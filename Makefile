@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark test test-faults test-gpu test-slurm lint docs clean
+.PHONY: setup demo benchmark zoo test test-faults test-gpu test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ demo: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python tools/sweep.py --config configs/sweeps/shapes_quick.py --jobs 2 --wait
+
+# Small weights of every method in output/zoo, with cards; "zoo://NAME" loads them.
+zoo: $(STAMP)
+	$(BIN)/python tools/sweep.py --config configs/sweeps/zoo.py --jobs 2 --wait
+	$(BIN)/python tools/sweep.py zoo output/sweeps/zoo
 
 # One thread a process: several of two threads on two cores are much slower than one after the other.
 test: $(STAMP)

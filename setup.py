@@ -115,7 +115,16 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        "dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"],
+        "dev": [
+            "black",
+            "hypothesis",
+            "ipykernel",
+            "nbclient",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "timm",
+        ],
         "timm": ["timm"],  # backbones of timm, and the transformers of Detectron2
         "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     },

@@ -47,6 +47,11 @@ def recording(path: str) -> Iterator[None]:
     _executed.add(path)
 
 
+def permanent_names() -> set[str]:
+    """Data sets of this library and of executed files, which are not registered a second time."""
+    return library_names | set(_registered_by)
+
+
 def absolute(entry: str) -> str:
     """An entry of ``train.register`` with an absolute path; a module's name does not change."""
     if not entry.endswith(".py") or "://" in entry:

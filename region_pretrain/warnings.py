@@ -4,6 +4,8 @@ import logging
 import multiprocessing
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 
@@ -14,12 +16,24 @@ def ignore_library_warnings() -> None:
     line instead of a traceback, also while the tool is still importing. Filters of the user
     (``-W``, ``PYTHONWARNINGS``) take precedence.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # torch.jit.script
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", append=True)
-    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming", append=True)
+    _add_filters()
     # One line per process that it terminates, which would bury the error of the one that failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     sys.excepthook = _print_exception
+
+
+@contextmanager
+def library_warnings_ignored() -> Iterator[None]:
+    """Hide these warnings in the context only."""
+    with warnings.catch_warnings():
+        _add_filters()
+        yield
+
+
+def _add_filters() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, append=True)  # torch.jit.script
+    warnings.filterwarnings("ignore", message="pkg_resources is deprecated", append=True)
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming", append=True)
 
 
 def _print_exception(

@@ -22,6 +22,7 @@ commands for a sweep that was started (SWEEP is its output folder, or its config
   %(prog)s report SWEEP   write report.html, report.md and results.csv
   %(prog)s cancel SWEEP   stop all jobs; they resume when the sweep is started again
   %(prog)s probes SWEEP   probe all checkpoints; which probe predicts the fine-tuned AP?
+  %(prog)s zoo SWEEP      write weights and cards of the pre-trainings, for zoo://NAME
 
 command for a results.csv, without the runs:
   %(prog)s tables CSV     write its tables and figures
@@ -34,7 +35,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.epilog = _COMMANDS
     parser.usage = (
         "%(prog)s --config FILE [options] [sweep.key=value ...]\n"
-        "       %(prog)s {status,report,cancel,probes} SWEEP\n"
+        "       %(prog)s {status,report,cancel,probes,zoo} SWEEP\n"
         "       %(prog)s tables CSV --out DIR [--reference NAME ...]"
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="configs/sweeps/NAME.py")
@@ -178,6 +179,21 @@ def _choose(argv: list[str], prog: str) -> None:
     print(choose([text.split("=", 1) for text in args.results], args.metric, args.out))
 
 
+def _zoo(argv: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Write the weights of a sweep's pre-trainings, and metafile.yml with their "
+        "cards. zoo://NAME then stands for them wherever weights are loaded.",
+    )
+    parser.add_argument("sweep", help="the sweep's output folder")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: output/zoo)")
+    args = parser.parse_args(argv)
+    from region_pretrain.sweeps.zoo import write_zoo
+    from region_pretrain.zoo import DEFAULT_FOLDER
+
+    print(*write_zoo(os.path.abspath(args.sweep), args.out or DEFAULT_FOLDER), sep="\n")
+
+
 def _tables(argv: list[str], prog: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -206,6 +222,7 @@ _SUBCOMMANDS = {
     "tables": _tables,
     "probes": _probes,
     "choose": _choose,
+    "zoo": _zoo,
 }
 
 

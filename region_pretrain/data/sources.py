@@ -72,7 +72,7 @@ def register(name: str) -> None:
         DatasetCatalog.register(name, lambda: read_like(source, load_image_folder(source.path)))
         MetadataCatalog.get(name).set(image_root=source.path)
     else:
-        DatasetCatalog.register(name, lambda: pickle.loads(_labelled(name)))
+        DatasetCatalog.register(name, lambda: _load_labelled(name))
 
 
 def read_like(source: Source, records: Records) -> Records:
@@ -83,14 +83,22 @@ def read_like(source: Source, records: Records) -> Records:
     return records
 
 
+def _load_labelled(name: str) -> Records:
+    records, metadata = _labelled(name)
+    MetadataCatalog.get(name).set(**metadata)
+    return pickle.loads(records)
+
+
 @functools.cache
-def _labelled(name: str) -> bytes:
-    """The records, pickled: this needs less memory, and each caller unpickles its own copy."""
+def _labelled(name: str) -> tuple[bytes, dict[str, Any]]:
+    """Records and metadata.
+
+    The records are pickled: this needs less memory, and each caller unpickles its own copy.
+    """
     source = parse(name)
     load = {"coco": _load_coco, "voc": _load_voc}[source.scheme]
     records, metadata = load(source)
-    MetadataCatalog.get(name).set(**metadata)
-    return pickle.dumps(read_like(source, records))
+    return pickle.dumps(read_like(source, records)), metadata
 
 
 #: What was found in the jsons that were loaded.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from math import isnan
 from typing import Any
@@ -65,7 +67,8 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
         loader = build_test_loader(cfg.dataloader.test)
         evaluator = instantiate(cfg.dataloader.evaluator)
         share_batches_of(loader)
-        results = inference_on_dataset(model, loader, _Together(evaluator))
+        with _prints_logged():
+            results = inference_on_dataset(model, loader, _Together(evaluator))
         if not comm.is_main_process() or not results:
             return {}
         print_csv_format(results)
@@ -73,6 +76,18 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
             task: {name: float(value) for name, value in values.items()}
             for task, values in results.items()
         }
+
+
+@contextmanager
+def _prints_logged() -> Iterator[None]:
+    """Log what pycocotools prints, so that ``log.txt`` has it too."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        if printed := text.getvalue().strip():
+            logger.info("%s", printed)
 
 
 class _Together(DatasetEvaluators):
@@ -87,11 +102,13 @@ class _Together(DatasetEvaluators):
         return super().evaluate()
 
 
-def do_evaluate(cfg: DictConfig) -> Results:
-    """Evaluate ``train.init_checkpoint`` without training; write ``results_eval.json``.
+def do_evaluate(cfg: DictConfig, model: nn.Module | None = None) -> Results:
+    """Evaluate a detector without training; write ``results_eval.json``.
 
     Args:
         cfg: see :func:`do_train`; ``optimizer`` and ``lr_multiplier`` are not used.
+        model: the detector, whose train/eval mode does not change; None builds ``cfg.model`` and
+            loads ``train.init_checkpoint``.
 
     Returns:
         See :func:`do_test`.
@@ -104,6 +121,18 @@ def do_evaluate(cfg: DictConfig) -> Results:
     start_logging(None)
     classes = check_labelled_data(cfg, training=False)
     classes.log()
+    if model is None:
+        model = _trained(cfg, classes)
+    with missing_files_are_user_errors():
+        results = do_test(cfg, model)
+    if comm.is_main_process():
+        PathManager.mkdirs(cfg.train.output_dir)
+        _write_results(os.path.join(cfg.train.output_dir, "results_eval.json"), results)
+    return results
+
+
+def _trained(cfg: DictConfig, classes: Classes) -> nn.Module:
+    """The detector with the weights of ``train.init_checkpoint``, in eval mode."""
     if not cfg.train.init_checkpoint:
         raise UserError("no weights to evaluate: set train.init_checkpoint=PATH")
     if cfg.train.seed is None:
@@ -117,15 +146,10 @@ def do_evaluate(cfg: DictConfig) -> Results:
             f"{cfg.train.init_checkpoint} has no weights for {', '.join(unfilled)}: it is not a "
             "trained detector; fine-tune from it first, without --eval-only"
         )
-    with missing_files_are_user_errors():
-        results = do_test(cfg, model)
-    if comm.is_main_process():
-        PathManager.mkdirs(cfg.train.output_dir)
-        _write_results(os.path.join(cfg.train.output_dir, "results_eval.json"), results)
-    return results
+    return model
 
 
-def do_train(cfg: DictConfig, resume: bool = False) -> Results:
+def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase] = ()) -> Results:
     """Fine-tune a detector and evaluate it.
 
     Args:
@@ -140,6 +164,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
             - ``train``: the keys of ``configs/common/train.py``; missing keys take their defaults
               from that file.
         resume: continue the run in ``train.output_dir``, with the same config.
+        hooks: further hooks, which run before those in ``train.hooks``.
 
     Returns:
         task -> metric -> value at the end of training (also in ``results.json``), on the main
@@ -154,10 +179,12 @@ def do_train(cfg: DictConfig, resume: bool = False) -> Results:
     classes = check_labelled_data(cfg, training=True)
     with start_run(cfg, resume):
         classes.log()
-        return _train(cfg, classes, resume)
+        return _train(cfg, classes, resume, hooks)
 
 
-def _train(cfg: DictConfig, classes: Classes, resume: bool) -> Results:
+def _train(
+    cfg: DictConfig, classes: Classes, resume: bool, more_hooks: Sequence[HookBase]
+) -> Results:
     with missing_files_are_user_errors():
         data = detection_training_data(
             cfg.dataloader.train, cfg.train.seed, cfg.train.max_unreadable, cfg.train.output_dir
@@ -169,8 +196,8 @@ def _train(cfg: DictConfig, classes: Classes, resume: bool) -> Results:
     def make_hooks(trainer: Trainer) -> list[HookBase]:
         # All batch norms may be frozen.
         if cfg.train.precise_bn.enabled and get_bn_modules(trainer.module):
-            return [_precise_bn(cfg, trainer, data)]
-        return []
+            return [_precise_bn(cfg, trainer, data), *more_hooks]
+        return list(more_hooks)
 
     evaluate = partial(do_test, cfg) if "evaluator" in cfg.dataloader else None
     _, results = run_training(
@@ -209,12 +236,15 @@ def _precise_bn(cfg: DictConfig, trainer: Trainer, data: TrainingData) -> HookBa
     return _PreciseBN(cfg.train.eval_period, trainer.module, batches, count)
 
 
+def without_nan(results: Results) -> Results:
+    """Results with None for NaN, the AP of a class without boxes: JSON has no NaN."""
+    return {
+        task: {name: None if value is None or isnan(value) else value for name, value in v.items()}
+        for task, v in results.items()
+    }
+
+
 def _write_results(path: str, results: Results) -> None:
     if results:
-        table = {
-            task: {name: None if isnan(value) else value for name, value in values.items()}
-            for task, values in results.items()
-        }  # JSON has no NaN (the AP of a class without boxes)
-        text = json.dumps(table, indent=2)
-        write_text_atomic(path, text + "\n")
+        write_text_atomic(path, json.dumps(without_nan(results), indent=2) + "\n")
         logger.info("results: %s", path)

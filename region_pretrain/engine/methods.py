@@ -9,19 +9,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
+from torch import nn
 
 from region_pretrain.config import complete_train, get_config, load_file, override_config
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import Detector, model_of
+from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.shipped import ROOT
-from region_pretrain.yacs import lazy_detector, split_overrides
+from region_pretrain.yacs import lazy_detector, override_yacs, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> DictConfig:
+def load_method(
+    method: str, detector: str | DictConfig | CfgNode | nn.Module, overrides: Sequence[str] = ()
+) -> DictConfig:
     """A method's default recipe for a detector, with AdamW if its trunk has layer norms.
 
     A file in the project's ``configs/common`` defines ``dataloader``, ``optimizer``,
@@ -53,11 +57,13 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
     Args:
         method: the name of a folder in ``projects/`` or of that file; upper and lower case, ``-``
             and ``_`` do not matter.
-        detector: a detection config, see :func:`region_pretrain.config.load_file`.
+        detector: a detection config, as a file (see :func:`region_pretrain.config.load_file`) or
+            loaded, or a built detector, whose own modules the model then contains.
         overrides: those of a yacs detector apply to it, all others to the pre-training config.
 
     Returns:
-        A complete config, whose model has been built on the meta device.
+        A complete config. Its model has been built on the meta device, unless it consists of the
+        modules of a built detector.
 
     Raises:
         UserError: there is no such method or detector, or they do not fit.
@@ -66,6 +72,7 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
     of_yacs, overrides = split_overrides(overrides)
     pretrain, *parts = LazyConfig.load(str(path), ("pretrain", *_PARTS))
     around = load_detector(detector, of_yacs)
+    is_built = isinstance(detector, nn.Module)
     model = pretrain(around)
     cfg = DictConfig(
         {"model": model, **dict(zip(_PARTS, parts, strict=True))}, flags={"allow_objects": True}
@@ -73,11 +80,22 @@ def load_method(method: str, detector: str, overrides: Sequence[str] = ()) -> Di
     if Detector(around).has_layer_norms:
         _use_adamw(cfg)
     override_config(complete_train(cfg), overrides, str(path))
+    if is_built:
+        return cfg
     with on_meta_device():
         built = check_contract(build_part(cfg.model, "model"))
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)
     return cfg
+
+
+def default_recipe(method: str) -> str | None:
+    """The id of the region recipe of a method; None if it needs no regions.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    return LazyConfig.load(str(_find(method)), ("dataloader",))[0].train.dataset.recipe
 
 
 def _use_adamw(cfg: DictConfig) -> None:
@@ -90,27 +108,41 @@ def _use_adamw(cfg: DictConfig) -> None:
     )
 
 
-def load_detector(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+def load_detector(
+    detector: str | DictConfig | CfgNode | nn.Module, yacs_overrides: Sequence[str] = ()
+) -> DictConfig:
     """``model`` of a detection config, with lazy modules even if the config is one of yacs.
+
+    Args:
+        detector: see :func:`load_method`.
+        yacs_overrides: overrides of a yacs config.
 
     Raises:
         UserError: the config cannot be loaded or converted, or is not that of a detector.
     """
+    name = f"--detector {detector}" if isinstance(detector, str) else "the detector"
     try:
-        model = model_of(load_file(path, yacs_overrides))
+        if isinstance(detector, nn.Module | CfgNode):
+            if yacs_overrides and isinstance(detector, nn.Module):
+                raise UserError(f"override {yacs_overrides[0]!r}: it is built already")
+            if isinstance(detector, nn.Module):
+                return as_lazy_detector(detector)
+            return lazy_detector(override_yacs(detector.clone(), yacs_overrides))
+        cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
+        model = cfg if "backbone" in cfg else model_of(cfg)
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if target is build_detector:
             return lazy_detector(as_cfg_node(model.cfg))
     except UserError as error:
-        raise UserError(f"--detector {path}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
         raise UserError(
-            f"--detector {path}: not the config of a detector, whose model has backbone, "
-            "pixel_mean and pixel_std"
+            f"{name}: not the config of a detector, whose model has backbone, pixel_mean and "
+            "pixel_std"
         )
     if isinstance(target, type) and issubclass(target, PretrainingModel):
-        raise UserError(f"--detector {path}: a pre-training config; give the detector's own")
+        raise UserError(f"{name}: a pre-training config; give the detector's own")
     return model
 
 

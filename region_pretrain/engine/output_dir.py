@@ -6,6 +6,8 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from detectron2.utils import comm
@@ -128,7 +130,30 @@ def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
+_LOGGERS = ("fvcore", "detectron2", "region_pretrain")
 _log_handlers: list[tuple[logging.Logger, logging.Handler]] = []
+_console_filters: list[Callable[[logging.LogRecord], bool]] = []
+
+
+@contextmanager
+def logging_kept(console: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Restore the loggers that :func:`start_logging` changes after the context.
+
+    Args:
+        console: which records the console shows within the context.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [(log, log.level, log.propagate, list(log.handlers)) for log in loggers]
+    _console_filters.append(console)
+    try:
+        yield
+    finally:
+        _console_filters.remove(console)
+        _log_handlers.clear()
+        setup_logger.cache_clear()
+        for log, level, propagate, handlers in before:
+            log.setLevel(level)
+            log.propagate, log.handlers = propagate, handlers
 
 
 def start_logging(folder: str | None) -> None:
@@ -143,7 +168,7 @@ def start_logging(folder: str | None) -> None:
         log.removeHandler(handler)
     _log_handlers.clear()
     setup_logger.cache_clear()  # otherwise a folder of an earlier run would get no handler
-    for name in ("fvcore", "detectron2", "region_pretrain"):
+    for name in _LOGGERS:
         log = logging.getLogger(name)
         before = list(log.handlers)
         try:
@@ -155,7 +180,8 @@ def start_logging(folder: str | None) -> None:
         for handler in new:
             if handler.stream is sys.stdout:
                 handler.setLevel(logging.INFO)
-                handler.addFilter(_is_not_traceback)
+                for accepts in (_is_not_traceback, *_console_filters):
+                    handler.addFilter(accepts)
             else:
                 handler.handleError = functools.partial(_stop_writing, handler.stream)
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.engine import HookBase
 from omegaconf import DictConfig
+from torch import nn
 
 from region_pretrain.config import complete_train
 from region_pretrain.data.sources import register_named
@@ -11,7 +16,13 @@ from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.errors import UserError
 
 
-def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
+def do_pretrain(
+    cfg: DictConfig,
+    resume: bool = False,
+    *,
+    hooks: Sequence[HookBase] = (),
+    build: Callable[[DictConfig, torch.device], nn.Module] = build_pretraining_model,
+) -> dict[str, float]:
     """Pre-train a detector's modules without labels.
 
     Args:
@@ -25,6 +36,8 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
             - ``train``: the keys of ``configs/common/train.py`` except ``eval_period`` and
               ``precise_bn``; missing keys take their defaults from that file.
         resume: continue the run in ``train.output_dir``, with the same config.
+        hooks: further hooks, which run before those in ``train.hooks``.
+        build: (config, device) -> the model.
 
     Returns:
         The newest value of each metric.
@@ -47,5 +60,7 @@ def do_pretrain(cfg: DictConfig, resume: bool = False) -> dict[str, float]:
                 f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
                 "iterations_per_epoch or iterate(start_iter, stop_iter)"
             )
-        metrics, _ = run_training(cfg, data, resume=resume, build=build_pretraining_model)
+        metrics, _ = run_training(
+            cfg, data, resume=resume, build=build, make_hooks=lambda trainer: list(hooks)
+        )
         return metrics

@@ -13,6 +13,7 @@ from torch import nn
 
 from region_pretrain.engine.transfer import is_trunk
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.given import has_statistics
 from region_pretrain.modeling.meta_arch import PretrainingModel, detector_part
 from region_pretrain.overrides import dotted_keys
 
@@ -71,6 +72,7 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
 
     These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
     identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
+    A model whose batch norms have statistics has weights, and passes.
 
     Args:
         cfg: the config; ``cfg.model`` builds ``model``.
@@ -81,6 +83,8 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
         UserError: there are such layers; the message contains the overrides that unfreeze them.
     """
     part = detector_part(model)
+    if has_statistics(part):  # a built detector with weights
+        return
     frozen = [
         name
         for name, parameter in part.named_parameters()

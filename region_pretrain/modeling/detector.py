@@ -86,7 +86,7 @@ class Detector:
         if not name:
             return self.backbone
         if self.is_built:
-            return Trunk(**{name: getattr(self.backbone, name)})
+            return _trunk_of(self.backbone)
         if name in self.backbone:
             return L(Trunk)(**{name: self.backbone[name]})
         return L(_trunk_of)(backbone=self.backbone)
@@ -238,7 +238,8 @@ class Detector:
 
     def channels(self, part: Part) -> int:
         """Number of channels that a module computes from pooled regions."""
-        head = copy.deepcopy(as_module(part)) if self.is_built else as_module(_built(part))
+        # A copy: a lazy part may refer to a module of a built detector.
+        head = copy.deepcopy(as_module(part if self.is_built else _built(part)))
         regions = torch.zeros(2, *self.pooled_shape, device="meta")
         with torch.no_grad():
             return head.to("meta").eval()(regions).shape[1]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_atomic
@@ -25,17 +26,39 @@ def draw_preview(
     count: int = 8,
     max_boxes: int = 25,
 ) -> str:
-    """Draw some images of a store with their regions into a PNG.
+    """Write :func:`preview_figure` to a PNG.
+
+    Args:
+        records, store, count, max_boxes: see there.
+        out: path of the PNG.
+
+    Returns:
+        ``out``.
+    """
+    figure = preview_figure(records, store, count, max_boxes)
+    write_atomic(out, FigureCanvasAgg(figure).print_png)
+    return out
+
+
+def preview_image(
+    records: Sequence[dict], store: RegionStore, count: int = 8, max_boxes: int = 25
+) -> Image.Image:
+    """:func:`preview_figure` as a picture, which notebooks display."""
+    canvas = FigureCanvasAgg(preview_figure(records, store, count, max_boxes))
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def preview_figure(
+    records: Sequence[dict], store: RegionStore, count: int = 8, max_boxes: int = 25
+) -> Figure:
+    """Draw some images of a store with their regions.
 
     Args:
         records: the images; those that are not in the store are skipped.
         store: their regions.
-        out: path of the PNG.
         count: number of images, spread evenly over the records.
         max_boxes: largest number of regions drawn per image, a random choice.
-
-    Returns:
-        ``out``.
 
     Raises:
         UserError: ``count`` is below 1, or no image is in the store.
@@ -74,5 +97,4 @@ def draw_preview(
             )
         name = key if len(key) <= 36 else f"...{key[-33:]}"
         axis.set_title(f"{name}\n{len(drawn)} of {len(boxes)} regions", fontsize=8)
-    write_atomic(out, FigureCanvasAgg(figure).print_png)
-    return out
+    return figure

@@ -11,6 +11,7 @@ from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig
+from torch import nn
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
@@ -143,12 +144,11 @@ def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
         classes = [a["category_id"] for a in truth]
         drawn.append(
-            draw_detections(read_record(record), np.array(boxes), classes, _class_names(cfg))
+            draw_detections(read_record(record), np.array(boxes), classes, class_names(cfg))
         )
     return drawn
 
 
-@torch.no_grad()
 def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.ndarray]:
     """Draw what a detector finds in the first test images, with a score of at least 50 %.
 
@@ -165,17 +165,42 @@ def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.nda
     """
     detector = instantiate(cfg.model).cpu().eval()
     load_pretrained(detector, weights)
+    records = instantiate(cfg.dataloader.test.dataset)[:count]
+    return draw_found(detector, cfg, records, class_names(cfg))
+
+
+@torch.no_grad()
+def draw_found(
+    detector: nn.Module,
+    cfg: DictConfig,
+    records: Sequence[dict],
+    names: Sequence[str],
+    min_score: float = 0.5,
+) -> list[np.ndarray]:
+    """Draw what a detector finds.
+
+    Args:
+        detector: in eval mode.
+        cfg: its config; ``dataloader.test.mapper`` is read.
+        records: the images, Detectron2 dicts.
+        names: the classes.
+        min_score: detections with a lower score are not drawn.
+
+    Returns:
+        One (H, W, 3) uint8 RGB picture per image.
+    """
     mapper = SamePixels(instantiate(cfg.dataloader.test.mapper))
     drawn = []
-    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
-        found = detector([mapper(record)])[0]["instances"]
+    for record in records:
+        found = detector([mapper(record)])[0]["instances"].to("cpu")
         boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()
-        names, scores = _class_names(cfg), found.scores.tolist()
-        drawn.append(draw_detections(read_record(record), boxes, classes, names, scores))
+        scores = found.scores.tolist()
+        drawn.append(draw_detections(read_record(record), boxes, classes, names, scores, min_score))
     return drawn
 
 
-def _class_names(cfg: DictConfig) -> Sequence[str]:
+def class_names(cfg: DictConfig) -> Sequence[str]:
+    """The classes of a detection config's test data."""
     names = instantiate(cfg.dataloader.test.dataset.names)
     return MetadataCatalog.get(names if isinstance(names, str) else names[0]).thing_classes
 

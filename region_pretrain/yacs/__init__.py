@@ -2,12 +2,19 @@
 
 from region_pretrain.yacs.convert import to_lazy_config
 from region_pretrain.yacs.detector import lazy_detector
-from region_pretrain.yacs.files import find_config_file, is_yacs, read_yacs, split_overrides
+from region_pretrain.yacs.files import (
+    find_config_file,
+    is_yacs,
+    override_yacs,
+    read_yacs,
+    split_overrides,
+)
 
 __all__ = [
     "find_config_file",
     "is_yacs",
     "lazy_detector",
+    "override_yacs",
     "read_yacs",
     "split_overrides",
     "to_lazy_config",

@@ -105,6 +105,11 @@ def read_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     except Exception as error:  # yacs raises many kinds of exceptions
         reason = " ".join(str(error).strip("'\"").split())
         raise UserError(f"{path} is not a config of Detectron2: {reason}") from error
+    return override_yacs(cfg, overrides)
+
+
+def override_yacs(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
+    """Apply ``KEY=value`` to a yacs config in place, and return it; see :func:`read_yacs`."""
     for text in overrides:
         _override(cfg, text)
     return cfg

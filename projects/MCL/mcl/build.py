@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.config import LazyCall as L
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from omegaconf import DictConfig
@@ -15,6 +15,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import Detector, RegionHead
+from region_pretrain.modeling.given import given_part
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.region_head import SharedHeads
 from region_pretrain.projects.mcl.meta_arch import MCL
@@ -125,19 +126,26 @@ def _without_fc(head: Any) -> Any:
     if isinstance(head, SharedHeads):
         first = _without_fc(head[0])
         return None if first is None else SharedHeads(first, len(head))
-    if isinstance(head, FastRCNNConvFCHead):
-        named = [(n, m) for n, m in head.named_children() if n.startswith("conv")]
-        return nn.Sequential(OrderedDict(named)) if named else None
     if isinstance(head, nn.Module):
-        return None
+        return convolutions_of(head)
     if head.get("_target_") is SharedHeads or "count" in head:
         first = _without_fc(head.head)
         return None if first is None else L(SharedHeads)(head=first, count=head.count)
+    if head.get("_target_") is given_part:
+        return L(convolutions_of)(head=head) if convolutions_of(instantiate(head)) else None
     if not head.get("conv_dims") or "fc_dims" not in head:
         return None
     head = copy.deepcopy(head)
     head.fc_dims = []
     return head
+
+
+def convolutions_of(head: nn.Module) -> nn.Sequential | None:
+    """The convolutions of Detectron2's box head; None if it has none or is of another kind."""
+    named = [(n, m) for n, m in head.named_children() if n.startswith("conv")]
+    if not named or not isinstance(head, FastRCNNConvFCHead):
+        return None
+    return nn.Sequential(OrderedDict(named))
 
 
 def _tiles(

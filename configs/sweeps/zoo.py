@@ -1,0 +1,25 @@
+"""Small weights of every method for ``make zoo``: about 12 minutes on one thread.
+
+    python tools/sweep.py --config configs/sweeps/zoo.py --jobs 2 --wait
+    python tools/sweep.py zoo output/sweeps/zoo
+
+They are for trying out what loads weights, not for comparing methods: 64 steps of pre-training.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_quick import QUICK
+
+sweep = benchmark(
+    **{
+        **QUICK,
+        "title": "Zoo of small weights",
+        "methods": {k: v for k, v in QUICK["methods"].items() if k != "supervised"},
+        "unlabeled": 500,
+        "val": 100,
+        "images_seen": 2048,  # 64 steps * 32 images/step
+        "iterations": 100,
+        "evaluations": 1,
+        "learning_rates": [0.05],
+        "seeds": [0],
+    }
+)

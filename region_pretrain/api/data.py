@@ -1,0 +1,94 @@
+"""Images and labels as arguments: folders, json files, names of data sets, lists of records."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import instantiate
+from omegaconf import DictConfig
+
+from region_pretrain.data.catalog import get_records
+from region_pretrain.dataset_names import folder_name, is_path_name
+from region_pretrain.errors import UserError
+
+#: What names images, or images and labels.
+#:
+#: - a folder, for images without labels;
+#: - ``(json, folder)``: a COCO json and the folder of its images;
+#: - the name of a data set, e.g. ``"voc://ROOT?split=train"`` or a registered one, or several;
+#: - a list of Detectron2's dataset dicts;
+#: - a lazy call that returns a name.
+Data = Any
+
+
+class DataSets:
+    """Turns arguments into names for a config.
+
+    Attributes:
+        given: the data sets that were passed as records: name -> (records, class names). Their
+            names are registered by :func:`region_pretrain.api.session.isolated`.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[str, tuple[Sequence[dict], Sequence[str]]] = {}
+
+    def name(self, argument: str, data: Data, classes: Sequence[str] = ()) -> Any:
+        """The value of ``names`` in a config.
+
+        Args:
+            argument: name of the argument, for error messages.
+            data: see :data:`Data`.
+            classes: class names of records.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(data, os.PathLike):
+            data = os.fspath(data)
+        if isinstance(data, str):
+            return _named(data)
+        if isinstance(data, DictConfig) and "_target_" in data:
+            return data
+        items = list(data) if isinstance(data, Sequence) else []
+        if isinstance(data, tuple) and len(items) == 2 and str(items[0]).endswith(".json"):
+            return _coco(argument, *map(str, items))
+        if items and all(isinstance(item, dict) for item in items):
+            return self._records(argument, items, classes)
+        if items and all(isinstance(item, str | os.PathLike) for item in items):
+            return [_named(os.fspath(item)) for item in items]
+        raise UserError(
+            f"{argument}={str(data)[:60]}: must be a folder, (json, folder), one or several names "
+            "of data sets, or a list of Detectron2 dicts"
+        )
+
+    def _records(self, argument: str, records: list[dict], classes: Sequence[str]) -> str:
+        if any("annotations" in record for record in records) and not classes:
+            raise UserError(f"{argument}: records with annotations need classes=[...], their names")
+        facts = (records, list(classes))
+        name = f"records-{hashlib.sha256(pickle.dumps(facts)).hexdigest()[:10]}"
+        self.given[name] = facts
+        return name
+
+
+def _named(name: str) -> str:
+    if is_path_name(name) or not os.path.isdir(path := os.path.expanduser(name)):
+        return name
+    return folder_name(os.path.abspath(path))
+
+
+def _coco(argument: str, json_file: str, images: str) -> str:
+    for path in (json_file, images):
+        if not os.path.exists(os.path.expanduser(path)):
+            raise UserError(f"{argument}: there is no {path}")
+    # The same escapes as in a folder's name.
+    path, folder = (folder_name(p).removeprefix("folder://") for p in (json_file, images))
+    return f"coco://{path}?images={folder}"
+
+
+def records_of(names: Any, annotations: bool = False) -> list[dict]:
+    """The images of ``names`` in a config."""
+    return get_records(instantiate(names), annotations)

@@ -1,0 +1,88 @@
+"""Detectors as arguments: configs of every kind, and built modules."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.config import LazyCall as L
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from region_pretrain.config import complete_train, get_config, load_file
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.given import as_lazy_detector, given_part, refer_to
+from region_pretrain.yacs import to_lazy_config
+
+#: A detection config (a ``.py``, a ``.yaml``, the ``config.yaml`` of a run, a name in Detectron2's
+#: model zoo; a loaded LazyConfig, only its ``model``, or a yacs ``CfgNode``), or a built detector.
+AnyDetector = Any
+
+#: The config of a run's detector, in the output folder of its pre-training.
+DETECTOR_FILE = "detector.yaml"
+
+
+def plain(detector: AnyDetector) -> str | DictConfig | CfgNode | nn.Module:
+    """The argument with paths as text.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    if isinstance(detector, os.PathLike):
+        return os.fspath(detector)
+    if not isinstance(detector, str | DictConfig | CfgNode | nn.Module):
+        raise UserError(
+            f"detector={detector!r}: must be a config (a path, a name in Detectron2's model zoo, a "
+            "LazyConfig or a CfgNode) or a built detector"
+        )
+    return detector
+
+
+def detection_config(detector: AnyDetector) -> DictConfig:
+    """A complete config for fine-tuning a detector, which the caller may change.
+
+    A built detector and a bare ``model`` are trained on boxes, and on masks if they have a mask
+    head, with Detectron2's augmentation and 1x schedule.
+
+    Raises:
+        UserError: the config cannot be loaded or converted, or is not one of a detector.
+    """
+    detector = plain(detector)
+    if isinstance(detector, str):
+        cfg = load_file(detector)
+    elif isinstance(detector, CfgNode):
+        cfg = to_lazy_config(detector)
+    elif isinstance(detector, DictConfig) and "model" in detector:
+        cfg = copy.deepcopy(detector)
+    else:
+        cfg = _around(detector)
+    if "dataloader" not in cfg or not {"test", "evaluator"} & set(cfg.dataloader):
+        raise UserError("detector: not a detection config, which has dataloader.test")
+    return complete_train(cfg)
+
+
+def _around(model: DictConfig | nn.Module) -> DictConfig:
+    if isinstance(model, nn.Module):
+        facts = as_lazy_detector(model)  # refuses other modules
+        has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
+        lazy, image_format = L(given_part)(detector=refer_to(model)), facts.input_format
+    else:
+        lazy = copy.deepcopy(model)
+        has_masks = OmegaConf.select(model, "roi_heads.mask_head") is not None
+        image_format = model.get("input_format") or "BGR"
+    dataloader = get_config("common/data/coco.py").dataloader
+    dataloader.train.mapper.update(image_format=image_format, use_instance_mask=has_masks)
+    train = get_config("common/train.py").train
+    train.max_iter = 90_000
+    return DictConfig(
+        dict(
+            model=lazy,
+            dataloader=dataloader,
+            optimizer=get_config("common/optim.py").sgd,
+            lr_multiplier=get_config("common/schedule.py").detection_1x,
+            train=train,
+        ),
+        flags={"allow_objects": True},
+    )

@@ -1,0 +1,218 @@
+"""Fine-tuning and evaluation in one call."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from region_pretrain import zoo
+from region_pretrain.api.data import Data, DataSets
+from region_pretrain.api.detectors import (
+    DETECTOR_FILE,
+    AnyDetector,
+    detection_config,
+)
+from region_pretrain.api.pretraining import Weights, set_run, weights_of
+from region_pretrain.api.results import Finetuned, Run
+from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
+from region_pretrain.config import complete_train, num_classes_keys, override_config
+from region_pretrain.dataset_names import make_names_absolute
+from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan
+from region_pretrain.engine.labelled_data import check_labelled_data
+from region_pretrain.errors import UserError
+from region_pretrain.metrics import Results, newest_metrics
+from region_pretrain.modeling.given import modes_kept
+from region_pretrain.yacs import split_overrides
+
+_NAMES = "dataloader.{}.dataset.names"
+
+
+def finetune(
+    init: Weights | nn.Module | None,
+    *,
+    train: Data,
+    val: Data,
+    classes: Sequence[str] = (),
+    detector: AnyDetector = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    output_dir: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    callbacks: Callback | Sequence[Callback] = (),
+    resume: bool = False,
+    verbose: bool = False,
+) -> Finetuned:
+    """Fine-tune a detector on boxes and evaluate it, in this process.
+
+    Ctrl-C stops after the current step, saves a checkpoint and raises ``KeyboardInterrupt``.
+
+    Args:
+        init: initial weights: a run, a checkpoint, or what else ``train.init_checkpoint`` accepts;
+            a built detector, which is trained itself; or None for random weights.
+        train, val: labelled images, see :data:`~region_pretrain.api.data.Data`. The number of
+            classes is that of ``train``.
+        classes: names of the classes: required for records with annotations, else compared with the
+            data's.
+        detector: see :data:`~region_pretrain.api.detectors.AnyDetector`; None: the detector of
+            ``init``.
+        steps, epochs, output_dir, callbacks, resume, verbose: see
+            :func:`~region_pretrain.api.pretraining.pretrain`.
+        batch_size: images per iteration.
+        lr: the learning rate; unlike in pre-training, it is not scaled with the batch size, unless
+            the config has ``train.base_batch_size``.
+        overrides: ``key=value``, applied before all other arguments.
+
+    Returns:
+        The detector and its results on ``val``.
+
+    Raises:
+        UserError: an argument, the data or the output folder is invalid.
+        FloatingPointError: a loss became NaN or infinite.
+    """
+    hooks, data = hooks_of(callbacks), DataSets()
+    detector = _detector_of(init) if detector is None else detector
+    cfg = _with_overrides(detection_config(detector), overrides)
+    for split, argument, value in (("train", "train", train), ("test", "val", val)):
+        _set_names(cfg, split, data.name(argument, value, classes))
+    for key in num_classes_keys(cfg):
+        OmegaConf.update(cfg, key, None)
+    is_module = isinstance(init, nn.Module)
+    set_run(cfg, steps, epochs, output_dir, None if is_module or init is None else init)
+    if init is None:
+        cfg.train.init_checkpoint = ""
+    if batch_size is not None:
+        cfg.dataloader.train.total_batch_size = batch_size
+    if lr is not None:
+        cfg.optimizer.lr = lr
+    make_names_absolute(cfg)
+
+    keep = KeepModel()
+    with ExitStack() as stack:
+        stack.enter_context(isolated(data.given, verbose))
+        names = _check_classes(cfg, classes, detector)
+        if isinstance(detector, nn.Module):
+            stack.enter_context(modes_kept(detector))
+        results = without_nan(do_train(cfg, resume, hooks=[keep, *hooks]))
+    model = keep.model if isinstance(detector, nn.Module) else keep.model.eval()
+    folder = cfg.train.output_dir
+    return Finetuned(
+        model, newest_metrics(folder), folder, cfg, detector, data.given, results, names
+    )
+
+
+def _detector_of(init: Weights | nn.Module | None) -> AnyDetector:
+    if isinstance(init, nn.Module):
+        return init
+    if isinstance(init, Finetuned):
+        return init.config
+    found = init.detector if isinstance(init, Run) else _saved_detector(init)
+    if found is None:
+        raise UserError(
+            "the weights do not come with a detection config: give detector=CONFIG, the detector "
+            "to fine-tune"
+        )
+    return found
+
+
+def _saved_detector(init: str | os.PathLike | None) -> str | None:
+    """The detection config on the card of published weights, or in the folder of a checkpoint."""
+    if isinstance(init, str) and init.startswith(zoo.PREFIX):
+        return zoo.read_card(init).metadata.get("Detector")
+    folder = os.path.dirname(weights_of(init)) if init is not None else ""
+    for name in (DETECTOR_FILE, "config.yaml") if folder else ():
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            try:
+                detection_config(path)
+            except UserError:
+                continue
+            return path
+    return None
+
+
+def _with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    of_yacs, _ = split_overrides(overrides)
+    if of_yacs:
+        raise UserError(f"override {of_yacs[0]!r}: change the yacs config before it is passed")
+    return override_config(cfg, overrides, "")
+
+
+def _set_names(cfg: DictConfig, split: str, names: Any) -> None:
+    key = _NAMES.format(split)
+    if OmegaConf.select(cfg, key.rpartition(".")[0]) is None:
+        raise UserError(f"the detector's config has no {key}, which train= and val= replace")
+    OmegaConf.update(cfg, key, names, merge=False)
+
+
+def _check_classes(
+    cfg: DictConfig, classes: Sequence[str], detector: AnyDetector, training: bool = True
+) -> list[str]:
+    """The names of the data's classes, once they agree with the argument and a built detector."""
+    names = check_labelled_data(copy.deepcopy(cfg), training=training, fix=False).names
+    if classes and list(classes) != names:
+        raise UserError(f"classes={list(classes)}, but the data's are {names}")
+    count = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
+    if isinstance(detector, nn.Module) and isinstance(count, int) and count != len(names):
+        raise UserError(
+            f"the detector predicts {count} classes, but the data have {len(names)} "
+            f"({', '.join(names)}): build it with {len(names)}, or pass its config"
+        )
+    return names
+
+
+def evaluate(
+    detector: Finetuned | str | os.PathLike | nn.Module,
+    data: Data = None,
+    *,
+    classes: Sequence[str] = (),
+    config: AnyDetector = None,
+    output_dir: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    verbose: bool = False,
+) -> Results:
+    """Evaluate a detector.
+
+    Args:
+        detector: the result of :func:`finetune`, the checkpoint or folder of a fine-tuning, or a
+            built detector.
+        data: labelled images, see :data:`~region_pretrain.api.data.Data`; None: the ``val`` of the
+            fine-tuning.
+        classes: see :func:`finetune`.
+        config: the detector's config; None: that of the fine-tuning.
+        output_dir: where ``results_eval.json`` is written; None: the folder of the fine-tuning.
+        overrides: ``key=value`` of the config.
+        verbose: see :func:`~region_pretrain.api.pretraining.pretrain`.
+
+    Returns:
+        task (``bbox``, ``segm``) -> metric (``AP``, ``AP50``, ...) -> percent; None where it is
+        undefined, e.g. the AP of a class without boxes.
+
+    Raises:
+        UserError: an argument is invalid, or the data have other classes.
+    """
+    sets = DataSets()
+    is_module = isinstance(detector, nn.Module)
+    if is_module and data is None:
+        raise UserError("data= is needed to evaluate a built detector")
+    cfg = _with_overrides(detection_config(config or _detector_of(detector)), overrides)
+    model = detector if is_module else None
+    if isinstance(detector, Run):
+        model, sets.given = detector.model, dict(detector.given)
+    elif not is_module:
+        cfg.train.init_checkpoint = weights_of(detector)
+    if data is not None:
+        _set_names(cfg, "test", sets.name("data", data, classes))
+    if output_dir is not None:
+        cfg.train.output_dir = os.fspath(output_dir)
+    make_names_absolute(complete_train(cfg))
+    with isolated(sets.given, verbose):
+        _check_classes(cfg, classes, detector, training=False)
+        return without_nan(do_evaluate(cfg, model))

@@ -1,0 +1,131 @@
+"""Built detectors in configs: lazy nodes that refer to modules of this Python process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+from detectron2.config import LazyCall as L
+from omegaconf import DictConfig
+from torch import nn
+
+from region_pretrain.errors import UserError
+
+_modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+
+
+def given_part(detector: str, name: str = "") -> nn.Module:
+    """A module of a detector that :func:`refer_to` has registered, not a copy.
+
+    Args:
+        detector: the detector's key.
+        name: the submodule's name; empty for the complete detector.
+
+    Raises:
+        UserError: this process has no such detector.
+    """
+    if detector not in _modules:
+        raise UserError(
+            f"the config refers to the detector object {detector}, which exists only in the Python "
+            "process that built it: call region_pretrain.pretrain or finetune with it, or use the "
+            "detector's config instead"
+        )
+    return _modules[detector].get_submodule(name)
+
+
+def refer_to(detector: nn.Module) -> str:
+    """Make a detector available to the configs of this process, while it exists.
+
+    Returns:
+        Its key: the class and a digest of the names and shapes of its parameters and buffers, so
+        that it is the same in another process. A second detector of the same shapes gets a number.
+    """
+    facts = [(key, tuple(value.shape)) for key, value in detector.state_dict().items()]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+    base = key = f"{type(detector).__name__}-{digest}"
+    number = 1
+    while _modules.get(key, detector) is not detector:
+        number += 1
+        key = f"{base}-{number}"
+    _modules[key] = detector
+    return key
+
+
+def as_lazy_detector(detector: nn.Module) -> DictConfig:
+    """A built detector as ``model`` of a config, whose modules are those of the detector.
+
+    Raises:
+        UserError: the module has no ``backbone`` or ``pixel_mean``.
+    """
+    if not all(hasattr(detector, name) for name in ("backbone", "pixel_mean", "pixel_std")):
+        raise UserError(
+            f"{type(detector).__name__} is not a detector: it lacks backbone, pixel_mean or "
+            "pixel_std"
+        )
+    key = refer_to(detector)
+
+    def part(name: str) -> DictConfig:
+        return L(given_part)(detector=key, name=name)
+
+    node: dict[str, Any] = {
+        "backbone": part("backbone"),
+        "pixel_mean": detector.pixel_mean.flatten().tolist(),
+        "pixel_std": detector.pixel_std.flatten().tolist(),
+        "input_format": getattr(detector, "input_format", None) or "BGR",
+    }
+    heads = getattr(detector, "roi_heads", None)
+    if heads is not None:
+        node["roi_heads"] = _roi_heads(heads, part)
+    if isinstance(getattr(detector, "head", None), nn.Module):
+        node["head"] = part("head")
+    return DictConfig(node, flags={"allow_objects": True})
+
+
+def _roi_heads(heads: nn.Module, part: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("box_in_features", "in_features"):
+        if getattr(heads, name, None):
+            found[name] = list(getattr(heads, name))
+    for name in ("box_pooler", "pooler", "res5"):
+        if isinstance(getattr(heads, name, None), nn.Module):
+            found[name] = part(f"roi_heads.{name}")
+    box_head = getattr(heads, "box_head", None)
+    if isinstance(box_head, nn.ModuleList):  # a Cascade R-CNN
+        found["box_heads"] = [part(f"roi_heads.box_head.{i}") for i in range(len(box_head))]
+    elif box_head is not None:
+        found["box_head"] = part("roi_heads.box_head")
+    return found
+
+
+@contextmanager
+def weights_kept(detector: nn.Module) -> Iterator[None]:
+    """Undo what the constructor of a method does to the weights of a detector's modules."""
+    weights = {name: value.clone() for name, value in detector.state_dict().items()}
+    try:
+        yield
+    finally:
+        detector.load_state_dict(weights)
+
+
+@contextmanager
+def modes_kept(detector: nn.Module) -> Iterator[None]:
+    """Restore which parameters are trained, and train or eval mode, after the context."""
+    gradients = [(p, p.requires_grad) for p in detector.parameters()]
+    modes = [(module, module.training) for module in detector.modules()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.__dict__.pop("is_unread", None)  # see modeling/pyramid.py
+        for module, training in modes:
+            module.training = training
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether some batch norm has seen data or loaded weights: its running mean is not zero."""
+    means = (value for name, value in module.named_buffers() if name.endswith("running_mean"))
+    return any(not mean.is_meta and bool(mean.any()) for mean in means)

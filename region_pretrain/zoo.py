@@ -1,0 +1,198 @@
+"""Published weights and their cards: ``metafile.yml`` in OpenMMLab's format, ``zoo://NAME``.
+
+A metafile lists weights under ``Models``, each with ``Name``, ``In Collection``, ``Config``,
+``Metadata`` (with the ``SHA256`` of the file), ``Results`` and ``Weights``, a path relative to the
+metafile or a URL. ``zoo://NAME`` is accepted wherever Detectron2's PathManager opens a file, once
+this module is imported, and the file's hash is checked each time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
+
+from region_pretrain.errors import UserError, describe
+from region_pretrain.files import is_local, write_text_atomic
+from region_pretrain.shipped import ROOT
+
+PREFIX = "zoo://"
+METAFILE = "metafile.yml"
+#: Environment variable with further metafiles, paths or URLs, separated by spaces.
+VARIABLE = "REGION_PRETRAIN_ZOO"
+#: Where ``make zoo`` writes.
+DEFAULT_FOLDER = os.path.join("output", "zoo")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about published weights.
+
+    Attributes:
+        name: their name.
+        weights: path or URL of the file.
+        sha256: of the file.
+        collection: the method.
+        config: the config that they were made with.
+        metadata: all entries of ``Metadata``: data, length, versions, ...
+        results: entries with ``Task``, ``Dataset`` and ``Metrics``, and for ``Fine-tuning`` how
+            they were measured.
+        paper: of the collection: ``Title`` and ``URL``.
+    """
+
+    name: str
+    weights: str
+    sha256: str
+    collection: str = ""
+    config: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Mapping[str, Any]] = ()
+    paper: Mapping[str, str] = field(default_factory=dict)
+
+    def file(self) -> str:
+        """The local path of the weights, downloaded if necessary.
+
+        Raises:
+            UserError: the file is missing, or its hash is not that of the card.
+        """
+        try:
+            path = PathManager.get_local_path(self.weights)
+            found = sha256_of(path)
+        except Exception as error:  # raised by the server or by the disk
+            raise UserError(
+                f"the weights of {PREFIX}{self.name} cannot be read: {self.weights}: "
+                f"{describe(error)}"
+            ) from error
+        if found != self.sha256:
+            raise UserError(
+                f"{path} is not the file of {PREFIX}{self.name}: its sha256 is {found[:16]}..., "
+                f"the card's {self.sha256[:16]}...; delete it and fetch or make it again"
+            )
+        return path
+
+
+def sha256_of(path: str) -> str:
+    """The SHA-256 of a local file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_metafile(path: str) -> dict[str, Card]:
+    """The cards of a metafile by name.
+
+    Args:
+        path: file or URL.
+
+    Raises:
+        UserError: the file cannot be read, or is not a metafile.
+    """
+    try:
+        with PathManager.open(path, "r") as file:
+            content = yaml.safe_load(file.read())
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: expected cards of weights") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("Models"), list):
+        raise UserError(f"{path} is not a {METAFILE}: it has no list Models")
+    collections = {c.get("Name"): c for c in content.get("Collections") or []}
+    return {card.name: card for card in (_card(path, m, collections) for m in content["Models"])}
+
+
+def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:
+    entries = model if isinstance(model, dict) else {}
+    metadata = entries.get("Metadata") or {}
+    name, weights, sha256 = entries.get("Name"), entries.get("Weights"), metadata.get("SHA256")
+    for key, value in (("Name", name), ("Weights", weights), ("Metadata.SHA256", sha256)):
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{path}: the model {name or '?'} has no {key}")
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise UserError(f"{path}: Metadata.SHA256 of {name} must be 64 hexadecimal digits")
+    if is_local(weights) and not os.path.isabs(weights):
+        weights = f"{os.path.dirname(path) or '.'}/{weights}"
+    collection = entries.get("In Collection", "")
+    return Card(
+        name,
+        weights,
+        sha256,
+        collection,
+        entries.get("Config", ""),
+        metadata,
+        entries.get("Results") or [],
+        (collections.get(collection) or {}).get("Paper") or {},
+    )
+
+
+def metafiles() -> list[str]:
+    """The metafiles in which names are looked up, those of the user first."""
+    found = os.environ.get(VARIABLE, "").split()
+    local = os.path.join(DEFAULT_FOLDER, METAFILE)
+    found += [local] if os.path.isfile(local) else []
+    return found + sorted(glob.glob(str(ROOT / "projects" / "*" / METAFILE)))
+
+
+def read_card(name: str, metafile: str | None = None) -> Card:
+    """Find the card of published weights.
+
+    Args:
+        name: their name, with or without ``zoo://``.
+        metafile: path or URL of a metafile; None looks in those of the environment variable
+            ``REGION_PRETRAIN_ZOO``, in ``output/zoo`` and in ``projects/``.
+
+    Raises:
+        UserError: there is no such card; the message lists similar names.
+    """
+    name, places = name.removeprefix(PREFIX), metafiles() if metafile is None else [metafile]
+    known: list[str] = []
+    for path in places:
+        cards = read_metafile(path)
+        if name in cards:
+            return cards[name]
+        known += cards
+    if not known:
+        raise UserError(
+            f"no {PREFIX}{name}, as there are no cards of weights: run `make zoo`, or list "
+            f"metafiles in the environment variable {VARIABLE}"
+        )
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)[:10]
+    raise UserError(f"no {PREFIX}{name} in {', '.join(places)}; similar are {', '.join(near)}")
+
+
+def write_metafile(path: str, content: Mapping[str, Any]) -> None:
+    """Write a metafile; the order of the keys is kept."""
+    write_text_atomic(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+
+
+class _Zoo(PathHandler):
+    """Opens ``zoo://NAME``."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return read_card(path).file()
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        return os.path.isfile(self._get_local_path(path))
+
+    _exists = _isfile
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
+        if "w" in mode or "a" in mode:
+            raise UserError(f"{path} is read-only")
+        return open(self._get_local_path(path), mode, buffering)
+
+
+PathManager.register_handler(_Zoo(), allow_override=True)

@@ -1,0 +1,206 @@
+"""``region_pretrain.finetune``, ``evaluate`` and ``show_detections`` in this process."""
+
+import json
+import logging
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from narrow import CPU, SMALL, narrow_config
+
+import region_pretrain as rp
+from region_pretrain.config import load_config
+from region_pretrain.reporting import pictures
+
+CLASSES = ["dog", "ant", "cat"]  # by id
+
+
+@pytest.fixture
+def data(coco_folder):
+    return (coco_folder / "ann.json", coco_folder / "images")
+
+
+def arguments(data, output_dir, **changes):
+    given = {
+        "train": data,
+        "val": data,
+        "steps": 3,
+        "batch_size": 2,
+        "lr": 0.02,
+        "output_dir": output_dir,
+        "overrides": CPU,
+    }
+    return given | changes
+
+
+def losses(run):
+    return [row["total_loss"] for row in run.history() if "total_loss" in row]
+
+
+def process():
+    """What a run could leave changed in this process."""
+    logs = [logging.getLogger(n) for n in ("fvcore", "detectron2", "region_pretrain")]
+    return [
+        os.getcwd(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+        [(log.level, log.propagate, list(log.handlers)) for log in logs],
+        dict(DatasetCatalog),
+        {name: dict(vars(found)) for name, found in MetadataCatalog.items()},
+        torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+    ]
+
+
+def test_the_chain_from_pretraining_to_pictures(data, tmp_path, capsys):
+    # Data sets that register themselves on import.
+    rp.finetune(None, detector=narrow_config(), **arguments(data, tmp_path / "first", steps=1))
+    capsys.readouterr()
+    before = process()
+    pretrained = rp.pretrain(
+        "soco",
+        images=data[1],
+        detector=narrow_config(),
+        regions=rp.make_regions(data[1], recipe="grid-v1", out=tmp_path / "r.arrow", workers=1),
+        steps=2,
+        batch_size=4,
+        output_dir=tmp_path / "pre",
+        overrides=SMALL,
+    )
+    given = arguments(data, tmp_path / "det", classes=CLASSES)
+    run = rp.finetune(pretrained, **given)
+    console = capsys.readouterr().out
+    results = rp.evaluate(run)
+    shown = np.asarray(rp.show_detections(run, count=2, min_score=0.0, height=64))
+    assert process() == before
+
+    assert [line.split("]: ")[1][:8] for line in console.splitlines()] == [
+        "iter 1/2", "iter 2/2", "iter 1/3", "iter 2/3", "iter 3/3",
+    ]  # fmt: skip
+    log = (tmp_path / "det/log.txt").read_text()
+    assert "Average Precision  (AP) @[ IoU=0.50:0.95" in log and "weights from" in log
+    assert run.classes == CLASSES and run.config.model.roi_heads.num_classes == 3
+    assert run.config.train.init_checkpoint == pretrained.checkpoint
+    saved = json.loads((tmp_path / "det/results.json").read_text())
+    assert run.results == saved == results
+    assert json.loads((tmp_path / "det/results_eval.json").read_text()) == saved
+    assert f"bbox AP={saved['bbox']['AP']:.1f}" in repr(run)
+
+    # The detector is also found beside the file of the pre-training's weights.
+    again = rp.finetune(pretrained.checkpoint, **{**given, "output_dir": tmp_path / "again"})
+    assert losses(again) == losses(run)
+    # Beside the checkpoint of a fine-tuning is its config.
+    assert rp.evaluate(tmp_path / "det", overrides=CPU) == results
+
+    from region_pretrain.data.sources import register_named
+
+    cfg = load_config(str(tmp_path / "det/config.yaml"))
+    register_named(cfg)
+    truth = pictures.ground_truth_pictures(cfg, 2)
+    assert np.array_equal(shown[:, :80], pictures.sheet([[t] for t in truth], 64))
+    assert shown.shape == (2 * 72 + 8, 2 * 72 + 8, 3)
+    others = np.asarray(rp.show_detections(run, data[1], count=2, min_score=0.0, height=64))
+    assert others.shape == (2 * 72 + 8, 80, 3)
+
+
+def records_of(folder):
+    data = json.loads((folder / "ann.json").read_text())
+    indices = {3: 0, 7: 1, 12: 2}
+    records = []
+    for image in sorted(data["images"], key=lambda i: i["id"]):
+        boxes = [
+            {
+                "bbox": a["bbox"],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": indices[a["category_id"]],
+                "segmentation": a["segmentation"],
+                "iscrowd": 0,
+            }
+            for a in data["annotations"]
+            if a["image_id"] == image["id"]
+        ]
+        path = str(folder / "images" / image["file_name"])
+        records.append(
+            {"file_name": path, "image_id": image["id"], "width": 64, "height": 64}
+            | {"annotations": boxes}
+        )
+    return records
+
+
+def test_records_are_labelled_data(data, coco_folder, tmp_path):
+    records = records_of(coco_folder)
+    run = rp.finetune(
+        None,
+        detector=narrow_config(),
+        classes=CLASSES,
+        **arguments(records, tmp_path / "a"),
+    )
+    by_json = rp.finetune(None, detector=narrow_config(), **arguments(data, tmp_path / "b"))
+    assert losses(run) == losses(by_json)
+    assert rp.evaluate(run) == run.results
+    assert rp.evaluate(run, data) == by_json.results
+    assert not [name for name in DatasetCatalog if name.startswith("records-")]
+
+
+def test_a_built_detector_is_fine_tuned_itself(data, tmp_path):
+    cfg = narrow_config()
+    with pytest.raises(rp.UserError, match="predicts 8 classes, but the data have 3"):
+        rp.finetune(instantiate(cfg.model), **arguments(data, tmp_path / "a"))
+    cfg.model.roi_heads.num_classes = 3
+    detector = instantiate(cfg.model)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    resize = "dataloader.train.mapper.augmentations=[]"
+    overrides = [*CPU, resize, "dataloader.test.mapper.augmentations=[]"]
+    given = arguments(data, tmp_path / "b", overrides=overrides, epochs=None)
+    run = rp.finetune(detector, **given)
+    assert run.model is detector and detector.training
+    changed = [name for name, value in detector.named_parameters() if (value != before[name]).any()]
+    assert "roi_heads.mask_head.predictor.weight" in changed and len(changed) > 80
+    assert run.config.dataloader.train.mapper.image_format == "RGB"
+    assert rp.evaluate(detector, data, overrides=overrides, output_dir=tmp_path) == run.results
+    # One of an own network that starts from a file.
+    again = rp.finetune(
+        run, **{**given, "output_dir": tmp_path / "c", "overrides": ["optimizer.lr=1", *overrides]}
+    )
+    assert again.model is detector and again.config.train.init_checkpoint == run.checkpoint
+
+
+BAD = [
+    ({"init": "absent.pth"}, "weights do not come with a detection config: give detector="),
+    ({"init": None, "detector": None}, "give detector=CONFIG"),
+    ({"train": "folder"}, "a folder has no boxes"),
+    ({"val": "coco://x"}, "has no images="),
+    ({"classes": ["dog"]}, r"classes=\['dog'\], but the data's are \['dog', 'ant', 'cat'\]"),
+    ({"train": [{"file_name": "x", "annotations": []}]}, "train: records with annotations need"),
+    ({"overrides": ["MODEL.MASK_ON=False"]}, "change the yacs config before it is passed"),
+    ({"steps": 0}, "nothing to train"),
+    ({"detector": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"}, "not a detection config"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_arguments_are_one_error(data, tmp_path, changes, message):
+    given = {"init": None, "detector": narrow_config(), **arguments(data, tmp_path / "a")}
+    if changes.get("train") == "folder":
+        changes = {"train": data[1]}
+    if changes.get("init") == "absent.pth":
+        given.pop("detector")
+    with pytest.raises(rp.UserError, match=message) as error:
+        rp.finetune(**{**given, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_bad_arguments_of_pictures_and_evaluation(tmp_path):
+    with pytest.raises(rp.UserError, match="run='x': must be the result of finetune"):
+        rp.show_detections("x")
+    with pytest.raises(rp.UserError, match="data= is needed to evaluate a built detector"):
+        rp.evaluate(torch.nn.Linear(1, 1))
+    with pytest.raises(rp.UserError, match="count=0, height=224"):
+        rp.show_views("projects/SoCo/configs/soco_r18-fpn_b32_shapes.py", 0)

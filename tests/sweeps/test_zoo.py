@@ -1,0 +1,213 @@
+"""Weights of a sweep are published with cards, and ``zoo://NAME`` loads wherever weights do."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
+from detectron2.utils.file_io import PathManager
+
+import region_pretrain as rp
+from region_pretrain import zoo
+from region_pretrain.config import load_config
+from region_pretrain.convert.export import write_export
+from region_pretrain.engine.finetune import do_train
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.errors import UserError
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.sweeps import state
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Plan, Run
+from region_pretrain.sweeps.zoo import write_zoo
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+DETECTOR = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+SHAPES = "{_target_:region_pretrain.data.shapes.shapes,split:%s,size:%d,side:64,level:easy}"
+NAME = "moco-v2_r18_b32_shapes"
+CPU = ["train.device=cpu", "dataloader.train.num_workers=0", "train.log_period=1"]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep folder with one pre-training of two steps, and its fine-tuning of one."""
+    root = tmp_path_factory.mktemp("zoo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root / "datasets"))
+        folder = root / "sweep"
+        pre, det = folder / "runs/moco_seed0", folder / "runs/moco_seed0_det"
+        data = f"dataloader.train.dataset.names={SHAPES % ('unlabeled', 12)}"
+        overrides = [
+            *CPU, data, "dataloader.train.total_batch_size=4", "model.queue.length=64",
+            "dataloader.train.dataset.views.size=32", "train.max_iter=2",
+        ]  # fmt: skip
+        do_pretrain(load_config(str(ROOT / RECIPE), [*overrides, f"train.output_dir={pre}"]))
+        overrides = [
+            *CPU,
+            f"dataloader.train.dataset.names={SHAPES % ('train', 6)}",
+            f"dataloader.test.dataset.names={SHAPES % ('val', 4)}",
+            f"train.init_checkpoint={pre}/model_final.pth",
+            "dataloader.train.total_batch_size=2",
+            "train.max_iter=1",
+            "optimizer.lr=0.05",
+            f"train.output_dir={det}",
+        ]
+        results = do_train(load_config(str(ROOT / DETECTOR), overrides))
+        plan = Plan()
+        for kind, name, config, path, product in (
+            (PRETRAIN, "moco_seed0", RECIPE, pre, "model_final.pth"),
+            (FINETUNE, "moco_seed0_det", DETECTOR, det, "results.json"),
+        ):
+            task = ("--config-file", str(ROOT / config))
+            plan.runs[name] = Run(
+                name, kind, name, "tools/x.py", (task,), str(path), str(path / product)
+            )
+        plan.entries = [
+            {"kind": PRETRAIN, "run": "moco_seed0", "init": "moco", "seed": 0},
+            {"kind": FINETUNE, "run": "moco_seed0_det", "init": "moco", "seed": 0,
+             "pretrain_seed": 0, "finetune": "det", "label_fraction": 1.0, "checkpoint": "final"},
+        ]  # fmt: skip
+        file = state.SweepFile(
+            "zoo", "Zoo", "", Cluster(kind="local"), str(ROOT), str(ROOT), {"moco": "MoCo v2"},
+            None, plan, methods={"moco": "MoCo v2"},
+        )  # fmt: skip
+        state.write_sweep(str(folder), file)
+        yield folder, results
+
+
+@pytest.fixture
+def published(sweep, tmp_path, monkeypatch):
+    """The folder of the published weights, which is searched for names."""
+    monkeypatch.chdir(tmp_path)
+    paths = write_zoo(str(sweep[0]), zoo.DEFAULT_FOLDER)
+    assert paths[0] == "output/zoo/metafile.yml" and len(paths) == 2
+    return Path(tmp_path / "output/zoo")
+
+
+def test_a_card_says_how_the_weights_were_made(sweep, published):
+    card = rp.read_card(NAME)
+    assert card.weights == f"output/zoo/{NAME}-{card.sha256[:8]}.pth"
+    assert hashlib.sha256(Path(card.weights).read_bytes()).hexdigest() == card.sha256
+    assert (card.collection, card.config) == ("MoCo v2", RECIPE)
+    assert card.paper == {"Title": "MoCo v2", "URL": "https://arxiv.org/abs/1911.05722"}
+    facts = card.metadata
+    assert facts["Training Data"].startswith("shapes_unlabeled_12x64px_seed0")
+    assert (facts["Iterations"], facts["Batch Size"], facts["Images Seen"]) == (2, 4, 8)
+    assert (facts["Seed"], facts["Detector"]) == (0, DETECTOR)
+    assert facts["File Size"] == os.path.getsize(card.weights)
+    assert facts["Library Versions"]["torch"] == torch.__version__
+    boxes, masks = card.results
+    assert boxes["Task"] == "Object Detection" and masks["Task"] == "Instance Segmentation"
+    assert boxes["Dataset"].startswith("shapes_val_4x64px")
+    assert boxes["Metrics"]["box AP"] == round(sweep[1]["bbox"]["AP"], 2)
+    how = boxes["Fine-tuning"]
+    assert (how["Config"], how["Labelled Images"], how["Iterations"]) == (DETECTOR, 6, 1)
+    assert how["Learning Rate"] == "0.05"
+    content = yaml.safe_load((published / "metafile.yml").read_text())
+    assert list(content) == ["Collections", "Models"]
+    assert content["Collections"][0]["README"] == "projects/MoCo/README.md"
+
+
+def trunk_of(sweep):
+    saved = torch.load(sweep[0] / "runs/moco_seed0/model_final.pth", weights_only=True)["model"]
+    assert len(saved) > 50
+    return saved
+
+
+def test_the_weights_load_into_a_stock_detector(sweep, published):
+    detector = instantiate(rp.get_config("detection/mask_rcnn_r18_fpn_shapes.py").model)
+    DetectionCheckpointer(detector).load(f"zoo://{NAME}")
+    loaded = detector.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in trunk_of(sweep).items())
+
+
+def test_the_weights_are_fine_tuned_and_pretrained_further(sweep, published, region_folder):
+    val = rp.get_config("detection/mask_rcnn_r18_fpn_shapes.py").dataloader.test.dataset.names
+    val.update(size=2, side=64)
+    run = rp.finetune(
+        f"zoo://{NAME}", train=val, val=val, steps=1, batch_size=2, lr=0.0, output_dir="det",
+        overrides=CPU,
+    )  # fmt: skip
+    loaded = run.model.state_dict()
+    weights = {k: v for k, v in trunk_of(sweep).items() if k.endswith(".weight")}
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    assert f"weights from zoo://{NAME}" in Path("det/log.txt").read_text()
+    more = rp.pretrain_config(
+        ROOT / RECIPE, images=region_folder.images, init=f"zoo://{NAME}", overrides=CPU
+    )
+    assert more.train.init_checkpoint == f"zoo://{NAME}"
+
+
+def test_the_weights_are_exported(sweep, published):
+    out, lines = write_export(f"zoo://{NAME}", "timm", "timm.pth")
+    stem = torch.load(out, weights_only=True)["conv1.weight"]
+    assert torch.equal(stem, trunk_of(sweep)["backbone.bottom_up.stem.conv1.weight"])
+
+
+def test_a_changed_or_missing_file_is_refused(published):
+    card = rp.read_card(f"zoo://{NAME}")
+    with PathManager.open(f"zoo://{NAME}", "rb") as file:
+        assert file.read(2) == b"PK"
+    content = bytearray(Path(card.weights).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(card.weights).write_bytes(content)
+    with pytest.raises(UserError, match=f"is not the file of zoo://{NAME}: its sha256 is"):
+        PathManager.get_local_path(f"zoo://{NAME}")
+    os.remove(card.weights)
+    with pytest.raises(UserError, match=f"weights of zoo://{NAME} cannot be read: .*FileNotFound"):
+        card.file()
+    with pytest.raises(UserError, match="zoo://x is read-only"):
+        PathManager.open("zoo://x", "wb")
+
+
+def test_cards_are_looked_up_in_several_metafiles(published, tmp_path, monkeypatch):
+    others = tmp_path / "elsewhere"
+    shutil.move(published, others)
+    with pytest.raises(UserError, match="no zoo://x, as there are no cards of weights: run"):
+        zoo.read_card("x")
+    monkeypatch.setenv("REGION_PRETRAIN_ZOO", f"{others}/metafile.yml")
+    assert zoo.read_card(NAME).file().startswith(str(others))
+    with pytest.raises(UserError, match=f"no zoo://moco-v2_r18 in .*; similar are {NAME}"):
+        zoo.read_card("zoo://moco-v2_r18")
+    with pytest.raises(UserError, match="there is no absent.yml"):
+        zoo.read_card(NAME, "absent.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "m.yml cannot be read: ParserError"),
+        ("a: 1", "m.yml is not a metafile.yml: it has no list Models"),
+        ("Models: [{Name: a}]", "the model a has no Weights"),
+        ("Models: [{Name: a, Weights: b.pth}]", "the model a has no Metadata.SHA256"),
+        ("Models: [{Name: a, Weights: b.pth, Metadata: {SHA256: ab}}]", "64 hexadecimal digits"),
+        ("Models: [3]", r"the model \? has no Name"),
+    ],
+)
+def test_mistakes_in_a_metafile_are_named(tmp_path, text, message):
+    path = tmp_path / "m.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        zoo.read_metafile(str(path))
+
+
+def test_weights_may_be_urls(tmp_path):
+    path, digest = tmp_path / "m.yml", "0" * 64
+    path.write_text(
+        f"Models: [{{Name: a, Weights: 'https://host/a.pth', Metadata: {{SHA256: '{digest}'}}}}]"
+    )
+    card = zoo.read_metafile(str(path))["a"]
+    assert (card.weights, card.sha256) == ("https://host/a.pth", digest)
+
+
+def test_a_sweep_without_finished_pretrainings_is_refused(sweep, tmp_path):
+    shutil.copytree(sweep[0], tmp_path / "s")
+    text = (tmp_path / "s/sweep.json").read_text().replace("model_final.pth", "other.pth")
+    (tmp_path / "s/sweep.json").write_text(text)
+    with pytest.raises(UserError, match="no pre-training is finished yet"):
+        write_zoo(str(tmp_path / "s"), str(tmp_path / "out"))
+    assert not os.path.exists(tmp_path / "out")
