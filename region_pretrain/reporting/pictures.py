@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,11 +12,11 @@ from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from omegaconf import DictConfig
+from torch import nn
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.engine.checkpoint_file import read_run_checkpoint
-from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, read_record
 from region_pretrain.modeling.meta_arch import check_contract
@@ -127,18 +128,23 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
     return rows
 
 
-def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
-    """Draw the ground-truth boxes of the first test images.
+def first_records(cfg: DictConfig, count: int) -> list[dict[str, Any]]:
+    """The first test images of a detection config."""
+    return list(instantiate(cfg.dataloader.test.dataset)[:count])
+
+
+def ground_truth_pictures(cfg: DictConfig, records: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """Draw the ground-truth boxes of test images.
 
     Args:
         cfg: a detection config; ``dataloader.test`` is read.
-        count: number of images.
+        records: some of its test images.
 
     Returns:
         One (H, W, 3) uint8 RGB picture per image.
     """
     drawn = []
-    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
+    for record in records:
         truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
         classes = [a["category_id"] for a in truth]
@@ -149,26 +155,23 @@ def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.ndarray]:
-    """Draw what a detector finds in the first test images, with a score of at least 50 %.
+def detection_pictures(
+    cfg: DictConfig, detector: nn.Module, records: Sequence[dict[str, Any]]
+) -> list[np.ndarray]:
+    """Draw what a detector finds in test images, with a score of at least 50 %.
 
     Args:
-        cfg: a detection config; ``model`` and ``dataloader.test`` are read.
-        weights: a checkpoint of the detector.
-        count: number of images.
+        cfg: a detection config; ``dataloader.test`` is read.
+        detector: in eval mode.
+        records: some of its test images.
 
     Returns:
         One (H, W, 3) uint8 RGB picture per image.
-
-    Raises:
-        UserError: the checkpoint does not exist or does not fit the detector.
     """
-    detector = instantiate(cfg.model).cpu().eval()
-    load_pretrained(detector, weights)
     mapper = SamePixels(instantiate(cfg.dataloader.test.mapper))
     drawn = []
-    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
-        found = detector([mapper(record)])[0]["instances"]
+    for record in records:
+        found = detector([mapper(record)])[0]["instances"].to("cpu")
         boxes, classes = found.pred_boxes.tensor.numpy(), found.pred_classes.tolist()
         names, scores = _class_names(cfg), found.scores.tolist()
         drawn.append(draw_detections(read_record(record), boxes, classes, names, scores))
