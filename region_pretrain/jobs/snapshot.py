@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from region_pretrain.shipped import ROOT
+from region_pretrain.tracking.git import STATE_FILE, git_state
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = ("configs", "projects", "tools")
@@ -36,6 +38,7 @@ def take_snapshot(folder: str) -> str:
     root.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=root.parent))
     part.chmod(0o755)
+    (part / STATE_FILE).write_text(json.dumps(git_state().get("region_pretrain", {})) + "\n")
     for target, path in files.items():
         (part / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, part / target)
