@@ -115,8 +115,19 @@ setup(
         "yacs>=0.1.8",
     ],
     extras_require={
-        "dev": ["black", "hypothesis", "pytest", "pytest-xdist", "ruff", "timm"],
+        "dev": [
+            "black",
+            "hypothesis",
+            "mlflow-skinny",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "timm",
+            "wandb",
+        ],
         "timm": ["timm"],  # backbones of timm, and the transformers of Detectron2
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],  # the client; a database as store needs mlflow itself
         "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     },
     cmdclass={"build_py": BuildWithShipped},

@@ -59,6 +59,7 @@ class TrackerWriter(RowWriter):
         level, _, text = self._process.stdout.readline().decode().strip().partition(" ")
         if level != "ready":
             self._process.kill()
+            self._process.wait()
             raise UserError(text or f"{self._title}: its process could not be started")
         self._reader.start()
 
@@ -91,7 +92,7 @@ class TrackerWriter(RowWriter):
         self._send(Checkpoint(os.path.abspath(path)))
 
     def close(self) -> None:
-        finished = self._newest >= self._max_iter - 1
+        finished = get_event_storage().iter >= self._max_iter
         self._send(End(finished))
         try:
             self._process.wait(self._seconds + _GRACE if finished else _STOPPED_SECONDS)

@@ -57,6 +57,13 @@ def history(records):
     return rows
 
 
+def wandb_exit_codes(records):
+    """Exit codes other than 0, of interrupted attempts."""
+    exits = [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"]
+    assert len(exits) == 1
+    return [code for code in exits if code]
+
+
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     """A run that was stopped after iteration 15 and resumed from the checkpoint of iteration 11."""
@@ -88,6 +95,7 @@ def test_a_resumed_run_keeps_its_ids_and_has_each_step_once(
 
     run = mlflow_client.get_run(tracked["mlflow"].id)
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
+    assert not wandb_exit_codes(attempts[1][1]) and wandb_exit_codes(attempts[0][1]) == [1]
     for name in ("total_loss", "lr"):
         logged = mlflow_client.get_metric_history(run.info.run_id, name)
         assert [(m.step, m.value) for m in logged] == list(curve(resumed, name).items())
@@ -168,7 +176,7 @@ def test_a_new_run_in_an_emptied_folder_is_a_new_run(tmp_path):
     assert read_tracked(str(tmp_path))["mlflow"].id != old["mlflow"].id
 
 
-def test_a_service_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch, caplog):
+def test_a_service_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch, mlflow_client):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     cfg = config(tmp_path)
@@ -178,6 +186,13 @@ def test_a_service_that_cannot_be_reached_is_one_warning(tmp_path, monkeypatch, 
     log = (tmp_path / "log.txt").read_text()
     assert log.count("MLflow cannot be reached: MlflowException: API request to") == 1
     assert "MLflow lacks 10 rows of metrics.json, which --resume sends: " in log
+
+    monkeypatch.undo()  # the server is back
+    do_pretrain(cfg, resume=True)
+    run = mlflow_client.get_run(read_tracked(str(tmp_path))["mlflow"].id)
+    logged = mlflow_client.get_metric_history(run.info.run_id, "total_loss")
+    assert {m.step: m.value for m in logged} == curve(tmp_path) and len(logged) == 10
+    assert run.info.status == "FINISHED"
 
 
 def test_without_a_connection_wandb_keeps_the_run_on_the_disk(tmp_path, monkeypatch, wandb_records):
