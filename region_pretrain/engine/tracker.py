@@ -82,7 +82,7 @@ class TrackerWriter(RowWriter):
     def write_rows(self, rows: dict[int, dict[str, float]]) -> None:
         pictures = tuple(
             (iteration, name, _png(picture))
-            for name, picture, iteration in get_event_storage()._vis_data
+            for name, picture, iteration in get_event_storage()._vis_data  # as TensorboardXWriter
         )
         if rows or pictures:
             self._send(Rows(time.time(), rows, pictures))

@@ -13,6 +13,7 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig
 
 from region_pretrain.config import read_saved
+from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.tracker import TrackerWriter
 from region_pretrain.engine.writers import (
     ConsoleWriter,
@@ -119,7 +120,7 @@ def _run_info(cfg: DictConfig, service: str, logged: int) -> RunInfo:
 
 
 class _Tolerant(EventWriter):
-    """A writer whose errors do not stop the training."""
+    """A writer whose errors and random numbers have no effect on the training."""
 
     def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
@@ -133,7 +134,8 @@ class _Tolerant(EventWriter):
 
     def _try(self, function: Callable[[], None]) -> None:
         try:
-            function()
+            with random_state_kept():
+                function()
         except Exception as error:
             if not self._failed:
                 logger.warning(

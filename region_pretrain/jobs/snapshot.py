@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from region_pretrain.files import write_text_atomic
 from region_pretrain.shipped import ROOT
-from region_pretrain.tracking.git import STATE_FILE, git_state
+from region_pretrain.tracking.git import git_state, state_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = ("configs", "projects", "tools")
@@ -36,9 +37,10 @@ def take_snapshot(folder: str) -> str:
     if root.is_dir():
         return str(root)
     root.parent.mkdir(parents=True, exist_ok=True)
+    commit = json.dumps(git_state().get("region_pretrain", {}))
+    write_text_atomic(str(state_file(root)), f"{commit}\n")
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=root.parent))
     part.chmod(0o755)
-    (part / STATE_FILE).write_text(json.dumps(git_state().get("region_pretrain", {})) + "\n")
     for target, path in files.items():
         (part / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, part / target)

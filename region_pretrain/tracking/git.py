@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
-#: In the copy of a checkout: the state of the checkout when it was copied.
-STATE_FILE = "git.json"
+
+
+def state_file(copy: Path) -> Path:
+    """The file beside a copy of a checkout that contains the checkout's state."""
+    return copy.with_name(f"{copy.name}.git.json")
 
 
 def git_state() -> dict[str, dict[str, Any]]:
@@ -21,8 +24,8 @@ def git_state() -> dict[str, dict[str, Any]]:
         files differ from it. What is not in a repository is left out.
     """
     state, top = {}, None
-    if (PROJECT / STATE_FILE).is_file():
-        state["region_pretrain"] = json.loads((PROJECT / STATE_FILE).read_text())
+    if state_file(PROJECT).is_file():
+        state["region_pretrain"] = json.loads(state_file(PROJECT).read_text())
     # An installed library may lie below an unrelated repository, as a virtual environment does.
     elif _git(PROJECT, "ls-files", "--error-unmatch", "region_pretrain/__init__.py") is not None:
         top = _git(PROJECT, "rev-parse", "--show-toplevel")

@@ -2,14 +2,15 @@
 
 import csv
 import importlib.util
-import logging
+import random
 import sys
 
 import pytest
+import torch
 from detectron2.config import LazyCall as L
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from omegaconf import OmegaConf
-from tiny_run import make_config, make_detection_config
+from tiny_run import final_checkpoint, make_config, make_detection_config
 
 from region_pretrain.config import complete_train, load_config
 from region_pretrain.engine.finetune import do_train
@@ -17,6 +18,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.writer_list import build_writers, check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
+from region_pretrain.sweeps.configs import content
 
 
 class ListWriter(EventWriter):
@@ -29,6 +31,7 @@ class ListWriter(EventWriter):
 
     def write(self) -> None:
         iteration = get_event_storage().iter
+        random.random(), torch.rand(1)
         if iteration == self._fails_at:
             raise OSError(28, "No space left on device")
         self.written.append(iteration)
@@ -115,14 +118,22 @@ def test_csv_has_the_content_of_metrics_json_after_resuming_from_an_earlier_chec
     assert (tmp_path / "metrics.csv").read_text().startswith('iteration,"bbox/AP, mean",time,')
 
 
-def test_a_writer_of_the_user_may_fail(tmp_path, monkeypatch, caplog):
+def test_writers_and_pictures_repeat_no_run_of_a_sweep():
+    path = "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+    other = ["train.writers=[json]", "train.tracking.project=x", "train.pictures.period=0"]
+    assert content(load_config(path)) == content(load_config(path, other))
+    assert content(load_config(path)) != content(load_config(path, ["train.log_period=7"]))
+
+
+def test_a_writer_of_the_user_may_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(ListWriter, "written", [])
     cfg = make_config(tmp_path, writers=["json", L(ListWriter)(fails_at=3)])
     do_pretrain(cfg)
     assert ListWriter.written == [i for i in range(20) if i != 3] + [20]
+    do_pretrain(make_config(tmp_path / "plain"))
+    ours, plain = (final_checkpoint(folder) for folder in (tmp_path, tmp_path / "plain"))
+    assert torch.equal(ours["rng"][0]["torch"], plain["rng"][0]["torch"])
+    assert ours["rng"][0]["python"] == plain["rng"][0]["python"]
     log = (tmp_path / "log.txt").read_text()
     assert log.count("ListWriter failed: OSError: [Errno 28] No space left on device") == 1
     assert len(read_metrics(str(tmp_path))) == 20
-    assert caplog.get_records("call") == [] or logging.ERROR not in {
-        record.levelno for record in caplog.records
-    }

@@ -1,5 +1,8 @@
 """Pictures during a run: what they show, and that the run does not notice them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -94,6 +97,34 @@ def test_a_pretraining_with_pictures_is_the_same_run(tmp_path, region_folder, co
     if own:  # the same images
         first, second = (picture for _, picture in found["pictures/method"])
         assert first.shape == second.shape and (first != second).any()
+
+
+def test_two_processes_draw_a_picture_that_needs_both(tmp_path, region_folder):
+    """CCOP's key network shuffles the images of all processes."""
+    overrides = [
+        *SHORT,
+        f"dataloader.train.dataset.names=folder://{region_folder.images}",
+        f"dataloader.train.dataset.regions={region_folder.store}",
+        "dataloader.train.dataset.recipe=shapes-v1",
+        "dataloader.train.total_batch_size=4",
+        "train.pictures.period=1",
+        f"train.output_dir={tmp_path / 'run'}",
+    ]
+    config = str(ROOT / "projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py")
+    command = [sys.executable, "-m", "region_pretrain", "pretrain", "--num-gpus", "2"]
+    done = subprocess.run(
+        [*command, "--config-file", config, *overrides],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = images(tmp_path / "run")
+    assert [step for step, _ in found["pictures/method"]] == [0, 1]
+    one_row = found["pictures/method"][0][1].shape[0]
+    assert one_row == sheet([[np.zeros((9, 9, 3), np.uint8)]] * 2).shape[0]  # 2 images each
 
 
 def test_a_fine_tuning_with_pictures_is_the_same_run(tmp_path, coco_folder):

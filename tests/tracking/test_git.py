@@ -1,11 +1,12 @@
 """The commit of this checkout and of the user's own repository."""
 
-import json
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from region_pretrain.jobs.snapshot import take_snapshot
 from region_pretrain.tracking import git
 
 
@@ -55,9 +56,8 @@ def test_an_installed_library_is_not_of_the_repository_around_it(repository, mon
 
 
 def test_a_copied_checkout_has_the_state_of_its_original(repository, monkeypatch):
-    state = {"commit": "c" * 40, "dirty": True}
-    (repository / "code").mkdir()
-    (repository / "code" / git.STATE_FILE).write_text(json.dumps(state))
-    monkeypatch.setattr(git, "PROJECT", repository / "code")
     monkeypatch.chdir(os.sep)
-    assert git.git_state()["region_pretrain"] == state
+    here = git.git_state()["region_pretrain"]
+    copy = Path(take_snapshot(str(repository / "run")))
+    monkeypatch.setattr(git, "PROJECT", copy)
+    assert here == git.git_state()["region_pretrain"] and len(here["commit"]) == 40
