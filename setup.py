@@ -119,13 +119,17 @@ setup(
             "black",
             "hypothesis",
             "ipykernel",
+            "mlflow-skinny",
             "nbclient",
             "pytest",
             "pytest-xdist",
             "ruff",
             "timm",
+            "wandb",
         ],
         "timm": ["timm"],  # backbones of timm, and the transformers of Detectron2
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],  # the client; a database as store needs mlflow itself
         "docs": ["mkdocs", "mkdocs-material", "mkdocstrings[python]"],
     },
     cmdclass={"build_py": BuildWithShipped},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -67,8 +68,8 @@ def newest_metrics(path: str) -> dict[str, float]:
     return {key: value for row in rows for key, value in row.items()}
 
 
-def newest_iteration(path: str, before: int) -> int:
-    """The last logged iteration before another; -1 if there is none.
+def newest_iteration(path: str, before: float = math.inf) -> int:
+    """The last logged iteration, or the last one before another; -1 if there is none.
 
     Args:
         path: as for :func:`read_metrics`.

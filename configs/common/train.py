@@ -68,6 +68,30 @@ train = dict(
     max_unreadable=0.01,
     # Write metrics and check for NaN every this many iterations.
     log_period=20,
+    # Where metrics and pictures are written: console, json (required), tensorboard, csv, wandb,
+    # mlflow, or L(MyWriter)(...).
+    writers=["console", "json", "tensorboard"],
+    # Settings of wandb and mlflow; all others are their environment variables.
+    tracking=dict(
+        # Project (MLflow: experiment); null: WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, otherwise
+        # region_pretrain.
+        project=None,
+        # Name of the run; null: that of the output folder.
+        name=None,
+        group=None,
+        tags=[],
+        # Upload model_final.pth; otherwise only paths and SHA-256 of checkpoints are recorded.
+        upload_model=False,
+        # Wait this many seconds at the end for what is still to be sent.
+        seconds=60,
+    ),
+    # Every this many iterations, draw the first images (0: never): views and the method's own
+    # picture in pre-training, detections beside the ground truth in fine-tuning.
+    pictures=dict(
+        _target_="region_pretrain.reporting.training_pictures.PicturesHook",
+        period=5000,
+        num_images=4,
+    ),
     # Fine-tuning: recompute batch-norm statistics over num_iter batches before each evaluation.
     precise_bn=dict(enabled=False, num_iter=200),
     # Code that registers data sets, executed once in every process: a list of .py files and names

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from detectron2.config import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -93,11 +92,13 @@ def show_detections(
     with isolated({**run.given, **data.given}):
         register_named(cfg)
         if names is None:
-            records = instantiate(cfg.dataloader.test.dataset)[:count]
-            truth = pictures.ground_truth_pictures(cfg, count)
+            records = pictures.first_records(cfg, count)
+            truth = pictures.ground_truth_pictures(cfg, records)
         else:
             records, truth = records_of(names)[:count], []
         with modes_kept(run.model):
-            found = pictures.draw_found(run.model.eval(), cfg, records, run.classes, min_score)
+            found = pictures.detection_pictures(
+                cfg, run.model.eval(), records, run.classes, min_score
+            )
     columns = [truth, found] if truth else [found]
     return Image.fromarray(pictures.sheet(list(zip(*columns, strict=True)), height))

@@ -105,6 +105,11 @@ class PretrainLoader:
             self.num_workers,
         )
 
+    def first_images(self, iteration: int, count: int) -> ViewBatch:
+        """The first images of this rank's batch of an iteration, loaded in this process."""
+        epoch, indices = self._batches.indices(iteration)
+        return self.dataset.batch(self._batches.seed, epoch, indices[:count])
+
     def iterate(self, start_iter: int, stop_iter: int) -> Iterator[ViewBatch]:
         """This rank's batches of iterations ``start_iter`` to ``stop_iter - 1``, in order."""
         return iter(

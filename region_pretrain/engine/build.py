@@ -40,6 +40,7 @@ class TrainingData(Protocol):
     occupy at most; see :func:`region_pretrain.engine.memory.check_shared_memory`. Another one,
     ``contents()``, returns what the batches are computed from; without it, a resumed run cannot
     notice that the images have changed (:class:`region_pretrain.engine.fingerprint.Fingerprint`).
+    A third one, ``first_images(iteration, count)``, returns part of a batch for pictures.
     """
 
     total_batch_size: int

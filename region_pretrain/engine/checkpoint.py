@@ -90,6 +90,9 @@ class RunCheckpointer(DetectionCheckpointer):
             length.
         fingerprint: of the training data; None if it is not compared.
         checkpointables: objects with ``state_dict`` and ``load_state_dict``; None is left out.
+
+    Attributes:
+        saved: path of the file that this process has written last; "" before the first one.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class RunCheckpointer(DetectionCheckpointer):
         self.allow_new_length = allow_new_length
         self.fingerprint = fingerprint
         self.trainer: TrainerBase | None = None  # set once it exists; has the hooks' states
+        self.saved = ""
         self._random_state: dict[str, Any] | None = None
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -153,6 +157,7 @@ class RunCheckpointer(DetectionCheckpointer):
                 f"{reason}; last good checkpoint: {self.last_good() or 'none'}. "
                 f"{'Free some disk space' if full else 'Fix this'} and continue with --resume"
             ) from error
+        self.saved = path
         logger.info("saved %s", path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

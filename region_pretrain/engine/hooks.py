@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
+from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_kept
-from region_pretrain.engine.writers import build_writers
+from region_pretrain.engine.tracker import TrackerWriter
+from region_pretrain.engine.writer_list import build_writers
 from region_pretrain.errors import Stopped, UserError, describe
 from region_pretrain.metrics import Results, newest_iteration
 
@@ -97,6 +100,18 @@ class CheckpointHook(HookBase):
         return comm.all_gather(time.monotonic() - self._saved_at >= 60 * self.minutes)[0]
 
 
+@contextmanager
+def no_side_effects(model: nn.Module) -> Iterator[None]:
+    """Restore random states, and which modules are in training mode, after the context."""
+    modes = [(module, module.training) for module in model.modules()]
+    with random_state_kept():
+        try:
+            yield
+        finally:
+            for module, training in modes:  # Detectron2 leaves them in eval mode after an error
+                module.training = training
+
+
 class EvaluationHook(HookBase):
     """Evaluates the model during a run and at its end, without any effect on the training.
 
@@ -153,15 +168,12 @@ class EvaluationHook(HookBase):
 
     def _run(self, iteration: int) -> None:
         self.results, self.error = {}, ""
-        modes = [(module, module.training) for module in self.trainer.model.modules()]
-        with random_state_kept():
+        with no_side_effects(self.trainer.model):
             try:
                 self.results = self._evaluate(self.trainer.module)
             except Exception as error:
                 self.error = describe(error)
                 logger.debug("traceback of the failed evaluation:", exc_info=True)
-        for module, training in modes:  # Detectron2 leaves them in eval mode after an error
-            module.training = training
         for name, value in flatten_results_dict(self.results).items():
             self.trainer.storage.put_scalar(name, value, smoothing_hint=False, cur_iter=iteration)
         if self.error and iteration < self.trainer.max_iter and comm.is_main_process():
@@ -182,17 +194,23 @@ class MetricsHook(HookBase):
     killed is written when it resumes.
 
     Args:
-        output_dir: the run's folder.
-        log_period: write every this many iterations.
+        cfg: the run's config; ``train`` contains the writers, the output folder and the log period.
         evaluation: its results are written at once.
+        saved: returns the path of the checkpoint that this process has written last, or "".
     """
 
     def __init__(
-        self, output_dir: str, log_period: int, evaluation: EvaluationHook | None = None
+        self,
+        cfg: DictConfig,
+        evaluation: EvaluationHook | None = None,
+        saved: Callable[[], str] = str,
     ) -> None:
-        self._output_dir = output_dir
-        self._log_period = log_period
+        self._cfg = cfg
+        self._output_dir = cfg.train.output_dir
+        self._log_period = cfg.train.log_period
         self._evaluation = evaluation
+        self._saved = saved
+        self._recorded = ""
         self._writers: list[EventWriter] = []
         self._restored: dict[str, tuple[float, int, bool]] = {}
 
@@ -208,7 +226,7 @@ class MetricsHook(HookBase):
         if not comm.is_main_process():
             return
         done = self.trainer.start_iter
-        self._writers = build_writers(self._output_dir, done, self.trainer.max_iter)
+        self._writers = build_writers(self._cfg, done, self.trainer.max_iter)
         if not done:
             return
         written, storage = newest_iteration(self._output_dir, before=done), self.trainer.storage
@@ -218,6 +236,12 @@ class MetricsHook(HookBase):
         self._write(done)
 
     def after_step(self) -> None:
+        path = self._saved()
+        if path != self._recorded:
+            self._recorded = path
+            for writer in self._writers:
+                if isinstance(writer, TrackerWriter):
+                    writer.write_checkpoint(path)
         self._write(self.trainer.iter + 1)
 
     def after_train(self) -> None:
@@ -233,6 +257,7 @@ class MetricsHook(HookBase):
         if is_last or evaluated or done % self._log_period == 0:
             for writer in self._writers:
                 writer.write()
+            self.trainer.storage.clear_images()  # all processes have them, but only one writes
 
 
 class CollapseWarning(HookBase):

@@ -38,6 +38,9 @@ HARMLESS = (
     "train.channels_last",
     "train.cudnn_benchmark",
     "train.float32_matmul_precision",
+    "train.writers",
+    "train.tracking",
+    "train.pictures",
 )
 _HARMLESS_LAST = ("num_workers",)
 #: Keys that may differ as well if train.allow_new_length is set.

@@ -50,11 +50,14 @@ from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
+from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_disk_full
 from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
+from region_pretrain.tracking.git import git_state
+from region_pretrain.tracking.service import forget_tracked
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +81,16 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
     with ExitStack() as leases:
 
         def claim() -> int:
+            check_writers(cfg.train.writers)
             try:
                 PathManager.mkdirs(folder)
                 leases.enter_context(hold(folder))
             except OSError as error:
                 raise UserError(f"cannot write to train.output_dir={folder}: {error}") from error
-            return claim_output_dir(cfg, resume)
+            seed = claim_output_dir(cfg, resume)
+            if not resume:
+                forget_tracked(folder)
+            return seed
 
         cfg.train.seed = on_main_process(claim)
         seed_all_rng(cfg.train.seed + comm.get_rank())
@@ -92,6 +99,10 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
         # What follows in the report are 3000 characters of compiler flags.
         logger.info("environment:\n%s", collect_env_info().split("PyTorch built with")[0])
         logger.info("config: %s", os.path.join(folder, "config.yaml"))
+        if comm.is_main_process():
+            for place, state in git_state().items():
+                changed = ", with uncommitted changes" if state["dirty"] else ""
+                logger.info("commit of %s: %s%s", place, state["commit"], changed)
         yield
 
 
@@ -109,7 +120,8 @@ def run_training(
 
     A new run first loads ``train.init_checkpoint``; the momentum copies of a ``PretrainingModel``
     are then made equal to their online networks. After each step come the learning rate,
-    ``make_hooks``, ``train.hooks``, the checkpoint, the evaluation and the metrics, in this order.
+    ``make_hooks``, ``train.hooks``, the checkpoint, the evaluation, pictures and metrics, in this
+    order.
 
     Args:
         cfg: :func:`start_run` has been called with it.
@@ -170,6 +182,7 @@ def run_training(
         scheduler=scheduler,
         scaler=trainer.scaler,
     )
+    trainer.cfg, trainer.loader = cfg, data  # for hooks
     checkpointer.trainer = trainer
     trainer.last_checkpoint = checkpointer.last_good
     on_main_process(lambda: check_free_space(train.output_dir, model, optimizer))
@@ -193,7 +206,8 @@ def run_training(
                 stop=stop.agreed,
             ),
             evaluation,
-            MetricsHook(train.output_dir, train.log_period, evaluation),
+            instantiate(train.pictures),
+            MetricsHook(cfg, evaluation, saved=lambda: checkpointer.saved),
         ]
     )
 

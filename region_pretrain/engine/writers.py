@@ -1,27 +1,25 @@
-"""What a run writes while it trains: console line, metrics.json, TensorBoard, progress.json."""
+"""What a run writes into its folder while it trains, and to the console."""
 
 from __future__ import annotations
 
+import csv
 import datetime
+import io
 import logging
 import math
-import os
 import time
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from detectron2.utils.events import (
-    EventStorage,
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-    get_event_storage,
-)
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import write_atomic
-from region_pretrain.metrics import parse_line
-from region_pretrain.progress import PROGRESS_FILE, Progress, write_progress
+from region_pretrain.files import write_atomic, write_text_atomic
+from region_pretrain.metrics import newest_iteration, parse_line, read_metrics
+from region_pretrain.progress import Progress, write_progress
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +101,72 @@ class ProgressWriter(EventWriter):
             self._written, self._written_at = progress.done, now
 
 
+class RowWriter(EventWriter):
+    """Writes each new value of a metric once, unsmoothed, as ``JSONWriter(window_size=1)`` does."""
+
+    def __init__(self) -> None:
+        self._newest = -1
+
+    @abstractmethod
+    def write_rows(self, rows: dict[int, dict[str, float]]) -> None:
+        """Write metrics.
+
+        Args:
+            rows: iteration, in ascending order -> name -> value.
+        """
+
+    def write(self) -> None:
+        rows: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in get_event_storage().latest().items():
+            if iteration > self._newest:
+                rows.setdefault(iteration, {})[name] = value
+        self._newest = max(rows, default=self._newest)
+        self.write_rows(dict(sorted(rows.items())))
+
+
+class CSVWriter(RowWriter):
+    """``metrics.csv``: one line per logged iteration, one column per metric.
+
+    It always has the content of ``metrics.json``: a new column, and the start of a run, which may
+    resume an earlier checkpoint, rewrite it.
+
+    Args:
+        path: the file.
+        metrics: ``metrics.json``, which another writer has written before.
+    """
+
+    def __init__(self, path: str, metrics: str) -> None:
+        super().__init__()
+        self._path = path
+        self._metrics = metrics
+        self._columns: list[str] = []
+        if newest_iteration(metrics) >= 0:
+            self._rewrite()
+        elif PathManager.isfile(path):
+            PathManager.rm(path)
+
+    def write_rows(self, rows: dict[int, dict[str, float]]) -> None:
+        if not rows:
+            return
+        if {name for row in rows.values() for name in row} <= set(self._columns):
+            with PathManager.open(self._path, "a", newline="") as file:
+                file.write(self._text({"iteration": i, **row} for i, row in rows.items()))
+        else:
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        rows = read_metrics(self._metrics)
+        names = {name for row in rows for name in row} - {"iteration"}
+        self._columns = ["iteration", *sorted(names)]
+        text = self._text([dict(zip(self._columns, self._columns, strict=True)), *rows])
+        write_text_atomic(self._path, text)
+
+    def _text(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
+        return text.getvalue()
+
+
 def drop_lines_from(path: str, iteration: int) -> None:
     """Remove from metrics.json what a run wrote after the checkpoint that it now resumes.
 
@@ -128,18 +192,3 @@ def drop_lines_from(path: str, iteration: int) -> None:
             kept.append(line.rstrip(b"\r\n") + b"\n")
     if kept != lines:
         write_atomic(path, lambda f: f.writelines(kept))
-
-
-def build_writers(output_dir: str, start_iter: int, max_iter: int) -> list[EventWriter]:
-    """The writers of a run that starts or resumes at ``start_iter``; for the main process.
-
-    Values are not smoothed over earlier ones, so that a resumed run writes the same values.
-    """
-    metrics = os.path.join(output_dir, "metrics.json")
-    drop_lines_from(metrics, start_iter)
-    return [
-        ConsoleWriter(max_iter),
-        JSONWriter(metrics, window_size=1),
-        TensorboardXWriter(output_dir, window_size=1, purge_step=start_iter),
-        ProgressWriter(os.path.join(output_dir, PROGRESS_FILE), start_iter, max_iter),
-    ]

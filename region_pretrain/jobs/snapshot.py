@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from region_pretrain.files import write_text_atomic
 from region_pretrain.shipped import ROOT
+from region_pretrain.tracking.git import git_state, state_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = ("configs", "projects", "tools")
@@ -34,6 +37,8 @@ def take_snapshot(folder: str) -> str:
     if root.is_dir():
         return str(root)
     root.parent.mkdir(parents=True, exist_ok=True)
+    commit = json.dumps(git_state().get("region_pretrain", {}))
+    write_text_atomic(str(state_file(root)), f"{commit}\n")
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=root.parent))
     part.chmod(0o755)
     for target, path in files.items():

@@ -60,7 +60,10 @@ class PretrainingModel(nn.Module, Contract, ABC):
         """Called once ``train.init_checkpoint`` is loaded and the momentum copies are renewed."""
 
     def pictures(self, batch: ViewBatch) -> list[list[np.ndarray]] | None:
-        """Visualise what the method computes, for ``tools/visualize.py --method``; in eval mode.
+        """Visualise what the method computes; in eval mode.
+
+        ``tools/visualize.py --method`` calls this, and during a run the hook of ``train.pictures``,
+        in all processes together.
 
         Returns:
             For each image of the batch a row of ``(H, W, 3)`` uint8 RGB pictures, or None if the

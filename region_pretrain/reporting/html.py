@@ -37,7 +37,9 @@ p { max-width: 60rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; text-align: left; }
 td:not(:first-child) { white-space: nowrap; }
-th { border-bottom: 2px solid #8888; white-space: nowrap; }
+th { border-bottom: 2px solid #8888; white-space: nowrap; cursor: pointer; }
+th[aria-sort=ascending]::after { content: " \\2191"; }
+th[aria-sort=descending]::after { content: " \\2193"; }
 .number { text-align: right; }
 figure { margin: .5rem 0; }
 figcaption { font-size: .85rem; opacity: .8; }
@@ -57,22 +59,49 @@ img { max-width: 100%; height: auto; display: block; }
 {% endfor %}
 </section>
 {% endfor %}
+<script>
+{{ script }}</script>
 </body>
 </html>
 """)
 
+# A click on a column's header, or Enter, sorts its table: numbers first from high to low, text from
+# A to Z, then the other way round. Empty cells stay last.
+_SORT = Markup("""\
+function sort(event) {
+  const th = event.target.closest("th");
+  if (!th || (event.type === "keydown" && event.key !== "Enter")) return;
+  const body = th.closest("table").tBodies[0], shown = th.getAttribute("aria-sort");
+  const cell = row => row.cells[th.cellIndex], number = row => cell(row).dataset.number;
+  const empty = row => ["", "–"].includes(cell(row).textContent);
+  const rows = [...body.rows], numeric = rows.some(row => number(row) !== undefined);
+  const up = shown ? shown === "descending" : !numeric;
+  rows.sort((a, b) => empty(a) - empty(b) || (up ? 1 : -1) * (
+    number(a) !== undefined && number(b) !== undefined ? number(a) - number(b)
+      : cell(a).textContent.localeCompare(cell(b).textContent, "en", {numeric: true})));
+  for (const other of th.parentNode.cells) other.removeAttribute("aria-sort");
+  th.setAttribute("aria-sort", up ? "ascending" : "descending");
+  body.append(...rows);
+}
+document.addEventListener("click", sort);
+document.addEventListener("keydown", sort);
+""")
+
 _TABLE = _TEMPLATES.from_string("""\
-{% macro line(tag, cells) %}
-<tr>{% for cell in cells %}
-<{{ tag }}{% if numeric[loop.index0] %} class="number"{% endif %}>{{ cell }}</{{ tag }}>
-{%- endfor %}</tr>
-{% endmacro %}
 <div class="scroll"><table>
-<thead>{{ line("th", header) }}</thead>
-<tbody>{% for row in rows %}{{ line("td", row) }}{% endfor %}</tbody>
+<thead><tr>{% for name in header %}
+<th tabindex="0"{% if numeric[loop.index0] %} class="number"{% endif %}>{{ name }}</th>
+{%- endfor %}</tr></thead>
+<tbody>{% for row in rows %}
+<tr>{% for text, number in row %}
+<td{% if numeric[loop.index0] %} class="number"{% endif %}
+{%- if number is not none %} data-number="{{ number }}"{% endif %}>{{ text }}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody>
 </table></div>""")
 
-_NUMBER = re.compile(r"[+-]?\d|–( |$)")  # how the text of a number starts
+_NUMBER = re.compile(r"([+-]?\d[\d,]*(?:\.\d+)?)|–( |$)")  # how the text of a number starts
+_ABSOLUTE = ("http://", "https://")
 
 
 @dataclass
@@ -95,7 +124,7 @@ class Link:
 
     Attributes:
         label: the visible text.
-        href: target, relative to the page or absolute.
+        href: target: a path relative to the page, or an http address.
     """
 
     label: str
@@ -122,18 +151,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int =
         if len(row) != len(header):
             raise ValueError(f"the table has {len(header)} columns, but a row is {list(row)}")
     cells = [[_cell(value, digits) for value in row] for row in rows]
-    numeric = [all(_NUMBER.match(row[c]) for row in cells) for c in range(len(header))]
+    numeric = [all(_NUMBER.match(row[c][0]) for row in cells) for c in range(len(header))]
     return Markup(_TABLE.render(header=header, rows=cells, numeric=numeric))
 
 
-def _cell(value: object, digits: int) -> str:
+def _cell(value: object, digits: int) -> tuple[str, float | None]:
+    """A cell's text, and the number that it is sorted by, if any."""
     if value is None:
-        return "–"
+        return "–", None
     if isinstance(value, Link):
-        return Markup('<a href="{}">{}</a>').format(quote(value.href), value.label)
+        href = value.href if value.href.startswith(_ABSOLUTE) else quote(value.href)
+        return Markup('<a href="{}">{}</a>').format(href, value.label), None
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return f"{value:.{digits}f}"
-    return str(value)
+        return f"{value:.{digits}f}", float(value)
+    number = _NUMBER.match(str(value))
+    return str(value), float(number[1].replace(",", "")) if number and number[1] else None
 
 
 def preformatted(lines: Sequence[str]) -> Markup:
@@ -172,4 +204,4 @@ def write_report(path: str, sections: Sequence[Section], title: str = "Report") 
     """
     if folder := os.path.dirname(path):
         PathManager.mkdirs(folder)
-    write_text_atomic(path, _PAGE.render(title=title, sections=sections))
+    write_text_atomic(path, _PAGE.render(title=title, sections=sections, script=_SORT))

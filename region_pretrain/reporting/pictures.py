@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -16,7 +17,6 @@ from torch import nn
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.engine.checkpoint_file import read_run_checkpoint
-from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, read_record
 from region_pretrain.modeling.meta_arch import check_contract
@@ -128,18 +128,23 @@ def view_pictures(batch: ViewBatch) -> list[list[np.ndarray]]:
     return rows
 
 
-def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
-    """Draw the ground-truth boxes of the first test images.
+def first_records(cfg: DictConfig, count: int) -> list[dict[str, Any]]:
+    """The first test images of a detection config."""
+    return list(instantiate(cfg.dataloader.test.dataset)[:count])
+
+
+def ground_truth_pictures(cfg: DictConfig, records: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+    """Draw the ground-truth boxes of test images.
 
     Args:
         cfg: a detection config; ``dataloader.test`` is read.
-        count: number of images.
+        records: some of its test images.
 
     Returns:
         One (H, W, 3) uint8 RGB picture per image.
     """
     drawn = []
-    for record in instantiate(cfg.dataloader.test.dataset)[:count]:
+    for record in records:
         truth = [a for a in record.get("annotations", []) if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in truth]
         classes = [a["category_id"] for a in truth]
@@ -149,46 +154,27 @@ def ground_truth_pictures(cfg: DictConfig, count: int) -> list[np.ndarray]:
     return drawn
 
 
-def detection_pictures(cfg: DictConfig, weights: str, count: int) -> list[np.ndarray]:
-    """Draw what a detector finds in the first test images, with a score of at least 50 %.
-
-    Args:
-        cfg: a detection config; ``model`` and ``dataloader.test`` are read.
-        weights: a checkpoint of the detector.
-        count: number of images.
-
-    Returns:
-        One (H, W, 3) uint8 RGB picture per image.
-
-    Raises:
-        UserError: the checkpoint does not exist or does not fit the detector.
-    """
-    detector = instantiate(cfg.model).cpu().eval()
-    load_pretrained(detector, weights)
-    records = instantiate(cfg.dataloader.test.dataset)[:count]
-    return draw_found(detector, cfg, records, class_names(cfg))
-
-
 @torch.no_grad()
-def draw_found(
-    detector: nn.Module,
+def detection_pictures(
     cfg: DictConfig,
-    records: Sequence[dict],
-    names: Sequence[str],
+    detector: nn.Module,
+    records: Sequence[dict[str, Any]],
+    names: Sequence[str] | None = None,
     min_score: float = 0.5,
 ) -> list[np.ndarray]:
-    """Draw what a detector finds.
+    """Draw what a detector finds in test images.
 
     Args:
+        cfg: a detection config; ``dataloader.test`` is read.
         detector: in eval mode.
-        cfg: its config; ``dataloader.test.mapper`` is read.
-        records: the images, Detectron2 dicts.
-        names: the classes.
+        records: the images.
+        names: the classes; None: those of the config's test data.
         min_score: detections with a lower score are not drawn.
 
     Returns:
         One (H, W, 3) uint8 RGB picture per image.
     """
+    names = class_names(cfg) if names is None else names
     mapper = SamePixels(instantiate(cfg.dataloader.test.mapper))
     drawn = []
     for record in records:

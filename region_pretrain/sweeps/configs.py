@@ -143,7 +143,8 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
 
     Args:
         cfg: the config; not modified.
-        without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``.
+        without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``. What
+            only affects metrics' destinations and pictures is ignored as well.
 
     Raises:
         UserError: the config contains a lambda or a local function, which cannot be saved.
@@ -154,6 +155,8 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
         for part in path:
             node = node[part]
         node[last] = None
+    for key in ("writers", "tracking", "pictures"):
+        values["train"].pop(key, None)
     return json.dumps(values, default=_named, sort_keys=True)
 
 

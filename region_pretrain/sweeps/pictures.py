@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from detectron2.config import instantiate
 from omegaconf import DictConfig
 
 from region_pretrain.config import load_config
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
+from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.files import write_atomic
 from region_pretrain.reporting import html, pictures
 from region_pretrain.reporting.plots import to_png
@@ -137,8 +139,12 @@ def _model_pictures(cfg: DictConfig, count: int, weights: str) -> list[list[np.n
 
 
 def _ground_truth(cfg: DictConfig, count: int) -> list[list[np.ndarray]]:
-    return [[picture] for picture in pictures.ground_truth_pictures(cfg, count)]
+    records = pictures.first_records(cfg, count)
+    return [[picture] for picture in pictures.ground_truth_pictures(cfg, records)]
 
 
 def _detections(cfg: DictConfig, count: int, weights: str) -> list[list[np.ndarray]]:
-    return [[picture] for picture in pictures.detection_pictures(cfg, weights, count)]
+    detector = instantiate(cfg.model).cpu().eval()
+    load_pretrained(detector, weights)
+    records = pictures.first_records(cfg, count)
+    return [[picture] for picture in pictures.detection_pictures(cfg, detector, records)]

@@ -20,6 +20,7 @@ from region_pretrain.sweeps.results import collect, collect_probes, logged, pret
 from region_pretrain.sweeps.rows import METRICS, Row, read_csv, results_csv
 from region_pretrain.sweeps.state import SweepFile
 from region_pretrain.sweeps.tables import Table, row_name, tables
+from region_pretrain.tracking.service import SERVICES, TrackedRun, read_tracked
 
 HTML, MARKDOWN, CSV = "report.html", "report.md", "results.csv"
 
@@ -181,6 +182,8 @@ def _loss_curves(sweep: SweepFile) -> list[report.Markup]:
 
 
 def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
+    tracked = {run.id: read_tracked(run.folder) for run in sweep.plan.runs.values()}
+    services = [name for name in SERVICES if any(name in found for found in tracked.values())]
     rows = []
     for run in sweep.plan.runs.values():
         at, path = state.progress(run), os.path.relpath(run.folder, folder)
@@ -195,9 +198,17 @@ def _runs_table(sweep: SweepFile, folder: str, now: Mapping[str, str]) -> str:
                 len(state.attempts(run)) or None,
                 state.minutes(run) or None,
                 report.Link("log", os.path.relpath(log, folder)) if log else "",
+                *(_tracker_page(tracked[run.id].get(name)) for name in services),
             ]
         )
-    return report.table(["run", "state", "progress", "attempts", "min", "log"], rows)
+    titles = [SERVICES[name] for name in services]
+    return report.table(["run", "state", "progress", "attempts", "min", "log", *titles], rows)
+
+
+def _tracker_page(run: TrackedRun | None) -> report.Link | str | None:
+    if run is None:
+        return None
+    return report.Link("page", run.url) if run.url else run.id
 
 
 def _markdown(sweep: SweepFile, now: Mapping[str, str], found: Sequence[Table]) -> str:

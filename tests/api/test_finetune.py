@@ -103,7 +103,7 @@ def test_the_chain_from_pretraining_to_pictures(data, tmp_path, capsys):
 
     cfg = load_config(str(tmp_path / "det/config.yaml"))
     register_named(cfg)
-    truth = pictures.ground_truth_pictures(cfg, 2)
+    truth = pictures.ground_truth_pictures(cfg, pictures.first_records(cfg, 2))
     assert np.array_equal(shown[:, :80], pictures.sheet([[t] for t in truth], 64))
     assert shown.shape == (2 * 72 + 8, 2 * 72 + 8, 3)
     others = np.asarray(rp.show_detections(run, data[1], count=2, min_score=0.0, height=64))

@@ -3,15 +3,13 @@ import logging
 
 import pytest
 from detectron2.utils.events import EventStorage, JSONWriter
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from region_pretrain.config import complete_train
 from region_pretrain.engine import writers
-from region_pretrain.engine.writers import (
-    ConsoleWriter,
-    ProgressWriter,
-    build_writers,
-    drop_lines_from,
-)
+from region_pretrain.engine.writer_list import build_writers
+from region_pretrain.engine.writers import ConsoleWriter, ProgressWriter, drop_lines_from
 from region_pretrain.metrics import newest_metrics
 from region_pretrain.progress import Progress, read_progress
 
@@ -63,9 +61,11 @@ def test_console_line(caplog):
 
 
 def test_a_resumed_run_has_each_iteration_once_in_file_and_tensorboard(tmp_path):
+    cfg = complete_train(OmegaConf.create({"train": {"output_dir": str(tmp_path)}}))
+
     def write(start, stop, scale):
         with EventStorage(start) as storage:
-            all_writers = build_writers(str(tmp_path), start, 6)
+            all_writers = build_writers(cfg, start, 6)
             for storage.iter in range(start, stop):
                 storage.put_scalars(
                     total_loss=scale * storage.iter, time=1.0, data_time=0.0, img_per_sec=1.0
@@ -126,7 +126,8 @@ def test_a_stopped_run_leaves_its_newest_progress_and_a_resumed_run_corrects_it(
 
 def test_the_console_and_the_file_show_the_same_estimate(tmp_path, caplog):
     with EventStorage(0) as storage, caplog.at_level(logging.INFO):
-        all_writers = build_writers(str(tmp_path), 0, 40)
+        cfg = complete_train(OmegaConf.create({"train": {"output_dir": str(tmp_path)}}))
+        all_writers = build_writers(cfg, 0, 40)
         storage.iter = 19
         storage.put_scalars(total_loss=1.0, time=3.5, data_time=0.0, img_per_sec=1.0)
         for writer in all_writers:

@@ -21,7 +21,7 @@ from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.preview import draw_preview
-from region_pretrain.reporting.pictures import ground_truth_pictures
+from region_pretrain.reporting.pictures import first_records, ground_truth_pictures
 
 READING = {"bits": 12}
 GREY = 128  # 2048 of 4095
@@ -100,7 +100,7 @@ def test_probe(name):
 def test_pictures(name):
     test = {"dataset": L(records_of)(names=name)}
     cfg = OmegaConf.create({"dataloader": {"test": test}}, flags={"allow_objects": True})
-    (picture,) = ground_truth_pictures(cfg, 1)
+    (picture,) = ground_truth_pictures(cfg, first_records(cfg, 1))
     assert picture[2, 2].tolist() == [GREY] * 3
 
 

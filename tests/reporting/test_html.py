@@ -2,6 +2,8 @@
 
 import base64
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import cv2
@@ -19,6 +21,8 @@ from region_pretrain.reporting.html import (
     write_report,
 )
 from region_pretrain.reporting.plots import plot_curves
+
+CHROMIUM = shutil.which("chromium")
 
 
 class Page(HTMLParser):
@@ -104,7 +108,8 @@ def test_pictures_are_inside_and_decodable(page, picture):
 
 def test_nothing_comes_from_elsewhere_and_phones_are_thought_of(page):
     bare = re.sub(r'src="data:[^"]*"', "", page)
-    assert not re.search(r"https?:|src=|href=|url\(|@import|<script|<link", bare)
+    assert not re.search(r"https?:|src=|href=|url\(|@import|<link|fetch|XMLHttp", bare)
+    assert bare.count("<script>") == bare.count("<script") == 1
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in Page(page).all(
         "meta"
     )
@@ -125,7 +130,9 @@ def test_uneven_rows_are_errors():
 
 
 def test_digits_and_empty_tables():
-    assert '<td class="number">0.123</td>' in table(["x"], [[0.12345]], digits=3)
+    assert '<td class="number" data-number="0.12345">0.123</td>' in table(
+        ["x"], [[0.12345]], digits=3
+    )
     assert "<td>True</td>" in table(["x"], [[True]])
     assert Page(table(["only", "header"], [])).texts["th"] == ["only", "header"]
 
@@ -139,3 +146,58 @@ def test_columns_of_numbers_as_text_are_aligned_and_links_quoted():
     )
     assert [a.get("class") for a in page.all("th")] == ["number", "number", None]
     assert page.all("a") == [{"href": "runs/a%20b"}] and page.texts["a"] == ["run <1>"]
+
+
+def test_addresses_are_links_and_other_schemes_are_not():
+    links = [Link("a", "https://host/x/#/runs/1?a=b&c"), Link("b", "javascript:alert(1)")]
+    page = Page(table(["page"], [[link] for link in links]))
+    assert [a["href"] for a in page.all("a")] == [links[0].href, "javascript%3Aalert%281%29"]
+
+
+ROWS = [
+    ["b 10", 3.04, "12/100", "9.5 ± 0.2"],
+    ["b 9", None, "", "– (chosen)"],
+    ["A", -1.5, "1,200/2,000", "10.5 ± 0.2"],
+    ["c", 3.01, "5/100", "+0.5"],
+]
+
+
+def test_numbers_are_sorted_by_their_value():
+    cells = Page(table(["name", "AP", "done", "mean"], ROWS)).all("td")
+    numbers = [cell.get("data-number") for cell in cells]
+    assert numbers[1::4] == ["3.04", None, "-1.5", "3.01"]
+    assert numbers[2::4] == ["12.0", None, "1200.0", "5.0"]
+    assert numbers[3::4] == ["9.5", None, "10.5", "0.5"]
+    assert numbers[0::4] == [None] * 4
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+def test_a_click_on_a_header_sorts_the_table(tmp_path):
+    orders = {
+        "h[0].click()": "A b9 b10 c",
+        "h[0].click(); h[0].click()": "c b10 b9 A",
+        "h[1].click()": "b10 c A b9",
+        "h[1].click(); h[1].click()": "A c b10 b9",
+        "h[2].click()": "A b10 c b9",
+        "h[2].click(); h[0].click()": "A b9 b10 c",
+        "h[1].dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', bubbles: true}))": "b10 c "
+        "A b9",
+        "h[1].dispatchEvent(new KeyboardEvent('keydown', {key: 'Tab', bubbles: true}))": "b10 b9 "
+        "A c",
+    }
+    tables = [table(["name", "AP", "done", "mean"], ROWS) for _ in orders]
+    path = tmp_path / "report.html"
+    write_report(str(path), [Section("Runs", tables)])
+    clicks = "".join(
+        f"{{ const h = document.querySelectorAll('table')[{i}].querySelectorAll('th'); {click}; }}"
+        for i, click in enumerate(orders)
+    )
+    path.write_text(path.read_text().replace("</body>", f"<script>{clicks}</script></body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{path}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = [
+        " ".join(name.replace(" ", "") for name in re.findall(r"<tr>\s*<td>([^<]+)<", part))
+        for part in dom.split("<table>")[1:]
+    ]
+    assert found == list(orders.values())

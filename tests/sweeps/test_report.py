@@ -17,7 +17,7 @@ from scipy import stats
 
 from region_pretrain.jobs.attempts import end_attempt, start_attempt
 from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.sweeps import state
+from region_pretrain.sweeps import report, state
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, TRIAL, Plan, Run
 from region_pretrain.sweeps.report import results_text, write_sweep_report
 from region_pretrain.sweeps.results import collect, mean_curve, step_minutes
@@ -363,3 +363,21 @@ def test_a_finished_run_that_is_still_ending_counts(tmp_path):
     rows = {c: re.search(rf">{c}(?:</a>)?</td>.*?</tr>", page, re.S)[0] for c in cells}
     minutes = {c: re.findall(r"<td[^>]*>([\d.]+)</td>", row)[-1] for c, row in rows.items()}
     assert {c: float(m) for c, m in minutes.items()} == {"early": 1.0, "late": 2.0}
+
+
+def test_runs_link_to_their_pages_at_the_trackers(folder):
+    sweep = state.read_sweep(str(folder.root))
+    first, second = list(sweep.plan.runs.values())[:2]
+    now = dict.fromkeys(sweep.plan.runs, "finished")
+    url = "https://host/team/project/runs/12?a=1&b=2"
+    for run, content in ((first, {"id": "12", "url": url}), (second, {"id": "34", "url": None})):
+        Path(run.folder, "wandb_run.json").write_text(json.dumps(content))
+    try:
+        page = report._runs_table(sweep, str(folder.root), now)
+    finally:
+        for run in (first, second):
+            os.remove(os.path.join(run.folder, "wandb_run.json"))
+    header, *rows = cells(page)
+    assert header[-2:] == ["log", "Weights & Biases"]
+    assert [row[-1] for row in rows] == ["page", "34"] + ["–"] * (len(rows) - 2)
+    assert f'<a href="{html.escape(url)}">page</a>' in page

@@ -1,0 +1,146 @@
+"""``train.writers``: the writers of a run, from their names or lazy objects."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from detectron2.config import instantiate
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from omegaconf import DictConfig
+
+from region_pretrain.config import read_saved
+from region_pretrain.engine.random_state import random_state_kept
+from region_pretrain.engine.tracker import TrackerWriter
+from region_pretrain.engine.writers import (
+    ConsoleWriter,
+    CSVWriter,
+    ProgressWriter,
+    drop_lines_from,
+)
+from region_pretrain.errors import UserError, describe
+from region_pretrain.metrics import newest_iteration, read_metrics
+from region_pretrain.progress import PROGRESS_FILE
+from region_pretrain.tracking.git import git_state
+from region_pretrain.tracking.service import SERVICES, RunInfo, check_package, read_tracked
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("console", "json", "tensorboard", "csv", *SERVICES)
+
+
+def check_writers(writers: Sequence[Any]) -> None:
+    """Check ``train.writers`` before anything is loaded.
+
+    Raises:
+        UserError: an unknown name, a package that is not installed, or no ``json``.
+    """
+    for entry in writers:
+        if isinstance(entry, str) and entry not in NAMES:
+            near = difflib.get_close_matches(entry, NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"train.writers: there is no writer {entry!r}{hint} The names are "
+                f"{', '.join(NAMES)}; any other writer is a L(Writer)(...)"
+            )
+        if not isinstance(entry, str) and "_target_" not in entry:
+            raise UserError(f"train.writers: {entry} is neither a name nor a L(Writer)(...)")
+        if entry in SERVICES:
+            check_package(entry)
+    if "json" not in writers:
+        raise UserError("train.writers must contain json: resuming and reports need metrics.json")
+
+
+def build_writers(cfg: DictConfig, start_iter: int, max_iter: int) -> list[EventWriter]:
+    """The writers of a run that starts or resumes at ``start_iter``; for the main process.
+
+    Values are not smoothed over earlier ones, so that a resumed run writes the same values.
+
+    Args:
+        cfg: saved in ``train.output_dir``; ``train.writers`` and ``train.tracking`` are read.
+        start_iter: first iteration; later ones are removed from the files in the folder.
+        max_iter: number of iterations of the run.
+
+    Raises:
+        UserError: a service's settings are unusable, or a file cannot be replaced.
+    """
+    folder = cfg.train.output_dir
+    metrics = os.path.join(folder, "metrics.json")
+    logged = newest_iteration(metrics)
+    drop_lines_from(metrics, start_iter)
+    makers: dict[str, Callable[[], EventWriter]] = {
+        "json": lambda: JSONWriter(metrics, window_size=1),
+        "console": lambda: ConsoleWriter(max_iter),
+        "csv": lambda: CSVWriter(os.path.join(folder, "metrics.csv"), metrics),
+    }
+    writers = [makers[name]() for name in makers if name in cfg.train.writers]
+    trackers = [
+        TrackerWriter(name, _run_info(cfg, name, logged), max_iter)
+        for name in SERVICES
+        if name in cfg.train.writers
+    ]
+    for tracker in trackers:
+        tracker.wait_until_ready()
+    writers += trackers
+    writers += [
+        _Tolerant(instantiate(entry)) for entry in cfg.train.writers if not isinstance(entry, str)
+    ]
+    writers.append(ProgressWriter(os.path.join(folder, PROGRESS_FILE), start_iter, max_iter))
+    if "tensorboard" in cfg.train.writers:  # last, as it removes pictures from the storage
+        writers.append(TensorboardXWriter(folder, window_size=1, purge_step=start_iter))
+    return writers
+
+
+def _run_info(cfg: DictConfig, service: str, logged: int) -> RunInfo:
+    folder, tracking = os.path.abspath(cfg.train.output_dir), cfg.train.tracking
+    path = os.path.join(folder, "config.yaml")
+    history = {}
+    for row in read_metrics(folder) if newest_iteration(folder) >= 0 else []:
+        history[row.pop("iteration")] = row
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    return RunInfo(
+        output_dir=folder,
+        project=tracking.project,
+        name=tracking.name or os.path.basename(folder),
+        group=tracking.group,
+        tags=tuple(tracking.tags),
+        config=read_saved(path),
+        config_text=text,
+        git=git_state(),
+        upload_model=tracking.upload_model,
+        history=history,
+        logged=logged if service in read_tracked(folder) else -1,
+        seconds=tracking.seconds,
+        pid=os.getpid(),
+    )
+
+
+class _Tolerant(EventWriter):
+    """A writer whose errors and random numbers have no effect on the training."""
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+        self._failed = False
+
+    def write(self) -> None:
+        self._try(self._writer.write)
+
+    def close(self) -> None:
+        self._try(self._writer.close)
+
+    def _try(self, function: Callable[[], None]) -> None:
+        try:
+            with random_state_kept():
+                function()
+        except Exception as error:
+            if not self._failed:
+                logger.warning(
+                    "%s failed: %s. The training continues; there is no further warning",
+                    type(self._writer).__name__,
+                    describe(error),
+                )
+            self._failed = True
