@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local
+from region_pretrain.files import is_local, reported_if_stuck
 from region_pretrain.json_files import build
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ PREFIX = ".lease"
 _BEAT_SECONDS = 10.0  # between two signs of life
 #: Longer than Python needs to parse the largest annotation file, during which no thread can run.
 _SILENCE_SECONDS = 180.0
+_LONGEST_LOOK = 1.0  # seconds of silence that two consecutive looks at the lease can prove
+_STUCK_SECONDS = 60.0
 _PATIENCE_SECONDS = 3.0  # a process that is being killed still exists for a moment
 _POLL_SECONDS = 0.1
 _FREE = "{}"
@@ -127,8 +129,9 @@ def hold(
     """Use a folder exclusively within the context. Exactly one of several processes can.
 
     A holder that is gone is replaced: its process on this machine has ended, its SLURM job has been
-    restarted as the current one, or it gives no sign of life for three minutes. A process that has
-    been replaced, such as one that was suspended, exits with code 2 at its next sign of life.
+    restarted as the current one, or it gives no sign of life for three minutes in which the file
+    system answers. A process that has been replaced, such as one that was suspended, exits with
+    code 2 at its next sign of life.
 
     Args:
         folder: an existing local folder; any number of processes may use a PathManager URL.
@@ -166,27 +169,29 @@ def holder_of(folder: str, name: str = PREFIX) -> Holder | None:
 def _acquire(lease: str, what: str, patience: float) -> str:
     """Create and return the lease's next file."""
     os.makedirs(lease, exist_ok=True)
-    asked = changed_at = time.monotonic()
+    asked = looked_at = time.monotonic()
+    silence = 0.0
     seen: tuple[int, float] | None = None
     warned = False
     while True:
         number, holder, beat = _newest(lease)
         now = time.monotonic()
         alive = seen is not None and seen != (number, beat)
-        if alive:
-            changed_at = now
+        # While the file system does not answer, the holder cannot give a sign of life either.
+        silence = 0.0 if alive else silence + min(now - looked_at, _LONGEST_LOOK)
+        looked_at = now
         seen = number, beat
         known = isinstance(holder, Holder)
         here = known and holder.is_here()
         restarted = known and _is_restart_of(holder)
         ended = known and holder.has_ended()
-        silent = not here and now - changed_at > _SILENCE_SECONDS
+        silent = not here and silence > _SILENCE_SECONDS
         if holder is None or restarted or ended or silent:
             if (path := _create(lease, number + 1)) is not None:
                 if restarted and not ended:
                     time.sleep(1.5 * _BEAT_SECONDS)  # it notices that it was replaced, and exits
                 return path
-            seen = None
+            seen, silence = None, 0.0
             continue
         if now - asked > patience:
             name = holder or "an unknown process"
@@ -264,7 +269,8 @@ def _create(lease: str, number: int) -> str | None:
 def _give_signs_of_life(path: str, what: str, released: threading.Event) -> None:
     while not released.wait(_BEAT_SECONDS):
         try:
-            os.utime(path)
+            with reported_if_stuck(what, _STUCK_SECONDS):
+                os.utime(path)
         except FileNotFoundError:
             if released.is_set():
                 return

@@ -117,10 +117,13 @@ def _folder(argv: list[str], command: str, description: str) -> str:
 
 def _status(argv: list[str]) -> None:
     folder = _folder(argv, "status", "Print the state of every run, and why runs failed.")
+    from region_pretrain.files import reported_if_stuck
     from region_pretrain.sweeps.status import status_text
 
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit quietly when a pager or head exits first
-    print(status_text(folder)[0])
+    with reported_if_stuck(folder, 10):
+        text, _ = status_text(folder)
+    print(text)
 
 
 def _cancel(argv: list[str]) -> None:

@@ -170,6 +170,43 @@ def test_a_silent_holder_on_another_machine_is_replaced(tmp_path, monkeypatch, c
     assert "waiting up to 0 s for a sign of life" in caplog.text
 
 
+def test_while_the_file_system_stalls_nobody_counts_as_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "_LONGEST_LOOK", 0.1)
+    path = write_holder(tmp_path, machine="elsewhere", host="node7")
+    newest, looks = lease._newest, []
+
+    def stalls_once(folder):
+        looks.append(time.monotonic())
+        if len(looks) == 2:
+            time.sleep(1.0)  # the holder's sign of life waits as well
+            threading.Timer(0.2, os.utime, (path,)).start()
+        return newest(folder)
+
+    monkeypatch.setattr(lease, "_newest", stalls_once)
+    with pytest.raises(UserError, match="in use by .* on node7"), hold(str(tmp_path), patience=0.2):
+        pass
+    assert looks[2] - looks[0] > 1.0 and os.listdir(tmp_path / lease.PREFIX) == ["7"]
+
+
+def test_who_has_just_replaced_a_silent_holder_is_not_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SILENCE_SECONDS", 0.4)
+    write_holder(tmp_path, machine="elsewhere", host="node7")
+    create = lease._create
+
+    def slower(folder, number):
+        if number == 8:  # another machine replaces it at the same instant
+            text = (tmp_path / lease.PREFIX / "7").read_text().replace("node7", "node8")
+            (tmp_path / lease.PREFIX / "8").write_text(text)
+        return create(folder, number)
+
+    monkeypatch.setattr(lease, "_create", slower)
+    began = time.monotonic()
+    with hold(str(tmp_path), patience=0):
+        # twice: it has waited for node7 and then for node8
+        assert time.monotonic() - began >= 0.8
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 1}', "\0"])
 def test_an_incomplete_file_is_a_holder_that_gives_no_sign_of_life(tmp_path, monkeypatch, text):
     monkeypatch.setattr(lease, "_SILENCE_SECONDS", 0.2)
