@@ -214,6 +214,8 @@ class Trainer(TrainerBase):
             return next(self._batches)
         except UserError as error:  # a loader's worker prepends its traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except (ConnectionError, EOFError) as error:  # while it sent the batch
+            raise RuntimeError("DataLoader worker was killed") from error
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "

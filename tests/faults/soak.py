@@ -51,27 +51,37 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import STOPPED, exit_on_user_error
 from region_pretrain.overrides import apply_overrides
+from region_pretrain.projects.byol import byol
+from region_pretrain.projects.ccop import ccop
+from region_pretrain.projects.mcl import mcl
+from region_pretrain.projects.moco import moco
+from region_pretrain.projects.point_region_contrast import point_region
+from region_pretrain.projects.soco import soco
 from region_pretrain.regions.generate import make_regions
 
 PROJECTS = TESTS.parent / "projects"
-#: Method -> its recipe for Shapes, the file with its ``pretrain``, and overrides.
+RATIOS = [1, 2, 4]
+#: Method -> its recipe for Shapes, its function of the detector, and overrides.
 METHODS = {
-    "SoCo": ("soco_r18-fpn", "soco", ["views.sizes=[32,32,16]"]),
-    "CCOP": ("ccop_r18-fpn", "ccop", ["views.size=32", "views.min_area=4.0"]),
-    "MCL": ("mcl_r18-fpn", "mcl", ["views.montage.images_per_canvas=[1,2,4]"]),
+    "SoCo": ("soco_r18-fpn", soco, ["views.sizes=[32,32,16]"]),
+    "CCOP": ("ccop_r18-fpn", ccop, ["views.size=32", "views.min_area=4.0"]),
+    "MCL": ("mcl_r18-fpn", mcl, ["views.montage.images_per_canvas=[1,2,4]"]),
     "PointRegionContrast": (
         "point-region_r18-fpn",
-        "point_region",
+        point_region,
         ["views.size=32", "views.cells=8", "views.pairs=16"],
     ),
-    "MoCo": ("moco-v2_r18", "moco", ["views.size=32"]),
-    "BYOL": ("byol_r18", "byol", ["views.size=32"]),
+    "MoCo": ("moco-v2_r18", moco, ["views.size=32"]),
+    "BYOL": ("byol_r18", byol, ["views.size=32"]),
 }
 ITERATIONS = 24
 MAX_KILLS_OF_A_RUN = 10
-#: How a run may end after a signal: saved, killed, terminated, or one of its processes was killed.
-EXIT_CODES = {STOPPED, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 128 + signal.SIGUSR2}
-EXIT_CODES |= {2, 130}
+#: How a run may end: killed; with a line about a worker or process that was killed; or, after a
+#: TERM, with a checkpoint or before there was anything to save.
+EXIT_CODES = dict.fromkeys(("all", "main"), {-signal.SIGKILL})
+EXIT_CODES |= {"child": {2, 128 + signal.SIGKILL}}
+_TERM = {STOPPED, -signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGUSR2}
+EXIT_CODES |= dict.fromkeys(("TERM all", "TERM main"), _TERM)
 
 
 def make_images(folder: Path) -> tuple[str, str]:
@@ -90,16 +100,13 @@ def make_images(folder: Path) -> tuple[str, str]:
 
 def make_config(method: str, names: str, store: str) -> DictConfig:
     """A method's recipe around a narrow detector, for :func:`make_images`."""
-    recipe, common, views = METHODS[method]
-    configs = PROJECTS / method / "configs"
-    cfg = LazyConfig.load(str(configs / f"{recipe}_b32_shapes.py"))
-    pretrain = LazyConfig.load(str(configs / f"common/{common}.py"), "pretrain")
-    cfg.model = pretrain(DETECTORS["Faster/Mask R-CNN, FPN"]())
-    for key, part in cfg.model.items():
-        if key.endswith("queue"):
-            part.length = 64
-        if isinstance(part, DictConfig) and "hidden_dim" in part:
-            part.hidden_dim = 16
+    recipe, function, views = METHODS[method]
+    cfg = LazyConfig.load(str(PROJECTS / method / f"configs/{recipe}_b32_shapes.py"))
+    ratios = {"ratios": RATIOS} if method == "MCL" else {}
+    detector = DETECTORS["Faster/Mask R-CNN, FPN"]()
+    cfg.model = function(detector, hidden_dim=16, dim=16, **ratios)
+    for key in (key for key in cfg.model if key.endswith("queue")):
+        cfg.model[key].length = 64
     dataset = cfg.dataloader.train.dataset
     dataset.names = names
     if dataset.get("regions") is not None:
@@ -197,16 +204,16 @@ def kill_once(run: MethodRun, rng: random.Random, startup: float) -> tuple[str, 
     time.sleep(delay)
     number = signal.SIGTERM if "TERM" in target else signal.SIGKILL
     if process.poll() is None:
-        if target.endswith("all"):
-            os.killpg(process.pid, number)
-        else:
-            children = [pid for pid in processes_of(process.pid) if pid != process.pid]
-            if target == "child" and not children:
-                target = "main"
-            try:
+        children = [pid for pid in processes_of(process.pid) if pid != process.pid]
+        if not children:
+            target = target.replace("child", "main").replace("all", "main")
+        try:
+            if target.endswith("all"):
+                os.killpg(process.pid, number)
+            else:
                 os.kill(rng.choice(children) if target == "child" else process.pid, number)
-            except ProcessLookupError:  # the child has just ended
-                target = "nothing"
+        except ProcessLookupError:  # the child has just ended
+            target = "nothing"
     code = process.wait(120)
     while processes_of(process.pid):  # they notice that their parent is gone
         assert time.monotonic() < deadline, f"left behind: {processes_of(process.pid)}"
@@ -261,7 +268,7 @@ def soak(
                 break
             instant, target, code = killed
             text = run.output()
-            assert code in EXIT_CODES and "Traceback" not in text, (killed, text[-3000:])
+            assert code in EXIT_CODES[target] and "Traceback" not in text, (killed, text[-3000:])
             struck += 1
             results.saved += code == STOPPED
             results.kills.append((method, processes, instant, target))
@@ -281,7 +288,7 @@ def soak(
 
 def describe(results: Results) -> str:
     """Kills per method, number of processes, and target."""
-    targets = ["all", "main", "child", "TERM main", "TERM all"]
+    targets = list(EXIT_CODES)
     counts = Counter((m, p, target) for m, p, _, target in results.kills)
     rows = [
         [m, p, runs, *(counts[m, p, t] for t in targets), sum(counts[m, p, t] for t in targets)]
@@ -310,10 +317,10 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     say = functools.partial(print, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         say(describe(soak(Path(folder), args.kills, seed, say)))
     for make in (tiny_pretraining, tiny_finetuning):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             say(f"\n{make.__name__}: {args.steps} steps")
             rows = watch(make(Path(folder), args.steps), Path(folder), args.steps)
             say(describe_flat(rows))

@@ -5,11 +5,11 @@ from soak import make_config, make_images
 
 
 def test_nothing_grows_in_a_pretraining(tmp_path):
-    assert_flat(watch(tiny_pretraining(tmp_path, 1500), tmp_path, 1500))
+    assert_flat(watch(tiny_pretraining(tmp_path, 1000), tmp_path, 1000))
 
 
 def test_nothing_grows_in_a_finetuning(tmp_path):
-    assert_flat(watch(tiny_finetuning(tmp_path, 500), tmp_path, 500))
+    assert_flat(watch(tiny_finetuning(tmp_path, 300), tmp_path, 300))
 
 
 def test_nothing_grows_with_the_workers_of_a_loader(tmp_path):
