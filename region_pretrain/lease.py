@@ -38,6 +38,7 @@ _STUCK_SECONDS = 60.0
 _PATIENCE_SECONDS = 3.0  # a process that is being killed still exists for a moment
 _POLL_SECONDS = 0.1
 _FREE = "{}"
+_NEW = "new-"  # begins the name of a file that has no number yet
 
 
 class InUse(UserError):
@@ -155,9 +156,9 @@ def hold(
         yield
     finally:
         released.set()
-        with suppress(OSError), open(path, "r+", encoding="utf-8") as file:
-            file.write(_FREE)
-            file.truncate()
+        with suppress(OSError), open(path, "r+b", buffering=0) as file:
+            # One call, so that a kill leaves either content.
+            file.write(_FREE.encode().ljust(os.path.getsize(path)))
 
 
 def holder_of(folder: str, name: str = PREFIX) -> Holder | None:
@@ -168,7 +169,6 @@ def holder_of(folder: str, name: str = PREFIX) -> Holder | None:
 
 def _acquire(lease: str, what: str, patience: float) -> str:
     """Create and return the lease's next file."""
-    os.makedirs(lease, exist_ok=True)
     asked = looked_at = time.monotonic()
     silence = 0.0
     seen: tuple[int, float] | None = None
@@ -234,7 +234,7 @@ def _newest(lease: str) -> tuple[int, Holder | str | None, float]:
         # Opening a file makes a network file system look at the server's copy.
         with open(os.path.join(lease, str(number)), encoding="utf-8") as file:
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
-        return number, build(Holder, json.loads(text)) if text != _FREE else None, beat
+        return number, build(Holder, json.loads(text)) if text.strip() != _FREE else None, beat
     except FileNotFoundError:  # no file yet, or it has just been replaced
         return number, None, 0.0
     except (ValueError, TypeError):
@@ -243,27 +243,45 @@ def _newest(lease: str) -> tuple[int, Holder | str | None, float]:
 
 def _create(lease: str, number: int) -> str | None:
     """Create the file of this number; None if another process was faster."""
+    with suppress(FileExistsError):
+        os.mkdir(lease)
     path = os.path.join(lease, str(number))
+    text = json.dumps(asdict(Holder.this_process()))
+    part = os.path.join(lease, f"{_NEW}{socket.gethostname()}-{os.getpid()}")
     try:
-        file = open(path, "x", encoding="utf-8")
-    except FileExistsError:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+        _name_exclusively(part, path, text)
+    except (FileExistsError, FileNotFoundError):  # FileNotFoundError: it has removed the part
         return None
-    try:
-        with file:
-            json.dump(asdict(Holder.this_process()), file)
-    except OSError:
-        os.remove(path)
-        raise
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
     numbers = _numbers(lease)
     if number not in numbers or max(numbers) > number:  # this process has slept for long
         with suppress(FileNotFoundError):
             os.remove(path)
         return None
-    for older in numbers:
-        if older < number:
+    for name in os.listdir(lease):
+        if name.startswith(_NEW) or name.isdecimal() and int(name) < number:
             with suppress(FileNotFoundError):
-                os.remove(os.path.join(lease, str(older)))
+                os.remove(os.path.join(lease, name))
     return path
+
+
+def _name_exclusively(part: str, path: str, text: str) -> None:
+    """Give a file its name, unless the name is taken; a kill leaves a complete file or none."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        with open(path, encoding="utf-8") as file:
+            if file.read() != text:  # else NFS has lost the answer
+                raise
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _give_signs_of_life(path: str, what: str, released: threading.Event) -> None:

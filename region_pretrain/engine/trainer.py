@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.build import one_image_at_a_time
 from region_pretrain.engine.memory import peak_memory_mib
-from region_pretrain.errors import NonFiniteLoss, UserError
+from region_pretrain.errors import NonFiniteLoss, UserError, describe
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
@@ -214,8 +214,8 @@ class Trainer(TrainerBase):
             return next(self._batches)
         except UserError as error:  # a loader's worker prepends its traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-        except (ConnectionError, EOFError) as error:  # while it sent the batch
-            raise RuntimeError("DataLoader worker was killed") from error
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(f"DataLoader worker sent no batch ({describe(error)})") from error
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "

@@ -75,7 +75,6 @@ METHODS = {
     "BYOL": ("byol_r18", byol, ["views.size=32"]),
 }
 ITERATIONS = 24
-MAX_KILLS_OF_A_RUN = 10
 #: How a run may end: killed; with a line about a worker or process that was killed; or, after a
 #: TERM, with a checkpoint or before there was anything to save.
 EXIT_CODES = dict.fromkeys(("all", "main"), {-signal.SIGKILL})
@@ -236,7 +235,6 @@ def soak(
     kills: int,
     seed: int,
     say: Callable[[str], None] = print,
-    kills_of_a_run: int = MAX_KILLS_OF_A_RUN,
 ) -> Results:
     """Kill and resume runs until this many kills have struck.
 
@@ -244,6 +242,7 @@ def soak(
         AssertionError: a run ended in another way than it may, or differs from the unkilled one.
     """
     rng, results, began = random.Random(seed), Results(), time.monotonic()
+    kills_of_a_run = min(10, 1 + kills // (2 * len(METHODS)))
     names, store = make_images(folder)
     configs = {method: make_config(method, names, store) for method in METHODS}
     whole: dict[tuple[str, int], tuple[MethodRun, float]] = {}
