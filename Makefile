@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark zoo test test-faults test-gpu test-slurm lint docs clean
+.PHONY: setup demo benchmark zoo test test-faults soak test-gpu test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,12 @@ test: $(STAMP)
 # Killed processes, signals, changed data, damaged files; also part of `make test`.
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
+
+# Kills tiny runs of all methods at random moments, e.g. make soak KILLS=50 STEPS=5000 SEED=1
+KILLS ?= 200
+STEPS ?= 20000
+soak: $(STAMP)
+	$(BIN)/python tests/faults/soak.py --kills $(KILLS) --steps $(STEPS) $(if $(SEED),--seed $(SEED))
 
 # On a real slurmctld and two slurmd of this machine: apt-get install slurm-wlm munge
 test-slurm: $(STAMP)

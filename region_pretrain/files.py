@@ -8,8 +8,11 @@ import glob
 import os
 import shutil
 import socket
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from region_pretrain.system import process_start
@@ -87,8 +90,38 @@ def remove_parts(folder: str, prefix: str = "", shared: bool = False) -> None:
 def _is_abandoned(part: str) -> bool:
     host, _, pid = part.rpartition(f"{_PART}-")[2].rpartition("-")
     if host != socket.gethostname() or not pid.isdigit():
-        return time.time() - os.path.getmtime(part) > 24 * 3600
+        return now_at(os.path.dirname(part)) - os.path.getmtime(part) > 24 * 3600
     return int(pid) == os.getpid() or process_start(int(pid)) is None
+
+
+def now_at(folder: str) -> float:
+    """The time that a file written to a folder now would have.
+
+    Compare modification times with this one: a file server's clock may differ from this machine's,
+    which is only used if the folder is not writable.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder or ".") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
+@contextlib.contextmanager
+def reported_if_stuck(what: str, seconds: float) -> Iterator[None]:
+    """Print a line if the context, which only reads or writes files, takes longer than this."""
+
+    def report() -> None:
+        text = f"{what}: the file system has not answered for {seconds:.0f} s; waiting"
+        print(text, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, report)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def printable(name: str) -> str:

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local
+from region_pretrain.files import is_local, reported_if_stuck
 from region_pretrain.json_files import build
 from region_pretrain.system import process_start
 
@@ -34,9 +34,12 @@ PREFIX = ".lease"
 _BEAT_SECONDS = 10.0  # between two signs of life
 #: Longer than Python needs to parse the largest annotation file, during which no thread can run.
 _SILENCE_SECONDS = 180.0
+_LONGEST_LOOK = 1.0  # seconds of silence that two consecutive looks at the lease can prove
+_STUCK_SECONDS = 60.0
 _PATIENCE_SECONDS = 3.0  # a process that is being killed still exists for a moment
 _POLL_SECONDS = 0.1
 _FREE = "{}"
+_NEW = "new-"  # begins the name of a file that has no number yet
 
 
 class InUse(UserError):
@@ -108,8 +111,9 @@ def hold(
     """Use a folder exclusively within the context. Exactly one of several processes can.
 
     A holder that is gone is replaced: its process on this machine has ended, its SLURM job has been
-    restarted as the current one, or it gives no sign of life for three minutes. A process that has
-    been replaced, such as one that was suspended, exits with code 2 at its next sign of life.
+    restarted as the current one, or it gives no sign of life for three minutes in which the file
+    system answers. A process that has been replaced, such as one that was suspended, exits with
+    code 2 at its next sign of life.
 
     Args:
         folder: an existing local folder; any number of processes may use a PathManager URL.
@@ -133,9 +137,9 @@ def hold(
         yield
     finally:
         released.set()
-        with suppress(OSError), open(path, "r+", encoding="utf-8") as file:
-            file.write(_FREE)
-            file.truncate()
+        with suppress(OSError), open(path, "r+b", buffering=0) as file:
+            # One call, so that a kill leaves either content.
+            file.write(_FREE.encode().ljust(os.path.getsize(path)))
 
 
 def holder_of(folder: str, name: str = PREFIX) -> Holder | None:
@@ -146,28 +150,29 @@ def holder_of(folder: str, name: str = PREFIX) -> Holder | None:
 
 def _acquire(lease: str, what: str, patience: float) -> str:
     """Create and return the lease's next file."""
-    os.makedirs(lease, exist_ok=True)
-    asked = changed_at = time.monotonic()
+    asked = looked_at = time.monotonic()
+    silence = 0.0
     seen: tuple[int, float] | None = None
     warned = False
     while True:
         number, holder, beat = _newest(lease)
         now = time.monotonic()
         alive = seen is not None and seen != (number, beat)
-        if alive:
-            changed_at = now
+        # While the file system does not answer, the holder cannot give a sign of life either.
+        silence = 0.0 if alive else silence + min(now - looked_at, _LONGEST_LOOK)
+        looked_at = now
         seen = number, beat
         known = isinstance(holder, Holder)
         here = known and holder.is_here()
         restarted = known and _is_restart_of(holder)
         ended = known and holder.has_ended()
-        silent = not here and now - changed_at > _SILENCE_SECONDS
+        silent = not here and silence > _SILENCE_SECONDS
         if holder is None or restarted or ended or silent:
             if (path := _create(lease, number + 1)) is not None:
                 if restarted and not ended:
                     time.sleep(1.5 * _BEAT_SECONDS)  # it notices that it was replaced, and exits
                 return path
-            seen = None
+            seen, silence = None, 0.0
             continue
         if now - asked > patience:
             name = holder or "an unknown process"
@@ -210,7 +215,7 @@ def _newest(lease: str) -> tuple[int, Holder | str | None, float]:
         # Opening a file makes a network file system look at the server's copy.
         with open(os.path.join(lease, str(number)), encoding="utf-8") as file:
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
-        return number, build(Holder, json.loads(text)) if text != _FREE else None, beat
+        return number, build(Holder, json.loads(text)) if text.strip() != _FREE else None, beat
     except FileNotFoundError:  # no file yet, or it has just been replaced
         return number, None, 0.0
     except (ValueError, TypeError):
@@ -219,33 +224,52 @@ def _newest(lease: str) -> tuple[int, Holder | str | None, float]:
 
 def _create(lease: str, number: int) -> str | None:
     """Create the file of this number; None if another process was faster."""
+    with suppress(FileExistsError):
+        os.mkdir(lease)
     path = os.path.join(lease, str(number))
+    text = json.dumps(asdict(Holder.this_process()))
+    part = os.path.join(lease, f"{_NEW}{socket.gethostname()}-{os.getpid()}")
     try:
-        file = open(path, "x", encoding="utf-8")
-    except FileExistsError:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+        _name_exclusively(part, path, text)
+    except (FileExistsError, FileNotFoundError):  # FileNotFoundError: it has removed the part
         return None
-    try:
-        with file:
-            json.dump(asdict(Holder.this_process()), file)
-    except OSError:
-        os.remove(path)
-        raise
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
     numbers = _numbers(lease)
     if number not in numbers or max(numbers) > number:  # this process has slept for long
         with suppress(FileNotFoundError):
             os.remove(path)
         return None
-    for older in numbers:
-        if older < number:
+    for name in os.listdir(lease):
+        if name.startswith(_NEW) or name.isdecimal() and int(name) < number:
             with suppress(FileNotFoundError):
-                os.remove(os.path.join(lease, str(older)))
+                os.remove(os.path.join(lease, name))
     return path
+
+
+def _name_exclusively(part: str, path: str, text: str) -> None:
+    """Give a file its name, unless the name is taken; a kill leaves a complete file or none."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        with open(path, encoding="utf-8") as file:
+            if file.read() != text:  # else NFS has lost the answer
+                raise
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _give_signs_of_life(path: str, what: str, released: threading.Event) -> None:
     while not released.wait(_BEAT_SECONDS):
         try:
-            os.utime(path)
+            with reported_if_stuck(what, _STUCK_SECONDS):
+                os.utime(path)
         except FileNotFoundError:
             if released.is_set():
                 return

@@ -6,8 +6,8 @@ Nothing here imports PyTorch.
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import dataclass
 
 from region_pretrain.files import write_text_atomic
 
@@ -23,26 +23,27 @@ class Progress:
         done: finished iterations or images.
         total: iterations or images of the complete run.
         seconds_left: the run's own estimate; None until it has one.
-        updated: Unix time at which this was written.
+        updated: modification time of the file that this was read from, by the file system's clock.
     """
 
     done: int
     total: int
     seconds_left: float | None = None
-    updated: float = field(default_factory=time.time)
+    updated: float | None = None
 
 
 def write_progress(path: str, progress: Progress) -> None:
     """Replace the file atomically: a reader sees either the old or the new content."""
-    write_text_atomic(path, json.dumps(asdict(progress)) + "\n")
+    names = ("done", "total", "seconds_left")
+    write_text_atomic(path, json.dumps({name: getattr(progress, name) for name in names}) + "\n")
 
 
 def read_progress(path: str) -> Progress | None:
     """Read what the run wrote last; None if there is no such file yet, or it is damaged."""
     try:
         with open(path, "rb") as file:
-            found = Progress(**json.load(file))
+            found = Progress(**json.load(file), updated=os.fstat(file.fileno()).st_mtime)
     except (OSError, TypeError, ValueError, RecursionError):
         return None
-    numbers = (found.done, found.total, found.seconds_left or 0, found.updated)
+    numbers = (found.done, found.total, found.seconds_left or 0)
     return found if all(isinstance(n, int | float) for n in numbers) else None

@@ -120,11 +120,14 @@ def _folder(argv: list[str], prog: str, description: str) -> str:
 
 def _status(argv: list[str], prog: str) -> None:
     folder = _folder(argv, prog, "Print the state of every run, and why runs failed.")
+    from region_pretrain.files import reported_if_stuck
     from region_pretrain.sweeps.status import status_text
 
     if hasattr(signal, "SIGPIPE"):  # exit quietly when a pager or head exits first
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(status_text(folder)[0])
+    with reported_if_stuck(folder, 10):
+        text, _ = status_text(folder)
+    print(text)
 
 
 def _cancel(argv: list[str], prog: str) -> None:

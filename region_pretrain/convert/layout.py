@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from region_pretrain.errors import UserError
+
 _DEPTHS = {
     (2, 2, 2, 2): (18, False),
     (3, 4, 6, 3): (50, True),
@@ -51,9 +53,14 @@ class ResNetLayout:
         groups, group_width: ResNeXt's groups, and their channels in the first stage; 1 and 64 for a
             ResNet.
         batch_norm: whether the norms have running statistics.
+
+    Raises:
+        UserError: the first residual stage is missing.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        if "res2.0.conv1.weight" not in tensors:
+            raise UserError("the ResNet is incomplete: it has a stem, but no first residual stage")
         self.bottleneck = is_bottleneck(tensors)
         last = 3 if self.bottleneck else 2
         stages = numbered(tensors, r"res(\d)\.0\.conv1\.weight")

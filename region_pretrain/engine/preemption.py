@@ -117,9 +117,25 @@ class StopRequest:
 
 
 def _ignore_in_fork() -> None:
-    for number in _SIGNALS:
-        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest):
-            signal.signal(number, signal.SIG_IGN)
+    handled = [
+        number
+        for number in _SIGNALS
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), StopRequest)
+    ]
+    for number in handled:
+        signal.signal(number, signal.SIG_IGN)
+    if signal.SIGTERM in handled:
+        # PyTorch installs another handler in a loader's workers, which ends them. While the signal
+        # is blocked, only this thread receives it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, daemon=True).start()
+
+
+def _end_for_parent() -> None:
+    """Exit when the parent process sends TERM, as a loader does with a worker that is stuck."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 if hasattr(os, "register_at_fork"):

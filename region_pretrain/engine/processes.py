@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 from detectron2.engine import DEFAULT_TIMEOUT
@@ -22,10 +22,12 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
+from region_pretrain.engine.roll_call import meet
 from region_pretrain.errors import STOPPED, Stopped, UserError, describe
 from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
+_ROLL_CALL = "roll-call"
 T = TypeVar("T")
 
 
@@ -105,8 +107,8 @@ def launch(
         args: arguments of ``main``.
 
     Raises:
-        UserError: the machine has too few GPUs, processes share one, or several machines have no
-            rendezvous address.
+        UserError: the machine has too few GPUs, processes share one, several machines have no
+            rendezvous address, or not all processes come to it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
@@ -137,6 +139,9 @@ def launch(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // num_processes)))
     if num_machines > 1:
         choose_gloo_interface(urlsplit(dist_url).hostname)
+        if dist_url.startswith("tcp://"):
+            address = dist_url.removeprefix("tcp://")
+            dist_url = f"{_ROLL_CALL}://{address}?local_size={num_processes}"
     try:
         with _signals_reach_processes() as received:
             detectron2_launch(
@@ -195,13 +200,36 @@ def _main_of_process(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     is_main = comm.is_main_process()
     ended = _run_to_end(main, args)
     if isinstance(ended, UserError):
-        # Usually all processes find the same error. The main one exits first, and the parent then
-        # ends the others before they print it again.
-        time.sleep(0 if is_main else 5)
-        print(f"error: {ended}", file=sys.stderr, flush=True)
-        sys.exit(_EXIT_CODE)
+        _exit(ended, is_main)
     if ended is not None:
         raise ended
+
+
+def _exit(error: UserError, first: bool) -> NoReturn:
+    """End a process that was launched.
+
+    Usually all processes find the same error. The first one exits first, and the parent then ends
+    the others before they print it again.
+    """
+    time.sleep(0 if first else 5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(_EXIT_CODE)
+
+
+def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, int]]:
+    """The rendezvous of processes that were launched on several machines."""
+    parts = urlsplit(url)
+    numbers = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
+    rank, world_size = numbers["rank"], numbers["world_size"]
+    first = rank % numbers["local_size"] == 0
+    try:
+        store = meet(parts.hostname, parts.port, rank, world_size, speaks=first)
+    except UserError as error:
+        _exit(error, first)
+    yield store, rank, world_size
+
+
+dist.register_rendezvous_handler(_ROLL_CALL, _roll_call)
 
 
 def _run_to_end(main: Callable[..., Any], args: tuple[Any, ...]) -> UserError | Stopped | None:
@@ -232,21 +260,33 @@ def leave_process_group() -> None:
 
 
 def _join_from_environment(device: str) -> None:
-    missing = [name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
     if missing:
         raise UserError(
             f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} are not: set them as well"
         )
-    local_rank, local_size = (int(os.environ[n]) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, world_size, local_rank, local_size, port = (
+        int(os.environ[name])
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    )
+    host = os.environ["MASTER_ADDR"]
     gpu = None
     if device != "cpu":
         index = _gpu_of(local_rank, local_size)
         torch.cuda.set_device(index)
         gpu = str(torch.cuda.get_device_properties(index).uuid)
-    if int(os.environ["WORLD_SIZE"]) > local_size:
-        choose_gloo_interface(os.environ.get("MASTER_ADDR"))
-    backend = "gloo" if device == "cpu" else "nccl"
-    dist.init_process_group(backend, init_method="env://", timeout=DEFAULT_TIMEOUT)
+    if world_size > local_size:
+        choose_gloo_interface(host)
+    # torchrun has assembled the processes already, and has a store of its own.
+    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        store=None if torchrun else meet(host, port, rank, world_size, speaks=local_rank == 0),
+        rank=rank,
+        world_size=world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
     comm.create_local_process_group(local_size)
     everyone = comm.all_gather((cores(), gpu))
     _refuse_shared_gpus([gpu for _, gpu in everyone])

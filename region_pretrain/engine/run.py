@@ -43,7 +43,7 @@ from region_pretrain.engine.hooks import (
     MetricsHook,
 )
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
-from region_pretrain.engine.memory import check_shared_memory
+from region_pretrain.engine.memory import MORE_SHARED_MEMORY, check_shared_memory
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
@@ -219,7 +219,7 @@ def run_training(
     with (
         closing(fingerprint),
         stop.listen(finished=lambda: trainer.iter >= max_iter),
-        _full_disk_reported(checkpointer),
+        _system_failures_explained(checkpointer),
     ):
         trainer.train(start_iter, max_iter)
     stop.close()
@@ -234,8 +234,8 @@ def run_training(
 
 
 @contextmanager
-def _full_disk_reported(checkpointer: RunCheckpointer) -> Iterator[None]:
-    """A disk that fills while metrics, results or events are written is a :class:`UserError`."""
+def _system_failures_explained(checkpointer: RunCheckpointer) -> Iterator[None]:
+    """A full disk and a loader's worker that was killed end the run with a :class:`UserError`."""
     report = threading.excepthook
     # TensorBoard's thread raises its error again in this one.
     threading.excepthook = lambda args: None if is_disk_full(args.exc_value) else report(args)
@@ -248,6 +248,19 @@ def _full_disk_reported(checkpointer: RunCheckpointer) -> Iterator[None]:
             f"no space left in {checkpointer.save_dir}; last good checkpoint: "
             f"{checkpointer.last_good() or 'none'}. Free some disk space and continue with --resume"
         ) from error
+    except RuntimeError as error:  # PyTorch's texts; a signal handler may raise it anywhere
+        text = " ".join(str(error).split())
+        if "shared memory" in text:
+            raise UserError(
+                "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)
+            ) from None
+        if "DataLoader worker" not in text:
+            raise
+        raise UserError(
+            f"{text.rstrip('.')}, perhaps because memory ran out: continue with --resume, if "
+            "necessary with a lower dataloader.train.num_workers; last good checkpoint: "
+            f"{checkpointer.last_good() or 'none'}"
+        ) from None
     finally:
         threading.excepthook = report
 

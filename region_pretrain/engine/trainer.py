@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.build import one_image_at_a_time
-from region_pretrain.engine.memory import MORE_SHARED_MEMORY, peak_memory_mib
-from region_pretrain.errors import NonFiniteLoss, UserError
+from region_pretrain.engine.memory import peak_memory_mib
+from region_pretrain.errors import NonFiniteLoss, UserError, describe
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 Batch = ViewBatch | list[dict[str, Any]]
 #: Losses are checked for NaN at least this often (in iterations), even if the log period is longer.
 _MAX_UNCHECKED = 1000
+_HISTORY = 100  # values that are kept of each metric, for averages
 
 
 class StepScalars(EventStorage):
@@ -161,6 +164,8 @@ class Trainer(TrainerBase):
         return (self.iter + 1) % self.log_period == 0 or self.iter == self.max_iter - 1
 
     def before_train(self) -> None:
+        # Detectron2 would keep every value that was ever logged.
+        self.storage._history.default_factory = partial(HistoryBuffer, max_length=_HISTORY)
         # Starting a loader may draw from the global generators. The first batch is therefore loaded
         # before the hooks run, one of which restores the generators of a resumed run.
         if self.start_iter < self.max_iter:
@@ -209,12 +214,8 @@ class Trainer(TrainerBase):
             return next(self._batches)
         except UserError as error:  # a loader's worker prepends its traceback to the message
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-        except RuntimeError as error:
-            if "shared memory" not in str(error):  # also in PyTorch's text for a bus error
-                raise
-            raise UserError(
-                "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)
-            ) from None
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(f"DataLoader worker sent no batch ({describe(error)})") from error
         except StopIteration:
             raise UserError(
                 f"the training data ended before iteration {self.iter} of {self.max_iter}: "

@@ -18,6 +18,8 @@ from region_pretrain.json_files import read_json
 MAX_STALLED = 10
 
 _NAME = "attempts.json"
+#: Folder -> when this process started an attempt there. Unix time may jump in the meantime.
+_began: dict[str, float] = {}
 
 
 class _Started(TypedDict):
@@ -35,7 +37,7 @@ class Attempt(_Started, total=False):
         job: its job id.
         restart: SLURM's restart count.
         host: where it ran.
-        started, ended: Unix times; ``ended`` is None if unknown.
+        started, ended: Unix times, never in the wrong order; ``ended`` is None if unknown.
         start: the checkpoint that it resumed from, or "".
         stop: the newest checkpoint at its end.
         outcome: ``finished``, ``stopped`` (on request; will resume), ``killed`` (a process died
@@ -98,6 +100,7 @@ def start_attempt(output_dir: str, job: str, restart: int, host: str) -> int:
         {"job": job, "restart": restart, "host": host, "started": time.time(), "start": newest}
     )
     _write(output_dir, attempts)
+    _began[output_dir] = time.monotonic()
     return stalled
 
 
@@ -111,8 +114,12 @@ def end_attempt(output_dir: str, outcome: str, error: str = "") -> None:
     """
     attempts = read_attempts(output_dir)
     if attempts and "outcome" not in attempts[-1]:
-        newest = newest_checkpoint(output_dir)
-        attempts[-1] |= {"ended": time.time(), "stop": newest, "outcome": outcome}
+        newest, started = newest_checkpoint(output_dir), attempts[-1]["started"]
+        if output_dir in _began:
+            ended = started + time.monotonic() - _began[output_dir]
+        else:
+            ended = max(started, time.time())
+        attempts[-1] |= {"ended": ended, "stop": newest, "outcome": outcome}
         attempts[-1] |= {"error": error} if error else {}
         _write(output_dir, attempts)
 

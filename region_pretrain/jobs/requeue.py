@@ -13,7 +13,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.jobs import slurm
-from region_pretrain.jobs.attempts import end_attempt
+from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt
 from region_pretrain.json_files import read_json
 
 
@@ -27,7 +27,9 @@ def main() -> None:
     notes = [read_json(str(path), dict[str, Any], "the job is not requeued") for path in paths]
     # A task that still counts as running was killed itself, before it could write another note.
     killed = [note for note in notes if note["state"] in ("killed", "running")]
-    if killed:
+    if not notes and int(code) > 128 and slurm.restart_count() < MAX_STALLED:
+        reason = f"a process was killed by signal {int(code) - 128} before it could start"
+    elif killed:
         by = f"by signal {killed[0]['code']}" if killed[0]["code"] else f"(srun exit code {code})"
         reason = f"a process was killed {by}"
     elif (
@@ -40,7 +42,8 @@ def main() -> None:
         reason = f"SLURM ended its step (srun exit code {code})"
     else:
         return
-    end_attempt(notes[0]["output_dir"], "killed")
+    if notes:
+        end_attempt(notes[0]["output_dir"], "killed")
     print(f"job {job}: {reason}; requeueing", flush=True)
     slurm.requeue(job)
 

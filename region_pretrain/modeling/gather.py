@@ -42,12 +42,13 @@ def mean_over_ranks(total: Tensor, count: int | Tensor) -> Tensor:
         A tensor of the shape of ``total``.
     """
     world = comm.get_world_size()
+    dtype = torch.promote_types(total.dtype, torch.float32)
     if isinstance(count, Tensor):
-        everywhere = count.to(torch.float32, copy=True)
+        everywhere = count.to(dtype, copy=True)
     elif world == 1:
         return total / max(count, 1)
     else:
-        everywhere = torch.full((), count, dtype=torch.float32, device=total.device)
+        everywhere = torch.full((), count, dtype=dtype, device=total.device)
     if world > 1:
         dist.all_reduce(everywhere)
-    return total * (world / everywhere.clamp(min=1))
+    return total * world / everywhere.clamp(min=1)

@@ -9,13 +9,16 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 
+from submitit.core.utils import JobPaths
+
 from region_pretrain.errors import exit_on_user_error
-from region_pretrain.jobs.attempts import read_attempts, vanished
+from region_pretrain.jobs.attempts import read_attempts, start_attempt, vanished
 from region_pretrain.lease import InUse, hold, holder_of
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.graph import Run
@@ -87,7 +90,8 @@ def _work(folder: str) -> None:
         runs = sweep.plan.runs
         mine = [job for job in mine if not job.done()]
         now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
-        killed = [run for run in runs.values() if now[run.id] == state.FAILED and _was_killed(run)]
+        killed = [run for run in runs.values() if now[run.id] == state.FAILED]
+        killed = [run for run in killed if _was_killed(run, folder)]
         for run in killed:
             logger.info("%s: killed; starting it again", run.name)
             state.write_record(run, Record(state.read_record(run).submitted))
@@ -106,12 +110,19 @@ def _work(folder: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _was_killed(run: Run) -> bool:
+def _was_killed(run: Run, folder: str) -> bool:
     """Whether the process beside the run's tool was killed, so that the run can be started again.
 
     A tool that was killed alone has been started again already, by the process beside it.
     """
-    return 0 < vanished(read_attempts(run.folder)) < _MAX_KILLED
+    (job,) = state.read_record(run).job_ids
+    attempts = read_attempts(run.folder)
+    known = any(attempt["job"] == job for attempt in attempts)
+    if not known and not JobPaths(os.path.join(folder, "jobs"), job).result_pickle.exists():
+        # It was killed before it could record the attempt. A process that fails leaves a result.
+        start_attempt(run.folder, job, 0, socket.gethostname())
+        attempts = read_attempts(run.folder)
+    return 0 < vanished(attempts) < _MAX_KILLED
 
 
 def cancel_local(folder: str) -> list[str]:

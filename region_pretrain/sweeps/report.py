@@ -110,6 +110,8 @@ def _wall_time(sweep: SweepFile) -> str:
     if not ends:
         return ""
     minutes = (max(ends) - min(a["started"] for a in attempts)) / 60
+    if minutes <= 0:  # the clocks of two machines differ
+        return ""
     return f" {minutes:.1f} minutes from the first start to the last end."
 
 

@@ -238,7 +238,7 @@ def attempts(run: Run) -> list[Attempt]:
     if is_finished(run):
         for attempt in found:
             if "outcome" not in attempt:
-                attempt["ended"] = os.path.getmtime(run.product)
+                attempt["ended"] = max(attempt["started"], os.path.getmtime(run.product))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import sys
 import time
@@ -12,7 +13,9 @@ from math import isnan, nan
 
 from tabulate import tabulate
 
+from region_pretrain.files import now_at
 from region_pretrain.metrics import newest_metrics
+from region_pretrain.progress import Progress
 from region_pretrain.sweeps import jobs, local, state
 from region_pretrain.sweeps.graph import REGIONS, Run
 from region_pretrain.sweeps.state import SweepFile
@@ -21,6 +24,7 @@ HEADER = ["run", "state", "progress", "ETA", "last", "attempts", "job"]
 
 #: Seconds between two checks of the runs; each check of SLURM's queue loads its controller.
 _POLL_LOCAL, _POLL_SLURM = 1.0, 5.0
+_QUIET_SECONDS = 60.0  # without progress, before the table says so
 
 _print = functools.partial(print, flush=True)  # a pipe would buffer the lines
 
@@ -39,7 +43,7 @@ def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
             [
                 run.name,
                 word,
-                f"{at.done}/{at.total}" if at else "",
+                f"{at.done}/{at.total}{_unchanged(run, at, word)}" if at else "",
                 eta(run) if word == state.RUNNING else "",
                 newest_value(run),
                 str(len(state.attempts(run)) or (record.submitted if record else 0) or ""),
@@ -66,6 +70,16 @@ def eta(run: Run) -> str:
     return str(timedelta(seconds=round(at.seconds_left))) if at and at.seconds_left else ""
 
 
+def _unchanged(run: Run, at: Progress, word: str = state.RUNNING) -> str:
+    """For how long a running run has made no progress, such as while its disk does not answer."""
+    if word != state.RUNNING or at.updated is None:
+        return ""
+    seconds = time.time() - at.updated
+    if not 0 <= seconds < _QUIET_SECONDS:  # or the clocks differ
+        seconds = now_at(os.path.dirname(run.product)) - at.updated
+    return f" (unchanged for {seconds // 60:.0f} min)" if seconds >= _QUIET_SECONDS else ""
+
+
 def progress_line(run: Run) -> str:
     """A run's progress, such as ``soco_seed0: iteration 120/434, loss -5.1, ETA 0:03:10``."""
     at = state.progress(run)
@@ -73,7 +87,7 @@ def progress_line(run: Run) -> str:
         return ""
     unit = "image" if run.kind == REGIONS else "iteration"
     left = f"ETA {text}" if (text := eta(run)) else ""
-    facts = [f"{unit} {at.done}/{at.total}", newest_value(run), left]
+    facts = [f"{unit} {at.done}/{at.total}{_unchanged(run, at)}", newest_value(run), left]
     return f"{run.name}: {', '.join(filter(None, facts))}"
 
 

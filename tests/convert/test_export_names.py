@@ -256,3 +256,11 @@ def test_other_networks_are_refused(tmp_path):
         export_weights(save(tmp_path / "gn.pth", bottlenecks(norm="GN")), "mmdet")
     with pytest.raises(UserError, match="has no model_final.pth"):
         export_weights(str(tmp_path), "timm")
+
+
+@pytest.mark.parametrize("to", sorted(TARGETS))
+def test_a_stem_without_stages_is_refused(tmp_path, to):
+    stem = {name: value for name, value in bottlenecks().state_dict().items() if "res" not in name}
+    assert "stem.conv1.weight" in stem
+    with pytest.raises(UserError, match="a stem, but no first residual stage"):
+        export_weights(save(tmp_path / "stem.pth", stem), to)

@@ -233,6 +233,7 @@ def test_gpu_runs_share_the_cores_too_and_the_users_choice_is_kept(monkeypatch):
 def join(monkeypatch, gpus, rank=0, world=2):
     """Join a group on a machine with some GPUs; what the other ranks report is made up."""
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    variables |= {"MASTER_ADDR": "node7", "MASTER_PORT": 29500}
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     chosen = []
@@ -243,7 +244,10 @@ def join(monkeypatch, gpus, rank=0, world=2):
     )
 
     def init_process_group(backend, **arguments):
+        assert arguments["store"] == ("node7", 29500, rank, world, rank == 0)
         raise Captured(backend, arguments["timeout"], chosen)
+
+    monkeypatch.setattr(processes, "meet", lambda *args, speaks: (*args, speaks))
 
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
     with pytest.raises(Captured) as captured:

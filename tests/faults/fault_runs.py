@@ -131,6 +131,19 @@ class Process:
         return self.returncode
 
 
+def processes_of(session: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] not in "ZX":
+            found.append(int(pid))
+    return found
+
+
 class Run:
     """A tiny run.
 
@@ -139,7 +152,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, processes: int = 1, *changes: str) -> None:
-        self.folder = folder
+        self.folder, self.out = folder, folder.with_suffix(".out")
         self._arguments = [str(folder), str(processes), *changes]
 
     def start(self, *changes: str) -> Process:
@@ -148,18 +161,18 @@ class Run:
             torch.multiprocessing.start_processes = functools.partial(start, start_method="fork")
             main([*self._arguments, *changes])
 
-        return Process(run, self.folder.with_suffix(".out"))
+        return Process(run, self.out)
 
     def start_command(self, *changes: str) -> subprocess.Popen:
         command = [sys.executable, __file__, *self._arguments, *changes]
-        with open(self.folder.with_suffix(".out"), "ab") as out:
+        with open(self.out, "ab") as out:
             return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
     def finish(self, *changes: str) -> int:
         return self.start(*changes).wait(120)
 
     def output(self) -> str:
-        return self.folder.with_suffix(".out").read_text(errors="replace")
+        return self.out.read_text(errors="replace")
 
     def losses(self) -> list[dict]:
         """metrics.json without timings, and without a line that is still being written."""

@@ -71,6 +71,58 @@ def test_processes_that_start_together_and_are_killed_never_hold_it_together(tmp
     assert int(number) > 20
 
 
+KILLED_AT = """
+import os, sys
+from region_pretrain import lease
+calls = []
+def trace(event, arguments):
+    path = str(arguments[0]) if arguments else ""
+    if event in ("open", "os.link", "os.remove") and ".lease" in path:
+        calls.append(path)
+        if len(calls) == int(sys.argv[2]):
+            os.kill(os.getpid(), 9)
+sys.addaudithook(trace)
+with lease.hold(sys.argv[1], patience=0):
+    pass
+"""
+
+
+def test_a_kill_while_a_lease_is_created_or_released_leaves_no_riddle(tmp_path):
+    began, codes = time.monotonic(), []
+    for call in range(1, 20):
+        codes.append(start(KILLED_AT, tmp_path, call).wait(30))
+        with hold(str(tmp_path), patience=0):
+            (name,) = os.listdir(tmp_path / lease.PREFIX)
+            assert name.isdecimal()
+        if codes[-1] == 0:
+            break
+    assert len(codes) > 5 and set(codes[:-1]) == {-signal.SIGKILL} and codes[-1] == 0
+    assert time.monotonic() - began < 60  # nobody waited for a sign of life
+
+
+def test_without_hard_links_a_lease_is_exclusive_too(tmp_path, monkeypatch):
+    def link(*names):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    with hold(str(tmp_path)), pytest.raises(UserError), hold(str(tmp_path), patience=0):
+        pass
+    monkeypatch.setattr(lease, "_newest", lambda folder: (1, None, 0.0))
+    assert lease._create(str(tmp_path / lease.PREFIX), 1) is None  # has been created
+
+
+def test_a_lost_answer_of_a_file_server_is_no_other_holder(tmp_path, monkeypatch):
+    link = os.link
+
+    def lost(*names):
+        link(*names)
+        raise FileExistsError(17, "File exists")
+
+    monkeypatch.setattr(os, "link", lost)
+    with hold(str(tmp_path), patience=0):
+        assert holder_of(str(tmp_path)).pid == os.getpid()
+
+
 def test_a_second_one_is_refused_and_told_who_holds_it(tmp_path):
     with hold(str(tmp_path)):
         assert holder_of(str(tmp_path)).pid == os.getpid()
@@ -91,7 +143,7 @@ def test_it_is_free_again_after_an_error_or_an_exit(tmp_path):
         raise KeyError
     code = "import sys; from region_pretrain.lease import hold\nwith hold(sys.argv[1]): sys.exit(4)"
     assert start(code, tmp_path).wait(30) == 4
-    assert (tmp_path / lease.PREFIX / "2").read_text() == "{}"
+    assert (tmp_path / lease.PREFIX / "2").read_text().strip() == "{}"
     with hold(str(tmp_path), patience=0):
         assert os.listdir(tmp_path / lease.PREFIX) == ["3"]
 
@@ -168,6 +220,43 @@ def test_a_silent_holder_on_another_machine_is_replaced(tmp_path, monkeypatch, c
     with hold(str(tmp_path), patience=0):
         assert 0.4 <= time.monotonic() - began < 5
     assert "waiting up to 0 s for a sign of life" in caplog.text
+
+
+def test_while_the_file_system_stalls_nobody_counts_as_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(lease, "_LONGEST_LOOK", 0.1)
+    path = write_holder(tmp_path, machine="elsewhere", host="node7")
+    newest, looks = lease._newest, []
+
+    def stalls_once(folder):
+        looks.append(time.monotonic())
+        if len(looks) == 2:
+            time.sleep(1.0)  # the holder's sign of life waits as well
+            threading.Timer(0.2, os.utime, (path,)).start()
+        return newest(folder)
+
+    monkeypatch.setattr(lease, "_newest", stalls_once)
+    with pytest.raises(UserError, match="in use by .* on node7"), hold(str(tmp_path), patience=0.2):
+        pass
+    assert looks[2] - looks[0] > 1.0 and os.listdir(tmp_path / lease.PREFIX) == ["7"]
+
+
+def test_who_has_just_replaced_a_silent_holder_is_not_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "_SILENCE_SECONDS", 0.4)
+    write_holder(tmp_path, machine="elsewhere", host="node7")
+    create = lease._create
+
+    def slower(folder, number):
+        if number == 8:  # another machine replaces it at the same instant
+            text = (tmp_path / lease.PREFIX / "7").read_text().replace("node7", "node8")
+            (tmp_path / lease.PREFIX / "8").write_text(text)
+        return create(folder, number)
+
+    monkeypatch.setattr(lease, "_create", slower)
+    began = time.monotonic()
+    with hold(str(tmp_path), patience=0):
+        # twice: it has waited for node7 and then for node8
+        assert time.monotonic() - began >= 0.8
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"pid": 1}', "\0"])

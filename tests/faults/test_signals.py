@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import Run
+from fault_runs import Run, processes_of
+from soak import MethodRun, make_config, make_images
+from tiny_run import Loader
+from tiny_run import make_config as make_tiny_config
 
-from region_pretrain.errors import STOPPED
+from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.errors import STOPPED, UserError
 
 
 def checkpoints(folder):
@@ -59,6 +63,56 @@ def test_a_signal_saves_and_the_run_continues_exactly(undisturbed, tmp_path, num
     if number == signal.SIGUSR2 or to_all and number == signal.SIGINT:
         assert run.finish("resume=True") == 0, run.output()
         assert run.losses() == whole.losses() and same(run.folder, whole.folder)
+
+
+@pytest.fixture(scope="module")
+def with_workers(tmp_path_factory):
+    """Creates a run whose loader has two workers."""
+    folder = tmp_path_factory.mktemp("workers")
+    cfg = make_config("BYOL", *make_images(folder))
+    whole = MethodRun(folder / "whole", cfg, 1)
+    assert whole.start(workers=2).wait(60) == 0, whole.output()
+    return lambda name: MethodRun(folder / name, cfg, 1), whole
+
+
+def test_a_term_to_all_does_not_end_the_workers_of_a_loader(with_workers):
+    make, whole = with_workers
+    run = make("terminated")
+    process = run.start(workers=2)
+    run.wait_for(3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == STOPPED, run.output()
+    assert_one_line(run.output(), "stopped on request: saved after iteration")
+    assert run.start(workers=1).wait(60) == 0, run.output()
+    assert run.losses() == whole.losses() and same(run.folder, whole.folder)
+
+
+def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers):
+    make, whole = with_workers
+    run = make("killed")
+    process = run.start(workers=2)
+    run.wait_for(7, process)
+    children = [pid for pid in processes_of(process.pid) if pid != process.pid]
+    assert len(children) == 2
+    os.kill(children[0], signal.SIGKILL)
+    assert process.wait(60) == 2, run.output()
+    line = f"error: DataLoader worker (pid {children[0]}) is killed by signal: Killed, perhaps"
+    assert_one_line(run.output(), line)
+    assert "last good checkpoint: " in run.output().splitlines()[-1]
+    assert run.start().wait(60) == 0, run.output()
+    assert run.losses() == whole.losses() and same(run.folder, whole.folder)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_worker_that_is_killed_while_it_sends_a_batch(tmp_path, monkeypatch, error):
+    def iterate(self, start, stop, original=Loader.iterate):
+        yield from original(self, start, 8)
+        raise error
+
+    monkeypatch.setattr(Loader, "iterate", iterate)
+    text = r"worker sent no batch \(.*Error: .*\), perhaps .*0000005.pth"
+    with pytest.raises(UserError, match=text):
+        do_pretrain(make_tiny_config(tmp_path))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -60,19 +60,62 @@ def test_a_killed_controller_or_task_ends_its_tool_which_is_started_again(sweeps
     assert outcomes == ["unknown", "finished"]
 
 
+def test_a_task_that_is_killed_before_it_records_anything_is_started_again(sweeps, tmp_path):
+    sweeps.add("a")
+    run, killed = sweeps.plan.runs["a"], tmp_path / "killed"
+    (sweeps.code / "sitecustomize.py").write_text(
+        "import os, pathlib, sys\n"
+        f"killed = pathlib.Path({str(killed)!r})\n"
+        "if 'submitit.core._submit' in sys.orig_argv and not killed.exists():\n"
+        "    killed.touch()\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    sweeps.start()
+    assert sweeps.wait() == {"a": state.FINISHED} and killed.exists()
+    assert [a["outcome"] for a in read_attempts(run.folder)] == ["unknown", "finished"]
+
+
+def test_a_submission_that_fails_before_it_records_anything_stays_failed(sweeps):
+    sweeps.add("a")
+    run, folder = sweeps.plan.runs["a"], str(sweeps.folder)
+    state.write_record(run, state.Record(1, ["7"], ["log"]))
+    (sweeps.folder / "jobs").mkdir()
+    (sweeps.folder / "jobs/7_0_result.pkl").touch()
+    assert not local._was_killed(run, folder) and read_attempts(run.folder) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "restart", "requeued"), [("137", "0", True), ("1", "0", False), ("137", "10", False)]
+)
+def test_a_slurm_job_that_is_killed_before_its_first_note_is_requeued(
+    tmp_path, monkeypatch, capsys, code, restart, requeued
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+    monkeypatch.setattr(sys, "argv", ["requeue", str(tmp_path), code])
+    asked = []
+    monkeypatch.setattr(requeue.slurm, "requeue", asked.append)
+    requeue.main()
+    assert asked == ["7"] * requeued
+    line = "job 7: a process was killed by signal 9 before it could start; requeueing\n"
+    assert capsys.readouterr().out == line * requeued
+
+
 def test_a_run_that_is_always_killed_fails_in_the_end(tmp_path):
     folder = str(tmp_path)
+    sweep_run = state.Run("a", "finetune", "a", "tool", (), folder, "x")
     for i in range(3):
         start_attempt(folder, f"job{i}", 0, "here")
         assert vanished(read_attempts(folder)) == i + 1
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     start_attempt(folder, "job3", 0, "here")  # the third one wrote a checkpoint
     assert vanished(read_attempts(folder)) == 1
-    sweep_run = state.Run("a", "finetune", "a", "tool", (), folder, "x")
-    assert local._was_killed(sweep_run)
-    for i in (4, 5):
-        start_attempt(folder, f"job{i}", 0, "here")
-    assert not local._was_killed(sweep_run)
+    state.write_record(sweep_run, state.Record(4, ["job3"], []))
+    assert local._was_killed(sweep_run, folder)
+    for i in (4, 5):  # killed before they could record the attempt
+        state.write_record(sweep_run, state.Record(i + 1, [f"job{i}"], []))
+        assert local._was_killed(sweep_run, folder) == (i == 4)
+        assert vanished(read_attempts(folder)) == i - 2
 
 
 def test_a_task_whose_parent_died_before_it_followed_it_exits():

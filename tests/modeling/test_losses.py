@@ -55,5 +55,8 @@ def test_without_queries_the_loss_is_zero_and_connected():
 
 def test_a_single_process_has_its_own_mean_and_rows():
     assert mean_over_ranks(torch.tensor([6.0, 3.0]), 3).tolist() == [2, 1]
+    for total in (torch.tensor(7.1), torch.tensor(7.1, dtype=torch.float64)):
+        for count in range(1, 100):  # the correctly rounded quotient
+            assert mean_over_ranks(total, torch.tensor(count)) == total / count
     rows = torch.randn(3, 2, requires_grad=True)
     assert torch.equal(gather_rows(rows), rows) and not gather_rows(rows).requires_grad

@@ -1,6 +1,7 @@
 """The status of a sweep, read from the files of its runs, and what --wait prints."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -59,11 +60,13 @@ def test_progress_of_region_generation_is_the_sum_of_its_shards(tmp_path):
     parts = Path(f"{product}.parts")
     parts.mkdir(parents=True)
     assert state.progress(run) is None
-    write_progress(str(parts / "progress-0.json"), Progress(30, 100, 7.0, 1.0))
-    write_progress(str(parts / "progress-1.json"), Progress(20, 101, 8.0, 3.0))
-    write_progress(str(parts / "progress-10.json"), Progress(0, 100, None, 2.0))
-    assert state.progress(run) == Progress(50, 301, 8.0, 3.0)
+    write_progress(str(parts / "progress-0.json"), Progress(30, 100, 7.0))
+    write_progress(str(parts / "progress-1.json"), Progress(20, 101, 8.0))
+    write_progress(str(parts / "progress-10.json"), Progress(0, 100))
     assert status.progress_line(run) == "regions_soco: image 50/301, ETA 0:00:08"
+    for i, updated in ((0, 1.0), (1, 3.0), (10, 2.0)):
+        os.utime(parts / f"progress-{i}.json", (0, updated))
+    assert state.progress(run) == Progress(50, 301, 8.0, 3.0)
 
 
 def test_minutes_and_attempts_of_shards_are_summed(sweeps):

@@ -1,0 +1,16 @@
+"""A few kills at random moments; ``make soak`` tries 200."""
+
+import random
+
+from soak import ITERATIONS, METHODS, describe, soak
+
+
+def test_killed_runs_equal_unkilled_ones(tmp_path):
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")  # shown when the test fails
+    lines = []
+    found = soak(tmp_path, 6, seed, lines.append)
+    assert len(found.kills) == len(lines) == 6 and ITERATIONS == 24 and len(METHODS) == 6
+    assert lines[0].startswith("[1/6] SoCo x 1: ") and "; ETA 0:" in lines[0]
+    assert max(found.runs.values()) == 1 and {m for m, *_ in found.kills} <= set(METHODS)
+    assert describe(found).endswith("all equal to the unkilled ones bit for bit")
