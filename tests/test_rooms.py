@@ -13,7 +13,8 @@ PACKAGE = Path(region_pretrain.__file__).parent
 ORDER = (
     "contract errors warnings shipped system files json_files lease progress metrics tracking "
     "dataset_names registration overrides lazy yacs config zoo images regions data modeling "
-    "convert solver engine evaluation reporting api jobs sweeps benchmark projects commands __main__"
+    "convert solver engine evaluation reporting api jobs sweeps benchmark projects commands "
+    "__main__"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))
