@@ -29,11 +29,11 @@ def init_worker(_: int) -> None:
     cv2.setNumThreads(0)
     in_job = "SUBMITIT_EXECUTOR" in os.environ
     spawned = get_start_method() != "fork"
-    # Forked while a run listens to signals, a worker ignores USR2 and Ctrl-C already.
+    # Forked while a run listens to signals, a worker ignores them already.
     if in_job or spawned or signal.getsignal(USR2) == signal.SIG_IGN:
-        numbers = [USR2, signal.SIGTERM, *([signal.SIGINT] if spawned else [])]
-        for number in numbers if USR2 else numbers[1:]:
-            signal.signal(number, signal.SIG_IGN)
+        for number in (USR2, signal.SIGTERM, signal.SIGINT if spawned else None):
+            if number is not None:
+                signal.signal(number, signal.SIG_IGN)
 
 
 def share(batch: T) -> T:
