@@ -16,8 +16,9 @@ from tiny_run import Loader
 from tiny_run import make_config as make_tiny_config
 
 from region_pretrain.engine.output_dir import start_logging
+from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.errors import STOPPED, Stopped, UserError
 
 
 def checkpoints(folder):
@@ -133,6 +134,18 @@ def test_a_worker_that_is_killed_while_the_run_logs(tmp_path):
 
 def raise_(error):
     raise error
+
+
+def test_a_term_while_an_object_is_deleted_is_not_lost(capsys):
+    class Slow:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Stopped), StopRequest().listen(finished=lambda: True):
+        Slow()
+        time.sleep(10)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("processes", [1, 2])
