@@ -181,17 +181,27 @@ def start_logging(folder: str | None) -> None:
         new = [h for h in log.handlers if h not in before]
         _log_handlers.extend((log, h) for h in new)
         for handler in new:
+            handle = handler.handleError
             if handler.stream is sys.stdout:
                 handler.setLevel(logging.INFO)
                 for accepts in (_is_not_traceback, *_console_filters):
                     handler.addFilter(accepts)
             else:
-                handler.handleError = functools.partial(_stop_writing, handler.stream)
+                handle = functools.partial(_stop_writing, handler.stream)
+            handler.handleError = functools.partial(_handle_error, handle)
 
 
 def _is_not_traceback(record: logging.LogRecord) -> bool:
     """False for the traceback with which Detectron2's trainer ends; it is only in ``log.txt``."""
     return not (record.exc_info and record.name == "detectron2.engine.train_loop")
+
+
+def _handle_error(handle: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
+    """Pass on the error of a loader's worker, which PyTorch's signal handler raises anywhere."""
+    error = sys.exc_info()[1]
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        raise error
+    handle(record)
 
 
 def _stop_writing(stream: TextIO, record: logging.LogRecord) -> None:

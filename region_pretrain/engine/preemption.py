@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from region_pretrain.lease import machine
 from region_pretrain.system import USR2, process_start
 
 _SIGNALS = tuple(n for n in (USR2, signal.SIGTERM, signal.SIGINT) if n is not None)
+_RETRY_SECONDS = 0.1
 
 
 @contextmanager
@@ -73,8 +75,13 @@ class StopRequest:
             finished: whether the last checkpoint has been saved.
         """
         self._finished = finished
-        with stop_signals_handled(self._on_signal):
-            yield
+        usual = sys.unraisablehook
+        sys.unraisablehook = lambda lost: usual(lost) if lost.exc_type is not Stopped else _retry()
+        try:
+            with stop_signals_handled(self._on_signal):
+                yield
+        finally:
+            sys.unraisablehook = usual
 
     def _on_signal(self, number: int, frame: object) -> None:
         again = number in self.received
@@ -87,10 +94,10 @@ class StopRequest:
         if number == signal.SIGTERM and any(process_start(p) != start for p, start in self._peers):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif again:
-            raise KeyboardInterrupt
         elif self._finished():
             raise Stopped
+        elif again:
+            raise KeyboardInterrupt
         elif comm.is_main_process():
             # Logging may not be interrupted by itself.
             os.write(2, b"stopping after this step, once its checkpoint is saved\n")
@@ -114,6 +121,13 @@ class StopRequest:
         if self._work is not None:
             self._work.wait()
             self._work = None
+
+
+def _retry() -> None:
+    """Send TERM again, which arrived in a ``__del__``: Python ignores exceptions there."""
+    timer = threading.Timer(_RETRY_SECONDS, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
 
 
 def _ignore_in_fork() -> None:

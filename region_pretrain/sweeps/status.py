@@ -108,9 +108,12 @@ def status_text(folder: str) -> tuple[str, bool]:
 def _look(sweep: SweepFile, folder: str) -> tuple[dict[str, str], bool]:
     """Run id -> state, and whether the sweep is still running."""
     # In this order: a coordinator that has just ended normally must not look killed.
-    alone = sweep.cluster.kind == "local" and local.coordinator_pid(folder) is None
+    here = sweep.cluster.kind == "local"
+    alone = here and local.coordinator_pid(folder) is None
     now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
-    return now, not alone and any(word not in state.ENDED for word in now.values())
+    # As long as it runs, the coordinator may start a run again whose process was killed.
+    ended = set(state.ENDED) - ({state.FAILED} if here else set())
+    return now, not alone and any(word not in ended for word in now.values())
 
 
 def _summary(now: dict[str, str], going: bool) -> str:

@@ -1,5 +1,6 @@
 """Signals to one process of a run, to all of them, and too early."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -14,8 +15,10 @@ from soak import MethodRun, make_config, make_images
 from tiny_run import Loader
 from tiny_run import make_config as make_tiny_config
 
+from region_pretrain.engine.output_dir import start_logging
+from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.errors import STOPPED, Stopped, UserError
 
 
 def checkpoints(folder):
@@ -96,8 +99,8 @@ def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers):
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
     assert process.wait(60) == 2, run.output()
-    line = f"error: DataLoader worker (pid {children[0]}) is killed by signal: Killed, perhaps"
-    assert_one_line(run.output(), line)
+    assert_one_line(run.output(), "error: DataLoader worker ")  # or while it sent a batch
+    assert "cannot be written" not in run.output()
     assert "last good checkpoint: " in run.output().splitlines()[-1]
     assert run.start().wait(60) == 0, run.output()
     assert run.losses() == whole.losses() and same(run.folder, whole.folder)
@@ -113,6 +116,36 @@ def test_a_worker_that_is_killed_while_it_sends_a_batch(tmp_path, monkeypatch, e
     text = r"worker sent no batch \(.*Error: .*\), perhaps .*0000005.pth"
     with pytest.raises(UserError, match=text):
         do_pretrain(make_tiny_config(tmp_path))
+
+
+def test_a_worker_that_is_killed_while_the_run_logs(tmp_path):
+    start_logging(str(tmp_path))
+    log = logging.getLogger("region_pretrain")
+    handlers = [h for h in log.handlers if isinstance(h, logging.StreamHandler)]
+    text = "DataLoader worker (pid 7) is killed by signal: Killed."
+    for handler in handlers:
+        with pytest.raises(RuntimeError, match="pid 7"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(handler, "format", lambda record: raise_(RuntimeError(text)))
+            handler.emit(logging.makeLogRecord({}))
+    assert len(handlers) >= 2
+    log.warning("still written")
+    assert "still written" in (tmp_path / "log.txt").read_text()
+
+
+def raise_(error):
+    raise error
+
+
+def test_a_term_while_an_object_is_deleted_is_not_lost(capsys):
+    class Slow:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Stopped), StopRequest().listen(finished=lambda: True):
+        Slow()
+        time.sleep(10)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("processes", [1, 2])
