@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import socket
@@ -122,6 +123,15 @@ def reported_if_stuck(what: str, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def sha256_of(path: str) -> str:
+    """sha256 of a local file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def printable(name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 from region_pretrain.errors import UserError, describe
-from region_pretrain.files import is_local, write_text_atomic
+from region_pretrain.files import is_local, sha256_of, write_text_atomic
 from region_pretrain.shipped import ROOT
 
 PREFIX = "zoo://"
@@ -78,15 +77,6 @@ class Card:
                 f"the card's {self.sha256[:16]}...; delete it and fetch or make it again"
             )
         return path
-
-
-def sha256_of(path: str) -> str:
-    """The SHA-256 of a local file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_metafile(path: str) -> dict[str, Card]:

@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         return
     print(f"{args.out}: recipe {recipe.id}\n{format_summary(summary)}")
     if args.recipe not in (None, recipe.id) and elsewhere:
-        print(f"to train on them: dataloader.train.dataset.recipe={recipe.id}")
+        print(f"to train on them: 'dataloader.train.dataset.recipe=\"{recipe.id}\"'")
     if args.preview:
         store = RegionStore.open(args.out)
         print(draw_preview(records, store, f"{args.out}.preview.png", args.preview))

@@ -21,8 +21,10 @@ from region_pretrain.config import load_config, num_classes_keys, to_yaml
 from region_pretrain.engine.build import build_model, resolve_device
 from region_pretrain.engine.transfer import TransferReport, load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.files import sha256_of
 from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage
 from region_pretrain.regions.elsewhere.matching import GIVEN, Given
+from region_pretrain.yacs import find_config_file, is_yacs
 
 _READERS = 8
 Batch = list[tuple[dict, dict | None]]
@@ -58,7 +60,9 @@ class DetectorBoxes:
     ) -> None:
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: must be at least 1")
-        cfg = load_config(config)
+        # A yacs config may have no test set or several, but then cannot be converted.
+        other = ["DATASETS.TEST=none"] if is_yacs(find_config_file(config)) else []
+        cfg = load_config(config, other)
         mapper = cfg.get("dataloader", {}).get("test", {}).get("mapper")
         if mapper is None:
             raise UserError(f"{config} has no dataloader.test.mapper: it is not a detection config")
@@ -155,9 +159,6 @@ def _check_trained(report: TransferReport, weights: str, detections: bool) -> No
 
 def _digest(parts: Mapping[str, Any], weights: str) -> str:
     cfg = OmegaConf.create(dict(parts), flags={"allow_objects": True})
-    digest = hashlib.sha256(to_yaml(cfg).encode())
     path = os.path.expanduser(weights.partition("?")[0])
-    with open(PathManager.get_local_path(path), "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+    digests = to_yaml(cfg) + sha256_of(PathManager.get_local_path(path))
+    return hashlib.sha256(digests.encode()).hexdigest()[:16]

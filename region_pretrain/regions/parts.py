@@ -362,7 +362,7 @@ def _as_part(store: RegionStore) -> dict[str, Any]:
     precise = round(judged * summary.get(f"precision@{PRECISION_IOU:g}", 0.0))
     return {
         "unreadable": [],
-        "given": summary["boxes"],
+        "given": summary.get("given", summary["boxes"]),
         "dropped": summary.get("dropped", 0),
         "clipped": summary.get("clipped", 0),
         "seconds": summary.get("seconds_per_image", 0.0) * summary["images"],

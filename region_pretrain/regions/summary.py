@@ -88,9 +88,9 @@ def summarise(parts: Sequence[Mapping[str, Any]], counts: np.ndarray) -> dict[st
             "without": int((counts == 0).sum()),
             "seconds_per_image": sum(part["seconds"] for part in parts) / len(counts),
         }
-    for key in ("dropped", "clipped"):
-        if number := sum(part[key] for part in parts):
-            summary[key] = number
+    counts = {key: sum(part[key] for part in parts) for key in ("given", "dropped", "clipped")}
+    if counts["dropped"] or counts["clipped"]:
+        summary |= counts
     hits = sum((hits_of(part) for part in parts), Hits())
     if hits.objects:
         summary["objects"] = hits.objects
@@ -117,9 +117,11 @@ def format_summary(summary: Mapping[str, Any]) -> str:
             "{without} images without boxes".format(**summary)
         )
         lines.append("time:   {seconds_per_image:.3f} s per image and process".format(**summary))
-    for key, fault in (("dropped", "not finite or outside their image"), ("clipped", "clipped")):
-        if key in summary:
-            lines.append(f"given:  {summary[key]} boxes were {fault}")
+    if "given" in summary:
+        lines.append(
+            "given:  {given} boxes; {dropped} are not finite or outside their image, {clipped} "
+            "were clipped to it".format(**summary)
+        )
     if "objects" in summary:
         recalls = ", ".join(f"{summary[f'recall@{i:g}']:.3f} at IoU {i:g}" for i in RECALL_IOUS)
         lines.append(f"recall: {recalls}, of {summary['objects']} annotated objects")

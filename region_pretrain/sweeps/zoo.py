@@ -16,6 +16,7 @@ from region_pretrain.convert.export import write_export
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.errors import UserError
+from region_pretrain.files import sha256_of
 from region_pretrain.reporting.environment import versions
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
@@ -24,7 +25,7 @@ from region_pretrain.sweeps.graph import FINETUNE, Run
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
-from region_pretrain.zoo import METAFILE, sha256_of, write_metafile
+from region_pretrain.zoo import METAFILE, write_metafile
 
 _TASKS = {"bbox": "Object Detection", "segm": "Instance Segmentation"}
 

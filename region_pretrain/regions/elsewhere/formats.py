@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain.errors import UserError
+from region_pretrain.files import sha256_of
 from region_pretrain.regions.elsewhere.csv_boxes import header_of, read_csv
 from region_pretrain.regions.elsewhere.json_boxes import named, read_image_names, read_json_boxes
 from region_pretrain.regions.elsewhere.pickles import read_proposals
@@ -117,8 +118,5 @@ def _folder(path: str, local: str, format: str | None) -> Boxes:
 
 
 def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with errors_name(path, "a file"), open(PathManager.get_local_path(path), "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with errors_name(path, "a file"):
+        return sha256_of(PathManager.get_local_path(path))

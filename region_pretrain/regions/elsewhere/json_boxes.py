@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.regions.elsewhere.json_stream import JsonStream
+from region_pretrain.regions.elsewhere.json_stream import JsonStream, NotJson
 from region_pretrain.regions.elsewhere.table import BoxTable, Collector, errors_name, name_of
 
-#: Keys of a score, the first of which that an entry has is used.
-_SCORES = ("score", "predicted_iou")
 _COCO_LISTS = ("categories", "licenses")
 _WHAT = "a JSON file of boxes"
 
@@ -94,12 +92,13 @@ def read_masks(path: str) -> BoxTable:
 
 def _results(stream: JsonStream) -> BoxTable:
     found, kind = Collector(), ""
-    for n, entry in enumerate(stream.items()):
-        with _entry(n):
-            kind = kind or ("file_name" if "file_name" in entry else "image_id")
-            if kind not in entry:
-                raise ValueError(f"it has no {kind}")
-            _add(found, found.image(name_of(entry[kind])), entry)
+
+    def add(entry: dict[str, Any]) -> None:
+        nonlocal kind
+        kind = kind or ("file_name" if "file_name" in entry else "image_id")
+        _add(found, found.image(name_of(entry[kind])), entry)
+
+    _for_each(stream.items(), add)
     stream.end()
     return found.table(by_id=kind == "image_id", xywh=True)
 
@@ -113,12 +112,7 @@ def _object(stream: JsonStream) -> BoxTable:
         if key == "images" and stream.peek() == "[":
             names, sizes = _images(stream)
         elif key == "annotations" and stream.peek() == "[":
-            annotations = Collector()
-            for n, entry in enumerate(stream.items()):
-                with _entry(n):
-                    if not entry.get("iscrowd"):
-                        row = annotations.image(name_of(entry.get("image_id")))
-                        _add(annotations, row, entry)
+            annotations = _annotations(stream)
         else:
             value = stream.value()
             if isinstance(value, list) and key not in _COCO_LISTS and fault is None:
@@ -157,16 +151,30 @@ def named(table: BoxTable, names: dict[str, str]) -> BoxTable:
     return table._replace(names=[names.get(name, name) for name in table.names], by_id=False)
 
 
+def _annotations(stream: JsonStream) -> Collector:
+    """COCO's ``annotations`` without crowds."""
+    found = Collector()
+
+    def add(entry: dict[str, Any]) -> None:
+        if not entry.get("iscrowd"):
+            _add(found, found.image(name_of(entry["image_id"])), entry)
+
+    _for_each(stream.items(), add)
+    return found
+
+
 def _images(stream: JsonStream) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """id -> file name, and file name -> (width, height), of COCO's ``images``."""
     names, sizes = {}, {}
-    for n, image in enumerate(stream.items()):
-        with _entry(n, "image"):
-            name = image["file_name"]
-            if not isinstance(name, str):
-                raise ValueError("its file_name is not text")
-            names[name_of(image["id"])] = name
-            sizes |= _size(name, image)
+
+    def add(image: dict[str, Any]) -> None:
+        name = image["file_name"]
+        if not isinstance(name, str):
+            raise ValueError("its file_name is not text")
+        names[name_of(image["id"])] = name
+        sizes.update(_size(name, image))
+
+    _for_each(stream.items(), add, "image")
     return names, sizes
 
 
@@ -175,22 +183,26 @@ def _size(name: str, image: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {name: (int(width), int(height))} if width and height else {}
 
 
-def _add_all(entries: Any, found: Collector, row: int) -> None:
-    for n, entry in enumerate(entries):
-        with _entry(n):
-            _add(found, row, entry)
+def _add_all(entries: Iterable[Any], found: Collector, row: int) -> None:
+    _for_each(entries, lambda entry: _add(found, row, entry))
 
 
 def _add(found: Collector, row: int, entry: dict[str, Any]) -> None:
-    score = next((entry[key] for key in _SCORES if entry.get(key) is not None), None)
-    found.add(row, entry["bbox"], score)
+    score = entry.get("score")
+    found.add(row, entry["bbox"], entry.get("predicted_iou") if score is None else score)
 
 
-@contextmanager
-def _entry(n: int, what: str = "entry") -> Iterator[None]:
-    """Name the entry in an error; entries are counted from 0."""
+def _for_each(
+    entries: Iterable[Any], use: Callable[[dict[str, Any]], None], what: str = "entry"
+) -> None:
+    """Call ``use`` on each entry, and name that in an error; entries are counted from 0."""
+    n = -1
     try:
-        yield
+        for entry in entries:
+            n += 1
+            use(entry)
+    except NotJson:
+        raise
     except KeyError as error:
         raise ValueError(f"{what} {n} has no {error.args[0]}") from error
     except (AttributeError, TypeError, ValueError, OverflowError) as error:

@@ -12,10 +12,14 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER_TAIL = 2  # "1.5e-" decodes as 1.5, and leaves two characters
 
 
+class NotJson(ValueError):
+    """A text is not JSON, or not of the expected kind."""
+
+
 class JsonStream:
     """Walks through a JSON text without keeping it in memory.
 
-    Every method raises ValueError if the text is not JSON, or not of the expected kind.
+    Every method may raise :class:`NotJson`.
 
     Args:
         file: the text.
@@ -44,11 +48,11 @@ class JsonStream:
             except json.JSONDecodeError as error:
                 if self._more():
                     continue
-                raise ValueError(f"{error.msg} at character {self._passed + error.pos}") from error
-            number = isinstance(value, int | float)
+                raise NotJson(f"{error.msg} at character {self._passed + error.pos}") from error
+            length, number = end - self._at, isinstance(value, int | float)
             if number and end + _NUMBER_TAIL >= len(self._text) and self._more():
                 continue  # the number may be longer
-            self._at = end
+            self._at += length
             return value
 
     def items(self) -> Iterator[Any]:
@@ -80,13 +84,13 @@ class JsonStream:
     def end(self) -> None:
         """Expect the end of the text."""
         if self.peek():
-            raise ValueError(f"text after its end at character {self._passed + self._at}")
+            raise NotJson(f"text after its end at character {self._passed + self._at}")
 
     def _take(self, expected: str) -> str:
         found = self.peek()
         if not found or found not in expected:
             what = repr(found) if found else "the end"
-            raise ValueError(
+            raise NotJson(
                 f"expected {' or '.join(expected)}, found {what} at character "
                 f"{self._passed + self._at}"
             )

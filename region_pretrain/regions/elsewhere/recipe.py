@@ -74,17 +74,18 @@ class GivenRecipe(SizeRules):
             finite &= np.isfinite(scores)
         boxes, count = boxes[finite], len(boxes)
         edges = np.array((width, height) * 2, np.float32)
-        beyond = np.maximum(-boxes, boxes - edges).max(axis=1, initial=0) > _CLIPPED_PIXELS
-        boxes = np.clip(boxes, 0, edges)
-        full = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)
-        dropped, clipped = count - int(full.sum()), int((beyond & full).sum())
+        clip = np.clip(boxes, 0, edges)
+        full = (clip[:, :2] < clip[:, 2:]).all(axis=1)
+        boxes, clip = boxes[full], clip[full]
+        clipped = int((np.abs(boxes - clip) > _CLIPPED_PIXELS).any(axis=1).sum())
+        dropped, boxes = count - len(clip), clip
 
-        keep = full & self.passing(boxes, width, height)[0]
+        keep = self.passing(boxes, width, height)[0]
         if scores is None:
             boxes = canonical(boxes[keep])
             boxes = boxes[rng.permutation(len(boxes))]
         else:
-            scores = scores[finite]
+            scores = scores[finite][full]
             if self.min_score:
                 keep &= scores >= self.min_score
             boxes, scores = boxes[keep], scores[keep]

@@ -141,8 +141,8 @@ def errors_name(path: str, what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes raise many kinds of exceptions
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         reason = str(error) if type(error) is ValueError else describe(error)
         raise UserError(f"{path} is not {what}: {' '.join(reason.split())[:300]}") from error
