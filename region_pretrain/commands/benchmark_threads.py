@@ -9,12 +9,14 @@ machine with many cores, choose some of them with taskset -c 0,1.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 
 from region_pretrain.benchmark.threads import SETTINGS, compare_settings, describe_settings
 from region_pretrain.commands import text_parser
 from region_pretrain.errors import exit_on_user_error
+from region_pretrain.shipped import find_shipped
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -35,7 +37,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Measure, and print the table."""
     args = make_parser(prog).parse_args(argv)
-    command = [sys.executable, args.tool, *args.arguments]
+    tool = args.tool if os.path.exists(args.tool) else str(find_shipped(args.tool) or args.tool)
+    command = [sys.executable, tool, *args.arguments]
     with tempfile.TemporaryDirectory() as folder:
         rates = compare_settings(command, folder, SETTINGS, args.seconds, args.rounds)
     print(describe_settings(rates))
