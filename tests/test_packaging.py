@@ -107,7 +107,7 @@ def test_a_sweep_without_the_checkout(installed, tmp_path):
     printed = run(*sweep, cwd=tmp_path)
     (final,) = tmp_path.glob("out/runs/soco_seed0-*/model_final.pth")
     assert "region-pretrain sweep status" in printed
-    (code,) = tmp_path.glob("out/code/*")
+    (code,) = filter(Path.is_dir, tmp_path.glob("out/code/*"))
     assert sorted(p.name for p in code.iterdir()) == [
         "configs",
         "projects",

@@ -145,7 +145,7 @@ def test_device(monkeypatch, caplog):
     assert resolve_device(None) == resolve_device("cpu") == torch.device("cpu")
     assert not caplog.records
     assert resolve_device("cuda") == torch.device("cpu")
-    assert "this machine has no GPU" in caplog.text
+    assert "this machine has no CUDA GPU" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert resolve_device(None) == resolve_device("cuda") == torch.device("cuda", 3)

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from tiny_run import make_config, make_detection_config
 
-from region_pretrain.benchmark.timing import resident_mib
 from region_pretrain.engine.finetune import do_train
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.system import resident_mib
 
 SAMPLES = 10
 

@@ -25,14 +25,18 @@ HOUR = 3600.0
 
 
 class JumpingClock(HookBase):
-    """At some iterations, the clock jumps by hours."""
+    """At some iterations, the clock jumps by hours; the last one waits for a file."""
 
-    def __init__(self, hours: dict):
-        self._hours = dict(hours)
+    def __init__(self, hours: dict, file: str = ""):
+        self._hours, self._file = dict(hours), file
         self._real = time.time
 
     def before_step(self) -> None:
         time.sleep(0.05)
+        while self._file and self.trainer.iter == self.trainer.max_iter - 1:
+            if os.path.exists(self._file):
+                break
+            time.sleep(0.05)
         if self.trainer.iter in self._hours:
             real, now = self._real, time.time() - self._real()
             offset = now + HOUR * self._hours[self.trainer.iter]
@@ -70,7 +74,8 @@ def test_a_lease_does_not_depend_on_clocks(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "_SILENCE_SECONDS", 1.0)
     out, folder = tmp_path / "out", tmp_path / "run"
     hours = {2: 12.0, 6: -24.0}
-    cfg = make_config(folder, hooks=[L(JumpingClock)(hours=hours)], max_iter=60)
+    refused = tmp_path / "refused"
+    cfg = make_config(folder, hooks=[L(JumpingClock)(hours=hours, file=str(refused))])
     first = Process(lambda: do_pretrain(cfg), out)
     while not (folder / "metrics.json").exists():
         assert first.poll() is None, out.read_text()
@@ -85,6 +90,7 @@ def test_a_lease_does_not_depend_on_clocks(tmp_path, monkeypatch):
 
     assert Process(second, tmp_path / "second").wait(60) == 2
     assert "is in use by process" in (tmp_path / "second").read_text()
+    refused.touch()
     assert first.wait(60) == 0, out.read_text()
 
 

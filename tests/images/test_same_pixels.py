@@ -21,6 +21,7 @@ from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.preview import draw_preview
+from region_pretrain.regions.recipes import Found
 from region_pretrain.reporting.pictures import first_records, ground_truth_pictures
 
 READING = {"bits": 12}
@@ -36,9 +37,9 @@ class EmptyRecipe:
     def __init__(self):
         self.images = []
 
-    def __call__(self, image, record, rng):
+    def run(self, image, record, rng):
         self.images.append(image)
-        return np.zeros((0, 4), np.float32)
+        return Found(np.zeros((0, 4), np.float32), given=0)
 
 
 @pytest.fixture

@@ -241,7 +241,7 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
         (["signalled", "killed"], "COMPLETING", "a process was killed by signal 9"),
         # The task was killed before it could write another note.
         (["signalled", "running"], "RUNNING", "a process was killed (srun exit code 143)"),
-        ([], "RUNNING", None),
+        ([], "RUNNING", "a process was killed by signal 15 before it could start"),
     ],
 )
 def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, monkeypatch, capsys):
@@ -267,7 +267,7 @@ def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, m
     ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
     assert ran == ("requeue 7_2\n" if reason else "")
     assert [a.get("outcome") for a in read_attempts(str(tmp_path / "run"))] == [
-        "killed" if reason else None
+        "killed" if reason and states else None
     ]
     assert capsys.readouterr().out == (f"job 7_2: {reason}; requeueing\n" if reason else "")
 
