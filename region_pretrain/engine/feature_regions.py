@@ -73,7 +73,7 @@ class FeatureBoxes(ImageBoxes):
         self._network = feature_network(model)
         facts = facts_of(model)
         if facts.pixel_mean is None or facts.input_format is None:
-            raise UserError(f"{type(model).__name__} has no pixel_mean or input_format")
+            raise UserError(f"{type(model).__name__} has no pixel_mean or no input_format")
         self._device = next(self._network.parameters()).device
         mean, std = (
             torch.tensor(values, device=self._device).view(3, 1, 1)

@@ -164,12 +164,9 @@ class Fingerprint:
 
 
 def _settings(cfg: DictConfig) -> str:
-    """``dataloader.train`` and ``train.refresh_regions`` as YAML: what the batches depend on."""
+    """``dataloader.train`` as YAML, without what does not change its batches."""
     values = OmegaConf.to_container(cfg.dataloader.train, resolve=True)
     kept = {key: value for key, value in values.items() if key not in _HARMLESS}
-    refresh = OmegaConf.select(cfg, "train.refresh_regions")
-    if refresh and refresh.epochs:
-        kept["refresh_regions"] = OmegaConf.to_container(refresh, resolve=True)
     return to_yaml(OmegaConf.create(kept, flags={"allow_objects": True}))
 
 

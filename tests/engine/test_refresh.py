@@ -16,6 +16,7 @@ from tiny_run import CLOCK, final_checkpoint
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.engine.build import build_model
 from region_pretrain.engine.feature_regions import FeatureBoxes, load_trained, resize_to_area
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
@@ -151,19 +152,33 @@ def test_the_regions_of_a_run_are_those_of_its_checkpoint(whole, region_folder, 
     summary = make_regions(records, out, boxes.recipe, workers=1, part_size=2, prepare=boxes)
     assert rows(out) == rows(folder / "regions_epoch001.arrow")
     assert summary["images"] == 12 and summary["boxes"] > 24
-    # The boxes are those of the target network's own map, whatever the online network does.
-    image = read_record(records[0])
-    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).flip(0).float()
+
+
+def test_boxes_are_those_of_the_target_networks_map(region_folder, tmp_path):
+    cfg = config(tmp_path, region_folder.images, region_folder.store)
+    model = build_model(cfg, torch.device("cpu")).eval()
+    records = get_records(f"folder://{region_folder.images}")[:3]
+    pixels = [torch.from_numpy(read_record(record)).permute(2, 0, 1).float() for record in records]
     mean, std = model.preprocess.pixel_mean, model.preprocess.pixel_std
-    with torch.no_grad():
-        maps = model.target["backbone"]((pixels - mean)[None] / std)
-        (expected,) = cluster_boxes(maps["p3"], (2, 4, 8), (64, 64))
-        model.backbone.bottom_up.stem.conv1.weight.zero_()
-    found = next(iter(boxes(records)))[GIVEN]
-    np.testing.assert_array_equal(found.boxes, expected)
-    passing = RegionStore.open(out).boxes(str(records[0]["image_id"]))
-    assert 0 < len(passing) <= len(expected)
-    assert set(map(tuple, passing.tolist())) <= set(map(tuple, expected.tolist()))
+    found = {}
+    for flip, stride, name in (
+        (False, 8, "p3"),
+        (True, 8, "p3"),
+        (False, 4, "p2"),
+        (False, 2, "p2"),
+    ):
+        model.preprocess.flip_channels = flip
+        images = torch.stack([x.flip(0) if flip else x for x in pixels])
+        with torch.no_grad():
+            maps = model.target["backbone"]((images - mean) / std)
+            model.backbone.bottom_up.stem.conv1.weight.zero_()  # the online network
+        expected = cluster_boxes(maps[name], (2, 5), (64, 64))
+        recipe = FeaturesRecipe("features-v1", clusters=(2, 5), stride=stride)
+        boxes = FeatureBoxes(model, recipe, batch_size=4)
+        for record, own in zip(boxes(records), expected, strict=True):
+            np.testing.assert_array_equal(record[GIVEN].boxes, own)
+        found[flip, stride] = boxes.recipe.source
+    assert len(set(found.values())) == 2  # of the input format; the stride is a field of its own
 
 
 def test_two_processes_compute_the_store_of_one(region_folder, tmp_path):
@@ -174,7 +189,7 @@ def test_two_processes_compute_the_store_of_one(region_folder, tmp_path):
     assert one == two
 
 
-def test_regions_of_other_weights_are_replaced(run, region_folder, monkeypatch, caplog):
+def test_regions_of_other_weights_are_replaced(run, region_folder, monkeypatch):
     with killed(monkeypatch, RefreshedLoader, "_refresh"):
         run("stale")
     folder = region_folder.images.parent / "stale"
@@ -185,7 +200,8 @@ def test_regions_of_other_weights_are_replaced(run, region_folder, monkeypatch, 
     with killed(monkeypatch, torch.optim.Optimizer, "zero_grad"):
         run("stale", resume=True)
     assert rows(path)[1].startswith("features-v1+source=")
-    assert f"{path} has regions of other weights: replacing it" in caplog.text
+    log = (folder / "log.txt").read_text()
+    assert f"{path} has regions of other weights: replacing it" in log
 
 
 def test_refusals(whole, run, region_folder, tmp_path):
@@ -193,7 +209,7 @@ def test_refusals(whole, run, region_folder, tmp_path):
     for name in ("model_final.pth", "model_0000005.pth"):
         (folder / name).unlink()
     (folder / "last_checkpoint").write_text("model_0000003.pth")
-    with pytest.raises(UserError, match=r"refresh_regions.*\+ epochs: 2"):
+    with pytest.raises(UserError, match="train.refresh_regions.epochs: 1 -> 2"):
         run("whole", "train.refresh_regions.epochs=2", resume=True)
     (folder / "regions_epoch001.arrow").unlink()
     with pytest.raises(UserError, match=r"epoch001.arrow is missing.*later .* model_0000002.pth"):

@@ -147,3 +147,11 @@ def test_jobs_receive_the_arguments(results, monkeypatch):
     make_regions.main([*data, "--from-detector", "c.py", "w.pth", "--batch-size", "3", *array])
     args = make_regions.make_parser().parse_args(made[-1].arguments)
     assert (args.from_detector, args.batch_size, args.detections) == (["c.py", "w.pth"], 3, False)
+    made.clear()
+    make_regions.main([*data, "--from-features", "c.py", "w.pth", "--set", "stride=4", *array])
+    args = make_regions.make_parser().parse_args(made[-1].arguments)
+    assert (args.from_features, args.from_detector, args.set) == (
+        ["c.py", "w.pth"],
+        None,
+        ["stride=4"],
+    )
