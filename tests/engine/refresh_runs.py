@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.utils import comm
+from tiny_run import KillAt
 
 from region_pretrain.config import load_config
 from region_pretrain.engine.build import build_model
+from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.refresh import RefreshedLoader
 
 RECIPE = Path(__file__).parents[2] / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
@@ -54,3 +57,11 @@ def refresh_in_process(folder: str, images: str, store: str) -> None:
             buffer += comm.get_rank()
     next(loader.iterate(3, 4))
     assert all(module.training for module in loader.model.modules())
+
+
+def train_in_process(folder: str, images: str, store: str, resume: bool) -> None:
+    """A run of 5 iterations in one of the processes of a test, killed after that of KILL_AT."""
+    torch.set_num_threads(1)
+    cfg = config(folder, images, store, "train.max_iter=5")
+    cfg.train.hooks = [L(KillAt)()]
+    do_pretrain(cfg, resume)

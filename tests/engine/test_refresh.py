@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
-from refresh_runs import config, refresh_in_process
+from refresh_runs import config, refresh_in_process, train_in_process
 from tiny_run import CLOCK, final_checkpoint
 
 from region_pretrain.data.catalog import get_records
@@ -187,6 +187,25 @@ def test_two_processes_compute_the_store_of_one(region_folder, tmp_path):
     launch(refresh_in_process, 2, device="cpu", args=(str(tmp_path / "two"), *arguments))
     one, two = (rows(tmp_path / name / "regions_epoch001.arrow") for name in ("one", "two"))
     assert one == two
+
+
+def test_two_killed_processes_follow_the_undisturbed_ones(region_folder, tmp_path, monkeypatch):
+    def run(name, resume, kill_at=-1):
+        monkeypatch.setenv("KILL_AT", str(kill_at))
+        arguments = str(tmp_path / name), str(region_folder.images), region_folder.store, resume
+        launch(train_in_process, 2, device="cpu", args=arguments)
+        return tmp_path / name
+
+    whole = run("whole", False)
+    with pytest.raises(SystemExit):
+        run("killed", False, kill_at=3)  # the newest checkpoint is the one before the refresh
+    assert (tmp_path / "killed/last_checkpoint").read_text() == "model_0000002.pth"
+    other = run("killed", True)
+    assert [line["iteration"] for line in lines(other)] == list(range(5))
+    assert lines(other) == lines(whole)
+    files = [final_checkpoint(folder) for folder in (whole, other)]
+    assert len(files[0]["rng"]) == 2 and equal(*files)
+    assert files[0]["data"]["regions"] == rows(whole / "regions_epoch001.arrow")[0]
 
 
 def test_regions_of_other_weights_are_replaced(run, region_folder, monkeypatch):
