@@ -41,7 +41,7 @@ class CheckpointHook(HookBase):
         minutes: save at the first log step this many minutes after the last save; 0 disables this.
         keep_every: save every this many iterations and keep these files; 0 disables this.
         stop: called after each step on all ranks; True saves and ends the run with ``Stopped``.
-        refresh_period: save also every this many iterations, when the data is about to change; 0
+        refresh_period: also save every this many iterations, before the regions are refreshed; 0
             disables this.
 
     Raises:

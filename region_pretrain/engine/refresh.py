@@ -1,4 +1,4 @@
-"""Regions that a run computes again and again from its own momentum network."""
+"""Regions recomputed during a run with its own momentum network."""
 
 from __future__ import annotations
 
@@ -40,9 +40,8 @@ class RefreshedLoader:
     The run consists of segments of ``refresh.epochs`` epochs. The first one uses the config's
     store. Before each further one, the processes share the images and compute their regions with
     the momentum network, and write ``<folder>/regions_epochNNN.arrow``, where NNN is the number of
-    finished epochs. The regions are a function of the state after the last step of the segment
-    before, of which the engine keeps a checkpoint: a run that is killed before or in the refresh
-    repeats it from there, and a run that is killed in a segment finds the segment's store.
+    finished epochs. The engine saves a checkpoint before each refresh. A run killed before or
+    during the refresh repeats it from there; one killed later in the segment finds the store.
 
     Everything else is the loader's.
 
@@ -126,9 +125,8 @@ class RefreshedLoader:
         if not os.path.exists(path):
             last = segment * self.refresh_period - 1
             raise UserError(
-                f"{path} is missing, which contains the run's regions after iteration {last}: "
-                f"restore it, or remove all later checkpoints than model_{last:07d}.pth to compute "
-                "it again"
+                f"{path} is missing; it contains the regions used after iteration {last}: restore "
+                f"it, or remove all checkpoints after model_{last:07d}.pth to compute it again"
             )
         return RegionStore.open(path)
 

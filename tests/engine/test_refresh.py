@@ -231,7 +231,7 @@ def test_refusals(whole, run, region_folder, tmp_path):
     with pytest.raises(UserError, match="train.refresh_regions.epochs: 1 -> 2"):
         run("whole", "train.refresh_regions.epochs=2", resume=True)
     (folder / "regions_epoch001.arrow").unlink()
-    with pytest.raises(UserError, match=r"epoch001.arrow is missing.*later .* model_0000002.pth"):
+    with pytest.raises(UserError, match=r"epoch001.arrow is missing.*after model_0000002.pth"):
         run("whole", resume=True)
     for overrides, message in (
         (["train.refresh_regions.epochs=0.5"], "epochs=0.5: must be a whole number"),
