@@ -61,6 +61,10 @@ train = dict(
     # Allow resuming although images, labels or regions have changed since the checkpoint, which a
     # resumed run otherwise refuses.
     allow_changed_data=False,
+    # Pre-training: every this many epochs (0: never), replace the regions by those that `recipe`
+    # finds in the momentum network's features, `batch_size` images at a time in each process. An
+    # id such as "features-v1+clusters=3-6+stride=16" changes fields of the recipe.
+    refresh_regions=dict(epochs=0, recipe="features-v1", batch_size=32),
     # Fine-tuning: evaluate every this many iterations (0: never) and at the end.
     eval_period=5000,
     # Fine-tuning: largest fraction of the images that may be unreadable; each is replaced by the

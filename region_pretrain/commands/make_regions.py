@@ -5,10 +5,11 @@
     %(prog)s --dataset imagenet_train --out imagenet.arrow \\
         --shards 64 --slurm partition=cpu,cpus-per-task=16           # as a job array
 
-Boxes that another program computed, or those of a detector:
+Boxes that another program computed, those of a detector, or of a pre-trained network's features:
 
     %(prog)s --images photos --out boxes.arrow --from boxes.csv --min-score 0.3 --top 50
     %(prog)s --images photos --out rpn.arrow --from-detector config.yaml model_final.pth
+    %(prog)s --images photos --out own.arrow --from-features config.yaml model_final.pth
 
 The regions that a config names:
 
@@ -36,12 +37,14 @@ from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
 from region_pretrain.dataset_names import folder_name, is_path_name, parse
 from region_pretrain.engine.detector_regions import DetectorBoxes
+from region_pretrain.engine.feature_regions import FeatureBoxes, load_trained
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.jobs.submission import add_slurm_arguments, submit_shards, wants_slurm
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.elsewhere import (
     FORMATS,
     DetectorRecipe,
+    FeaturesRecipe,
     FileRecipe,
     attach,
     load_boxes,
@@ -155,7 +158,13 @@ def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the detector's final boxes instead of the proposals of its first stage",
     )
-    group.add_argument("--batch-size", type=int, help="the detector's images per batch (default 8)")
+    group.add_argument(
+        "--from-features",
+        nargs=2,
+        metavar=("CONFIG", "CHECKPOINT"),
+        help="clusters of the features of a pre-training run or a detector",
+    )
+    group.add_argument("--batch-size", type=int, help="the network's images per batch (default 8)")
     group.add_argument("--device", help="cuda, mps or cpu (default: a GPU if there is one)")
     group.add_argument("--min-score", metavar="S", help="leave out boxes with a lower score")
     group.add_argument(
@@ -171,6 +180,10 @@ def _add_elsewhere(parser: argparse.ArgumentParser) -> None:
 _FIELDS = ("min_score", "nms_iou", "top", "with_zero", "detections")
 
 
+#: Arguments that name a config and its weights.
+_NETWORKS = ("from_detector", "from_features")
+
+
 #: Arguments of jobs, besides those that have another name than their value.
 _PASSED = ("format", "ids", "batch_size", "device", *_FIELDS[:3])
 
@@ -183,19 +196,23 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _wants_elsewhere(args: argparse.Namespace) -> bool:
     """Whether the boxes come from elsewhere; refuses arguments that contradict this."""
-    file, detector = args.boxes is not None, args.from_detector is not None
-    if file and detector:
-        raise UserError("--from and --from-detector exclude each other")
-    if (file or detector) and (wrong := _given(args, "recipe", "mode", "working_size")):
+    file, detector, features = (
+        value is not None for value in (args.boxes, args.from_detector, args.from_features)
+    )
+    if file + detector + features > 1:
+        raise UserError("--from, --from-detector and --from-features exclude each other")
+    elsewhere = file or detector or features
+    if elsewhere and (wrong := _given(args, "recipe", "mode", "working_size")):
         raise UserError(f"--{_flag(wrong)} does not apply to boxes from elsewhere")
     for source, applies, names in (
         ("--from", file, ("format", "ids", "with_zero")),
-        ("--from-detector", detector, ("detections", "device", "batch_size")),
-        ("--from or --from-detector", file or detector, _FIELDS[:3]),
+        ("--from-detector", detector, ("detections",)),
+        ("--from-detector or --from-features", detector or features, ("device", "batch_size")),
+        ("--from, --from-detector or --from-features", elsewhere, _FIELDS[:3]),
     ):
         if not applies and (wrong := _given(args, *names)):
             raise UserError(f"--{_flag(wrong)} needs {source}")
-    return file or detector
+    return elsewhere
 
 
 def _flag(names: Iterable[str]) -> str:
@@ -211,6 +228,11 @@ def _elsewhere(
         boxes = load_boxes(args.boxes, args.format, args.ids)
         recipe = change(FileRecipe("file-v1", source=boxes.digest), changes)
         return attach(records, boxes), recipe, None
+    if args.from_features is not None:
+        recipe = change(FeaturesRecipe("features-v1"), changes)
+        model = load_trained(*args.from_features, device=args.device)
+        features = FeatureBoxes(model, recipe, **_given(args, "batch_size"))
+        return records, features.recipe, features
     options = _given(args, "detections", "batch_size", "device")
     detector = DetectorBoxes(*args.from_detector, **options)
     changes["detections"] = detector.detections
@@ -236,7 +258,7 @@ def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) 
     code = [text for entry in args.register for text in ("--register", entry)]
     flags = {
         "--out": args.out,
-        "--recipe": args.recipe if args.boxes is args.from_detector is None else None,
+        "--recipe": None if _given(args, "boxes", *_NETWORKS) else args.recipe,
         "--workers": args.workers,
         "--max-unreadable": args.max_unreadable,
         "--part-size": args.part_size,
@@ -247,8 +269,8 @@ def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) 
     given = [text for flag, value in flags.items() if value is not None for text in (flag, value)]
     settings = [text for item in changes.items() for text in ("--set", "=".join(item))]
     settings += [f"--{name.replace('_', '-')}" for name in _given(args, "with_zero", "detections")]
-    if args.from_detector is not None:
-        settings += ["--from-detector", *args.from_detector]
+    for name, files in _given(args, *_NETWORKS).items():
+        settings += [f"--{name.replace('_', '-')}", *files]
     return ["--dataset", *names, *code, *map(str, given), *settings]
 
 

@@ -20,6 +20,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, readings_of
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
+from region_pretrain.regions.store import UnknownImage
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,14 @@ class PretrainDataset:
     def __len__(self) -> int:
         return len(self._records)
 
+    def records(self) -> list[dict]:
+        """The images as Detectron2 dicts, in the order of their indices."""
+        names = ("file_name", "image_id", "category_id", "crop", "reading")
+        return [
+            {name: value for name, value in zip(names, r, strict=True) if value is not None}
+            for r in self._records
+        ]
+
     def contents(self) -> Contents:
         """The images and their regions, in the order of their indices."""
 
@@ -230,7 +239,7 @@ class PretrainDataset:
         """Read a file of the data set without decoding it.
 
         Raises:
-            UnreadableImage: the file is missing or its header is damaged.
+            UnreadableImage: the file is missing or its header is damaged, or the store lacks it.
             UserError: its size is not the size that its regions were made for.
         """
         file_name, key, label, crop, reading = self._records[index]
@@ -238,7 +247,10 @@ class PretrainDataset:
         size = image.size()
         boxes = np.zeros((0, 4), np.float32)
         if self.store is not None:
-            made_for, boxes = self.store.entry(key)
+            try:
+                made_for, boxes = self.store.entry(key)
+            except UnknownImage as error:  # it was unreadable when the regions were renewed
+                raise UnreadableImage(str(error)) from error
             if made_for != size:
                 raise UserError(
                     "{} is {}x{}, but its regions were made for {}x{}: make the regions "

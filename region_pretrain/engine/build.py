@@ -41,6 +41,8 @@ class TrainingData(Protocol):
     ``contents()``, returns what the batches are computed from; without it, a resumed run cannot
     notice that the images have changed (:class:`region_pretrain.engine.fingerprint.Fingerprint`).
     A third one, ``first_images(iteration, count)``, returns part of a batch for pictures.
+    Data that depends on the model has ``refresh_period``: the iterations after which it changes,
+    with a checkpoint saved before each change.
     """
 
     total_batch_size: int

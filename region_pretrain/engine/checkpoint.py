@@ -141,7 +141,7 @@ class RunCheckpointer(DetectionCheckpointer):
         if self.classes:
             data["thing_classes"] = self.classes
         if self.fingerprint is not None:
-            data["data"] = self.fingerprint.entry()
+            data["data"] = self.fingerprint.entry(kwargs["iteration"])
         data["detector"] = facts_of(self.model).to_dict()
 
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -229,7 +229,8 @@ class RunCheckpointer(DetectionCheckpointer):
             return 0
         data = newest.pop(path, None) or read_run_checkpoint(path)
         if self.fingerprint is not None:
-            on_main_process(lambda: self.fingerprint.compare(path, data.get("data")))
+            saved = data.get("data"), data["iteration"]
+            on_main_process(lambda: self.fingerprint.compare(path, *saved))
         self._check_run(path, data["run"])
         if data.get("thing_classes", self.classes) != self.classes:
             raise UserError(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from detectron2.config import instantiate
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Instances
@@ -17,20 +14,17 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import nn
 
-from region_pretrain.config import load_config, num_classes_keys, to_yaml
+from region_pretrain.config import to_yaml
 from region_pretrain.engine.build import build_model, resolve_device
+from region_pretrain.engine.image_boxes import ImageBoxes, load_model_config
 from region_pretrain.engine.transfer import TransferReport, load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.files import sha256_of
-from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage
-from region_pretrain.regions.elsewhere.matching import GIVEN, Given
-from region_pretrain.yacs import find_config_file, is_yacs
-
-_READERS = 8
-Batch = list[tuple[dict, dict | None]]
+from region_pretrain.images import EncodedImage, SamePixels
+from region_pretrain.regions.elsewhere.matching import Given
 
 
-class DetectorBoxes:
+class DetectorBoxes(ImageBoxes):
     """Runs a detector over the images of records, in batches.
 
     Args:
@@ -58,17 +52,11 @@ class DetectorBoxes:
         batch_size: int = 8,
         device: str | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"--batch-size {batch_size}: must be at least 1")
-        # A yacs config may have no test set or several, but then cannot be converted.
-        other = ["DATASETS.TEST=none"] if is_yacs(find_config_file(config)) else []
-        cfg = load_config(config, other)
+        super().__init__(batch_size)
+        cfg = load_model_config(config)
         mapper = cfg.get("dataloader", {}).get("test", {}).get("mapper")
         if mapper is None:
             raise UserError(f"{config} has no dataloader.test.mapper: it is not a detection config")
-        if unset := [key for key in num_classes_keys(cfg) if OmegaConf.select(cfg, key) is None]:
-            raise UserError(f"{config}: set {unset[0]}, or give the config.yaml of the training")
-        cfg.train.seed = 0
         device = resolve_device(device or cfg.train.device)
         self._model = build_model(cfg, device).eval()
         two_stage = getattr(self._model, "proposal_generator", None) is not None
@@ -76,42 +64,16 @@ class DetectorBoxes:
         report = load_pretrained(self._model, weights)
         _check_trained(report, weights, self.detections)
         self._mapper = SamePixels(instantiate(mapper))
-        self._batch_size = batch_size
         self._source = weights
         self.digest = _digest({"model": cfg.model, "mapper": mapper}, weights)
 
-    def __call__(self, records: Iterable[dict]) -> Iterator[dict]:
-        """Add each image's boxes to its record; an unreadable image has none."""
-        records = iter(records)
-        with ThreadPoolExecutor(_READERS) as readers:
-            batches = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
-            # The next batch is read while the detector works on this one.
-            waiting = [readers.map(self._read, batch) for batch in itertools.islice(batches, 2)]
-            while waiting:
-                read = list(waiting.pop(0))
-                waiting += [readers.map(self._read, b) for b in itertools.islice(batches, 1)]
-                yield from self._detect(read)
+    def read(self, record: dict) -> dict:
+        image = EncodedImage.read(record["file_name"], record.get("crop"), record.get("reading"))
+        width, height = image.size()
+        record_of_image = {k: v for k, v in record.items() if k != "annotations"}
+        return self._mapper({**record_of_image, "width": width, "height": height})
 
-    def _read(self, record: dict) -> tuple[dict, dict | None]:
-        """A record and the model's input, or None if the image is unreadable."""
-        try:
-            image = EncodedImage.read(
-                record["file_name"], record.get("crop"), record.get("reading")
-            )
-            width, height = image.size()
-            record_of_image = {k: v for k, v in record.items() if k != "annotations"}
-            return record, self._mapper({**record_of_image, "width": width, "height": height})
-        except UnreadableImage:
-            return record, None  # reading it again reports it
-
-    def _detect(self, batch: Batch) -> Iterator[dict]:
-        inputs = [given for _, given in batch if given is not None]
-        with torch.no_grad():
-            found = iter(self._boxes(inputs) if inputs else [])
-        for record, given in batch:
-            yield record if given is None else {**record, GIVEN: next(found)}
-
-    def _boxes(self, inputs: Sequence[Mapping[str, Any]]) -> list[Given]:
+    def find(self, inputs: Sequence[Mapping[str, Any]]) -> list[Given]:
         if self.detections:
             outputs = self._model(inputs)
             if "instances" not in outputs[0]:

@@ -39,7 +39,8 @@ class Fingerprint:
 
     Args:
         data: the training loader. An optional method ``contents()`` returns its
-            :class:`~region_pretrain.data.contents.Contents`.
+            :class:`~region_pretrain.data.contents.Contents`; if its regions change during the run,
+            ``regions_at(iteration)`` returns their content hash.
         cfg: the config; ``dataloader.train`` contains the settings.
         folder: the run's output folder.
         allow_changed_data: continue with data that has changed.
@@ -51,9 +52,9 @@ class Fingerprint:
         contents = data.contents() if hasattr(data, "contents") else Contents(0, lambda _: ("", 0))
         self.allow_changed_data = allow_changed_data
         self._folder = folder
+        self._regions_at = getattr(data, "regions_at", lambda iteration: contents.regions)
         self._facts = {
             "images": contents.count,
-            "regions": contents.regions,
             "settings": _settings(cfg),
         }
         self._listing: Future[tuple[str, bytes]] = Future()
@@ -65,8 +66,11 @@ class Fingerprint:
         """Stop examining files."""
         self._closed.set()
 
-    def entry(self) -> dict[str, Any]:
-        """What a checkpoint contains of it; waits for the files. For the main process."""
+    def entry(self, iteration: int = 0) -> dict[str, Any]:
+        """What the checkpoint after an iteration contains of it; waits for the files.
+
+        For the main process.
+        """
         digest, packed = self._listing.result()
         path = self._path(digest)
         if self._facts["images"] and not PathManager.exists(path):
@@ -74,19 +78,20 @@ class Fingerprint:
                 write_atomic(path, lambda file: file.write(packed))
             except OSError as error:
                 logger.warning("%s cannot be written: %s", path, error)
-        return {**self._facts, "files": digest}
+        return {**self._facts, "regions": self._regions_at(iteration), "files": digest}
 
-    def compare(self, path: str, saved: dict[str, Any] | None) -> None:
+    def compare(self, path: str, saved: dict[str, Any] | None, iteration: int = 0) -> None:
         """Compare the data with that of a checkpoint. For the main process.
 
         Args:
             path: the checkpoint.
             saved: its :meth:`entry`; None if it has none.
+            iteration: its last finished iteration.
 
         Raises:
             UserError: something has changed, and ``allow_changed_data`` is off.
         """
-        now = self.entry()
+        now = self.entry(iteration)
         if now == saved:
             return
         if not isinstance(saved, dict) or saved.keys() != now.keys():

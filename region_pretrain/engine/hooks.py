@@ -41,6 +41,8 @@ class CheckpointHook(HookBase):
         minutes: save at the first log step this many minutes after the last save; 0 disables this.
         keep_every: save every this many iterations and keep these files; 0 disables this.
         stop: called after each step on all ranks; True saves and ends the run with ``Stopped``.
+        refresh_period: also save every this many iterations, before the regions are refreshed; 0
+            disables this.
 
     Raises:
         UserError: ``max_to_keep`` is less than 1.
@@ -54,6 +56,7 @@ class CheckpointHook(HookBase):
         minutes: float = 0,
         keep_every: int = 0,
         stop: Callable[[], bool] = lambda: False,
+        refresh_period: int = 0,
     ) -> None:
         if max_to_keep is not None and max_to_keep < 1:
             raise UserError(
@@ -66,6 +69,7 @@ class CheckpointHook(HookBase):
         self.minutes = minutes
         self.keep_every = keep_every
         self.stop = stop
+        self.refresh_period = refresh_period
         self._saved_at = time.monotonic()
 
     def before_train(self) -> None:
@@ -92,7 +96,8 @@ class CheckpointHook(HookBase):
             raise Stopped
 
     def _is_due(self, done: int) -> bool:
-        if any(period and done % period == 0 for period in (self.period, self.keep_every)):
+        periods = self.period, self.keep_every, self.refresh_period
+        if any(period and done % period == 0 for period in periods):
             return True
         if not self.minutes or not self.trainer.is_log_step():
             return False

@@ -12,7 +12,9 @@ from torch import nn
 from region_pretrain.config import complete_train
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.build import TrainingData, build_part, build_pretraining_model
+from region_pretrain.engine.refresh import RefreshedLoader
 from region_pretrain.engine.run import run_training, start_run
+from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 
 
@@ -60,7 +62,13 @@ def do_pretrain(
                 f"dataloader.train builds a {type(data).__name__}, which lacks total_batch_size, "
                 "iterations_per_epoch or iterate(start_iter, stop_iter)"
             )
-        metrics, _ = run_training(
-            cfg, data, resume=resume, build=build, make_hooks=lambda trainer: list(hooks)
-        )
+        if cfg.train.refresh_regions.epochs:
+            data = RefreshedLoader(data, cfg.train.refresh_regions, cfg.train.output_dir)
+
+        def make_hooks(trainer: Trainer) -> list[HookBase]:
+            if isinstance(data, RefreshedLoader):
+                data.model = trainer.module
+            return list(hooks)
+
+        metrics, _ = run_training(cfg, data, resume=resume, build=build, make_hooks=make_hooks)
         return metrics

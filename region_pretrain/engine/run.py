@@ -204,6 +204,7 @@ def run_training(
                 minutes=train.checkpoint_minutes,
                 keep_every=train.checkpoint_keep_every,
                 stop=stop.agreed,
+                refresh_period=getattr(data, "refresh_period", 0),
             ),
             evaluation,
             instantiate(train.pictures),

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 #: Adds to records, in their order, what the recipe reads.
 Prepare = Callable[[Iterable[dict]], Iterator[dict]]
+#: Key of a record: its pixels, if ``prepare`` has decoded them.
+PIXELS = "pixels"
 
 _PROGRESS_SECONDS = 1.0
 
@@ -68,7 +70,7 @@ def make_regions(
         max_unreadable: largest fraction of the images that may be unreadable; at least one may,
             unless the fraction is 0.
         part_size: images per part.
-        prepare: called once with the records whose regions are missing, e.g. to run a detector.
+        prepare: called with the records of each missing part, e.g. to run a detector.
 
     Returns:
         The summary, or ``None`` if parts of other shards are missing.
@@ -170,10 +172,12 @@ def _run_parts(
     prepare: Prepare,
 ) -> Iterator[tuple[int, list[ImageResult]]]:
     """Yield each part and its results; ``after_image`` is called once per image."""
-    records = [record for part in todo for record in parts.records_of(part)]
+    total = sum(len(parts.records_of(part)) for part in todo)
+    # A network's batches within a part do not depend on which parts are missing.
+    records = itertools.chain.from_iterable(prepare(parts.records_of(part)) for part in todo)
     # Looking ahead by two parts keeps the workers busy while one image takes long.
-    results = _process_all(parts.recipe, prepare(records), workers, ahead=2 * parts.size)
-    with tqdm(total=len(records), desc=parts.recipe.id, unit="img") as bar:
+    results = _process_all(parts.recipe, records, workers, ahead=2 * parts.size)
+    with tqdm(total=total, desc=parts.recipe.id, unit="img") as bar:
         for part in todo:
             done = []
             for result in itertools.islice(results, len(parts.records_of(part))):
@@ -232,7 +236,7 @@ def _process(recipe: Recipe, record: dict) -> ImageResult:
     key = str(record["image_id"])
     start = time.perf_counter()
     try:
-        image = read_record(record)
+        image = record[PIXELS] if PIXELS in record else read_record(record)
     except UnreadableImage as error:
         return ImageResult(key, error=" ".join(str(error).split()))
     height, width = image.shape[:2]

@@ -30,6 +30,8 @@ from region_pretrain.regions.writing import merge_stores, write_store
 
 logger = logging.getLogger(__name__)
 
+#: Name of the file in the folder of parts that describes them.
+PLAN = "plan.json"
 _COUNTS = ("given", "dropped", "clipped")
 
 
@@ -178,7 +180,7 @@ class Parts:
                 )
 
     def _plan_path(self) -> str:
-        return os.path.join(self.folder, "plan.json")
+        return os.path.join(self.folder, PLAN)
 
     def _found_plan(self) -> dict[str, Any] | None:
         """The plan in the folder; None if it is missing or damaged."""

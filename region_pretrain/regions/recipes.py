@@ -287,7 +287,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 #: Recipes of other programs' boxes, and the arguments that name their source.
-ELSEWHERE = {"file-v1": "--from PATH", "detector-v1": "--from-detector CONFIG WEIGHTS"}
+ELSEWHERE = {
+    "file-v1": "--from PATH",
+    "detector-v1": "--from-detector CONFIG WEIGHTS",
+    "features-v1": "--from-features CONFIG CHECKPOINT",
+}
 
 
 def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -303,20 +307,30 @@ def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Re
     Raises:
         UserError: an unknown recipe or field, or an invalid value.
     """
-    name, *parts = recipe_id.split("+")
+    name, changes = parse_id(recipe_id)
     if name in ELSEWHERE:
         raise UserError(f"recipe {name} needs its source: tools/make_regions.py {ELSEWHERE[name]}")
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no recipe is called {name!r}: must be one of {', '.join(RECIPES)}{hint}")
-    changes: dict[str, Any] = {}
+    return change(RECIPES[name], {**changes, **(overrides or {})})
+
+
+def parse_id(recipe_id: str) -> tuple[str, dict[str, str]]:
+    """Split a recipe's id into its name and the fields that differ from their defaults.
+
+    Raises:
+        UserError: a part of it is not ``field=value``.
+    """
+    name, *parts = recipe_id.split("+")
+    changes = {}
     for part in parts:
         field, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"recipe id {recipe_id!r}: {part!r} is not field=value")
         changes[field] = value
-    return change(RECIPES[name], {**changes, **(overrides or {})})
+    return name, changes
 
 
 def change(recipe: R, changes: Mapping[str, Any]) -> R:

@@ -105,13 +105,16 @@ def test_a_config_that_names_the_boxes(results, tmp_path, capsys):
     [
         (
             "--from results.json --from-detector a b",
-            "--from and --from-detector exclude each other",
+            "--from, --from-detector and --from-features exclude each other",
         ),
         ("--from results.json --recipe soco-v1", "--recipe does not apply to boxes from elsewhere"),
         ("--from results.json --working-size 9", "--working-size does not apply"),
         ("--from results.json --detections", "--detections needs --from-detector"),
         ("--from-detector a b --ids x.json", "--ids needs --from"),
-        ("--min-score 0.5", "--min-score needs --from or --from-detector"),
+        ("--min-score 0.5", "--min-score needs --from, --from-detector or --from-features"),
+        ("--from results.json --batch-size 2", "--batch-size needs --from-detector or --from-feat"),
+        ("--from-features a b --set clusters=1", "features-v1: clusters=1: must be whole numbers"),
+        ("--from-features a b --min-score 0.5", "min_score=0.5: these boxes have no scores"),
         ("--from results.json --top few", "top=few is not a whole number"),
         ("--from missing.json", "no such file or folder of boxes: missing.json"),
         ("--from ann.json", "--from ann.json has the annotations of coco://ann.json"),
@@ -144,3 +147,11 @@ def test_jobs_receive_the_arguments(results, monkeypatch):
     make_regions.main([*data, "--from-detector", "c.py", "w.pth", "--batch-size", "3", *array])
     args = make_regions.make_parser().parse_args(made[-1].arguments)
     assert (args.from_detector, args.batch_size, args.detections) == (["c.py", "w.pth"], 3, False)
+    made.clear()
+    make_regions.main([*data, "--from-features", "c.py", "w.pth", "--set", "stride=4", *array])
+    args = make_regions.make_parser().parse_args(made[-1].arguments)
+    assert (args.from_features, args.from_detector, args.set) == (
+        ["c.py", "w.pth"],
+        None,
+        ["stride=4"],
+    )

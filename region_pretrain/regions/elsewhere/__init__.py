@@ -1,7 +1,15 @@
-"""Regions that another program computed: files of boxes, masks and label maps, and detectors."""
+"""Regions that another program computed: files of boxes, masks and label maps, and networks."""
 
 from region_pretrain.regions.elsewhere.formats import FORMATS, Boxes, load_boxes
 from region_pretrain.regions.elsewhere.matching import attach
-from region_pretrain.regions.elsewhere.recipe import DetectorRecipe, FileRecipe
+from region_pretrain.regions.elsewhere.recipe import DetectorRecipe, FeaturesRecipe, FileRecipe
 
-__all__ = ["FORMATS", "Boxes", "DetectorRecipe", "FileRecipe", "attach", "load_boxes"]
+__all__ = [
+    "FORMATS",
+    "Boxes",
+    "DetectorRecipe",
+    "FeaturesRecipe",
+    "FileRecipe",
+    "attach",
+    "load_boxes",
+]

@@ -130,3 +130,35 @@ class DetectorRecipe(GivenRecipe):
     nms_iou: float = 0.7
     top: int = 100
     detections: int = 0
+
+
+@dataclass(frozen=True)
+class FeaturesRecipe(GivenRecipe):
+    """Boxes of clusters of a network's features; see :class:`GivenRecipe`.
+
+    They have no scores, so the suppression is in random order.
+
+    Attributes:
+        clusters: numbers of clusters; the boxes are those of all clusterings.
+        stride: the map with the largest stride up to this is clustered, in pixels of the network's
+            input; if there is none, the finest map.
+        side: larger images are downscaled to an area of ``side * side`` pixels.
+    """
+
+    max_aspect: float = 3.0
+    min_size_ratio: float = 0.1
+    max_size_ratio: float = 0.8
+    nms_iou: float = 0.7
+    top: int = 100
+    clusters: tuple[int, ...] = (2, 4, 8)
+    stride: int = 8
+    side: int = 224
+
+    def check(self) -> None:
+        super().check()
+        if not self.clusters or not 2 <= min(self.clusters) <= max(self.clusters) <= 255:
+            self._refuse("clusters", "must be whole numbers from 2 to 255, as in 2-4-8")
+        if self.side < 32:
+            self._refuse("side", "must be at least 32")
+        if self.min_score:
+            self._refuse("min_score", "these boxes have no scores")
