@@ -19,7 +19,7 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         tensor: on the CPU, otherwise it is returned unchanged or moved as usual.
         device: the CPU, or a GPU. Copies to an Apple GPU do wait.
     """
-    to_gpu = torch.device(device).type not in ("cpu", "mps")
+    to_gpu = torch.device(device).type not in ("cpu", "meta", "mps")
     if to_gpu and tensor.device.type == "cpu" and tensor.nbytes > _STAGED_BYTES:
         channels_last = tensor.dim() == 4 and tensor.is_contiguous(
             memory_format=torch.channels_last
