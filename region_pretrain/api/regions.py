@@ -15,8 +15,9 @@ from region_pretrain.api.session import isolated
 from region_pretrain.engine.methods import default_recipe
 from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore, generate
+from region_pretrain.regions.elsewhere import FileRecipe, attach, load_boxes
 from region_pretrain.regions.preview import preview_image
-from region_pretrain.regions.recipes import GroundTruthRecipe, Recipe, get_recipe
+from region_pretrain.regions.recipes import GroundTruthRecipe, Recipe, change, get_recipe
 from region_pretrain.regions.summary import format_summary
 
 
@@ -48,6 +49,7 @@ def make_regions(
     method: str | None = None,
     *,
     recipe: str | Recipe | None = None,
+    boxes: str | os.PathLike | None = None,
     out: str | os.PathLike | None = None,
     workers: int | None = None,
     max_unreadable: float = 0.01,
@@ -61,21 +63,30 @@ def make_regions(
         images: see :data:`~region_pretrain.api.data.Data`.
         method: a method whose recipe to use.
         recipe: a recipe or its id instead, e.g. ``"grid-v1"``.
+        boxes: a file or folder of boxes that another program computed instead, e.g. COCO's results;
+            see :func:`region_pretrain.regions.elsewhere.formats.load_boxes`.
         out: path of the store; by default ``regions/<images>-<recipe>.arrow``.
         workers: number of processes; by default one per core.
         max_unreadable: largest fraction of unreadable files.
-        **changes: fields of the recipe, e.g. ``mode="quality"``; they change its id.
+        **changes: fields of the recipe, e.g. ``mode="quality"``, or of
+            :class:`~region_pretrain.regions.elsewhere.recipe.FileRecipe` for ``boxes``, e.g.
+            ``min_score=0.3``; they change its id.
 
     Returns:
         The store, which is also on disk.
 
     Raises:
-        UserError: no or both of ``method`` and ``recipe``, a method without regions, invalid
-            images, or see :func:`region_pretrain.regions.generate.make_regions`.
+        UserError: not one of ``method``, ``recipe`` and ``boxes``, a method without regions,
+            invalid images or boxes, or see :func:`region_pretrain.regions.generate.make_regions`.
     """
-    if (method is None) == (recipe is None):
-        raise UserError("make_regions needs either method= or recipe=, which determine the search")
-    recipe = recipe or default_recipe(method)
+    if [method, recipe, boxes].count(None) != 2:
+        raise UserError("make_regions needs one of method=, recipe= and boxes=")
+    given = None if boxes is None else load_boxes(os.fspath(boxes))
+    if given is not None:
+        recipe = change(FileRecipe("file-v1", source=given.digest), changes)
+        changes = {}
+    elif method is not None:
+        recipe = default_recipe(method)
     if recipe is None:
         raise UserError(f"method {method} needs no regions; to make some anyway, give recipe=ID")
     if isinstance(recipe, str):
@@ -86,6 +97,7 @@ def make_regions(
     names = data.name("images", images)
     with isolated(data.given):
         records = records_of(names, annotations=isinstance(recipe, GroundTruthRecipe))
+        records = records if given is None else attach(records, given)
         path = os.fspath(out) if out is not None else _default_path(names, recipe)
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         summary = generate.make_regions(

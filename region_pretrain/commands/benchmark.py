@@ -39,22 +39,12 @@ from region_pretrain.benchmark.gpu_report import GpuUse, describe_use, measure_u
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
 from region_pretrain.commands import text_parser
-from region_pretrain.config import load_config
+from region_pretrain.config import load_config, load_file
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import write_text_atomic
 
-#: One recipe per method.
-REPORT_CONFIGS = [
-    f"projects/{path}.py"
-    for path in (
-        "MoCo/configs/moco-v2_r50_8xb32-200ep_imagenet",
-        "BYOL/configs/byol_r50_32xb128-100ep_imagenet",
-        "SoCo/configs/soco_r50-fpn_16xb128-100ep_imagenet",
-        "CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco",
-        "MCL/configs/mcl_r50-fpn_32xb128-100ep_imagenet",
-        "PointRegionContrast/configs/point-region_r50-fpn_8xb32-200ep_imagenet",
-    )
-]
+#: Defines ``report``, whose ``configs`` has one recipe per method.
+REPORT = "configs/gpu_report.py"
 REPORT_IMAGES = 256  # files; each config repeats them
 
 
@@ -85,9 +75,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--report-configs",
         nargs="+",
-        default=REPORT_CONFIGS,
         metavar="FILE",
-        help="with --gpu-report: the configs to measure (default: one per method)",
+        help=f"with --gpu-report: the configs to measure (default: those of {REPORT})",
     )
     parser.add_argument(
         "--synthetic-images",
@@ -160,16 +149,17 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {os.cpu_count()} CPU "
         f"cores; PyTorch {torch.__version__}"
     )
+    configs = args.report_configs or load_file(REPORT).report.configs
     os.makedirs(args.gpu_report, exist_ok=True)
     uses: list[GpuUse] = []
     with tempfile.TemporaryDirectory() as folder:
         images = make_jpegs(folder, REPORT_IMAGES)
-        for path in args.report_configs:
+        for path in configs:
             cfg = load_config(path, args.opts)
             total = properties.total_memory
             stem = Path(path).stem
             started = time.perf_counter()
-            print(f"{stem} ({len(uses) + 1} of {len(args.report_configs)})", flush=True)
+            print(f"{stem} ({len(uses) + 1} of {len(configs)})", flush=True)
             uses.append(measure_use(cfg, stem, gpus_of(path), images, device, total, args.seconds))
             print(f"    {time.perf_counter() - started:.0f} s", flush=True)
             gc.collect()  # a trainer and its model refer to each other

@@ -67,7 +67,7 @@ def do_pretrain(
 
         def make_hooks(trainer: Trainer) -> list[HookBase]:
             if isinstance(data, RefreshedLoader):
-                data.model = trainer.module
+                data.attach(trainer.module)
             return list(hooks)
 
         metrics, _ = run_training(cfg, data, resume=resume, build=build, make_hooks=make_hooks)

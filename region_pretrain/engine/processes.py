@@ -108,7 +108,7 @@ def launch(
 
     Raises:
         UserError: the machine has too few GPUs, processes share one, several machines have no
-            rendezvous address, or not all processes come to it.
+            rendezvous address, or not all processes connect to it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():

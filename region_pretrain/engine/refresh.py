@@ -51,7 +51,6 @@ class RefreshedLoader:
         folder: the run's output folder, shared by all processes.
 
     Attributes:
-        model: the model without DDP, to be set before the first batch.
         refresh_period: iterations per segment; see
             :class:`~region_pretrain.engine.build.TrainingData`.
 
@@ -69,16 +68,17 @@ class RefreshedLoader:
             raise UserError(
                 f"train.refresh_regions.epochs={refresh['epochs']}: must be a whole number"
             )
-        if refresh["batch_size"] < 1:
+        if not isinstance(refresh["batch_size"], int) or refresh["batch_size"] < 1:
             raise UserError(
-                f"train.refresh_regions.batch_size={refresh['batch_size']}: must be at least 1"
+                f"train.refresh_regions.batch_size={refresh['batch_size']}: must be a whole number "
+                "of at least 1"
             )
         if not is_local(folder):
             raise UserError(f"train.refresh_regions needs a local train.output_dir, not {folder}")
         name, changes = parse_id(refresh["recipe"])
         if name != "features-v1":
             raise UserError(f"train.refresh_regions.recipe={name}: must be features-v1")
-        self.model: nn.Module | None = None
+        self._model: nn.Module | None = None
         self.refresh_period = refresh["epochs"] * loader.iterations_per_epoch
         self._loader = loader
         self._epochs, self._batch_size = refresh["epochs"], refresh["batch_size"]
@@ -88,6 +88,15 @@ class RefreshedLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+    def attach(self, model: nn.Module) -> None:
+        """Set the model, without DDP, before the first batch.
+
+        Raises:
+            UserError: regions cannot be computed from it.
+        """
+        feature_network(model)
+        self._model = model
 
     def regions_at(self, iteration: int) -> str:
         """Content hash of the store of an iteration.
@@ -105,7 +114,7 @@ class RefreshedLoader:
             end = min(stop_iter, start_iter - position + self.refresh_period)
             # Loaders draw from the global generators when they start. A run that is resumed here
             # restores the generators afterwards.
-            with no_side_effects(self.model):
+            with no_side_effects(self._model):
                 refreshed = position == 0 and segment > 0
                 store = self._refresh(segment) if refreshed else self._found(segment)
                 self._loader.dataset.store = store
@@ -133,12 +142,12 @@ class RefreshedLoader:
     def _refresh(self, segment: int) -> RegionStore:
         """Compute the store of a segment. All processes call this together."""
         path, started = self._path(segment), time.perf_counter()
-        network = feature_network(self.model)
-        self.model.eval()
+        network = feature_network(self._model)
+        self._model.eval()
         if comm.get_world_size() > 1:  # statistics of batch norms may differ between processes
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
-        boxes = FeatureBoxes(self.model, self._recipe, self._batch_size, keep_pixels=True)
+        boxes = FeatureBoxes(self._model, self._recipe, self._batch_size, keep_pixels=True)
         recipe, records = boxes.recipe, self._loader.dataset.records()
         on_main_process(lambda: _remove_others(path, recipe.id))
         logger.info("computing the regions of %d images: %s", len(records), path)

@@ -128,7 +128,7 @@ class _Wait:
 
     def error(self, missing: Sequence[int], reason: str = "") -> UserError:
         return UserError(
-            f"{_names(missing)} of {self._world_size} did not come to {self._address} within "
+            f"{_names(missing)} of {self._world_size} did not connect to {self._address} within "
             f"{time.monotonic() - self._began:.0f} s{reason}: check that every machine runs the "
             "command, sees its log, and can reach this address"
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-#: Number of samples that a rank without any reports. CUDA's kernel merges the ranks one by one and
+#: Number of samples reported by a rank that has none. CUDA's kernel merges the ranks one by one and
 #: would divide 0 by 0; in float32, 1e-30 has no effect next to one sample.
 _NO_SAMPLES = 1e-30
 

@@ -26,7 +26,7 @@ Rows = Sequence[Sequence[np.ndarray]]
 
 
 class PicturesHook(HookBase):
-    """Draws pictures every so many iterations, without any effect on the training.
+    """Draws pictures at a fixed period, without any effect on the training.
 
     In pre-training:
 

@@ -1,9 +1,11 @@
 """``region_pretrain.make_regions`` and ``pretrain``, in this process."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,14 @@ def test_regions_are_those_of_the_command_line(region_folder, tmp_path, monkeypa
     assert grid.manifest["recipe"] == "grid-v1+overlap=0.3"
     by_method = rp.make_regions(region_folder.images, "soco", out="s.arrow", workers=1)
     assert by_method.manifest["recipe"] == "soco-v1"
+    name = os.path.basename(regions.records[0]["file_name"])
+    rows = ["file_name,x0,y0,x1,y1,score", f"{name},1,2,30,40,0.4", f"{name},5,6,20,40,0.9"]
+    Path("boxes.csv").write_text("\n".join([*rows, f"{name},0,0,9,9,0.2"]))
+    given = rp.make_regions(region_folder.images, boxes="boxes.csv", min_score=0.3, workers=1)
+    assert re.fullmatch(r"file-v1\+min_score=0.3\+source=\w{16}", given.manifest["recipe"])
+    key = str(regions.records[0]["image_id"])
+    assert given.boxes(key).tolist() == [[5, 6, 20, 40], [1, 2, 30, 40]]
+    assert given.summary["boxes"] == 2
 
 
 def test_a_run_is_that_of_the_command_line(region_folder, tmp_path):
@@ -268,8 +278,11 @@ def test_bad_arguments_are_one_error(region_folder, tmp_path, changes, message):
 
 
 def test_bad_arguments_of_regions(region_folder):
-    with pytest.raises(rp.UserError, match="either method= or recipe="):
-        rp.make_regions(region_folder.images)
+    for given in ({}, {"method": "soco", "boxes": "boxes.csv"}):
+        with pytest.raises(rp.UserError, match="needs one of method=, recipe= and boxes="):
+            rp.make_regions(region_folder.images, **given)
+    with pytest.raises(rp.UserError, match="no such file or folder of boxes: boxes.csv"):
+        rp.make_regions(region_folder.images, boxes="boxes.csv")
     with pytest.raises(rp.UserError, match="method byol needs no regions"):
         rp.make_regions(region_folder.images, "byol")
     with pytest.raises(rp.UserError, match="overlop"):

@@ -18,7 +18,8 @@ from region_pretrain.benchmark.gpu_report import (
 )
 from region_pretrain.benchmark.images import make_jpegs
 from region_pretrain.benchmark.plan import Plan, plan_step
-from region_pretrain.config import load_config
+from region_pretrain.commands.benchmark import REPORT
+from region_pretrain.config import load_config, load_file
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["dataloader.train.total_batch_size=8", "dataloader.train.num_workers=0"]
@@ -84,3 +85,10 @@ def test_a_machine_without_gpu_is_refused_in_one_line(tmp_path):
     message = "error: --gpu-report: PyTorch finds no GPU on this machine (try nvidia-smi)"
     assert (done.returncode, done.stderr.splitlines()) == (2, [message])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_report_has_one_recipe_per_method():
+    configs = load_file(REPORT).report.configs
+    assert all((ROOT / path).is_file() for path in configs)
+    methods = [path.parent.name for path in ROOT.glob("projects/*/configs")]
+    assert sorted(Path(path).parts[1] for path in configs) == sorted(methods)

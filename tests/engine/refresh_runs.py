@@ -1,4 +1,4 @@
-"""Small SoCo runs whose regions are refreshed."""
+"""Small runs whose regions are refreshed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,31 @@ from region_pretrain.engine.build import build_model
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.refresh import RefreshedLoader
 
-RECIPE = Path(__file__).parents[2] / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
+PROJECTS = Path(__file__).parents[2] / "projects"
+#: Method -> its config, and overrides.
+RECIPES = {
+    "soco": (
+        "SoCo/configs/soco_r18-fpn_b32_shapes.py",
+        ["dataloader.train.dataset.views.sizes=[32,32,16]"],
+    ),
+    "ccop": ("CCOP/configs/ccop_r18-fpn_b32_shapes.py", []),
+    "point": (
+        "PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.py",
+        ["dataloader.train.dataset.views.maps.kind=boxes"],
+    ),
+}
 
 
-def config(folder, images, store, *overrides):
+def config(folder, images, store, *overrides, method="soco"):
     """8 iterations of 4 of 12 images: refreshed after 3 and 6 iterations."""
+    recipe, own = RECIPES[method]
     return load_config(
-        str(RECIPE),
+        str(PROJECTS / recipe),
         [
+            *own,
             f"train.output_dir={folder}",
             f"dataloader.train.dataset.names=folder://{images}",
             f"dataloader.train.dataset.regions={store}",
-            "dataloader.train.dataset.views.sizes=[32,32,16]",
             "dataloader.train.total_batch_size=4",
             "dataloader.train.num_workers=0",
             "train.max_iter=8",
@@ -51,12 +64,13 @@ def refresh_in_process(folder: str, images: str, store: str) -> None:
     loader = RefreshedLoader(
         instantiate(cfg.dataloader.train), cfg.train.refresh_regions, cfg.train.output_dir
     )
-    loader.model = build_model(cfg, torch.device("cpu"))
-    for name, buffer in loader.model.target.named_buffers():
+    model = build_model(cfg, torch.device("cpu"))
+    loader.attach(model)
+    for name, buffer in model.target.named_buffers():
         if name.endswith("running_mean"):
             buffer += comm.get_rank()
     next(loader.iterate(3, 4))
-    assert all(module.training for module in loader.model.modules())
+    assert all(module.training for module in model.modules())
 
 
 def train_in_process(folder: str, images: str, store: str, resume: bool) -> None:

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from equality import equal
 from tiny_run import CLOCK, final_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -95,16 +95,6 @@ class Run:
                 break
             time.sleep(0.0005)
         return process.wait(60) == -signal.SIGKILL
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from equality import equal
 from refresh_runs import config, refresh_in_process, train_in_process
 from tiny_run import CLOCK, final_checkpoint
 
@@ -55,16 +56,6 @@ def killed(monkeypatch, owner, name, call=1):
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def rows(path):
@@ -235,13 +226,39 @@ def test_refusals(whole, run, region_folder, tmp_path):
         run("whole", resume=True)
     for overrides, message in (
         (["train.refresh_regions.epochs=0.5"], "epochs=0.5: must be a whole number"),
-        (["train.refresh_regions.batch_size=0"], "batch_size=0: must be at least 1"),
+        (["train.refresh_regions.batch_size=0"], "batch_size=0: must be a whole number"),
         (["train.refresh_regions.recipe=soco-v1"], "recipe=soco-v1: must be features-v1"),
         (['train.refresh_regions.recipe="features-v1+k=3"'], "has no field 'k'"),
         (["dataloader.train.dataset.regions=null"], "the data has no regions to replace"),
     ):
         with pytest.raises(UserError, match=message):
             run(f"bad-{len(message)}", *overrides)
+
+
+def test_a_model_without_a_backbone_is_refused_before_the_first_step(region_folder, tmp_path):
+    cfg = config(tmp_path, region_folder.images, region_folder.store)
+    loader = instantiate(cfg.dataloader.train)
+    refreshed = RefreshedLoader(loader, cfg.train.refresh_regions, str(tmp_path))
+    with pytest.raises(UserError, match="Linear has no backbone"):
+        refreshed.attach(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("method", ["ccop", "point"])
+def test_other_methods_train_on_the_new_regions(method, region_folder, tmp_path, monkeypatch):
+    def losses(name):
+        images, store = region_folder.images, region_folder.store
+        overrides = ["dataloader.train.dataset.recipe=null", "train.max_iter=5"]
+        cfg = config(tmp_path / name, images, store, *overrides, method=method)
+        do_pretrain(cfg, False)
+        return [line["total_loss"] for line in lines(tmp_path / name)]
+
+    refreshed = losses("refreshed")
+    assert rows(tmp_path / "refreshed/regions_epoch001.arrow")[1].startswith("features-v1+source=")
+    monkeypatch.setattr(RefreshedLoader, "_refresh", lambda self, segment: self._first)
+    monkeypatch.setattr(RefreshedLoader, "_found", lambda self, segment: self._first)
+    old = losses("old")
+    assert len(old) == 5 and refreshed[:3] == old[:3]
+    assert refreshed[3] != old[3] and np.isfinite(refreshed).all()
 
 
 def test_an_image_that_became_unreadable_is_replaced(region_folder, tmp_path, caplog):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from damage import changes, damage, fuzz, outcome
 from detectron2.config import LazyCall as L
+from equality import equal
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import StopAt, TinyMethod, final_checkpoint, make_config
@@ -19,16 +20,6 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 
 RUN = {"max_iter": 20, "total_batch_size": 8, "world_size": 1}
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def make(folder) -> RunCheckpointer:

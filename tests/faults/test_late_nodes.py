@@ -74,7 +74,7 @@ def test_who_never_comes_is_named_in_one_line(tmp_path, address, missing):
         text = (tmp_path / f"out{rank}").read_text()
         assert "Traceback" not in text, text
         (line,) = [line for line in text.splitlines() if "error" in line.lower()]
-        start = f"error: rank {missing} of 3 did not come to {address} within "
+        start = f"error: rank {missing} of 3 did not connect to {address} within "
         assert re.match(rf"{re.escape(start)}\d s(: Connection refused)?: check that every", line)
 
 
@@ -82,7 +82,7 @@ def test_machines_of_two_processes_print_one_line_each(tmp_path, address):
     assert machine(tmp_path, address, 0, 4, processes=2).wait(60) == 2
     text = (tmp_path / "out0").read_text()
     assert text.count("rank 0 of 8 is waiting") == text.count("is waiting") == 1
-    assert text.count("error: ranks 2-7 of 8 did not come") == text.count("error") == 1, text
+    assert text.count("error: ranks 2-7 of 8 did not connect") == text.count("error") == 1, text
 
 
 def test_two_machines_of_the_same_rank_are_refused(tmp_path, address):
@@ -90,7 +90,7 @@ def test_two_machines_of_the_same_rank_are_refused(tmp_path, address):
     assert [process.wait(60) for process in started] == [2, 2, 2]
     text = (tmp_path / "out1").read_text()
     assert text.count("error: two processes have rank 1 of 3: give each machine its own") == 1
-    assert "error: rank 2 of 3 did not come" in text
+    assert "error: rank 2 of 3 did not connect" in text
 
 
 def test_a_port_in_use_is_one_line():
@@ -110,7 +110,7 @@ def test_processes_of_a_scheduler_wait_too(tmp_path, address):
 
     assert Process(run, tmp_path / "out").wait(60) == 2
     text = (tmp_path / "out").read_text()
-    assert "rank 1 of 2 is waiting" in text and "error: rank 0 of 2 did not come" in text
+    assert "rank 1 of 2 is waiting" in text and "error: rank 0 of 2 did not connect" in text
     assert "Traceback" not in text
 
 
