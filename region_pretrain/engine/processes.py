@@ -157,19 +157,25 @@ def launch(
             sys.exit(error.exit_code)
         if error.exit_code >= 0:
             raise
-        if received:
-            reason = f"stopped by {received[-1].name} before a checkpoint was saved"
-        else:
-            reason = f"process {error.error_index} of {num_processes} died from {error.signal_name}"
-        print(f"error: {reason}; --resume continues the run", file=sys.stderr)
-        sys.exit(128 - error.exit_code)
+        reason = f"process {error.error_index} of {num_processes} died from {error.signal_name}"
+        _exit_stopped(received[-1:], 128 - error.exit_code, reason)
     except ProcessRaisedException as error:
         if signal.SIGINT in received and error.msg.rstrip().endswith("KeyboardInterrupt"):
             raise KeyboardInterrupt from None
+        again = [number for number in received if number != USR2 and received.count(number) > 1]
+        if again:  # one process has ended, and the others fail without it
+            _exit_stopped(again, 128 + again[0])
         raise
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _exit_stopped(received: Sequence[signal.Signals], code: int, reason: str = "") -> NoReturn:
+    if received:
+        reason = f"stopped by {received[-1].name} before a checkpoint was saved"
+    print(f"error: {reason}; --resume continues the run", file=sys.stderr)
+    sys.exit(code)
 
 
 @contextmanager

@@ -110,12 +110,13 @@ def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
 
 
 def _local_jobs(folder: str) -> list[str]:
-    """Process ids of the submitit controllers whose jobs are in a folder."""
-    return [
-        str(pid)
-        for pid, command in command_lines().items()
-        if "submitit.local._local" in command and folder in command
-    ]
+    """Process ids of the submitit controllers whose jobs are in a folder, by any of its paths."""
+    folder, found = os.path.realpath(folder), []
+    for pid, command in command_lines().items():
+        path = command.partition("submitit.local._local ")[2].strip()
+        if path and os.path.realpath(path) == folder:
+            found.append(str(pid))
+    return found
 
 
 def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:

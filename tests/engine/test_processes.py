@@ -23,6 +23,7 @@ from tiny_run import (
     write_ranks,
 )
 from torch import distributed as dist
+from torch.multiprocessing import ProcessRaisedException
 
 from region_pretrain.engine import processes
 from region_pretrain.engine.pretrain import do_pretrain
@@ -115,6 +116,24 @@ def test_an_error_in_one_process_ends_all_and_leaves_the_environment():
     with pytest.raises(Exception, match="rank 1 broke"):
         launch(fail_on_second, 2, device="cpu")
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_process_that_fails_since_another_was_stopped_is_not_an_error(times, monkeypatch, capsys):
+    def lose_the_other(*args, **settings):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ProcessRaisedException("RuntimeError: Connection closed by peer", 0, 1)
+
+    monkeypatch.setattr(processes, "detectron2_launch", lose_the_other)
+    ended = ProcessRaisedException if times == 1 else SystemExit
+    with pytest.raises(ended) as raised:
+        launch(refuse, 2, device="cpu")
+    if times == 2:
+        assert raised.value.code == 128 + signal.SIGTERM
+        assert capsys.readouterr().err == (
+            "error: stopped by SIGTERM before a checkpoint was saved; --resume continues the run\n"
+        )
 
 
 def start_as_a_scheduler(function, *args):

@@ -15,6 +15,7 @@ if __name__ in ("__main__", "__mp_main__"):  # as in a tool
 import functools
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -86,6 +87,13 @@ def default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def forget_handlers() -> None:
+    """Those of runs in the test's own process write to what pytest has closed since."""
+    for log in logging.root.manager.loggerDict.values():
+        if isinstance(log, logging.Logger):
+            log.handlers.clear()
+
+
 class Process:
     """A forked process in a session of its own, with the methods of ``subprocess.Popen``."""
 
@@ -104,6 +112,7 @@ class Process:
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             ignore_library_warnings()
             default_signals()
+            forget_handlers()
             os.register_at_fork(after_in_child=default_signals)
             code = 0
             function()

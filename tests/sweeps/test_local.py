@@ -79,6 +79,18 @@ def test_a_restarted_coordinator_continues_with_the_jobs_of_the_killed_one(sweep
     assert [name for what, name, *_ in sweeps.noted() if what == "start"] == ["long", "later"]
 
 
+def test_a_folder_that_is_reached_by_two_paths_is_one_sweep(sweeps, tmp_path):
+    link = tmp_path / "link to it"
+    sweeps.folder.mkdir()
+    link.symlink_to(sweeps.folder)
+    sweeps.add("long", word=f"wait:{tmp_path / 'gate'}")
+    submission.start(sweeps.file(), str(link), lambda line: None)
+    sweeps.until(lambda: sweeps.noted())
+    assert sweeps.states() == {"long": state.RUNNING}
+    assert submission.cancel(str(sweeps.folder)) == ["long"]
+    assert not jobs.live_jobs(Cluster(kind="local"), str(link))
+
+
 def test_cancelled_runs_stop_and_can_be_started_again(sweeps, tmp_path):
     sweeps.add("long", word=f"wait:{tmp_path / 'gate'}")
     sweeps.add("later", "long")
