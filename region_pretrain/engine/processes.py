@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
 from region_pretrain.engine.roll_call import meet
-from region_pretrain.errors import STOPPED, Stopped, UserError, describe
+from region_pretrain.errors import INTERRUPTED, STOPPED, Stopped, UserError, describe
 from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
@@ -137,11 +138,13 @@ def launch(
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Detectron2 would choose NCCL
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // num_processes)))
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     if num_machines > 1:
         choose_gloo_interface(urlsplit(dist_url).hostname)
-        if dist_url.startswith("tcp://"):
-            address = dist_url.removeprefix("tcp://")
-            dist_url = f"{_ROLL_CALL}://{address}?local_size={num_processes}"
+    if dist_url.startswith("tcp://"):
+        address, parent = dist_url.removeprefix("tcp://"), os.getpid()
+        dist_url = f"{_ROLL_CALL}://{address}?local_size={num_processes}&parent={parent}"
     try:
         with _signals_reach_processes() as received:
             detectron2_launch(
@@ -176,6 +179,12 @@ def _exit_stopped(received: Sequence[signal.Signals], code: int, reason: str = "
         reason = f"stopped by {received[-1].name} before a checkpoint was saved"
     print(f"error: {reason}; --resume continues the run", file=sys.stderr)
     sys.exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @contextmanager
@@ -223,16 +232,27 @@ def _exit(error: UserError, first: bool) -> NoReturn:
 
 
 def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, int]]:
-    """The rendezvous of processes that were launched on several machines."""
+    """The rendezvous of processes that were launched.
+
+    A process whose launcher has been killed gets SIGINT, to which Python's handler would react only
+    after the half hour in which PyTorch tries to connect to the other processes.
+    """
     parts = urlsplit(url)
     numbers = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
-    rank, world_size = numbers["rank"], numbers["world_size"]
-    first = rank % numbers["local_size"] == 0
+    rank, world_size, local_size = (numbers[n] for n in ("rank", "world_size", "local_size"))
+    first = rank % local_size == 0
+    usual = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        store = meet(parts.hostname, parts.port, rank, world_size, speaks=first)
+        if os.getppid() != numbers["parent"]:
+            sys.exit(INTERRUPTED)
+        store = meet(
+            parts.hostname, parts.port, rank, world_size, speaks=first and world_size > local_size
+        )
+        yield store, rank, world_size
     except UserError as error:
         _exit(error, first)
-    yield store, rank, world_size
+    finally:  # when init_process_group drops this generator, with all processes connected
+        signal.signal(signal.SIGINT, usual)
 
 
 dist.register_rendezvous_handler(_ROLL_CALL, _roll_call)

@@ -3,9 +3,11 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from fault_runs import Run, processes_of
 from soak import MethodRun, make_config, make_images
 from tiny_run import Loader
 from tiny_run import make_config as make_tiny_config
+from torch.distributed import TCPStore
 
+from region_pretrain.engine import processes
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
@@ -215,3 +219,31 @@ def test_the_parents_death_lets_its_processes_save(tmp_path):
     process.wait(10)
     assert run.finish("resume=True") == 0, run.output()  # waits until they have ended
     assert len(run.losses()) == 20
+
+
+def test_no_process_waits_for_others_after_its_launcher_was_killed(tmp_path, monkeypatch):
+    def connect(host, port, rank, world_size, **settings):
+        (tmp_path / str(rank)).touch()
+        with socket.socket() as listener:  # nobody listens on its port after this
+            listener.bind((host, 0))
+            port = listener.getsockname()[1]
+        return TCPStore(host, port, world_size, False, timedelta(seconds=120))
+
+    monkeypatch.setattr(processes, "meet", connect)
+    run = Run(tmp_path / "run", 2)
+    process = run.start()
+    run.until(lambda: all((tmp_path / rank).exists() for rank in "01"), process)
+    time.sleep(0.5)  # both are inside of PyTorch's loop
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    deadline = time.monotonic() + 20
+    while left := processes_of(process.pid):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_a_process_whose_launcher_has_gone_before_it_could_notice_ends():
+    url = "roll-call://127.0.0.1:1?rank=1&world_size=2&local_size=2&parent=1"
+    with pytest.raises(SystemExit):
+        next(processes._roll_call(url))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
