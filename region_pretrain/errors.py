@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
@@ -29,6 +30,10 @@ STOPPED = 75
 INTERRUPTED = 130
 
 
+#: Exit code of a tool whose output nothing reads any more, as of one that died from SIGPIPE.
+UNREAD = 141
+
+
 class Stopped(SystemExit):
     """A run stopped on request after saving its state; the process exits with :data:`STOPPED`."""
 
@@ -40,16 +45,34 @@ class NonFiniteLoss(UserError, FloatingPointError):
     """A loss became NaN or infinite. The message names the last good checkpoint."""
 
 
+def _output_is_closed() -> bool:
+    """Whether standard output is a pipe that nothing reads; if so, it goes nowhere from now on."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2.
 
     So does a class of a config that cannot be imported. Ctrl-C prints one line and exits with 130.
+    If nothing reads standard output any more, as after ``| head``, the tool exits with 141.
     """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            if not _output_is_closed():
+                raise
+            message, code = "", UNREAD
         except UserError as error:
             message, code = f"error: {error}", 2
         except ImportError as error:

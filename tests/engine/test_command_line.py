@@ -151,3 +151,29 @@ def test_a_class_that_cannot_be_imported_is_one_line(capsys):
 
     with pytest.raises(ImportError, match="panopticapi"):
         other()
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_a_reader_that_stops_reading_costs_no_line(options, lines):
+    code = (
+        "import time\n"
+        "from region_pretrain.errors import exit_on_user_error\n"
+        "def main():\n"
+        "    time.sleep(0.2)\n"
+        f"    for _ in range({lines}): print('a line')\n"
+        "exit_on_user_error(main)()\n"
+    )
+    tool = subprocess.Popen(
+        [sys.executable, *options, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    tool.stdout.close()
+    assert (tool.stderr.read(), tool.wait(30)) == (b"", 141)
+
+
+def test_a_broken_pipe_of_something_else_is_not_hidden(capsys):
+    def main():
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        exit_on_user_error(main)()
