@@ -39,7 +39,7 @@ test: $(STAMP)
 
 # Killed processes, signals, changed data, damaged files; also part of `make test`.
 test-faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/faults
 
 # Kills tiny runs of all methods at random moments, e.g. make soak KILLS=50 STEPS=5000 SEED=1
 KILLS ?= 200

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import signal
 import sys
 
 from region_pretrain.commands import program, text_parser
@@ -123,8 +122,6 @@ def _status(argv: list[str], prog: str) -> None:
     from region_pretrain.files import reported_if_stuck
     from region_pretrain.sweeps.status import status_text
 
-    if hasattr(signal, "SIGPIPE"):  # exit quietly when a pager or head exits first
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with reported_if_stuck(folder, 10):
         text, _ = status_text(folder)
     print(text)

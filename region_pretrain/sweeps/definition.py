@@ -123,6 +123,7 @@ class Sweep:
         output_dir: folder of all runs; empty: ``output/sweeps/<name>``.
         name: the sweep's name; empty: the name of its file.
         title: heading of the report; empty: the name.
+        notes: text beside the results, e.g. which ones to expect.
         seeds: seeds of pre-training and, unless ``finetune.NAME.seeds`` lists others, of
             fine-tuning; each run is repeated once per seed.
         images_seen: length of every pre-training in images; null: as its config says.
@@ -138,6 +139,7 @@ class Sweep:
     output_dir: str = ""
     name: str = ""
     title: str = ""
+    notes: str = ""
     seeds: list[int] = field(default_factory=lambda: [0])
     images_seen: int | None = None
     pretrain_overrides: list[str] = field(default_factory=list)

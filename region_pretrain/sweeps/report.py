@@ -84,6 +84,8 @@ def results_text(folder: str) -> str:
         align = ["left", *["right"] * (len(table.header) - 1)]
         text = tabulate(table.rows, table.header, disable_numparse=True, colalign=align)
         parts.append(f"{textwrap.fill(table.caption, 90)}\n{text}")
+    if sweep.notes:
+        parts.append(textwrap.fill(sweep.notes, 90))
     return "\n\n".join(parts)
 
 
@@ -100,6 +102,7 @@ def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
         f"{len(now)} runs: {state.counted(now)}.{_wall_time(sweep)}{seen}",
         f"Command: {sweep.command}",
         f"Report written on: {host}; {facts}.",
+        *([sweep.notes] if sweep.notes else []),
     ]
 
 

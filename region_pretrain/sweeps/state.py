@@ -65,6 +65,7 @@ class SweepFile:
         plan: the runs.
         pictures: number of images per picture of the report; 0: no pictures.
         methods: pre-training -> the name of its curve in figures against the images seen.
+        notes: text beside the results.
         version: of this format.
     """
 
@@ -79,6 +80,7 @@ class SweepFile:
     plan: Plan
     pictures: int = 0
     methods: dict[str, str] = field(default_factory=dict)
+    notes: str = ""
     version: int = _VERSION
 
 

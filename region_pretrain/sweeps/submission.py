@@ -50,6 +50,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         plan=make_plan(sweep),
         pictures=sweep.pictures,
         methods=sweep.methods,
+        notes=sweep.notes,
     )
 
 
