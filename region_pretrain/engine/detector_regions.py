@@ -120,7 +120,11 @@ def _check_trained(report: TransferReport, weights: str, detections: bool) -> No
 
 
 def _digest(parts: Mapping[str, Any], weights: str) -> str:
-    cfg = OmegaConf.create(dict(parts), flags={"allow_objects": True})
+    resolved = {  # they may refer to keys beside them
+        name: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        for name, part in parts.items()
+    }
+    cfg = OmegaConf.create(resolved, flags={"allow_objects": True})
     path = os.path.expanduser(weights.partition("?")[0])
     digests = to_yaml(cfg) + sha256_of(PathManager.get_local_path(path))
     return hashlib.sha256(digests.encode()).hexdigest()[:16]

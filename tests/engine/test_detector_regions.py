@@ -93,6 +93,18 @@ def test_proposals_are_those_of_the_detector_in_pixels_of_the_image(records, det
             assert (np.diff(mine.scores) <= 0).all() and len(mine.scores) > 20
 
 
+def test_a_config_whose_values_refer_to_each_other(records, detector):
+    cfg = LazyConfig.load("configs/detection/mask_rcnn_r18_fpn_shapes.py")
+    assert "${" in OmegaConf.to_yaml(cfg.dataloader.test.mapper)
+    cfg.model = model_config()
+    LazyConfig.save(cfg, detector[0])
+    boxes = DetectorBoxes(*detector, device="cpu")
+    assert len(boxes.digest) == 16 and len(list(boxes(records))) == len(records)
+    cfg.dataloader.train.mapper.image_format = "BGR"  # which the test mapper refers to
+    LazyConfig.save(cfg, detector[0])
+    assert DetectorBoxes(*detector, device="cpu").digest != boxes.digest
+
+
 def test_a_store_resumes_without_detecting_again(records, detector, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "_PROGRESS_SECONDS", 0)
     boxes = DetectorBoxes(*detector, batch_size=2, device="cpu")
