@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Run or submit a pre-training."""
     args = make_parser(prog).parse_intermixed_args(argv)
     if args.eval_only:
-        raise UserError("--eval-only is for tools/train_net.py: pre-training has no evaluation")
+        raise UserError(
+            "--eval-only is for region-pretrain finetune: pre-training has no evaluation"
+        )
     if wants_slurm(args):
         submit_training(args, "tools/pretrain_net.py")
     else:

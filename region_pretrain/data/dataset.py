@@ -158,7 +158,7 @@ class PretrainDataset:
             raise UserError(
                 f"dataloader.train.dataset.regions={regions} contains annotated boxes "
                 f"({recipe.name}), so this would not be pre-training without labels: make other "
-                "regions with tools/make_regions.py or, if intended, set "
+                "regions with region-pretrain regions or, if intended, set "
                 "dataloader.train.dataset.allow_ground_truth=True"
             )
         logger.warning("%s contains annotated boxes: this run uses labels", regions)
@@ -191,7 +191,7 @@ class PretrainDataset:
             raise UserError(
                 f"{regions} has no regions for {len(missing)} of the {len(records)} images of "
                 f"{names} (e.g. {some}): it was made for other images, or the files were "
-                "unreadable; make the regions of this data set with tools/make_regions.py, or "
+                "unreadable; make the regions of this data set with region-pretrain regions, or "
                 f"raise dataloader.train.dataset.max_unreadable (now {max_unreadable:g})"
             )
         if len(missing):

@@ -75,7 +75,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
         raise UserError(
             "the config has no dataloader.test, so it is not a detection config "
-            "(pre-training configs are for tools/pretrain_net.py)"
+            "(pre-training configs are for region-pretrain pretrain)"
         )
     register_named(cfg)
     splits = ("train", "test") if training else ("test",)

@@ -50,7 +50,7 @@ def do_pretrain(
     """
     complete_train(cfg)
     if "evaluator" in cfg.dataloader:
-        raise UserError("the config is for tools/train_net.py: it trains a detector on boxes")
+        raise UserError("the config is for region-pretrain finetune: it trains a detector on boxes")
     register_named(cfg)
     with start_run(cfg, resume):
         loader = cfg.dataloader.train

@@ -227,8 +227,8 @@ def run_training(
     if evaluation is not None and evaluation.error:
         raise UserError(
             f"the final evaluation failed: {evaluation.error}. The trained model is "
-            f"{checkpointer.last_good()}; evaluate it again with tools/train_net.py --config-file "
-            f"{os.path.join(train.output_dir, 'config.yaml')} --eval-only "
+            f"{checkpointer.last_good()}; evaluate it again with region-pretrain finetune "
+            f"--config-file {os.path.join(train.output_dir, 'config.yaml')} --eval-only "
             f"train.init_checkpoint={checkpointer.last_good()}"
         )
     return newest_metrics(train.output_dir), evaluation.results if evaluation else {}

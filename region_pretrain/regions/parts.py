@@ -332,13 +332,13 @@ class Parts:
             )
 
     def _check_dropped(self, manifests: Sequence[dict]) -> None:
-        """Refuse boxes of which most are unusable."""
-        given, dropped = (sum(manifest[key] for manifest in manifests) for key in _COUNTS[:2])
-        if 2 * dropped > given:
+        """Refuse boxes of which most are unusable or reach out of their images."""
+        given, dropped, clipped = (sum(m[key] for m in manifests) for key in _COUNTS)
+        if 2 * (dropped + clipped) > given:
             raise UserError(
-                f"{dropped} of {given} boxes are not finite or outside their image: are they "
-                "pixels of these images, and corners or sides as their format has them? Correct "
-                f"them, delete {self.folder}, and run again"
+                f"of {given} boxes, {dropped} are not finite or outside their image, and {clipped} "
+                "reach out of it: are they pixels of these images, and corners or sides as their "
+                f"format has them? Correct them, delete {self.folder}, and run again"
             )
 
 

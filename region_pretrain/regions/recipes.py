@@ -309,7 +309,9 @@ def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Re
     """
     name, changes = parse_id(recipe_id)
     if name in ELSEWHERE:
-        raise UserError(f"recipe {name} needs its source: tools/make_regions.py {ELSEWHERE[name]}")
+        raise UserError(
+            f"recipe {name} needs its source: region-pretrain regions {ELSEWHERE[name]}"
+        )
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -177,7 +177,7 @@ class RegionStore:
         local = PathManager.get_local_path(path)
         if not os.path.isfile(local):
             raise UserError(
-                f"no region store {path}: create it with tools/make_regions.py, or name another "
+                f"no region store {path}: create it with region-pretrain regions, or name another "
                 "(dataloader.train.dataset.regions=FILE)"
             )
         try:
@@ -203,7 +203,7 @@ class RegionStore:
             reason = describe(error)[:200]
             raise UserError(
                 f"{path} is not a region store or is damaged ({reason}): "
-                "delete it and create it again with tools/make_regions.py"
+                "delete it and create it again with region-pretrain regions"
             ) from error
         return cls(os.path.abspath(path) if os.path.exists(path) else path, manifest, chunks)
 
@@ -314,7 +314,7 @@ class RegionStore:
             key = printable(chunk.key(block * _BLOCK_ROWS).decode())
             raise UserError(
                 f"{self.path} is damaged: {fault}, in the block of image {key!r}; delete it and "
-                "create it again with tools/make_regions.py"
+                "create it again with region-pretrain regions"
             )
         self._checked[n] = True
 

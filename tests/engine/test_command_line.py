@@ -68,7 +68,7 @@ def test_fine_tuning_on_two_processes(tmp_path):
 
 def test_evaluation_needs_weights_and_pretraining_has_none(config):
     done = run("pretrain_net.py", "--config-file", config, "--eval-only")
-    assert done.returncode == 2 and "tools/train_net.py" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "region-pretrain finetune" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tool", ["pretrain_net.py", "train_net.py"])
@@ -93,7 +93,7 @@ SHAPES = Path(__file__).parents[2] / "configs/detection/mask_rcnn_r18_fpn_shapes
     [
         ("train_net.py", ["dataloader.train.dataset.names=folder://x"], "a folder has no boxes"),
         ("train_net.py", ["dataloader.test.dataset.names=nosuch"], "no data set is called"),
-        ("pretrain_net.py", [], "the config is for tools/train_net.py"),
+        ("pretrain_net.py", [], "the config is for region-pretrain finetune"),
         ("train_net.py", ["optimizer.lr=abc"], "optimizer.lr=abc: must be a number"),
         ("train_net.py", ["train.epochs=abc"], "train.epochs=abc: must be a number"),
         ("train_net.py", ["model.pixel_mean=1,2,3"], "write a list as model.pixel_mean=[a,b]"),

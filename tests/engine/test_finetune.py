@@ -122,7 +122,7 @@ def test_a_failed_evaluation_costs_nothing_but_itself(tmp_path, capsys):
     assert log.count("Traceback") == 3 and "Traceback" not in console
 
     # The command in the message repeats the evaluation.
-    command = re.search(r"tools/train_net.py (.+)$", str(error.value))[1].split()
+    command = re.search(r"region-pretrain finetune (.+)$", str(error.value))[1].split()
     args = argument_parser("", "").parse_intermixed_args(command)
     assert args.eval_only
     again = load_config(args.config_file, args.opts)

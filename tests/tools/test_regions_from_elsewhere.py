@@ -118,7 +118,10 @@ def test_a_config_that_names_the_boxes(results, tmp_path, capsys):
         ("--from results.json --top few", "top=few is not a whole number"),
         ("--from missing.json", "no such file or folder of boxes: missing.json"),
         ("--from ann.json", "--from ann.json has the annotations of coco://ann.json"),
-        ("--recipe file-v1", "recipe file-v1 needs its source: tools/make_regions.py --from PATH"),
+        (
+            "--recipe file-v1",
+            "recipe file-v1 needs its source: region-pretrain regions --from PATH",
+        ),
         ("--from-detector missing.py x.pth", "missing.py"),
     ],
 )

@@ -161,17 +161,27 @@ def test_boxes_of_other_images_are_refused(tmp_path, records):
     path.write_text(json.dumps(entries))
     boxes = load_boxes(str(path))
     recipe = FileRecipe("file-v1", source=boxes.digest)
-    with pytest.raises(UserError, match="2 of 3 boxes are not finite or outside their image"):
+    with pytest.raises(
+        UserError, match="of 3 boxes, 2 are not finite or outside their image, and 1 r"
+    ):
         make_regions(attach(records, boxes), str(tmp_path / "r.arrow"), recipe, workers=1)
 
-    path.write_text(json.dumps(entries[:2] * 2 + [{"image_id": "im/1", "bbox": [1, 2, 3, 4]}]))
+    corners = [{"image_id": "im/1", "bbox": [50, 40 + i, 90, 80]} for i in range(4)]
+    path.write_text(json.dumps(corners))
+    boxes = load_boxes(str(path))
+    recipe = FileRecipe("file-v1", source=boxes.digest)
+    with pytest.raises(UserError, match="of 4 boxes, 0 are .*, and 4 reach out of it: are they"):
+        make_regions(attach(records, boxes), str(tmp_path / "q.arrow"), recipe, workers=1)
+
+    good = [{"image_id": "im/1", "bbox": [1, 2, 3, 4 + i]} for i in range(4)]
+    path.write_text(json.dumps(entries[:2] * 2 + good))
     boxes = load_boxes(str(path))
     recipe = FileRecipe("file-v1", source=boxes.digest)
     out = str(tmp_path / "s.arrow")
     summary = make_regions(attach(records, boxes), out, recipe, workers=2, part_size=1)
-    assert (summary["boxes"], summary["dropped"], summary["clipped"]) == (2, 2, 2)
+    assert (summary["boxes"], summary["dropped"], summary["clipped"]) == (5, 2, 2)
     assert (
-        "given:  5 boxes; 2 are not finite or outside their image, 2 were clipped to it"
+        "given:  8 boxes; 2 are not finite or outside their image, 2 were clipped to it"
         in format_summary(summary)
     )
     # Extended by an image: the counts remain.
