@@ -163,7 +163,9 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
             invalid.
     """
     if not path:
-        raise UserError("no config given: use --config-file PATH")
+        raise UserError(
+            "no config given: use --config-file PATH (or --method and --detector to pre-train)"
+        )
     path = find_config_file(path)
     if not path.endswith((".py", ".yaml", ".yml")):
         raise UserError(f"{path} is not a config: its name must end with .py or .yaml")

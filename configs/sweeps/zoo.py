@@ -1,4 +1,4 @@
-"""Small weights of every method for ``make zoo``: about 12 minutes on one thread.
+"""Small weights of every method for ``make zoo``: 23 minutes of one thread on a busy machine.
 
     python tools/sweep.py --config configs/sweeps/zoo.py --jobs 2 --wait
     python tools/sweep.py zoo output/sweeps/zoo

@@ -84,7 +84,7 @@ def show_detections(
         UserError: an argument is invalid.
     """
     if not isinstance(run, Finetuned):
-        raise UserError(f"run={run!r}: must be the result of finetune")
+        raise UserError(f"run={run!r}: must be what finetune returned, not its folder")
     if count < 1 or height < 16:
         raise UserError(f"count={count}, height={height}: must be at least 1 and 16")
     data, cfg = DataSets(), run.config

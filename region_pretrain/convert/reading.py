@@ -8,6 +8,7 @@ could run code is refused.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import sys
 import zipfile
@@ -21,6 +22,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from safetensors.torch import load_file
 
+import region_pretrain.zoo  # noqa: F401  registers zoo://
 from region_pretrain.convert.digest import DIGEST, digest_of
 from region_pretrain.errors import UserError, describe
 
@@ -170,6 +172,11 @@ def read_checkpoint(path: str) -> Any:
             head = file.read(16)
     except FileNotFoundError as error:
         raise UserError(f"cannot read the checkpoint {path}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"cannot read the checkpoint {path}: it is a folder; name a file in it, e.g. "
+            f"{os.path.join(path, 'model_final.pth')}"
+        ) from error
     except (OSError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the checkpoint {path}: {reason}") from error

@@ -46,9 +46,14 @@ def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
         return [
             *lines,
             *stride_lines(facts, net),
+            *(
+                [f"# timm's ResNet has no stem of {net.stem} channels: build your own"]
+                if net.stem != 64
+                else []
+            ),
             "from timm.models.resnet import BasicBlock, Bottleneck, ResNet",
             f"model = ResNet({net.block}, {net.blocks}, num_classes=0, cardinality={net.groups}, "
-            f"base_width={net.group_width}, stem_width={net.stem}, channels={net.planes}{norm})",
+            f"base_width={net.group_width}, channels={net.planes}{norm})",
         ]
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     if kind == "Swin":

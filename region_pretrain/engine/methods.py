@@ -163,4 +163,4 @@ def _find(method: str) -> Path:
             functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             if "pretrain" in functions and _plain(method) in (_plain(name), _plain(path.stem)):
                 return path
-    raise UserError(f"--method {method}: must be one of {', '.join(sorted(_folders()))}")
+    raise UserError(f"method {method}: must be one of {', '.join(sorted(_folders()))}")

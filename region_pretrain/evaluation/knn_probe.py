@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.catalog import check_registered
+from region_pretrain.errors import UserError
 from region_pretrain.evaluation.accuracy import accuracy_of
 from region_pretrain.evaluation.features import model_reader, read_regions, with_boxes
 from region_pretrain.evaluation.knn import knn_classify
@@ -36,7 +37,7 @@ class KNNProbeHook(HookBase):
 
     Args:
         period: in iterations; 0: only before the first step, which every new run logs as iteration
-            0, and after the last step.
+            0, and after the last step. At least ``train.log_period``.
         train_names: data sets whose boxes vote, registered or named by path.
         val_names: data sets whose boxes are classified; empty: each box of ``train_names`` is
             classified by all others.
@@ -74,6 +75,12 @@ class KNNProbeHook(HookBase):
     def before_train(self) -> None:
         # The data sets are read first: a wrong name must not end a run at its first probe.
         self._dicts = [self._read(names) for names in self._names if names]
+        log_period = getattr(self.trainer, "log_period", 1)  # a trainer of another library
+        if 0 < self._period < log_period:
+            raise UserError(
+                f"the kNN probe has period={self._period}, but metrics are written every "
+                f"train.log_period={log_period} iterations: set one of the two to the other"
+            )
         if self.trainer.start_iter == 0:
             self._log()
 

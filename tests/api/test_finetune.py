@@ -198,7 +198,7 @@ def test_bad_arguments_are_one_error(data, tmp_path, changes, message):
 
 
 def test_bad_arguments_of_pictures_and_evaluation(tmp_path):
-    with pytest.raises(rp.UserError, match="run='x': must be the result of finetune"):
+    with pytest.raises(rp.UserError, match="run='x': must be what finetune returned"):
         rp.show_detections("x")
     with pytest.raises(rp.UserError, match="data= is needed to evaluate a built detector"):
         rp.evaluate(torch.nn.Linear(1, 1))

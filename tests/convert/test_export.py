@@ -60,6 +60,10 @@ def test_a_narrow_trunk_goes_to_timm_only(tmp_path):
     assert_same(trunk_features(theirs, images()), model(images()).values())
     _, lines = export_weights(path, "torchvision")
     assert comments(lines, "torchvision's ResNet has no widths [16, 32, 64, 128] and stem 64")
+    narrow = model.state_dict()
+    narrow["stem.conv1.weight"] = narrow["stem.conv1.weight"][:24]
+    _, lines = export_weights(save(tmp_path / "y.pth", narrow), "timm")
+    assert comments(lines, "timm's ResNet has no stem of 24 channels: build your own")
 
 
 @torch.no_grad()

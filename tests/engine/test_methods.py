@@ -164,7 +164,7 @@ def test_names_of_methods(name):
 
 
 def test_unknown_methods_and_detectors_are_named():
-    with pytest.raises(UserError, match="--method simclr: must be one of BYOL, CCOP, MCL, MoCo"):
+    with pytest.raises(UserError, match="method simclr: must be one of BYOL, CCOP, MCL, MoCo"):
         load_method("simclr", LSJ)
     with pytest.raises(UserError, match="--detector absent.yaml: no config file absent.yaml"):
         load_method("soco", "absent.yaml")

@@ -320,6 +320,10 @@ def test_bad_input_is_reported_before_the_first_step(names):
     with pytest.raises(UserError, match="probe_unlabelled has none"):
         hook.before_train()
     DatasetCatalog.remove("probe_unlabelled")
+    hook = with_trainer(KNNProbeHook(9, "probe_train"), model)
+    hook.trainer.log_period = 10
+    with pytest.raises(UserError, match="period=9, but metrics are written every train.log_period"):
+        hook.before_train()
     with pytest.raises(UserError, match="no pixel_mean in Module"):
         bare = nn.Module()
         bare.backbone, bare.roi_heads = model.backbone, model.roi_heads

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,12 +90,22 @@ def published(sweep, tmp_path, monkeypatch):
     return Path(tmp_path / "output/zoo")
 
 
+def test_the_commands_take_names(published, tmp_path):
+    """In a new process, in which nothing else has registered zoo://."""
+    tool = [sys.executable, str(ROOT / "tools/export.py"), f"zoo://{NAME}", "--to", "detectron2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*tool, "--out", "x.pth"], check=True, env=environment)
+    paths = "x.pth", zoo.read_card(NAME).weights
+    mine, theirs = (torch.load(path, weights_only=True)["model"] for path in paths)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
 def test_a_card_says_how_the_weights_were_made(sweep, published):
     card = rp.read_card(NAME)
     assert card.weights == f"output/zoo/{NAME}-{card.sha256[:8]}.pth"
     assert hashlib.sha256(Path(card.weights).read_bytes()).hexdigest() == card.sha256
     assert (card.collection, card.config) == ("MoCo v2", RECIPE)
-    assert card.paper == {"Title": "MoCo v2", "URL": "https://arxiv.org/abs/1911.05722"}
+    assert card.paper == {"Title": "MoCo v2", "URL": "https://arxiv.org/abs/2003.04297"}
     facts = card.metadata
     assert facts["Training Data"].startswith("shapes_unlabeled_12x64px_seed0")
     assert (facts["Iterations"], facts["Batch Size"], facts["Images Seen"]) == (2, 4, 8)

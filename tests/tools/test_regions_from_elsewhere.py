@@ -120,7 +120,7 @@ def test_a_config_that_names_the_boxes(results, tmp_path, capsys):
         ("--from ann.json", "--from ann.json has the annotations of coco://ann.json"),
         (
             "--recipe file-v1",
-            "recipe file-v1 needs its source: region-pretrain regions --from PATH",
+            "file-v1 needs its source: region-pretrain regions --from PATH",
         ),
         ("--from-detector missing.py x.pth", "missing.py"),
     ],

@@ -161,9 +161,7 @@ def test_boxes_of_other_images_are_refused(tmp_path, records):
     path.write_text(json.dumps(entries))
     boxes = load_boxes(str(path))
     recipe = FileRecipe("file-v1", source=boxes.digest)
-    with pytest.raises(
-        UserError, match="of 3 boxes, 2 are not finite or outside their image, and 1 r"
-    ):
+    with pytest.raises(UserError, match="of 3 boxes, 2 are not finite or outside .*, and 1 r"):
         make_regions(attach(records, boxes), str(tmp_path / "r.arrow"), recipe, workers=1)
 
     corners = [{"image_id": "im/1", "bbox": [50, 40 + i, 90, 80]} for i in range(4)]
