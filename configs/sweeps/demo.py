@@ -1,5 +1,5 @@
 """The demo: pre-train a small Mask R-CNN on Shapes without labels, fine-tune it on 100 labelled
-images, and compare it with random weights. Under 12 minutes on two CPU cores.
+images, and compare it with random weights. About 12 minutes on two CPU cores.
 
     python tools/sweep.py --config configs/sweeps/demo.py --wait
     python tools/sweep.py --config configs/sweeps/demo.py --wait sweep.seeds=[0,1,2]
@@ -17,6 +17,8 @@ _LEVEL = "dataloader.{}.dataset.names.level=clear"
 sweep = dict(
     title="Demo: SoCo on Shapes",
     output_dir="output/demo",
+    notes="Seeds 0 to 4 gave 34.7 to 38.5 box AP from random weights, and from SoCo's 3.9 to 12.0 "
+    "more than from random ones, on average 6.7 (docs/shapes.md).",
     pretrain=dict(
         soco=dict(
             label="SoCo",

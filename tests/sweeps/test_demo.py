@@ -30,6 +30,7 @@ from region_pretrain.sweeps.definition import load_sweep
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.report import results_text
+from region_pretrain.sweeps.rows import read_csv
 
 ROOT = Path(__file__).parents[2]
 COUNT = 2  # images in pictures
@@ -113,6 +114,31 @@ def tables(folder):
     blocks = (folder / "demo/report.md").read_text().split("\n\n")
     found = [[line[2:-2].split(" | ") for line in b.splitlines()] for b in blocks if b[0] == "|"]
     return [(header, rows) for header, _, *rows in found]
+
+
+def test_what_to_expect_stands_beside_the_results(demo):
+    """And is what docs/results/demo.csv contains, as docs/shapes.md does."""
+    notes = load_sweep("configs/sweeps/demo.py").notes
+    assert notes in (demo[0] / "demo/report.md").read_text()
+    assert notes in " ".join(demo[1].split())
+    rows = {row.init: row for row in read_csv("docs/results/demo.csv")}
+    page = (ROOT / "docs/shapes.md").read_text()
+    for name, key in (("box", "bbox/AP"), ("mask", "segm/AP")):
+        ours, theirs = ([*rows[init].values(key).values()] for init in ("soco", "random"))
+        assert len(ours) == len(theirs) == 5
+        gains = [a - b for a, b in zip(ours, theirs, strict=True)]
+        for label, values, sign in (
+            (f"{name} AP, random weights", theirs, ""),
+            (f"{name} AP, SoCo", ours, ""),
+            ("difference", gains, "+"),
+        ):
+            row = " | ".join(f"{value:{sign}.1f}" for value in values)
+            spread = f" ± {np.std(values, ddof=1):.1f} |" if not sign else " ["
+            assert f"| {label} | {row} | {np.mean(values):{sign}.1f}{spread}" in page
+        if name == "box":
+            expected = [min(theirs), max(theirs), min(gains), max(gains), np.mean(gains)]
+            found = re.findall(r"\d+\.\d", notes)
+            assert found == [f"{value:.1f}" for value in expected]
 
 
 @pytest.mark.parametrize(("init", "place"), [("random", 0), ("soco", 1)])
