@@ -50,16 +50,18 @@ class DataSets:
         if isinstance(data, os.PathLike):
             data = os.fspath(data)
         if isinstance(data, str):
-            return _named(data)
+            return _named(argument, data)
         if isinstance(data, DictConfig) and "_target_" in data:
             return data
         items = list(data) if isinstance(data, Sequence) else []
+        if isinstance(data, tuple) and len(items) == 2 and str(items[1]).endswith(".json"):
+            raise UserError(f"{argument}={data}: the json comes first, then the folder")
         if isinstance(data, tuple) and len(items) == 2 and str(items[0]).endswith(".json"):
             return _coco(argument, *map(str, items))
         if items and all(isinstance(item, dict) for item in items):
             return self._records(argument, items, classes)
         if items and all(isinstance(item, str | os.PathLike) for item in items):
-            return [_named(os.fspath(item)) for item in items]
+            return [_named(argument, os.fspath(item)) for item in items]
         raise UserError(
             f"{argument}={str(data)[:60]}: must be a folder, (json, folder), one or several names "
             "of data sets, or a list of Detectron2 dicts"
@@ -74,8 +76,11 @@ class DataSets:
         return name
 
 
-def _named(name: str) -> str:
-    if is_path_name(name) or not os.path.isdir(path := os.path.expanduser(name)):
+def _named(argument: str, name: str) -> str:
+    path = os.path.expanduser(name)
+    if not is_path_name(name) and not os.path.isdir(path) and name.endswith(("/", os.sep)):
+        raise UserError(f"{argument}={name!r}: there is no such folder")
+    if is_path_name(name) or not os.path.isdir(path):
         return name
     return folder_name(os.path.abspath(path))
 

@@ -250,7 +250,9 @@ def test_yacs_configs_are_detectors(region_folder, tmp_path):
 
 BAD = [
     ({"images": "absent"}, "no data set is called 'absent'"),
+    ({"images": "absent/"}, "images='absent/': there is no such folder"),
     ({"images": 3}, "images=3: must be a folder"),
+    ({"images": ("absent", "a.json")}, "the json comes first, then the folder"),
     ({"images": ("a.json", "absent")}, "images: there is no a.json"),
     ({"detector": None}, "method 'soco' needs detector="),
     ({"detector": 3}, "detector=3: must be a config"),

@@ -68,7 +68,7 @@ class GivenRecipe(SizeRules):
         """Clip, filter and order the boxes of an image."""
         boxes, scores = given.boxes, given.scores
         if scores is None and self.min_score:
-            raise UserError(f"{given.source} has no scores: leave out --min-score")
+            raise UserError(f"{given.source} has no scores: leave out min_score")
         finite = np.isfinite(boxes).all(axis=1)
         if scores is not None:
             finite &= np.isfinite(scores)

@@ -71,7 +71,7 @@ def test_without_scores_the_order_is_random_but_not_that_of_the_file():
     assert sorted(found) == boxes != found
     assert select(boxes[::-1], None).boxes.tolist() == found
     assert select(boxes, None, seed=1).boxes.tolist() != found
-    with pytest.raises(UserError, match="boxes.json has no scores: leave out --min-score"):
+    with pytest.raises(UserError, match="boxes.json has no scores: leave out min_score"):
         select(boxes, None, min_score=0.1)
 
 
