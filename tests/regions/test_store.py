@@ -228,7 +228,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_missing_store(tmp_path):
-    with pytest.raises(UserError, match=r"no region store .*x\.arrow.*make_regions"):
+    with pytest.raises(UserError, match=r"no region store .*x\.arrow.*region-pretrain regions"):
         RegionStore.open(str(tmp_path / "x.arrow"))
     with pytest.raises(UserError, match="no region store"):
         RegionStore.open(str(tmp_path))
