@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo benchmark zoo test test-faults soak test-gpu test-slurm lint docs clean
+.PHONY: setup demo benchmark zoo test smoke test-faults soak test-gpu test-slurm lint docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ zoo: $(STAMP)
 # One thread a process: several of two threads on two cores are much slower than one after the other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore=tests/slurm
+
+# The installed wheel, from regions to a sweep; with another Python: make smoke PYTHON=python3.13 VENV=.venv-3.13
+smoke: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_packaging.py
 
 # Killed processes, signals, changed data, damaged files; also part of `make test`.
 test-faults: $(STAMP)

@@ -76,7 +76,10 @@ setup(
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.11",  # the version that the tests run on
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",  # the version that all tests run on
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
     entry_points={"console_scripts": ["region-pretrain = region_pretrain.commands.cli:main"]},
