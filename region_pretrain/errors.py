@@ -28,8 +28,6 @@ def describe(error: BaseException) -> str:
 STOPPED = 75
 #: Exit code of a process that Ctrl-C ended before it could save anything.
 INTERRUPTED = 130
-
-
 #: Exit code of a tool whose output nothing reads any more, as of one that died from SIGPIPE.
 UNREAD = 141
 

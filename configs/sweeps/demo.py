@@ -17,8 +17,8 @@ _LEVEL = "dataloader.{}.dataset.names.level=clear"
 sweep = dict(
     title="Demo: SoCo on Shapes",
     output_dir="output/demo",
-    notes="Seeds 0 to 4 gave 34.7 to 38.5 box AP from random weights, and from SoCo's 3.9 to 12.0 "
-    "more than from random ones, on average 6.7 (docs/shapes.md).",
+    notes="What to expect: seeds 0 to 4 gave 34.7 to 38.5 box AP from random weights, and 3.9 to "
+    "12.0 more from SoCo's, on average 6.7 (docs/shapes.md).",
     pretrain=dict(
         soco=dict(
             label="SoCo",

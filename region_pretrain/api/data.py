@@ -77,12 +77,14 @@ class DataSets:
 
 
 def _named(argument: str, name: str) -> str:
-    path = os.path.expanduser(name)
-    if not is_path_name(name) and not os.path.isdir(path) and name.endswith(("/", os.sep)):
-        raise UserError(f"{argument}={name!r}: there is no such folder")
-    if is_path_name(name) or not os.path.isdir(path):
+    if is_path_name(name):
         return name
-    return folder_name(os.path.abspath(path))
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return folder_name(os.path.abspath(path))
+    if name.endswith(("/", os.sep)):
+        raise UserError(f"{argument}={name!r}: there is no such folder")
+    return name
 
 
 def _coco(argument: str, json_file: str, images: str) -> str:

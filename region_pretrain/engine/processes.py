@@ -6,7 +6,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from detectron2.engine import DEFAULT_TIMEOUT
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import _find_free_port
 from detectron2.utils import comm
 from torch import distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -139,7 +139,7 @@ def launch(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # otherwise Detectron2 would choose NCCL
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores()) // num_processes)))
     if dist_url == "auto":
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+        dist_url = f"tcp://127.0.0.1:{_find_free_port()}"
     if num_machines > 1:
         choose_gloo_interface(urlsplit(dist_url).hostname)
     if dist_url.startswith("tcp://"):
@@ -160,31 +160,27 @@ def launch(
             sys.exit(error.exit_code)
         if error.exit_code >= 0:
             raise
-        reason = f"process {error.error_index} of {num_processes} died from {error.signal_name}"
-        _exit_stopped(received[-1:], 128 - error.exit_code, reason)
+        died = f"process {error.error_index} of {num_processes} died from {error.signal_name}"
+        _exit_resumable(_stopped_by(received[-1]) if received else died, 128 - error.exit_code)
     except ProcessRaisedException as error:
         if signal.SIGINT in received and error.msg.rstrip().endswith("KeyboardInterrupt"):
             raise KeyboardInterrupt from None
         again = [number for number in received if number != USR2 and received.count(number) > 1]
         if again:  # one process has ended, and the others fail without it
-            _exit_stopped(again, 128 + again[0])
+            _exit_resumable(_stopped_by(again[0]), 128 + again[0])
         raise
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def _exit_stopped(received: Sequence[signal.Signals], code: int, reason: str = "") -> NoReturn:
-    if received:
-        reason = f"stopped by {received[-1].name} before a checkpoint was saved"
+def _stopped_by(number: signal.Signals) -> str:
+    return f"stopped by {number.name} before a checkpoint was saved"
+
+
+def _exit_resumable(reason: str, code: int) -> NoReturn:
     print(f"error: {reason}; --resume continues the run", file=sys.stderr)
     sys.exit(code)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @contextmanager

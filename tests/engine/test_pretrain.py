@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from equality import equal
 from tiny_run import (
     CLOCK,
     KillAt,
@@ -50,16 +51,6 @@ def run_killed(folder, hook, at, monkeypatch):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     monkeypatch.delenv("KILL_AT")
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @pytest.mark.parametrize("hook, at, resumed_at", [(KillAt, 14, 12), (KillInSave, 11, 6)])

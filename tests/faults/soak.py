@@ -37,6 +37,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import LazyConfig
+from equality import equal
 from fault_runs import Process, Run, processes_of
 from long_run import assert_flat, describe_flat, tiny_finetuning, tiny_pretraining, watch
 from narrow_detectors import DETECTORS
@@ -218,16 +219,6 @@ def kill_once(run: MethodRun, rng: random.Random, startup: float) -> tuple[str, 
         assert time.monotonic() < deadline, f"left behind: {processes_of(process.pid)}"
         time.sleep(0.01)
     return None if code == 0 or target == "nothing" else (instant, target, code)
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def soak(

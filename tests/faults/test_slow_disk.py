@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from equality import equal
 from fault_runs import Process
-from soak import MethodRun, equal, make_config, make_images
+from soak import MethodRun, make_config, make_images
 from tiny_run import final_checkpoint
 
 from region_pretrain import lease
