@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from region_pretrain.reporting.plots import Curve, plot_curves
-from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.rows import METRICS, Row
+from region_pretrain.sweeps.rows import METRICS, Row, by_labels
 
 _KEYS = ("bbox/AP", "segm/AP")
 
@@ -34,20 +33,13 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
 
 
 def _against_labels(rows: Sequence[Row]) -> list[Figure]:
-    """One figure per fine-tuning, or a single one if each fine-tuning has its own label count."""
-    rows = [row for row in rows if row.checkpoint == FINAL and row.labels is not None]
-    groups = _grouped(rows, lambda row: row.finetune)
-    counts = {name: {row.labels for row in mine} for name, mine in groups.items()}
-    if groups and all(len(found) == 1 for found in counts.values()):
-        distinct = len(set.union(*counts.values())) == len(groups)
-        groups = {"": rows} if distinct else {}
-    found = []
+    """One figure per group of :func:`~region_pretrain.sweeps.rows.by_labels`."""
+    found, groups = [], by_labels(rows)
     for name, mine in groups.items():
-        if len({row.labels for row in mine}) > 1:
-            curves = _grouped(mine, lambda row: row.label)
-            title = f"labels{f'_{name}' if len(groups) > 1 else ''}"
-            text = f", {name}" if len(groups) > 1 else ""
-            found += _draw(title, text, curves, "labelled images", lambda row: row.labels)
+        curves = _grouped(mine, lambda row: row.label)
+        title = f"labels{f'_{name}' if len(groups) > 1 else ''}"
+        text = f", {name}" if len(groups) > 1 else ""
+        found += _draw(title, text, curves, "labelled images", lambda row: row.labels)
     return found
 
 

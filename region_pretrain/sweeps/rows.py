@@ -103,6 +103,24 @@ class Row:
         return Cost(**found)
 
 
+def by_labels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that can be compared over several label counts, of the final checkpoints.
+
+    Returns:
+        Fine-tuning -> its rows, if it has several label counts. If each fine-tuning has its own
+        single count, e.g. because they differ in length, all of them are one group, called ``""``.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.checkpoint == FINAL and row.labels is not None:
+            groups.setdefault(row.finetune, []).append(row)
+    counts = [{row.labels for row in mine} for mine in groups.values()]
+    if all(len(found) == 1 for found in counts):
+        distinct = len(set().union(*counts)) == len(groups)
+        groups = {"": [row for mine in groups.values() for row in mine]} if distinct else {}
+    return {name: mine for name, mine in groups.items() if len({r.labels for r in mine}) > 1}
+
+
 _ROW = ("label", "method", "finetune", "labels", "label_fraction", "checkpoint")
 _ROW += ("images_seen", "learning_rate")
 _COSTS = tuple(part.name for part in fields(Cost))

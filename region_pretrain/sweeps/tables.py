@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps.definition import FINAL
 from region_pretrain.sweeps.intervals import difference, pair
-from region_pretrain.sweeps.rows import METRICS, Row, Statistics
+from region_pretrain.sweeps.rows import METRICS, Row, Statistics, by_labels
 
 #: Logged metrics of probes -> heading; others keep their names.
 _PROBES = {
@@ -24,6 +25,10 @@ _COST = (
 _DIFFERENCES = (
     "Difference to {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
     "interval], which include the variance between the seeds of pre-training and of fine-tuning."
+)
+_WORTH = (
+    "Labelled images that {} would need for the same {}, and their ratio: interpolated on a "
+    "logarithmic scale between the label counts."
 )
 _PROBE_TEXT = (
     "Probes of the frozen features during pre-training: accuracy in percent, first → last value."
@@ -68,14 +73,15 @@ def tables(
     references: Sequence[str] = (),
     brief: bool = False,
 ) -> list[Table]:
-    """The tables of a sweep that are not empty: results, differences, probes, trials.
+    """The tables of a sweep that are not empty: results, differences, worth in labels, probes,
+    trials.
 
     Args:
         rows: all rows of the results.
         probes: label -> probes, from :func:`region_pretrain.sweeps.results.collect_probes`.
         references: initialisations to compare the others with, one table each; empty: the first
             one without pre-training.
-        brief: leave out AP75, the cost of pre-training and the trials.
+        brief: leave out AP75, the cost of pre-training, the worth in labels and the trials.
 
     Raises:
         UserError: a reference is not an initialisation of the rows.
@@ -86,6 +92,7 @@ def tables(
             raise UserError(f"no initialisation is called {name}: choose from {', '.join(inits)}")
     references = references or [r.init for r in rows if r.by_seeds and not r.pretrained][:1]
     found = [_results(rows, brief), *(_differences(rows, name, brief) for name in references)]
+    found += [] if brief else _worth(rows, references)
     found += [_probes(probes), *([] if brief else [_trials(rows)])]
     return [table for table in found if table.rows]
 
@@ -132,6 +139,44 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
             body.append([*row_name(row, columns), f"{count}", *cells])
     header = ["initialisation", *columns.values(), "n", *metrics.values()]
     return Table(_DIFFERENCES.format(label), header, body)
+
+
+def _worth(rows: Sequence[Row], references: Sequence[str]) -> list[Table]:
+    """How many labels of a reference each initialisation is worth, one table per metric."""
+    found = []
+    for name, mine in by_labels(rows).items():
+        counts = sorted({row.labels for row in mine})
+        for reference, key in itertools.product(references, ("bbox/AP", "segm/AP")):
+            means = {(row.init, row.labels): row.statistics(key)["mean"] for row in mine}
+            curve = [(n, means.get((reference, n))) for n in counts]
+            curve = [(n, mean) for n, mean in curve if mean is not None]
+            labels = {row.init: row.label for row in mine}
+            if len(curve) < 2:
+                continue
+            body = [
+                [label, *(_worth_cell(n, means.get((init, n)), curve) for n in counts)]
+                for init, label in labels.items()
+                if init != reference
+            ]
+            caption = _WORTH.format(labels[reference], METRICS[key])
+            caption = f"{name}: {caption}" if name else caption
+            found.append(Table(caption, ["initialisation", *map(str, counts)], body))
+    return found
+
+
+def _worth_cell(count: int, ap: float | None, curve: Sequence[tuple[int, float]]) -> str:
+    """``212 (2.1 x)``, or a bound outside of the curve: label counts and AP of the reference."""
+    if ap is None:
+        return "–"
+    (least, lowest), (most, _) = curve[0], curve[-1]
+    if ap < lowest:
+        return f"< {least}"
+    for (low, a), (high, b) in itertools.pairwise(curve):
+        if b >= ap:  # the first crossing
+            share = (ap - a) / (b - a) if b > a else 0.0
+            labels = low * (high / low) ** share
+            return f"{labels:.0f} ({labels / count:.1f} x)"
+    return f"> {most} (> {most / count:.1f} x)"
 
 
 def _probes(probes: Mapping[str, Mapping[str, tuple[Statistics, Statistics]]]) -> Table:

@@ -129,6 +129,28 @@ def test_tables_and_figures_by_one_command(tmp_path):
         tables(rows, {}, ["byol"])
 
 
+def test_worth_in_labels():
+    rows = rows_of(counts=(25, 100, 400))
+    aps = {"random": (10, 20, 40), "moco": (9, 40, 41), "soco": (15, 35, None)}
+    for row in rows:
+        at = (25, 100, 400).index(row.labels)
+        row.by_seeds = {
+            seeds: {**values, "bbox/AP": aps[row.init][at]}
+            for seeds, values in row.by_seeds.items()
+        }
+    (box,) = (t for t in tables(rows, {}) if "same box AP" in t.caption)
+    assert "random weights would need" in box.caption
+    assert box.header == ["initialisation", "25", "100", "400"]
+    # Half of the way from 25 to 100 labels is 50, three quarters from 100 to 400 are 283.
+    assert box.rows == [
+        ["MoCo v2", "< 25", "400 (4.0 x)", "> 400 (> 1.0 x)"],
+        ["SoCo", "50 (2.0 x)", "283 (2.8 x)", "–"],
+    ]
+    assert not [t for t in tables(rows, {}, brief=True) if "same box AP" in t.caption]
+    assert not [t for t in tables(rows_of(counts=(100,)), {}) if "would need" in t.caption]
+    assert len([t for t in tables(rows, {}, ["random", "moco"]) if "would need" in t.caption]) == 4
+
+
 def test_figures_follow_what_the_sweep_varies():
     def names(rows):
         return [figure.name for figure in figures(rows)]

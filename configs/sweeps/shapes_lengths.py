@@ -1,0 +1,39 @@
+"""AP against the images seen in pre-training: a sixteenth, a quarter and all of shapes_long.py's.
+
+    python tools/sweep.py --config configs/sweeps/shapes_lengths.py --jobs 2
+
+The longest pre-trainings are those of ``shapes_long.py``: the sweep uses the folder of that sweep,
+with the runs that it has.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_long import LONG
+
+#: Suffix of the names -> images seen: 109 and 434 steps * 32 images/step.
+SHORTER = {"sixteenth": 3_488, "quarter": 13_888}
+
+_FULL = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
+_SHORTER = {
+    f"{name}_{suffix}": {
+        **entry,
+        "label": f"{entry['label']}, {images:,} images",
+        "method": entry["label"],
+        "images_seen": images,
+    }
+    for suffix, images in SHORTER.items()
+    for name, entry in _FULL.items()
+}
+
+sweep = dict(
+    **benchmark(
+        **{
+            **LONG,
+            "title": "Shapes benchmark: AP against the images seen in pre-training",
+            "methods": {**_FULL, **_SHORTER},
+            "learning_rates": [0.1],
+            "finetune_seeds": [],
+        }
+    ),
+    name="shapes_long",
+    output_dir="output/sweeps/shapes_long",
+)
