@@ -24,6 +24,7 @@ from region_pretrain.sweeps.graph import (
     Plan,
     Run,
 )
+from region_pretrain.tracking.service import SERVICES
 
 CHOICE_FILE = "chosen_learning_rate.txt"
 _FINAL_CHECKPOINT = f"{checkpoint.FINAL}.pth"
@@ -173,11 +174,17 @@ class _Planner:
             "tools/pretrain_net.py",
             content(cfg, without),
             _FINAL_CHECKPOINT,
-            lambda folder: [_command(entry.config, overrides, folder)],
+            lambda folder: [_command(entry.config, [*overrides, *self._group(cfg)], folder)],
             [run for run in (regions, start) if run is not None],
             init=init,
             seed=seed,
         )
+
+    def _group(self, cfg: Any) -> list[str]:
+        """The override that names the sweep as the group of a run in trackers."""
+        tracked = any(name in cfg.train.writers for name in SERVICES)
+        own = cfg.train.tracking.group is not None
+        return [f"train.tracking.group={self._sweep.name}"] if tracked and not own else []
 
     def _checkpoints(self, entry: Finetune, init: str) -> list[str | int]:
         """The checkpoints to fine-tune: numbers of iterations, and ``"final"`` at the end."""
@@ -293,7 +300,9 @@ class _Planner:
             "tools/train_net.py",
             [content(cfg, without), labels["checkpoint"]],
             "results.json",
-            lambda folder: [[*_command(entry.config, overrides, folder), *chosen]],
+            lambda folder: [
+                [*_command(entry.config, [*overrides, *self._group(cfg)], folder), *chosen]
+            ],
             parents,
             **labels,
         )

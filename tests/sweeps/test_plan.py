@@ -32,6 +32,21 @@ def plan(tmp_path_factory):
     )
 
 
+def test_trackers_group_the_runs_of_a_sweep(tmp_path):
+    def groups(*changes):
+        changes = ["train.writers=[console,json,{_target_:a.Writer},wandb]", *changes]
+        both = {"pretrain_overrides": changes, "finetune_overrides": changes}
+        plan = make_plan(sweep(tmp_path, **both))
+        runs = [r for r in plan.runs.values() if r.kind in (PRETRAIN, TRIAL, FINETUNE)]
+        assert len(runs) == 4
+        return {overrides(r).get("train.tracking.group") for r in runs}, set(plan.runs)
+
+    found, ids = groups()
+    assert found == {"test"}
+    assert groups("train.tracking.group=mine") == ({"mine"}, ids)
+    assert groups("train.writers=[console,json,csv]") == ({None}, ids)
+
+
 def test_what_depends_on_what(plan):
     (regions,) = entries(plan, REGIONS)
     assert len(regions.tasks) == 3 and "1/3" in regions.tasks[1]
