@@ -110,6 +110,46 @@ def test_the_ablation_shares_its_full_method_with_the_benchmark(tmp_path):
         assert len({parts[init, seed].id for init, _ in parts}) == 4
 
 
+def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
+    def load(name):
+        # One learning rate: the runs that choose it are parents of the fine-tunings.
+        rate = "sweep.finetune.detector.learning_rates=[0.1]"
+        changes = ["sweep.seeds=[1]", *([rate] if name == "shapes_long" else [])]
+        sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), changes)
+        plan = make_plan(sweep)
+        wanted = [e for e in plan.entries if e["kind"] == FINETUNE and e["seed"] == 1]
+        return sweep, {(e["init"], e["finetune"]): plan.runs[e["run"]] for e in wanted}
+
+    long, whole = load("shapes_long")
+    labels, by_count = load("shapes_labels")
+    lengths, by_length = load("shapes_lengths")
+    assert long.output_dir == labels.output_dir == lengths.output_dir
+    assert long.name == labels.name == lengths.name
+
+    counts = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
+    assert set(by_count) == {
+        (init, f"labels{n}") for init in ("random", "soco", "mcl") for n in counts
+    }
+    for (init, name), run in by_count.items():
+        cfg, n = config(run), int(name.removeprefix("labels"))
+        data = cfg.dataloader.train.dataset
+        assert data.get("fraction", 1) * data.names.size == n and data.get("seed", 1) == 1
+        assert cfg.train.max_iter == counts[n]
+        assert cfg.lr_multiplier.max_iter == counts[n] and cfg.optimizer.lr == 0.1
+        assert set(run.parents) <= set(whole[init, "detector"].parents)
+
+    methods = METHODS - {"supervised"}
+    assert {init for init, _ in by_length} == {"random"} | {
+        f"{method}{suffix}" for method in methods for suffix in ("", "_quarter", "_sixteenth")
+    }
+    assert {by_length[init, "detector"].id for init in ("random", *methods)} == {
+        whole[init, "detector"].id for init in ("random", *methods)
+    }
+    seen = {entry.images_seen for entry in lengths.pretrain.values()}
+    assert seen == {None, 109 * 32, 434 * 32}
+    assert lengths.images_seen == long.images_seen == 1736 * 32
+
+
 def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tmp_path):
     changes = [f"sweep.output_dir={tmp_path}"]
     plan = make_plan(load_sweep(str(ROOT / "configs/sweeps/shapes_continued.py"), changes))
