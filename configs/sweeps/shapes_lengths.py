@@ -24,16 +24,17 @@ _SHORTER = {
     for name, entry in _FULL.items()
 }
 
+#: Arguments of the benchmark, shared with shapes_probes.py.
+LENGTHS = {
+    **LONG,
+    "title": "Shapes benchmark: AP against the images seen in pre-training",
+    "methods": {**_FULL, **_SHORTER},
+    "learning_rates": [0.1],
+    "finetune_seeds": [],
+}
+
 sweep = dict(
-    **benchmark(
-        **{
-            **LONG,
-            "title": "Shapes benchmark: AP against the images seen in pre-training",
-            "methods": {**_FULL, **_SHORTER},
-            "learning_rates": [0.1],
-            "finetune_seeds": [],
-        }
-    ),
+    **benchmark(**LENGTHS),
     name="shapes_long",
     output_dir="output/sweeps/shapes_long",
 )

@@ -1,0 +1,45 @@
+"""The upper bound of better regions: region methods pre-trained on the annotated boxes of Shapes.
+
+    python tools/sweep.py --config configs/sweeps/shapes_regions.py --jobs 2
+
+Point-level region contrast, which has a grid in the benchmark, is also trained on the boxes of
+selective search. MCL has no regions. The pre-trainings on the benchmark's own regions are those of
+``shapes_long.py``: the sweep uses the folder of that sweep, with the runs that it has.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_long import LONG
+
+_DATA = "dataloader.train.dataset"
+_ANNOTATED = [f"{_DATA}.recipe=ground_truth-v1", f"{_DATA}.allow_ground_truth=true"]
+_BOXES = [f"{_DATA}.views.maps.kind=boxes", f"{_DATA}.regions=made_by_the_sweep"]
+
+
+def _variant(name: str, regions: str, overrides: list) -> dict:
+    entry = LONG["methods"][name]
+    return {**entry, "label": f"{entry['label']}, {regions}", "overrides": overrides}
+
+
+_OWN = {name: LONG["methods"][name] for name in ("soco", "ccop", "point")}
+
+sweep = dict(
+    **benchmark(
+        **{
+            **LONG,
+            "title": "Shapes benchmark: annotated boxes as regions",
+            "methods": {
+                **_OWN,
+                "point_boxes": _variant(
+                    "point", "selective search", [*_BOXES, f"{_DATA}.recipe=shapes-v1"]
+                ),
+                "soco_annotated": _variant("soco", "annotated boxes", _ANNOTATED),
+                "ccop_annotated": _variant("ccop", "annotated boxes", _ANNOTATED),
+                "point_annotated": _variant("point", "annotated boxes", [*_BOXES, *_ANNOTATED]),
+            },
+            "learning_rates": [0.1],
+            "finetune_seeds": [],
+        }
+    ),
+    name="shapes_long",
+    output_dir="output/sweeps/shapes_long",
+)
