@@ -3,7 +3,8 @@
     python tools/sweep.py --config configs/sweeps/shapes_probes.py --jobs 2 --wait
     python tools/sweep.py probes output/sweeps/shapes_long
 
-Beside the probes of ``tools/probe.py``, a detector with a frozen trunk is trained for 100 steps.
+Beside the probes of ``tools/probe.py``, a detector with a frozen trunk is trained for
+100 steps and evaluated on 300 scenes.
 """
 
 from .common.shapes_benchmark import benchmark
@@ -14,6 +15,6 @@ sweep = dict(
     name="shapes_long",
     output_dir="output/sweeps/shapes_long",
 )
-_frozen = benchmark(**{**LENGTHS, "iterations": 100})["finetune"]["detector"]
+_frozen = benchmark(**{**LENGTHS, "iterations": 100, "val": 300})["finetune"]["detector"]
 _frozen["overrides"].append("train.freeze=[backbone.bottom_up]")
 sweep["finetune"]["frozen_trunk"] = _frozen

@@ -1,0 +1,73 @@
+"""The tables of the long Shapes benchmark agree with the committed rows."""
+
+import re
+from pathlib import Path
+
+from region_pretrain.sweeps.intervals import difference, pair
+from region_pretrain.sweeps.report import write_tables
+from region_pretrain.sweeps.rows import read_csv
+
+ROOT = Path(__file__).parents[2]
+CSV = ROOT / "docs/results/shapes_long.csv"
+NAMES = {
+    "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
+    "BYOL": "byol", "MoCo v2": "moco",
+}  # fmt: skip
+
+
+def table(text, *header):
+    """Cells of the first table whose header starts with the given names."""
+    start = text.index("| " + " | ".join(header))
+    lines = text[start:].split("\n\n")[0].splitlines()
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_page_of_the_benchmark(tmp_path):
+    page = (ROOT / "projects/README.md").read_text()
+    page = page[page.index("### Long size") : page.index("### Quick size")]
+    references = ["random", "moco", "byol"]
+    assert " ".join(f"--reference {name}" for name in references) in page
+    path, *_ = write_tables(str(CSV), references, str(tmp_path))
+    made = Path(path).read_text()
+    assert table(page, "initialisation", "n", "learning rate") == table(made, "initialisation")
+    for label in ("random weights", "MoCo v2", "BYOL"):
+        shown = table(page.split(f"To {label}:\n\n")[1], "initialisation")
+        full = table(made.split(f"Difference to {label}:")[1], "initialisation")
+        assert full[0][:3] == ["initialisation", "n", "box AP"] and full[0][5] == "mask AP"
+        left_out = ("full supervision", "random weights")
+        kept = [line for line in full if not line[0].startswith(left_out)]
+        assert shown == [[*line[:3], line[5]] for line in kept]
+
+
+def test_readme():
+    rows = {row.init: row for row in read_csv(str(CSV))}
+    text = (ROOT / "README.md").read_text()
+    lines = table(text, "method", "trained on")[2:]
+    means = []
+    for line in lines:
+        label = re.sub(r"\[(.*?)\].*", r"\1", line[0])
+        row = rows[NAMES.get(label, "random")]
+        aps = row.statistics("bbox/AP")
+        assert line[3] == f"{aps['mean']:.1f} ± {aps['std']:.1f}", label
+        if label == "random weights":
+            continue
+        means.append(aps["mean"])
+        pairs = pair(row.values("bbox/AP"), rows["random"].values("bbox/AP"))
+        assert len(pairs) == 6
+        assert line[4] == f"{difference(pairs).mean:+.1f}"
+        assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
+    assert len(lines) == 7 and means == sorted(means, reverse=True)
+
+
+def test_readings():
+    rows = {row.init: row for row in read_csv(str(CSV))}
+
+    def pairs(init, reference, key="bbox/AP"):
+        return list(pair(rows[init].values(key), rows[reference].values(key)).values())
+
+    for key in ("bbox/AP", "segm/AP"):
+        assert all(min(pairs(init, "random", key)) > 0 for init in NAMES.values())
+        for init in ("soco", "mcl"):
+            assert min(pairs(init, "moco", key) + pairs(init, "byol", key)) > 0
+    for init in ("ccop", "point"):
+        assert sum(value > 0 for value in pairs(init, "moco")) == 4
