@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -65,9 +66,7 @@ def plot_curves(
     Returns:
         PNG, 960 x 600 pixels.
     """
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _axes()
     for i, (name, (x, y)) in enumerate(curves.items()):
         label = name if len(x) else f"{name} (no data)"
         marker = "o" if len(x) <= 30 else None
@@ -91,6 +90,38 @@ def plot_curves(
     axes.grid(alpha=0.3)
     if curves:
         axes.legend()
+    return _png(figure)
+
+
+def plot_points(groups: Mapping[str, Sequence[float]], x_label: str) -> bytes:
+    """Draw groups of values, one line of points each from top to bottom, with a tick at the mean.
+
+    Args:
+        groups: name -> values.
+        x_label: label of the x axis.
+
+    Returns:
+        PNG, 960 x 600 pixels.
+    """
+    figure, axes = _axes()
+    for i, values in enumerate(groups.values()):
+        colour = _CURVE_COLOURS[i % len(_CURVE_COLOURS)]
+        axes.plot(values, [i] * len(values), "o", color=colour, markersize=6, alpha=0.7)
+        axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

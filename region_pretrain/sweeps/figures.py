@@ -1,4 +1,4 @@
-"""The figures of a sweep: AP against the number of labels, and against the images seen."""
+"""The figures of a sweep: AP of all runs, or against the number of labels or the images seen."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from region_pretrain.reporting.plots import Curve, plot_curves
+from region_pretrain.reporting.plots import Curve, plot_curves, plot_points
 from region_pretrain.sweeps.rows import METRICS, Row, by_labels
 
 _KEYS = ("bbox/AP", "segm/AP")
@@ -28,8 +28,27 @@ class Figure:
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
-    """The figures that the rows allow; none without several label counts or lengths."""
-    return [*_against_labels(rows), *_against_images(rows)]
+    """The figures that the rows allow.
+
+    AP against labels or images if there are several label counts or lengths; otherwise the AP of
+    all runs, if they have several seeds.
+    """
+    return [*_against_labels(rows), *_against_images(rows)] or _all_runs(rows)
+
+
+def _all_runs(rows: Sequence[Row]) -> list[Figure]:
+    """Box and mask AP of every fine-tuning, if all initialisations are fine-tuned in one way."""
+    ways = {(row.finetune, row.label_fraction, row.checkpoint) for row in rows}
+    if len(ways) != 1 or max(len(row.by_seeds) for row in rows) < 2:
+        return []
+    found = []
+    for key in _KEYS:
+        values = {row.label: [v for v in row.values(key).values() if v is not None] for row in rows}
+        if groups := {label: aps for label, aps in values.items() if aps}:
+            png = plot_points(groups, f"{METRICS[key]} (%)")
+            caption = f"{METRICS[key]} of every fine-tuning; the ticks are the means"
+            found.append(Figure(f"runs_{METRICS[key].lower().replace(' ', '_')}", caption, png))
+    return found
 
 
 def _against_labels(rows: Sequence[Row]) -> list[Figure]:

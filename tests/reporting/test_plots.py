@@ -14,6 +14,7 @@ from region_pretrain.reporting.plots import (
     draw_regions,
     metric_curve,
     plot_curves,
+    plot_points,
     to_png,
 )
 
@@ -64,6 +65,26 @@ def test_curves_are_drawn_where_their_values_are():
     assert not orange.any()
     two = decode(plot_curves({"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, "x", "y")).astype(int)
     assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
+
+
+def test_points_are_drawn_where_their_values_are():
+    groups = {"first": [0.0, 40.0, 100.0], "second": [60.0]}
+    picture = decode(plot_points(groups, "AP (%)")).astype(int)
+    assert picture.shape == (600, 960, 3)
+    places = {}
+    for name, colour in (("first", [31, 119, 180]), ("second", [255, 127, 14])):
+        light = 0.7 * np.array(colour) + 0.3 * 255
+        found = np.argwhere((abs(picture - light) < 12).all(-1))
+        assert np.ptp(found[:, 0]) < 14  # one line of points
+        columns = np.unique(found[:, 1])
+        starts = np.split(columns, np.flatnonzero(np.diff(columns) > 8) + 1)
+        places[name] = found[:, 0].mean(), [(part[0] + part[-1]) / 2 for part in starts]
+    assert places["first"][0] < places["second"][0]
+    left, middle, right = places["first"][1]
+    assert middle == pytest.approx(left + 0.4 * (right - left), abs=2)
+    (only,) = places["second"][1]
+    assert only == pytest.approx(left + 0.6 * (right - left), abs=2)
+    assert plot_points(groups, "AP (%)") != plot_points(dict(reversed(groups.items())), "AP (%)")
 
 
 def test_error_bars_and_a_logarithmic_axis():
