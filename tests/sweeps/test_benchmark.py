@@ -150,6 +150,44 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     assert lengths.images_seen == long.images_seen == 1736 * 32
 
 
+def test_regions_and_probes_share_the_runs_of_the_long_benchmark():
+    def runs(name):
+        sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), ["sweep.seeds=[0]"])
+        plan = make_plan(sweep)
+        found = {
+            (e["kind"], e.get("finetune"), e["init"]): plan.runs[e["run"]] for e in plan.entries
+        }
+        return plan, found
+
+    _, lengths = runs("shapes_lengths")
+    plan, regions = runs("shapes_regions")
+    parents = {
+        init: [plan.runs[p] for p in run.parents]
+        for (kind, _, init), run in regions.items()
+        if kind == PRETRAIN
+    }
+    methods = ("soco", "ccop", "point")
+    for init in methods:
+        assert regions[PRETRAIN, None, init].id == lengths[PRETRAIN, None, init].id
+    assert parents["point"] == [] and parents["point_boxes"] == parents["soco"]
+    stores = [parents[f"{init}_annotated"] for init in methods]
+    assert len(stores[0]) == 1 and stores == [stores[0]] * 3
+    for init in methods:
+        data = config(regions[PRETRAIN, None, f"{init}_annotated"]).dataloader.train.dataset
+        assert data.recipe == "ground_truth-v1" and data.allow_ground_truth
+        assert data.regions == stores[0][0].product
+
+    _, probes = runs("shapes_probes")
+    for (kind, finetune, init), run in probes.items():
+        if finetune != "frozen_trunk":
+            assert run.id == lengths[kind, finetune, init].id
+            continue
+        cfg, other = config(run), config(probes[kind, "detector", init])
+        assert cfg.train.max_iter == 100 and cfg.train.freeze == ["backbone.bottom_up"]
+        assert cfg.train.init_checkpoint == other.train.init_checkpoint
+    assert sum(finetune == "frozen_trunk" for _, finetune, _ in probes) == 19
+
+
 def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tmp_path):
     changes = [f"sweep.output_dir={tmp_path}"]
     plan = make_plan(load_sweep(str(ROOT / "configs/sweeps/shapes_continued.py"), changes))
