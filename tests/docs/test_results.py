@@ -1,7 +1,11 @@
 """The tables of the long Shapes benchmark agree with the committed rows."""
 
+import csv
 import re
 from pathlib import Path
+
+import pytest
+from scipy.stats import spearmanr
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -57,6 +61,39 @@ def test_readme():
         assert line[4] == f"{difference(pairs).mean:+.1f}"
         assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
     assert len(lines) == 7 and means == sorted(means, reverse=True)
+
+
+def probes():
+    with open(ROOT / "docs/results/shapes_probes.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_page_of_the_probes():
+    lines, page = probes(), (ROOT / "docs/probes.md").read_text()
+    names = {"kNN": "knn", "linear": "linear", "found again": "retrieval"}
+    names["variance within images"] = "variance_within"
+    levels = {"box head": "head", "FPN": "fpn", "trunk": "trunk"}
+    shown = table(page, "probe", "level")[2:]
+    assert len(lines) == 18 and len(shown) == 13
+    aps = [float(line["ap"]) for line in lines]
+    for name, level, rho, seconds in shown:
+        key = f"{names[name]}_{levels[level]}" if name in names else "frozen_trunk"
+        values = [float(line[key]) for line in lines]
+        assert float(rho) == pytest.approx(spearmanr(values, aps).statistic, abs=0.00501)
+        costs = [float(line[f"{key}_seconds"]) for line in lines]
+        assert float(seconds) == pytest.approx(sum(costs) / 18, abs=0.501)
+
+
+def test_lengths_of_pre_training():
+    quarter = {line["initialisation"]: line["ap"] for line in probes()}
+    rows = {row.init: row.by_seeds for row in read_csv(str(CSV))}
+    page = (ROOT / "projects/README.md").read_text()
+    header, _, short, long = table(page, "images seen", "random weights")
+    names = {**NAMES, "point-level region contrast": "point"}
+    for label, a, b in list(zip(header, short, long, strict=True))[2:]:
+        assert a == f"{float(quarter[names[label] + '_quarter']):.1f}"
+        assert b == f"{rows[names[label]][0, 0]['bbox/AP']:.1f}"
+    assert short[1] == long[1] == f"{rows['random'][None, 0]['bbox/AP']:.1f}"
 
 
 def test_readings():
