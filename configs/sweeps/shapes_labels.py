@@ -3,11 +3,11 @@
     python tools/sweep.py --config configs/sweeps/shapes_labels.py --jobs 2
 
 The pre-trainings are those of ``shapes_long.py``: the sweep uses the folder of that sweep, with the
-runs that it has. The fine-tuning seed selects the labelled scenes out of 1,000.
+runs that it has. The seed also selects the labelled scenes out of 1,000.
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_long import LONG
+from .shapes_long import LONG, ONE_EACH, SHARED
 
 #: Labelled scenes -> fine-tuning iterations, the same for every initialisation.
 ITERATIONS = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
@@ -16,22 +16,19 @@ ITERATIONS = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
 def _sweep(labelled: int, iterations: int) -> dict:
     return benchmark(
         **{
-            **LONG,
+            **ONE_EACH,
             "title": "Shapes benchmark: AP against the number of labels",
             "methods": {name: LONG["methods"][name] for name in ("soco", "mcl")},
             "labelled": 1000,
             "label_fractions": [labelled / 1000],
             "iterations": iterations,
-            "learning_rates": [0.1],
-            "finetune_seeds": [],
         }
     )
 
 
 _sweeps = {n: _sweep(n, iterations) for n, iterations in ITERATIONS.items()}
-sweep = dict(
+sweep = {
     **_sweeps[100],
-    name="shapes_long",
-    output_dir="output/sweeps/shapes_long",
-)
-sweep["finetune"] = {f"labels{n}": one["finetune"]["detector"] for n, one in _sweeps.items()}
+    **SHARED,
+    "finetune": {f"labels{n}": one["finetune"]["detector"] for n, one in _sweeps.items()},
+}

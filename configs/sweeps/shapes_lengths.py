@@ -7,7 +7,7 @@ with the runs that it has.
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_long import LONG
+from .shapes_long import LONG, ONE_EACH, SHARED
 
 #: Suffix of the names -> images seen: 109 and 434 steps * 32 images/step.
 SHORTER = {"sixteenth": 3_488, "quarter": 13_888}
@@ -26,15 +26,9 @@ _SHORTER = {
 
 #: Arguments of the benchmark, shared with shapes_probes.py.
 LENGTHS = {
-    **LONG,
+    **ONE_EACH,
     "title": "Shapes benchmark: AP against the images seen in pre-training",
     "methods": {**_FULL, **_SHORTER},
-    "learning_rates": [0.1],
-    "finetune_seeds": [],
 }
 
-sweep = dict(
-    **benchmark(**LENGTHS),
-    name="shapes_long",
-    output_dir="output/sweeps/shapes_long",
-)
+sweep = {**benchmark(**LENGTHS), **SHARED}

@@ -47,6 +47,12 @@ LONG = {
     "finetune_overrides": [*QUICK["finetune_overrides"], "train.clip_grad.enabled=true"],
 }
 
+#: For the sweeps that vary one thing of this one: the learning rate that it chose for all
+#: initialisations, and one fine-tuning per pre-training.
+ONE_EACH = {**LONG, "learning_rates": [0.1], "finetune_seeds": []}
+#: They share this sweep's folder and its runs; the folder's report is of the one started last.
+SHARED = dict(name="shapes_long", output_dir="output/sweeps/shapes_long")
+
 sweep = benchmark(**LONG)
 sweep["baselines"]["full"] = dict(
     label="full supervision (boxes and masks of all scenes)", init_checkpoint=FULL_SUPERVISION

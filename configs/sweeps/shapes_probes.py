@@ -9,12 +9,9 @@ Beside the probes of ``tools/probe.py``, a detector with a frozen trunk is train
 
 from .common.shapes_benchmark import benchmark
 from .shapes_lengths import LENGTHS
+from .shapes_long import SHARED
 
-sweep = dict(
-    **benchmark(**{**LENGTHS, "title": "Shapes benchmark: probes"}),
-    name="shapes_long",
-    output_dir="output/sweeps/shapes_long",
-)
+sweep = {**benchmark(**{**LENGTHS, "title": "Shapes benchmark: probes"}), **SHARED}
 _frozen = benchmark(**{**LENGTHS, "iterations": 100, "val": 300})["finetune"]["detector"]
 _frozen["overrides"].append("train.freeze=[backbone.bottom_up]")
 sweep["finetune"]["frozen_trunk"] = _frozen

@@ -8,10 +8,11 @@ selective search. MCL has no regions. The pre-trainings on the benchmark's own r
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_long import LONG
+from .shapes_long import LONG, ONE_EACH, SHARED
 
 _DATA = "dataloader.train.dataset"
 _ANNOTATED = [f"{_DATA}.recipe=ground_truth-v1", f"{_DATA}.allow_ground_truth=true"]
+# The sweep replaces the path by that of the store that it generates.
 _BOXES = [f"{_DATA}.views.maps.kind=boxes", f"{_DATA}.regions=made_by_the_sweep"]
 
 
@@ -22,10 +23,10 @@ def _variant(name: str, regions: str, overrides: list) -> dict:
 
 _OWN = {name: LONG["methods"][name] for name in ("soco", "ccop", "point")}
 
-sweep = dict(
+sweep = {
     **benchmark(
         **{
-            **LONG,
+            **ONE_EACH,
             "title": "Shapes benchmark: annotated boxes as regions",
             "methods": {
                 **_OWN,
@@ -36,10 +37,7 @@ sweep = dict(
                 "ccop_annotated": _variant("ccop", "annotated boxes", _ANNOTATED),
                 "point_annotated": _variant("point", "annotated boxes", [*_BOXES, *_ANNOTATED]),
             },
-            "learning_rates": [0.1],
-            "finetune_seeds": [],
         }
     ),
-    name="shapes_long",
-    output_dir="output/sweeps/shapes_long",
-)
+    **SHARED,
+}
