@@ -184,7 +184,8 @@ class _Planner:
         """The override that names the sweep as the group of a run in trackers."""
         tracked = any(name in cfg.train.writers for name in SERVICES)
         own = cfg.train.tracking.group is not None
-        return [f"train.tracking.group={self._sweep.name}"] if tracked and not own else []
+        name = json.dumps(self._sweep.name, ensure_ascii=False)  # quoted, as it may be any text
+        return [f"train.tracking.group={name}"] if tracked and not own else []
 
     def _checkpoints(self, entry: Finetune, init: str) -> list[str | int]:
         """The checkpoints to fine-tune: numbers of iterations, and ``"final"`` at the end."""

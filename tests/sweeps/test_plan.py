@@ -32,17 +32,20 @@ def plan(tmp_path_factory):
     )
 
 
-def test_trackers_group_the_runs_of_a_sweep(tmp_path):
+@pytest.mark.parametrize("name", ["test", "photos, v2", "2024", 'the "best"'])
+def test_trackers_group_the_runs_of_a_sweep(tmp_path, name):
     def groups(*changes):
         changes = ["train.writers=[console,json,{_target_:a.Writer},wandb]", *changes]
         both = {"pretrain_overrides": changes, "finetune_overrides": changes}
-        plan = make_plan(sweep(tmp_path, **both))
+        plan = make_plan(sweep(tmp_path, name=name, **both))
         runs = [r for r in plan.runs.values() if r.kind in (PRETRAIN, TRIAL, FINETUNE)]
         assert len(runs) == 4
-        return {overrides(r).get("train.tracking.group") for r in runs}, set(plan.runs)
+        texts = [[a for a in r.tasks[0] if "tracking.group=" in a] for r in runs]
+        read = [load_config(DETECTOR, found).train.tracking.group for found in texts]
+        return set(read), set(plan.runs)
 
     found, ids = groups()
-    assert found == {"test"}
+    assert found == {name}
     assert groups("train.tracking.group=mine") == ({"mine"}, ids)
     assert groups("train.writers=[console,json,csv]") == ({None}, ids)
 
