@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from detectron2.config import LazyCall as L
+from detectron2.engine import HookBase
 from equality import equal
 from fault_runs import Process
 from soak import MethodRun, make_config, make_images
@@ -59,6 +61,19 @@ def mount(tmp_path):
     mounted.unmount()
 
 
+class Waits(HookBase):
+    """After the 20th iteration, waits for a file."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def after_step(self) -> None:
+        deadline = time.monotonic() + 60
+        while self.trainer.iter == 19 and not os.path.exists(self._path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def config(folder):
     cfg = make_config("SoCo", *make_images(folder))
     cfg.train.max_iter = 40
@@ -73,6 +88,9 @@ def test_a_run_waits_for_its_disk_and_keeps_its_folder(mount, tmp_path, monkeypa
     # Images, regions and output are on the mounted disk.
     cfg = config(mount.path)
     cfg.train.output_dir = str(mount.path / "run")
+    # It must not end, and leave its folder, before the second run has looked at it.
+    refused = tmp_path / "refused"
+    cfg.train.hooks = [L(Waits)(path=str(refused))]
     run = MethodRun(mount.path / "run", cfg, 1)
     run.out = tmp_path / "run.out"
     process = run.start(workers=1)
@@ -92,6 +110,7 @@ def test_a_run_waits_for_its_disk_and_keeps_its_folder(mount, tmp_path, monkeypa
     assert second.wait(60) == 2
     text = (tmp_path / "second.out").read_text()
     assert "is in use by process" in text and text.count("error") == 1, text
+    refused.touch()
     assert process.wait(60) == 0, run.output()
     stuck = f"{mount.path / 'run'}: the file system has not answered for 1 s; waiting"
     assert run.output().count(stuck) == 1

@@ -11,6 +11,7 @@ def test_killed_runs_equal_unkilled_ones(tmp_path):
     lines = []
     found = soak(tmp_path, 6, seed, lines.append)
     assert len(found.kills) == len(lines) == 6 and ITERATIONS == 24 and len(METHODS) == 6
-    assert lines[0].startswith("[1/6] SoCo x 1: ") and "; ETA 0:" in lines[0]
+    method, processes, *_ = found.kills[0]
+    assert lines[0].startswith(f"[1/6] {method} x {processes}: ") and "; ETA 0:" in lines[0]
     assert max(found.runs.values()) == 1 and {m for m, *_ in found.kills} <= set(METHODS)
     assert describe(found).endswith("all equal to the unkilled ones bit for bit")
