@@ -13,15 +13,25 @@ from .shapes_long import LONG, ONE_EACH, SHARED
 SHORTER = {"sixteenth": 3_488, "quarter": 13_888}
 
 _FULL = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
-_SHORTER = {
-    f"{name}_{suffix}": {
-        **entry,
-        "label": f"{entry['label']}, {images:,} images",
-        "method": entry["label"],
-        "images_seen": images,
+
+
+def of_length(suffix: str, images: int) -> dict:
+    """Pre-trainings of every method that see ``images`` images; their names end in ``suffix``."""
+    return {
+        f"{name}_{suffix}": {
+            **entry,
+            "label": f"{entry['label']}, {images:,} images",
+            "method": entry["label"],
+            "images_seen": images,
+        }
+        for name, entry in _FULL.items()
     }
+
+
+_SHORTER = {
+    name: entry
     for suffix, images in SHORTER.items()
-    for name, entry in _FULL.items()
+    for name, entry in of_length(suffix, images).items()
 }
 
 #: Arguments of the benchmark, shared with shapes_probes.py.

@@ -263,11 +263,22 @@ def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | Non
         raise UserError(f"train.amp.dtype={name}: must be one of {', '.join(_AMP_DTYPES)}")
     if device.type != "cuda" and name == "float16":  # it needs a scaled loss
         logger.warning("train.amp.dtype=float16 needs a CUDA GPU: using bfloat16")
-        return torch.bfloat16
+        name = "bfloat16"
+    if name == "bfloat16" and emulates_bfloat16(device):
+        logger.warning(
+            "this CPU emulates bfloat16, several times slower than float32: set "
+            "train.amp.enabled=false"
+        )
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if name == "bfloat16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):
         logger.warning("this GPU emulates bfloat16 slowly: set train.amp.dtype=float16")
     return _AMP_DTYPES[name]
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a CPU for which oneDNN has no bfloat16 kernels, as without AVX-512."""
+    known = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def clipping(clip: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,6 @@
 import logging
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,25 @@ def test_optimizer_gets_the_scaled_lr_and_leaves_the_config_alone():
 )
 def test_precision(amp, device, expected):
     assert build.amp_dtype(amp, torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "device, fast, warnings", [("cpu", False, 1), ("cpu", True, 0), ("meta", False, 0)]
+)
+def test_a_cpu_that_emulates_bfloat16_is_named(monkeypatch, caplog, dtype, device, fast, warnings):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    for enabled in (False, True):
+        build.amp_dtype({"enabled": enabled, "dtype": dtype}, torch.device(device))
+    text = "slower than float32: set train.amp.enabled=false"
+    assert caplog.text.count(text) == warnings
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 processors")
+def test_emulation_of_bfloat16_agrees_with_the_flags_of_the_processor():
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    fast = {"avx512vl", "avx512bw", "avx512dq"} <= set(flags)
+    assert build.emulates_bfloat16(torch.device("cpu")) is not fast
 
 
 @pytest.mark.parametrize(

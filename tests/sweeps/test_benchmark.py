@@ -150,6 +150,36 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     assert lengths.images_seen == long.images_seen == 1736 * 32
 
 
+def test_four_times_the_long_pre_trainings_belong_to_the_figure_of_lengths():
+    lengths, longer = (
+        load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), [])
+        for name in ("shapes_lengths", "shapes_four_times")
+    )
+    assert {longer.methods[f"{name}_four_times"] for name in METHODS - {"supervised"}} == {
+        lengths.methods[name] for name in METHODS - {"supervised"}
+    }
+    assert longer.labels["soco_four_times"] == "SoCo, 222,208 images"
+    plan = make_plan(longer)
+    pretrained = [run for run in plan.runs.values() if run.kind == PRETRAIN]
+    assert len(pretrained) == 6
+    assert all(config(run).train.max_iter == 4 * 1736 for run in pretrained)
+
+
+def test_overrides_of_single_list_entries():
+    # So do docs/gpu.md and the comment in shapes_long.py.
+    changes = [
+        "sweep.pretrain_overrides.0='train.device=cuda'",
+        "sweep.pretrain_overrides.2='train.amp.enabled=false'",
+    ]
+    sweep = load_sweep(str(ROOT / "configs/sweeps/shapes_long.py"), [*changes, "sweep.seeds=[0]"])
+    found = {
+        (run.kind, config(run).train.device, config(run).train.amp.enabled)
+        for run in make_plan(sweep).runs.values()
+        if run.kind in (PRETRAIN, FINETUNE)
+    }
+    assert found == {(PRETRAIN, "cuda", False), (FINETUNE, "cpu", False)}
+
+
 def test_regions_and_probes_share_the_runs_of_the_long_benchmark():
     def runs(name):
         sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), ["sweep.seeds=[0]"])
