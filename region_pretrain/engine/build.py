@@ -277,8 +277,9 @@ def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | Non
 
 def emulates_bfloat16(device: torch.device) -> bool:
     """Whether a device is a CPU for which oneDNN has no bfloat16 kernels, as without AVX-512."""
-    known = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return known and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def clipping(clip: Mapping[str, Any]) -> dict[str, float]:
