@@ -48,7 +48,8 @@ class Mount:
 
     def unmount(self) -> None:
         self.go_on()
-        subprocess.run(["fusermount3", "-uz", str(self.path)], check=True)
+        program = next(filter(shutil.which, ("fusermount3", "fusermount")))  # FUSE 3, FUSE 2
+        subprocess.run([program, "-uz", str(self.path)], check=True)
         self._server.wait(10)
 
 

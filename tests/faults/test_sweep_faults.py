@@ -72,6 +72,8 @@ def test_a_task_that_is_killed_before_it_records_anything_is_started_again(sweep
     )
     sweeps.start()
     assert sweeps.wait() == {"a": state.FINISHED} and killed.exists()
+    # Its product is there before its process has written how it ended.
+    sweeps.until(lambda: "outcome" in read_attempts(run.folder)[-1])
     assert [a["outcome"] for a in read_attempts(run.folder)] == ["unknown", "finished"]
 
 
