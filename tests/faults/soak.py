@@ -98,12 +98,15 @@ def make_images(folder: Path) -> tuple[str, str]:
     return names, store
 
 
-def make_config(method: str, names: str, store: str) -> DictConfig:
+def make_config(method: str, names: str, store: str, norm: str = "BN") -> DictConfig:
     """A method's recipe around a narrow detector, for :func:`make_images`."""
     recipe, function, views = METHODS[method]
     cfg = LazyConfig.load(str(PROJECTS / method / f"configs/{recipe}_b32_shapes.py"))
     ratios = {"ratios": RATIOS} if method == "MCL" else {}
     detector = DETECTORS["Faster/Mask R-CNN, FPN"]()
+    bottom_up = detector.backbone.bottom_up
+    for module in (bottom_up.stem, *bottom_up.stages):
+        module.norm = norm
     cfg.model = function(detector, hidden_dim=16, dim=16, **ratios)
     for key in (key for key in cfg.model if key.endswith("queue")):
         cfg.model[key].length = 64
