@@ -63,7 +63,7 @@ def refuse_existing_run(folder: str) -> None:
     """
     if holds_run(folder):
         raise UserError(
-            f"{folder} already contains a run: continue it with --resume, "
+            f"{folder} already contains a run: continue it with --resume (resume=True in Python), "
             "or choose another train.output_dir"
         )
 
