@@ -1,6 +1,7 @@
 """The tables of the long Shapes benchmark agree with the committed rows."""
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_readme():
             continue
         means.append(aps["mean"])
         pairs = pair(row.values("bbox/AP"), rows["random"].values("bbox/AP"))
-        assert len(pairs) == 6
+        assert len(pairs) == 9
         assert line[4] == f"{difference(pairs).mean:+.1f}"
         assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
     assert len(lines) == 7 and means == sorted(means, reverse=True)
@@ -100,11 +101,23 @@ def test_readings():
     rows = {row.init: row for row in read_csv(str(CSV))}
 
     def pairs(init, reference, key="bbox/AP"):
-        return list(pair(rows[init].values(key), rows[reference].values(key)).values())
+        return pair(rows[init].values(key), rows[reference].values(key))
+
+    def errors(init, reference, key="bbox/AP"):
+        """The mean difference in standard errors, and the lower end of the interval."""
+        found = difference(pairs(init, reference, key))
+        return found.mean / found.standard_error, found.low
 
     for key in ("bbox/AP", "segm/AP"):
-        assert all(min(pairs(init, "random", key)) > 0 for init in NAMES.values())
-        for init in ("soco", "mcl"):
-            assert min(pairs(init, "moco", key) + pairs(init, "byol", key)) > 0
+        for init in NAMES.values():
+            assert min(pairs(init, "random", key).values()) > 0
+            assert (errors(init, "random", key)[1] > 0) == (init != "moco")
+        for init, reference in itertools.product(("soco", "mcl"), ("moco", "byol")):
+            assert min(pairs(init, reference, key).values()) > 0
+            assert errors(init, reference, key)[1] > 0
+        for init in ("ccop", "point"):
+            ratio, low = errors(init, "moco", key)
+            assert ratio > 2 and low < 0
+            assert (errors(init, "byol", key)[0] > 2) == ((init, key) == ("ccop", "bbox/AP"))
     for init in ("ccop", "point"):
-        assert sum(value > 0 for value in pairs(init, "moco")) == 4
+        assert sum(value > 0 for value in pairs(init, "moco").values()) == 7
