@@ -97,6 +97,23 @@ def test_lengths_of_pre_training():
     assert short[1] == long[1] == f"{rows['random'][None, 0]['bbox/AP']:.1f}"
 
 
+def test_random_weights_on_another_processor():
+    rows = {row.init: row.by_seeds for row in read_csv(str(CSV))}
+    (random,) = read_csv(str(ROOT / "docs/results/shapes_long_random.csv"))
+    aps = [round(random.by_seeds[None, seed]["bbox/AP"], 1) for seed in range(3)]
+    assert aps == [38.0, 35.4, 33.3]
+    assert random.statistics("bbox/AP") == pytest.approx({"mean": 35.6, "std": 2.3}, abs=0.05)
+    differences = {
+        init: [rows[init][2, s]["bbox/AP"] - random.by_seeds[None, s]["bbox/AP"] for s in range(3)]
+        for init in NAMES.values()
+    }
+    regions = [d for init in ("soco", "mcl", "ccop", "point") for d in differences[init]]
+    ends = [f(found) for found in (regions, differences["moco"]) for f in (min, max)]
+    assert ends == pytest.approx([4.5, 15.4, 0.3, 2.7], abs=0.05)
+    assert min(differences["byol"]) == pytest.approx(-3.0, abs=0.05)
+    assert sum(d > 0 for d in differences["byol"]) == 2
+
+
 def test_readings():
     rows = {row.init: row for row in read_csv(str(CSV))}
 
