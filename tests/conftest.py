@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 # Many small processes share few cores, so waiting threads must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +22,8 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
+
+sys.path.insert(0, str(Path(__file__).parent))  # for forked.py
 
 # Shells ignore Ctrl-C in what they start in the background, and so would the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,14 +1,13 @@
 """Operators, FLOPs and memory of a step on fake tensors."""
 
 import json
-import subprocess
-import sys
 from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import run_tool
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -157,9 +156,8 @@ def test_memory_is_linear_in_the_batch():
 
 def test_command_line(tmp_path):
     out = tmp_path / "plan.json"
-    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--plan", str(CONFIGS[0])]
-    command += ["--json", str(out), "dataloader.train.total_batch_size=2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--json", out, "dataloader.train.total_batch_size=2"]
+    done = run_tool("benchmark.py", "--plan", CONFIGS[0], *options)
     assert done.returncode == 0, done.stderr
     assert f"## {CONFIGS[0].stem}\n\n2 images per step on 1 GPU, float32." in done.stdout
     found = json.loads(out.read_text())

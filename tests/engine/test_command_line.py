@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig, instantiate
+from forked import TOOLS
+from forked import run_tool as run
 from tiny_run import make_config, make_detection_config
 
 from region_pretrain.errors import exit_on_user_error
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def run(tool, *args):
-    command = [sys.executable, str(TOOLS / tool), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -59,7 +54,8 @@ def test_fine_tuning_on_two_processes(tmp_path):
     cfg = make_detection_config(tmp_path / "run", max_iter=2)
     cfg.train.precise_bn.enabled = False
     LazyConfig.save(cfg, path)
-    done = run("train_net.py", "--config-file", path, "--num-gpus", 2)
+    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", path]
+    done = subprocess.run([*command, "--num-gpus", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "log.txt.rank1").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())

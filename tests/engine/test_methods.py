@@ -1,6 +1,5 @@
 """``--method NAME --detector FILE``: which pairs fit, what is built, and what loads afterwards."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.modeling import build_model as build_yacs_model
+from forked import run_tool
 from omegaconf import OmegaConf
 from torch.optim import AdamW
 
@@ -26,7 +26,6 @@ from region_pretrain.yacs import find_config_file, read_yacs
 sys.path.insert(0, str(Path(__file__).parents[1] / "yacs"))
 from zoo import NARROW, TRAINABLE
 
-TOOLS = CONFIG_ROOT.parent / "tools"
 FPN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml"
 DC5 = "COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml"
@@ -168,7 +167,7 @@ def test_unknown_methods_and_detectors_are_named():
         load_method("simclr", LSJ)
     with pytest.raises(UserError, match="--detector absent.yaml: no config file absent.yaml"):
         load_method("soco", "absent.yaml")
-    recipe = str(TOOLS.parent / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
+    recipe = str(CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
     with pytest.raises(UserError, match="--detector .*shapes.py: a pre-training config"):
         load_method("soco", recipe)
     with pytest.raises(UserError, match="not the config of a detector"):
@@ -245,11 +244,12 @@ def test_the_two_arguments_belong_together(arguments):
 
 
 def pretrain(method: str, detector: str, images: Path, folder: Path, *more: str):
-    command = [sys.executable, str(TOOLS / "pretrain_net.py"), "--method", method]
-    command += ["--detector", detector, f"dataloader.train.dataset.names=folder://{images}"]
-    command += ["dataloader.train.total_batch_size=4", "dataloader.train.num_workers=0"]
-    command += [f"train.output_dir={folder}", "train.device=cpu", "train.max_iter=2", *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+    return run_tool(
+        *("pretrain_net.py", "--method", method, "--detector", detector),
+        f"dataloader.train.dataset.names=folder://{images}",
+        *("dataloader.train.total_batch_size=4", "dataloader.train.num_workers=0"),
+        *(f"train.output_dir={folder}", "train.device=cpu", "train.max_iter=2", *more),
+    )
 
 
 @pytest.mark.parametrize(("detector", "sizes"), [(FPN, "[64,64,32]"), (DC5, "[64,64,64]")])

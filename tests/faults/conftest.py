@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-FOLDERS = [str(TESTS / name) for name in ("faults", "engine", "sweeps", "projects")]
+FOLDERS = [str(TESTS / name) for name in ("", "faults", "engine", "sweeps", "projects")]
 sys.path[:0] = FOLDERS
 
 from fake_sweeps import sweeps  # noqa: E402, F401  a fixture

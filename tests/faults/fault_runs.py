@@ -13,20 +13,17 @@ if __name__ in ("__main__", "__mp_main__"):  # as in a tool
     ignore_library_warnings()
 
 import functools
-import gc
 import json
-import logging
 import os
-import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
+from forked import Process
 from omegaconf import OmegaConf
 from tiny_run import CLOCK, Loader, make_config, make_detection_config
 
@@ -78,66 +75,6 @@ def train(folder: str, changes: list[str]) -> None:
 def main(arguments: list[str]) -> None:
     folder, processes, *changes = arguments
     launch(train, int(processes), device="cpu", args=(folder, changes))
-
-
-def default_signals() -> None:
-    """As in a process that was not forked."""
-    for number in (signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def forget_handlers() -> None:
-    """Those of runs in the test's own process write to what pytest has closed since."""
-    for log in logging.root.manager.loggerDict.values():
-        if isinstance(log, logging.Logger):
-            log.handlers.clear()
-
-
-class Process:
-    """A forked process in a session of its own, with the methods of ``subprocess.Popen``."""
-
-    def __init__(self, function, output: Path) -> None:
-        self.returncode: int | None = None
-        gc.collect()
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            os.setsid()
-            out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            ignore_library_warnings()
-            default_signals()
-            forget_handlers()
-            os.register_at_fork(after_in_child=default_signals)
-            code = 0
-            function()
-        except SystemExit as error:
-            code = error.code or 0
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, seconds: float) -> int:
-        deadline = time.monotonic() + seconds
-        while self.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return self.returncode
 
 
 def processes_of(session: int) -> list[int]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
-from fault_runs import Process, processes_of
+from fault_runs import processes_of
+from forked import Process
 from omegaconf import DictConfig
 from tabulate import tabulate
 from tiny_run import make_config, make_detection_config

@@ -13,7 +13,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 if __name__ == "__main__":
-    sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("engine", "projects"))]
+    sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("", "engine", "projects"))]
 
 from region_pretrain.warnings import ignore_library_warnings
 
@@ -38,7 +38,8 @@ import numpy as np
 import torch
 from detectron2.config import LazyConfig
 from equality import equal
-from fault_runs import Process, Run, processes_of
+from fault_runs import Run, processes_of
+from forked import Process
 from long_run import assert_flat, describe_flat, tiny_finetuning, tiny_pretraining, watch
 from narrow_detectors import DETECTORS
 from omegaconf import DictConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
-from fault_runs import Process
+from forked import Process
 from tiny_run import CLOCK, make_config
 
 from region_pretrain import files, lease

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from fault_runs import Process
+from forked import Process
 from tiny_run import write_ranks
 
 from region_pretrain.engine import roll_call

@@ -12,7 +12,7 @@ import pytest
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
 from equality import equal
-from fault_runs import Process
+from forked import Process
 from soak import MethodRun, make_config, make_images
 from tiny_run import final_checkpoint
 

@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from fault_runs import Process, Run
+from fault_runs import Run
+from forked import Process
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.errors import UserError

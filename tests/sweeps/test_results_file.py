@@ -1,13 +1,11 @@
 """A results.csv alone: read back, and turned into tables and figures by one command."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import run_tool
 from PIL import Image
 from scipy import stats
 
@@ -96,10 +94,8 @@ def cells(value, base):
 def test_tables_and_figures_by_one_command(tmp_path):
     rows = rows_of()
     path = write(tmp_path / "long.csv", rows)
-    command = [sys.executable, "tools/sweep.py", "tables", path, "--out", str(tmp_path / "out")]
-    command += ["--reference", "random", "--reference", "moco"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    references = ["--reference", "random", "--reference", "moco"]
+    done = run_tool("sweep.py", "tables", path, "--out", tmp_path / "out", *references)
     assert done.returncode == 0, done.stderr
     names = ["long.md", "long_labels_box_ap.png", "long_labels_mask_ap.png"]
     assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names]

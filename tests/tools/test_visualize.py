@@ -1,14 +1,13 @@
 """Pictures of views: the samples of the run, with one colour per region."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from forked import run_tool
 from PIL import Image
 
 from region_pretrain.config import load_config
@@ -98,9 +97,7 @@ def test_a_sheet_stacks_its_rows():
 
 
 def run(*args):
-    command = [sys.executable, "tools/visualize.py", "--config-file", str(CONFIG), *args]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_tool("visualize.py", "--config-file", CONFIG, *args)
 
 
 def test_command_line_writes_the_picture(cfg, tmp_path):

@@ -1,13 +1,12 @@
 """The benchmark's floor of a step does exactly the networks' work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from forked import run_tool
 from torch.utils.flop_counter import FlopCounterMode
 
 from region_pretrain.benchmark.step import benchmark_step, make_floor, recorded_calls
@@ -81,25 +80,22 @@ def test_figures_of_a_step(small_soco, make_batch):
     ],
 )
 def test_bad_sizes_are_reported_at_once(more, message):
-    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "--config-file", "none.py", *more]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_tool("benchmark.py", "--config-file", "none.py", *more)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
 
 
 def test_command_line(tmp_path):
     out = tmp_path / "figures.json"
     command = [
-        *(sys.executable, str(ROOT / "tools/benchmark.py"), "--synthetic-images", "4"),
+        *("benchmark.py", "--synthetic-images", "4"),
         *("--seconds", "0.1", "--json", str(out)),
         *("--config-file", str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")),
         *("train.device=cpu", "dataloader.train.total_batch_size=4"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     assert figures["step"]["images"] == 4 and figures["loader"]["decode"] > 0
     assert "networks alone" in done.stdout and "loader, antialiased filter" in done.stdout
-    done = subprocess.run(
-        [*command, "dataloader.train.total_batch_size=8"], capture_output=True, text=True
-    )
+    done = run_tool(*command, "dataloader.train.total_batch_size=8")
     assert done.returncode == 2 and "raise --synthetic-images" in done.stderr
