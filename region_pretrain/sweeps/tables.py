@@ -12,6 +12,7 @@ from region_pretrain.sweeps.definition import FINAL
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.rows import METRICS, Row, Statistics, by_labels
 
+_AP = "bbox/AP", "segm/AP"
 #: Logged metrics of probes -> heading; others keep their names.
 _PROBES = {
     "probe/knn_trunk": "kNN, trunk",
@@ -26,6 +27,7 @@ _DIFFERENCES = (
     "Difference to {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
     "interval], which include the variance between the seeds of pre-training and of fine-tuning."
 )
+_AGAINST_LABELS = "By number of labelled images: {}, mean ± sample standard deviation."
 _WORTH = (
     "Labelled images that {} would need for the same {}, and their ratio: interpolated on a "
     "logarithmic scale between the label counts."
@@ -74,15 +76,15 @@ def tables(
     references: Sequence[str] = (),
     brief: bool = False,
 ) -> list[Table]:
-    """The tables of a sweep that are not empty: results, differences, worth in labels, probes,
-    trials.
+    """The tables of a sweep that are not empty: results, differences, AP and worth by label count,
+    probes, trials.
 
     Args:
         rows: all rows of the results.
         probes: label -> probes, from :func:`region_pretrain.sweeps.results.collect_probes`.
         references: initialisations to compare the others with, one table each; empty: the first
             one without pre-training.
-        brief: leave out AP75, the cost of pre-training, the worth in labels and the trials.
+        brief: leave out AP75, the cost of pre-training, the tables by label count and the trials.
 
     Raises:
         UserError: a reference is not an initialisation of the rows.
@@ -93,7 +95,7 @@ def tables(
             raise UserError(f"no initialisation is called {name}: choose from {', '.join(inits)}")
     references = references or [r.init for r in rows if r.by_seeds and not r.pretrained][:1]
     found = [_results(rows, brief), *(_differences(rows, name, brief) for name in references)]
-    found += [] if brief else _worth(rows, references)
+    found += [] if brief else [*_against_labels(rows), *_worth(rows, references)]
     found += [_probes(probes), *([] if brief else [_trials(rows)])]
     return [table for table in found if table.rows]
 
@@ -142,12 +144,27 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
     return Table(_DIFFERENCES.format(label), header, body)
 
 
+def _against_labels(rows: Sequence[Row]) -> list[Table]:
+    """One line per initialisation and one column per label count, one table per metric."""
+    found, groups = [], by_labels(rows)
+    for name, mine in groups.items():
+        counts = sorted({row.labels for row in mine})
+        for key in _AP:
+            cells = {(row.init, row.labels): shown(row.statistics(key)) for row in mine}
+            labels = {row.init: row.label for row in mine}
+            body = [[v, *(cells.get((k, n), "–") for n in counts)] for k, v in labels.items()]
+            caption = _AGAINST_LABELS.format(METRICS[key])
+            caption = f"{name}: {caption}" if len(groups) > 1 else caption
+            found.append(Table(caption, ["initialisation", *map(str, counts)], body))
+    return found
+
+
 def _worth(rows: Sequence[Row], references: Sequence[str]) -> list[Table]:
     """How many labels of a reference each initialisation is worth, one table per metric."""
-    found = []
-    for name, mine in by_labels(rows).items():
+    found, groups = [], by_labels(rows)
+    for name, mine in groups.items():
         counts = sorted({row.labels for row in mine})
-        for reference, key in itertools.product(references, ("bbox/AP", "segm/AP")):
+        for reference, key in itertools.product(references, _AP):
             means = {(row.init, row.labels): row.statistics(key)["mean"] for row in mine}
             curve = [(n, means.get((reference, n))) for n in counts]
             curve = [(n, mean) for n, mean in curve if mean is not None]
@@ -160,7 +177,7 @@ def _worth(rows: Sequence[Row], references: Sequence[str]) -> list[Table]:
                 if init != reference
             ]
             caption = _WORTH.format(labels[reference], METRICS[key])
-            caption = f"{name}: {caption}" if name else caption
+            caption = f"{name}: {caption}" if len(groups) > 1 else caption
             found.append(Table(caption, ["initialisation", *map(str, counts)], body))
     return found
 

@@ -125,6 +125,27 @@ def test_tables_and_figures_by_one_command(tmp_path):
         tables(rows, {}, ["byol"])
 
 
+def test_ap_against_labels():
+    rows = [row for row in rows_of() if (row.init, row.labels) != ("soco", 25)]
+    for row in rows:
+        aps = (10.0, 20.0, 30.0) if row.labels == 25 else (40.0, 40.0, 40.0)
+        row.by_seeds = {
+            (p, f): {**values, "bbox/AP": aps[f]} for (p, f), values in row.by_seeds.items()
+        }
+    box, mask = (t for t in tables(rows, {}) if "By number" in t.caption)
+    assert box.caption.startswith("By number of labelled images: box AP, mean")
+    assert box.header == ["initialisation", "25", "100"]
+    assert box.rows == [
+        ["random weights", "20.0 ± 10.0", "40.0 ± 0.0"],
+        ["MoCo v2", "20.0 ± 8.7", "40.0 ± 0.0"],  # 9 values, each of the three three times
+        ["SoCo", "–", "40.0 ± 0.0"],
+    ]
+    assert mask.header == box.header and mask.rows != box.rows
+    for row in rows:
+        row.finetune, row.label_fraction = f"det{row.labels}", 1.0
+    assert [t for t in tables(rows, {}) if "By number" in t.caption] == [box, mask]
+
+
 def test_worth_in_labels():
     rows = rows_of(counts=(25, 100, 400))
     aps = {"random": (10, 20, 40), "moco": (9, 40, 41), "soco": (15, 35, None)}
