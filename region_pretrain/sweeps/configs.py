@@ -30,8 +30,8 @@ def _file(path: str, of_yacs: tuple[str, ...]) -> DictConfig:
     return load_config(path, of_yacs)
 
 
-def _load(path: str, overrides: Sequence[str]) -> DictConfig:
-    """``load_config``, which reads a file only once."""
+def load(path: str, overrides: Sequence[str]) -> DictConfig:
+    """Like :func:`region_pretrain.config.load_config`, but it reads a file only once."""
     of_yacs, rest = split_overrides(overrides)
     return override_config(copy.deepcopy(_file(path, tuple(of_yacs))), rest, path)
 
@@ -64,7 +64,7 @@ _VALUES = (
 
 @functools.cache
 def _build_once(path: str, overrides: tuple[str, ...]) -> None:
-    cfg = _load(path, overrides)
+    cfg = load(path, overrides)
     try:
         _build(cfg)
     except UserError as error:
@@ -92,7 +92,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
         UserError: the config is of the wrong kind or does not build.
     """
     path = find_config_file(path)
-    cfg = _load(path, overrides)
+    cfg = load(path, overrides)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):
         wrong = "is not a detection config: it has no dataloader.test and dataloader.evaluator"

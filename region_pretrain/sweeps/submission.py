@@ -17,6 +17,7 @@ from region_pretrain.lease import PREFIX, hold
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
+from region_pretrain.sweeps.earlier import describe_earlier
 from region_pretrain.sweeps.graph import Plan, Run
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.state import Record, SweepFile
@@ -82,6 +83,8 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     # Later edits of the code do not affect the runs that wait.
     sweep = dataclasses.replace(sweep, root=take_snapshot(folder))
     state.write_sweep(folder, sweep)
+    for line in describe_earlier(sweep.plan):
+        say(line)
     say(f"{folder}: {len(now)} runs: {state.counted(now)}")
     if sweep.cluster.kind == "slurm":
         _submit_slurm(sweep, folder, now)
@@ -142,12 +145,16 @@ def _run_here(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None
 
 
 def dry_run(sweep: SweepFile, folder: str) -> str:
-    """The commands of all unfinished runs, and on SLURM their sbatch files."""
+    """The commands of all unfinished runs, and on SLURM their sbatch files.
+
+    It begins with the runs that have been computed with other settings, if any.
+    """
     folder = os.path.abspath(folder)
     live = {}
     if os.path.exists(os.path.join(folder, "sweep.json")) and sweep.cluster.kind != "slurm":
         live = jobs.live_jobs(sweep.cluster, folder)
-    parts = []
+    lines = [f"# {line}" for line in describe_earlier(sweep.plan)]
+    parts = ["\n".join(lines)] if lines else []
     for runs, after in missing(sweep.plan, jobs.states(sweep.plan, live)):
         commands = [(run, job) for run in runs for job in jobs.tool_jobs(run, sweep)]
         parts += [

@@ -1,0 +1,78 @@
+"""Runs that a sweep's folder has from other settings, e.g. of an earlier version of the library."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from region_pretrain.config import changed_keys, read_saved
+from region_pretrain.engine.output_dir import holds_run
+from region_pretrain.errors import UserError
+from region_pretrain.sweeps.configs import load
+from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
+
+#: Keys that do not make a run another one, or whose values are paths that the sweep chooses.
+_NOT_SETTINGS = (
+    "train.output_dir",
+    "train.register",
+    "train.writers",
+    "train.tracking",
+    "train.pictures",
+    "train.init_checkpoint",
+    "dataloader.train.dataset.regions",
+)
+_SHOWN = 5
+
+
+def describe_earlier(plan: Plan) -> list[str]:
+    """Which runs will be computed although one of the same name has been, and what has changed.
+
+    Args:
+        plan: the runs of the sweep.
+
+    Returns:
+        Lines of text; none if no new run has an earlier one.
+    """
+    found = list(_earlier_runs(plan))
+    if not found:
+        return []
+    count, verb = (f"{len(found)} runs have", "are") if len(found) > 1 else ("1 run has", "is")
+    kept = f"kept in {os.path.dirname(found[0][1])}"
+    lines = [f"{count} been computed with other settings, {kept}, and {verb} computed again:"]
+    for run, folder in found[:_SHOWN]:
+        changed = _changes(run, folder) or "another pre-training, checkpoint or region store"
+        lines.append(f"  {os.path.basename(folder)}: {changed}")
+    return lines + ([f"  and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+
+
+def _earlier_runs(plan: Plan) -> Iterator[tuple[Run, str]]:
+    """The trainings without a folder, each with the newest other folder of its name."""
+    planned = {run.folder for run in plan.runs.values()}
+    folders: dict[str, list[str]] = {}
+    for base in {os.path.dirname(folder) for folder in planned}:
+        for name in os.listdir(base) if os.path.isdir(base) else []:
+            path, parts = os.path.join(base, name), re.fullmatch(r"(.+)-[0-9a-f]{12}", name)
+            if parts and path not in planned and holds_run(path):
+                folders.setdefault(os.path.join(base, parts[1]), []).append(path)
+    for run in plan.runs.values():
+        mine = folders.get(os.path.join(os.path.dirname(run.folder), run.name))
+        if mine and run.kind not in (REGIONS, CHOICE) and not os.path.isdir(run.folder):
+            yield run, max(mine, key=os.path.getmtime)
+
+
+def _changes(run: Run, folder: str) -> str:
+    """``key: old -> new`` of the settings that differ from a run's saved config."""
+    arguments = [word for word in run.tasks[0] if not word.startswith("@")]
+    at = arguments.index("--config-file") + 1
+    try:
+        saved = read_saved(os.path.join(folder, "config.yaml"))
+    except UserError:
+        return "its config.yaml cannot be read"
+    changed = [
+        f"{key}: {old} -> {new}"
+        for key, (old, new) in changed_keys(saved, load(arguments[at], arguments[at + 1 :])).items()
+        if not any(key == k or key.startswith(f"{k}.") for k in _NOT_SETTINGS)
+    ]
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return "; ".join(changed[:_SHOWN]) + more

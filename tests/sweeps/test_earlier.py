@@ -1,0 +1,119 @@
+"""A sweep says which of its runs have been computed with other settings."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from sweep_plans import DETECTOR, MOCO, SOCO, entries, sweep
+
+from region_pretrain.config import load_config, to_yaml
+from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.sweeps import submission
+from region_pretrain.sweeps.earlier import describe_earlier
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.plan import make_plan
+
+
+def make(folder, **changes):
+    values = {"finetune": {"det": {"config": DETECTOR}}, "baselines": {"random": {}}}
+    return make_plan(sweep(folder, **{**values, **changes}))
+
+
+def compute(run, *without):
+    """Write what a training of the run leaves, without some keys of its config."""
+    os.makedirs(run.folder)
+    if run.kind == REGIONS:
+        return
+    cfg = load_config(run.tasks[0][1], run.tasks[0][2:])
+    for key in without:
+        parent, _, last = key.rpartition(".")
+        OmegaConf.select(cfg, parent).pop(last)
+    Path(run.folder, "config.yaml").write_text(to_yaml(cfg))
+    Path(run.folder, "metrics.json").write_text(json.dumps({"iteration": 0}) + "\n")
+    Path(run.product).touch()
+
+
+def names(lines):
+    return [re.match(r"  (.+)-[0-9a-f]{12}: ", line)[1] for line in lines[1:]]
+
+
+def test_nothing_is_said_of_new_runs_and_of_the_same_runs(tmp_path):
+    plan = make(tmp_path)
+    assert describe_earlier(plan) == []
+    for run in plan.runs.values():
+        compute(run)
+    assert describe_earlier(plan) == describe_earlier(make(tmp_path)) == []
+    assert describe_earlier(make(tmp_path, seeds=[0, 1])) == []  # more runs, but no other ones
+
+
+def test_changed_settings_are_named_with_both_values(tmp_path):
+    for run in make(tmp_path).runs.values():
+        compute(run)
+    lines = describe_earlier(make(tmp_path, images_seen=640))
+    kept = os.path.join(tmp_path, "runs")
+    start = "2 runs have been computed with other settings"
+    assert lines[0] == f"{start}, kept in {kept}, and are computed again:"
+    assert names(lines) == ["soco_seed0", "soco_seed0_det"]
+    # The steps of the schedule follow from the number of iterations.
+    assert lines[1].partition(": ")[2] == "train.max_iter: 10 -> 20"
+    assert lines[2].partition(": ")[2] == "another pre-training, checkpoint or region store"
+
+
+def test_a_default_that_a_new_version_added(tmp_path):
+    """The digest of a run changes with it, so the run would silently be computed again."""
+    old = make(tmp_path, finetune_overrides=["+train.invented=3"])
+    for run in old.runs.values():
+        compute(run, *(["train.clip_grad"] if run.kind == FINETUNE else []))
+    new = make(tmp_path, finetune_overrides=["+train.invented=[4,5]"])
+    lines = describe_earlier(new)
+    assert names(lines) == ["random_seed0_det", "soco_seed0_det"]
+    assert "train.invented: 3 -> [4, 5]" in lines[1]
+    assert "train.clip_grad: (absent) -> {" in lines[1]
+    (run,) = entries(old, FINETUNE, init="random")
+    Path(run.folder, "config.yaml").unlink()
+    assert "its config.yaml cannot be read" in "\n".join(describe_earlier(new))
+
+
+def test_the_newest_earlier_run_counts_and_names_are_compared_exactly(tmp_path):
+    both = {"soco": {"config": SOCO}, "soco-x": {"config": SOCO, "images_seen": 960}}
+    for images in (320, 640):
+        plan = make(tmp_path, images_seen=images, pretrain=both)
+        for i, run in enumerate(plan.runs.values()):
+            if not os.path.exists(run.folder):
+                compute(run)
+                os.utime(run.folder, (images + i, images + i))
+    lines = describe_earlier(make(tmp_path, images_seen=1280, pretrain=both))
+    assert names(lines) == ["soco_seed0", "soco_seed0_det"]
+    assert lines[1].endswith(": train.max_iter: 20 -> 40")
+
+
+def test_many_runs_are_counted(tmp_path):
+    changes = {"pretrain": {"moco": {"config": MOCO}}, "seeds": [0, 1, 2, 3]}
+    for run in make(tmp_path, **changes).runs.values():
+        compute(run)
+    lines = describe_earlier(make(tmp_path, images_seen=640, **changes))
+    assert lines[0].startswith("8 runs have") and len(lines) == 7 and lines[-1] == "  and 3 more"
+
+
+@pytest.mark.parametrize("kind", ["local", "slurm"])
+def test_a_dry_run_begins_with_them(tmp_path, kind):
+    one = sweep(
+        tmp_path, finetune={"det": {"config": DETECTOR}}, pretrain={"moco": {"config": MOCO}}
+    )
+    for run in make_plan(one).runs.values():
+        compute(run)
+    cluster = Cluster(kind=kind, **({"partition": "main"} if kind == "slurm" else {}))
+    assert submission.dry_run(submission.describe(one, cluster, ""), str(tmp_path)) == ""
+    other = sweep(
+        tmp_path, finetune={"det": {"config": DETECTOR}}, pretrain={"moco": {"config": MOCO}},
+        pretrain_overrides=["optimizer.lr=0.5"],
+    )  # fmt: skip
+    text = submission.dry_run(submission.describe(other, cluster, ""), str(tmp_path))
+    first, second, *_ = text.splitlines()
+    (old,) = entries(make_plan(one), PRETRAIN)
+    assert first.startswith("# 2 runs have been computed with other settings, kept in ")
+    assert second.startswith(f"#   {os.path.basename(old.folder)}: optimizer.lr: ")
+    assert second.endswith(" -> 0.5") and "\n\n# moco_seed0\n" in text
