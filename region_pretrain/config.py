@@ -39,6 +39,8 @@ NUM_CLASSES = (
     "model.cfg.MODEL.RETINANET.NUM_CLASSES",
 )
 
+_MAX_ITER = ("train.max_iter", "model.cfg.SOLVER.MAX_ITER")
+
 
 def get_config(name: str) -> DictConfig:
     """Load a shipped config, as ``detectron2.model_zoo.get_config`` does for Detectron2's own.
@@ -88,6 +90,8 @@ def override_config(
 
     - Other training data than the config's: the number of classes is that of the data, see
       :data:`NUM_CLASSES`, unless it is overridden as well.
+    - ``train.epochs`` is the length, also of a config that has ``train.max_iter``, unless that is
+      overridden as well.
     - Paths in the names of data sets become absolute, so that the config has the same meaning in
       other processes and folders.
     - The files in ``train.register`` are executed.
@@ -111,6 +115,8 @@ def override_config(
         is_data = key == "DATASETS.TRAIN"
         changed.add("dataloader.train.dataset.names" if is_data else f"model.cfg.{key}")
     _follow_new_data(cfg, changed)
+    if "train.epochs" in changed and changed.isdisjoint(_MAX_ITER) and cfg.train.epochs is not None:
+        cfg.train.max_iter = None
     make_names_absolute(cfg)
     complete_register(cfg, path)
     return cfg

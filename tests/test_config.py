@@ -13,6 +13,7 @@ from region_pretrain.config import (
     load_file,
     to_yaml,
 )
+from region_pretrain.engine.build import resolve_max_iter
 from region_pretrain.errors import UserError
 
 
@@ -37,6 +38,25 @@ def test_a_file_is_loaded_completed_and_overridden(tmp_path):
         load_config(str(tmp_path / "absent.py"))
     with pytest.raises(UserError, match="--config-file"):
         load_config("")
+
+
+def test_the_length_is_the_one_that_was_overridden(tmp_path):
+    """Detection configs have train.max_iter, which would hide an override of train.epochs."""
+    detector = "configs/detection/mask_rcnn_r50_fpn_4conv1fc.py"
+
+    def length(path, *overrides):
+        train = load_config(path, overrides).train
+        return train.max_iter, train.epochs
+
+    assert length(detector) == (90_000, None)
+    assert length(detector, "train.epochs=20") == (None, 20)
+    assert length(detector, "train.epochs=20", "train.max_iter=9") == (9, 20)
+    assert length(detector, "train.epochs=null") == (90_000, None)
+    zoo = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    assert length(zoo, "train.epochs=20") == (None, 20)
+    assert length(zoo, "SOLVER.MAX_ITER=9", "train.epochs=20") == (9, 20)
+    cfg = load_config(detector, ["train.epochs=20", f"train.output_dir={tmp_path}"])
+    assert resolve_max_iter(cfg.train, 500 // 16) == 620
 
 
 def test_missing_keys_take_their_defaults():

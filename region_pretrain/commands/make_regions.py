@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.emoji  # noqa: F401
@@ -239,13 +240,21 @@ def _elsewhere(
     return records, change(DetectorRecipe("detector-v1", source=detector.digest), changes), detector
 
 
+def _annotations_of(name: str) -> str | None:
+    """The COCO json of a data set, if it has one."""
+    if is_path_name(name):
+        source = parse(name)
+        return source.path if source.scheme == "coco" else None
+    return MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog.list() else None
+
+
 def _refuse_annotations(args: argparse.Namespace, names: str | list[str]) -> None:
     """Refuse the data set's own annotations as boxes from elsewhere."""
     for name in [names] if isinstance(names, str) else names:
-        source = parse(name) if is_path_name(name) else None
-        if source is None or source.scheme != "coco" or args.boxes is None:
+        annotations = _annotations_of(name)
+        if args.boxes is None or annotations is None:
             continue
-        if os.path.realpath(args.boxes) == os.path.realpath(source.path):
+        if os.path.realpath(args.boxes) == os.path.realpath(annotations):
             raise UserError(
                 f"--from {args.boxes} has the annotations of {name}: for annotated boxes as "
                 "regions, leave out --from and give --recipe ground_truth-v1"

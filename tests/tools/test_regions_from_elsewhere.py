@@ -7,6 +7,8 @@ import os
 
 import pytest
 from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from region_pretrain.commands import make_regions
 from region_pretrain.config import get_config
@@ -133,6 +135,20 @@ def test_invalid_arguments_end_with_one_line(results, arguments, message, capsys
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and message in line
     assert not os.path.exists("r.arrow") and not os.path.exists("r.arrow.parts")
+
+
+def test_annotations_of_a_registered_data_set_are_refused_too(results, capsys):
+    register_coco_instances("own_annotated", {}, "ann.json", "images")
+    try:
+        with pytest.raises(SystemExit):
+            make_regions.main(
+                ["--dataset", "own_annotated", "--out", "r.arrow", "--from", "./ann.json"]
+            )
+    finally:
+        DatasetCatalog.remove("own_annotated"), MetadataCatalog.remove("own_annotated")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: --from ./ann.json has the annotations of own_annotated")
+    assert not os.path.exists("r.arrow")
 
 
 def test_jobs_receive_the_arguments(results, monkeypatch):
