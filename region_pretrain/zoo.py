@@ -98,7 +98,13 @@ def read_metafile(path: str) -> dict[str, Card]:
     if not isinstance(content, dict) or not isinstance(content.get("Models"), list):
         raise UserError(f"{path} is not a {METAFILE}: it has no list Models")
     collections = {c.get("Name"): c for c in content.get("Collections") or []}
-    return {card.name: card for card in (_card(path, m, collections) for m in content["Models"])}
+    cards: dict[str, Card] = {}
+    for model in content["Models"]:
+        card = _card(path, model, collections)
+        if card.name in cards:
+            raise UserError(f"{path} has two models called {card.name}: rename one")
+        cards[card.name] = card
+    return cards
 
 
 def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:

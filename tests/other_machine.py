@@ -14,7 +14,7 @@ import types
 
 import torch  # noqa: F401  it has its own ways, which depend on the operating system
 
-for name in ("fork", "sched_getaffinity", "register_at_fork", "sysconf"):
+for name in ("fork", "sched_getaffinity", "register_at_fork", "sysconf", "O_NONBLOCK"):
     delattr(os, name)
 for name in ("SIGUSR1", "SIGUSR2", "SIGPIPE"):
     delattr(signal, name)

@@ -14,12 +14,14 @@ from torch import nn
 
 from region_pretrain.api.data import Data, DataSets, records_of
 from region_pretrain.api.detectors import DETECTOR_FILE, AnyDetector, detection_config, plain
+from region_pretrain.api.regions import digits_of
 from region_pretrain.api.results import Pretrained, Run
 from region_pretrain.api.session import Callback, Given, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, load_config, override_config, to_yaml
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import load_method
+from region_pretrain.engine.output_dir import holds_run, refuse_existing_run
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
@@ -102,6 +104,8 @@ def pretrain(
     keep, is_built = KeepModel(save_detector), isinstance(detector, nn.Module)
     with ExitStack() as stack:
         stack.enter_context(isolated(given, verbose))
+        if not resume:
+            refuse_existing_run(cfg.train.output_dir)
         find_regions(cfg)
         if is_built:
             stack.enter_context(modes_kept(detector))
@@ -158,6 +162,7 @@ def compose(
     data, dataset = DataSets(), cfg.dataloader.train.dataset
     if images is not None:
         dataset.names = data.name("images", images)
+    make_names_absolute(cfg)
     set_run(cfg, steps, epochs, output_dir, init)
     if batch_size is not None:
         cfg.dataloader.train.total_batch_size = batch_size
@@ -167,7 +172,6 @@ def compose(
         dataset.regions = os.path.expanduser(os.fspath(regions))
     elif images is not None and dataset.get("regions") is not None:
         dataset.regions = _own_regions(cfg)
-    make_names_absolute(cfg)
     return Composed(complete_train(cfg), data.given, detector)
 
 
@@ -222,15 +226,21 @@ def weights_of(init: Weights) -> str:
 
 
 def _own_regions(cfg: DictConfig) -> str:
-    return os.path.join(cfg.train.output_dir, "regions.arrow")
+    names = cfg.dataloader.train.dataset.names
+    return os.path.join(cfg.train.output_dir, f"regions-{digits_of(names)}.arrow")
 
 
 def find_regions(cfg: DictConfig) -> None:
-    """Make the regions of a run that has no store but one in its own folder; else do nothing."""
-    dataset = cfg.dataloader.train.dataset
+    """Make the regions of a run that has no store but one in its own folder; else do nothing.
+
+    The store of a run that has begun does not change, also if there are new images.
+    """
+    dataset, folder = cfg.dataloader.train.dataset, cfg.train.output_dir
     path = dataset.get("regions")
     if path is not None and path == _own_regions(cfg):
-        os.makedirs(cfg.train.output_dir, exist_ok=True)
+        if os.path.exists(path) and holds_run(folder):
+            return
+        os.makedirs(folder, exist_ok=True)
         make_regions(records_of(dataset.names), path, dataset.recipe)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def make_regions(
         recipe: a recipe or its id instead, e.g. ``"grid-v1"``.
         boxes: a file or folder of boxes that another program computed instead, e.g. COCO's results;
             see :func:`region_pretrain.regions.elsewhere.formats.load_boxes`.
-        out: path of the store; by default ``regions/<images>-<recipe>.arrow``.
+        out: path of the store; by default ``regions/<images>-<digits>-<recipe>.arrow``, with
+            hexadecimal digits that stand for the absolute path of the images.
         workers: number of processes; by default one per core.
         max_unreadable: largest fraction of unreadable files.
         **changes: fields of the recipe, e.g. ``mode="quality"``, or of
@@ -108,7 +110,16 @@ def make_regions(
     return store
 
 
+def digits_of(names: Any) -> str:
+    """Eight hexadecimal digits that tell data sets apart, also folders with equal names."""
+    return hashlib.sha256(_text(names).encode()).hexdigest()[:8]
+
+
+def _text(names: Any) -> str:
+    return str(OmegaConf.to_container(names)) if OmegaConf.is_config(names) else str(names)
+
+
 def _default_path(names: Any, recipe: Recipe) -> str:
-    text = str(OmegaConf.to_container(names)) if OmegaConf.is_config(names) else str(names)
+    text = _text(names)
     name = re.sub(r"\W+", "_", os.path.basename(text.rstrip("/'\"]")))[-40:].strip("_")
-    return os.path.join("regions", f"{name or 'images'}-{recipe.id}.arrow")
+    return os.path.join("regions", f"{name or 'images'}-{digits_of(names)}-{recipe.id}.arrow")

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Container, Sequence
+from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 
@@ -184,8 +185,8 @@ def refuse_output_among_images(path: str, names: str | Sequence[str]) -> None:
     for name in [names] if isinstance(names, str) else names:
         if not name.startswith(FOLDER_PREFIX) or not path.lower().endswith(IMAGE_EXTENSIONS):
             continue
-        folder = os.path.realpath(parse(name).path)
-        if os.path.commonpath([folder, os.path.realpath(path)]) == folder:
+        folder = Path(os.path.realpath(parse(name).path))
+        if Path(os.path.realpath(path)).is_relative_to(folder):
             raise UserError(
                 f"{path} would become one of the images of {name}: choose a file outside this "
                 "folder"

@@ -254,9 +254,9 @@ def _read_file(record: Mapping, decode: bool) -> _File:
 def _file_format(path: str) -> _File:
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
-        if head.startswith(b"\x89PNG"):
+        if head.startswith(b"\x89PNG") and len(head) > 25:
             return _File(format="PNG", bits=head[24], bands=1 if head[25] in (0, 4) else 3)
-        if head[:4] in (b"II*\0", b"MM\0*"):
+        if head[:4] in (b"II*\0", b"MM\0*") and len(head) >= 8:
             tags = ImageFileDirectory_v2(head[:8])
             file.seek(tags.next)
             tags.load(file)

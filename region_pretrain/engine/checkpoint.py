@@ -17,13 +17,17 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from region_pretrain.convert.facts import facts_of
-from region_pretrain.engine.checkpoint_file import DamagedCheckpoint, read_run_checkpoint
+from region_pretrain.engine.checkpoint_file import (
+    DamagedCheckpoint,
+    plain,
+    plain_hooks,
+    read_run_checkpoint,
+)
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError, describe
 from region_pretrain.files import (
-    free_bytes,
     is_disk_full,
     is_local,
     remove_parts,
@@ -128,15 +132,16 @@ class RunCheckpointer(DetectionCheckpointer):
             kwargs: further entries, at least ``iteration``.
 
         Raises:
-            UserError: the disk is full; earlier checkpoints are intact.
+            UserError: the disk is full, or a hook's state cannot be saved; earlier checkpoints are
+                intact.
         """
         states = comm.gather(get_random_state())
         if not self.save_dir or not self.save_to_disk:
             return
         detector, pretraining = split_state(self.model)
         data = {"model": detector, "pretraining": pretraining}
-        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
-        hooks = self.trainer.state_dict().get("hooks", {}) if self.trainer else {}
+        data |= {key: plain(obj.state_dict()) for key, obj in self.checkpointables.items()}
+        hooks = plain_hooks(self.trainer.state_dict().get("hooks", {}) if self.trainer else {})
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
         if self.classes:
             data["thing_classes"] = self.classes
@@ -202,7 +207,7 @@ class RunCheckpointer(DetectionCheckpointer):
         if max_to_keep is None or not self.save_to_disk:
             return
         for iteration, path in self.numbered()[:-max_to_keep]:
-            if not keep_every or (iteration + 1) % keep_every:
+            if path != self.saved and (not keep_every or (iteration + 1) % keep_every):
                 PathManager.rm(path)
 
     def resume(self) -> int:
@@ -251,7 +256,7 @@ class RunCheckpointer(DetectionCheckpointer):
             state = {"iteration": data["iteration"], "hooks": data["hooks"]}
             with _of_another_run(path, "hooks"):
                 TrainerBase.load_state_dict(self.trainer, state)
-        if data["run"].get("max_iter") != self.run.get("max_iter"):
+        if rates != self._base_rates() or data["run"].get("max_iter") != self.run.get("max_iter"):
             self._restart_schedule(rates)
         if len(data["rng"]) == comm.get_world_size():
             self._random_state = data["rng"][comm.get_rank()]
@@ -364,33 +369,3 @@ def _of_another_run(path: str, entry: str) -> Iterator[None]:
             f"{path} belongs to another run, its {entry} cannot be restored: {describe(error)}; "
             "remove it to continue from the checkpoint before it"
         ) from error
-
-
-def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse to start a run whose checkpoints do not fit on the disk.
-
-    Two must fit, as the older one is deleted only after the newer one is complete. The size of a
-    checkpoint is that of the model's tensors plus one buffer per trained parameter (two for
-    Adam-like optimisers).
-
-    Args:
-        folder: where checkpoints are written.
-        model: its complete state is saved.
-        optimizer: its buffers are saved.
-
-    Raises:
-        UserError: there is not enough space.
-    """
-    free = free_bytes(folder)
-    if free is None:
-        return
-    buffers = 2 if "betas" in optimizer.defaults else 1
-    tensors = [t for t in model.state_dict().values() if isinstance(t, torch.Tensor)]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    for group in optimizer.param_groups:
-        size += buffers * sum(p.numel() * p.element_size() for p in group["params"])
-    if free < 2 * size:
-        raise UserError(
-            f"{folder} has {free / 2**20:.0f} MiB free, but two checkpoints of {size / 2**20:.0f} "
-            "MiB must fit: free some space or set train.output_dir to another disk"
-        )

@@ -34,7 +34,8 @@ from region_pretrain.engine.build import (
     warn_of_single_images,
     wrap_model,
 )
-from region_pretrain.engine.checkpoint import RunCheckpointer, check_free_space
+from region_pretrain.engine.checkpoint import RunCheckpointer
+from region_pretrain.engine.checkpoint_file import check_free_space
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.hooks import (
     CheckpointHook,
@@ -150,88 +151,87 @@ def run_training(
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)
     lr = scale_lr(cfg, data, max_iter)
     fingerprint = Fingerprint(data, cfg, train.output_dir, train.allow_changed_data)
-
-    model = build(cfg, device)
-    freeze(model, train.freeze)
-    warn_of_single_images(cfg, data, model)
-    optimizer = build_optimizer(cfg, model, lr)
-    scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
-    trainer = Trainer(
-        wrap_model(cfg, model, device),
-        optimizer,
-        data.iterate,
-        device=device,
-        amp_dtype=amp_dtype(train.amp, device),
-        accumulate_steps=train.accumulate_steps,
-        log_period=train.log_period,
-        **clipping(train.clip_grad),
-    )
-    checkpointer = RunCheckpointer(
-        model,
-        train.output_dir,
-        run={
-            "max_iter": max_iter,
-            "total_batch_size": data.total_batch_size,
-            "world_size": comm.get_world_size(),
-        },
-        allow_world_size_change=train.allow_world_size_change,
-        classes=classes.names if classes else (),
-        allow_new_length=train.allow_new_length,
-        fingerprint=fingerprint,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=trainer.scaler,
-    )
-    trainer.cfg, trainer.loader = cfg, data  # for hooks
-    checkpointer.trainer = trainer
-    trainer.last_checkpoint = checkpointer.last_good
-    on_main_process(lambda: check_free_space(train.output_dir, model, optimizer))
-    stop = StopRequest()
-    evaluation = None
-    if evaluate is not None:
-        evaluation = EvaluationHook(
-            train.eval_period, evaluate, train.output_dir, checkpointer.last_good
+    with closing(fingerprint):  # an error must not wait for its threads
+        model = build(cfg, device)
+        freeze(model, train.freeze)
+        warn_of_single_images(cfg, data, model)
+        optimizer = build_optimizer(cfg, model, lr)
+        scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
+        trainer = Trainer(
+            wrap_model(cfg, model, device),
+            optimizer,
+            data.iterate,
+            device=device,
+            amp_dtype=amp_dtype(train.amp, device),
+            accumulate_steps=train.accumulate_steps,
+            log_period=train.log_period,
+            **clipping(train.clip_grad),
         )
-    trainer.register_hooks(
-        [
-            hooks.LRScheduler(optimizer, scheduler),
-            *make_hooks(trainer),
-            *instantiate(train.hooks),
-            CollapseWarning(),
-            CheckpointHook(
-                checkpointer,
-                **train.checkpointer,
-                minutes=train.checkpoint_minutes,
-                keep_every=train.checkpoint_keep_every,
-                stop=stop.agreed,
-                refresh_period=getattr(data, "refresh_period", 0),
-            ),
-            evaluation,
-            instantiate(train.pictures),
-            MetricsHook(cfg, evaluation, saved=lambda: checkpointer.saved),
-        ]
-    )
-
-    start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
-    if start_iter == 0:
-        _initialise(model, cfg, classes)
-    if start_iter >= max_iter:
-        logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
-    with (
-        closing(fingerprint),
-        stop.listen(finished=lambda: trainer.iter >= max_iter),
-        _system_failures_explained(checkpointer),
-    ):
-        trainer.train(start_iter, max_iter)
-    stop.close()
-    if evaluation is not None and evaluation.error:
-        raise UserError(
-            f"the final evaluation failed: {evaluation.error}. The trained model is "
-            f"{checkpointer.last_good()}; evaluate it again with region-pretrain finetune "
-            f"--config-file {os.path.join(train.output_dir, 'config.yaml')} --eval-only "
-            f"train.init_checkpoint={checkpointer.last_good()}"
+        checkpointer = RunCheckpointer(
+            model,
+            train.output_dir,
+            run={
+                "max_iter": max_iter,
+                "total_batch_size": data.total_batch_size,
+                "world_size": comm.get_world_size(),
+            },
+            allow_world_size_change=train.allow_world_size_change,
+            classes=classes.names if classes else (),
+            allow_new_length=train.allow_new_length,
+            fingerprint=fingerprint,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=trainer.scaler,
         )
-    return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
+        trainer.cfg, trainer.loader = cfg, data  # for hooks
+        checkpointer.trainer = trainer
+        trainer.last_checkpoint = checkpointer.last_good
+        on_main_process(lambda: check_free_space(train.output_dir, model, optimizer))
+        stop = StopRequest()
+        evaluation = None
+        if evaluate is not None:
+            evaluation = EvaluationHook(
+                train.eval_period, evaluate, train.output_dir, checkpointer.last_good
+            )
+        trainer.register_hooks(
+            [
+                hooks.LRScheduler(optimizer, scheduler),
+                *make_hooks(trainer),
+                *instantiate(train.hooks),
+                CollapseWarning(),
+                CheckpointHook(
+                    checkpointer,
+                    **train.checkpointer,
+                    minutes=train.checkpoint_minutes,
+                    keep_every=train.checkpoint_keep_every,
+                    stop=stop.agreed,
+                    refresh_period=getattr(data, "refresh_period", 0),
+                ),
+                evaluation,
+                instantiate(train.pictures),
+                MetricsHook(cfg, evaluation, saved=lambda: checkpointer.saved),
+            ]
+        )
+
+        start_iter = checkpointer.resume() if resume else 0  # restores the hooks' states as well
+        if start_iter == 0:
+            _initialise(model, cfg, classes)
+        if start_iter >= max_iter:
+            logger.info("%s is finished: %d iterations", train.output_dir, start_iter)
+        with (
+            stop.listen(finished=lambda: trainer.iter >= max_iter),
+            _system_failures_explained(checkpointer),
+        ):
+            trainer.train(start_iter, max_iter)
+        stop.close()
+        if evaluation is not None and evaluation.error:
+            raise UserError(
+                f"the final evaluation failed: {evaluation.error}. The trained model is "
+                f"{checkpointer.last_good()}; evaluate it again with region-pretrain finetune "
+                f"--config-file {os.path.join(train.output_dir, 'config.yaml')} --eval-only "
+                f"train.init_checkpoint={checkpointer.last_good()}"
+            )
+        return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
 
 
 @contextmanager

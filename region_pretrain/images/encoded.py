@@ -179,4 +179,4 @@ def _read_bytes(path: str, name: str) -> bytes:
 
 def _open_at_once(path: str, flags: int) -> int:
     """Open a file without waiting for the other end of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes

@@ -79,8 +79,7 @@ def probe_checkpoints(
     found = []
     for labels, (run, ap) in tqdm(measured.items(), desc="probes", unit="checkpoint"):
         checkpoint = ProbedCheckpoint(labels, ap)
-        slug = "_".join(str(label) for label in labels)
-        _add_probe(checkpoint, _probe(run, os.path.join(folder, "probes", slug)))
+        _add_probe(checkpoint, _probe(run, folder))
         for other in names:
             others = groups.get((other, labels), []) if other != finetune else []
             value = _mean(others, metric)
@@ -148,15 +147,16 @@ def _mean(runs: Sequence[Run], metric: str) -> float | None:
     )
 
 
-def _probe(run: Run, folder: str) -> Mapping[str, Any]:
+def _probe(run: Run, sweep: str) -> Mapping[str, Any]:
     """The probe of the weights and data of a fine-tuning, made once."""
+    folder = os.path.join(sweep, "probes", os.path.basename(run.folder))
     path = os.path.join(folder, PROBE_FILE)
     if os.path.exists(path):
         return read_json(path, dict, "delete it to probe again")
     (task,) = run.tasks
-    config = task[task.index("--config-file") + 1]
+    config, *overrides = task[task.index("--config-file") + 1 :]
     # The file with the chosen learning rate does not matter here.
-    overrides = [text for text in task if "=" in text and not text.startswith("@")]
+    overrides = [text for text in overrides if not text.startswith("@")]
     return do_probe(load_config(config, [*overrides, f"train.output_dir={folder}"]))
 
 

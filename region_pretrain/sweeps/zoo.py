@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def write_zoo(folder: str, out: str) -> list[str]:
 
     Args:
         folder: the sweep's folder.
-        out: folder of the weights and of ``metafile.yml``, which is replaced.
+        out: folder of the weights and of ``metafile.yml``, which is replaced. Weights have the name
+            of their config, followed by that of the initialisation if several have one config.
 
     Returns:
         Paths of the metafile and of the weights.
@@ -52,15 +54,17 @@ def write_zoo(folder: str, out: str) -> list[str]:
     baselines = [row for row in rows if not row.images_seen]
     collections: dict[str, dict[str, Any]] = {}
     models, paths = [], []
-    for init, by_seed in pretrainings(sweep).items():
-        seed, run = next(iter(by_seed.items()))
+    firsts = {init: next(iter(runs.items())) for init, runs in pretrainings(sweep).items()}
+    stems = Counter(Path(_config_of(sweep, run)).stem for _, run in firsts.values())
+    for init, (seed, run) in firsts.items():
         if not state.is_finished(run):
             continue
         os.makedirs(out, exist_ok=True)
         config = _config_of(sweep, run)
         collection = _collection(sweep, init, config)
         collections[collection["Name"]] = collection
-        name = Path(config).stem
+        stem = Path(config).stem
+        name = stem if stems[stem] == 1 else f"{stem}_{init}"
         weights, sha256 = _export(run, out, name)
         mine = [row for row in rows if row.init == init and row.checkpoint == FINAL]
         models.append(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_regions_are_those_of_the_command_line(region_folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     regions = rp.make_regions(region_folder.images, recipe="shapes-v1", workers=1)
     assert isinstance(regions, rp.RegionStore)
-    assert os.path.relpath(regions.path) == "regions/images-shapes-v1.arrow"
+    assert re.fullmatch("regions/images-[0-9a-f]{8}-shapes-v1.arrow", os.path.relpath(regions.path))
     assert len(regions) == regions.summary["images"] == 12
     assert str(regions).splitlines()[1] == "images: 12, and 0 unreadable files skipped"
     for key, boxes in region_folder.boxes.items():
@@ -135,12 +136,38 @@ def test_views_are_drawn_before_and_after_a_run(region_folder, tmp_path):
         rp.show_views(run, own=True)
 
 
+def test_folders_with_equal_names_and_files_have_their_own_regions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"recipe": "shapes-v1", "workers": 1}
+    for site, side in (("a", 20), ("b", 40)):
+        (tmp_path / site / "images").mkdir(parents=True)
+        image = np.full((64, 64, 3), 120, np.uint8)
+        image[8 : 8 + side, 8 : 8 + side] = (250, 20, 20)
+        Image.fromarray(image).save(tmp_path / site / "images/0001.png")
+    a, b = (rp.make_regions(tmp_path / site / "images", **given) for site in "ab")
+    assert a.path != b.path and not np.array_equal(a.boxes("0001.png"), b.boxes("0001.png"))
+    assert rp.make_regions("a/images", **given).path == a.path  # the same folder
+
+
 def test_missing_regions_are_made_in_the_output_folder(region_folder, tmp_path):
-    given = arguments(region_folder, tmp_path / "a", regions=None, steps=1)
+    images = shutil.copytree(region_folder.images, tmp_path / "mine")
+    given = arguments(region_folder, tmp_path / "a", regions=None, images=images, steps=1)
     run = rp.pretrain("soco", **given)
-    store = rp.RegionStore.open(tmp_path / "a/regions.arrow")
+    (path,) = (tmp_path / "a").glob("regions-*.arrow")
+    store = rp.RegionStore.open(path)
     assert (store.manifest["recipe"], len(store)) == ("soco-v1", 12)
-    assert run.config.dataloader.train.dataset.regions == f"{tmp_path}/a/regions.arrow"
+    assert run.config.dataloader.train.dataset.regions == str(path)
+
+    # Neither a second call nor a resumption changes the regions of the run.
+    shutil.copy(next(images.glob("*.png")), images / "new.png")
+    before = path.read_bytes()
+    with pytest.raises(rp.UserError, match="already contains a run"):
+        rp.pretrain("soco", **given)
+    with pytest.raises(rp.UserError, match="training data is not that of|has no regions for 1"):
+        rp.pretrain("soco", resume=True, **given)
+    assert path.read_bytes() == before
+    (images / "new.png").unlink()
+    assert rp.pretrain("soco", resume=True, **given).metrics == run.metrics
 
 
 class Stop(HookBase):

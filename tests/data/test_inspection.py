@@ -97,6 +97,17 @@ def test_unreadable_files(images):
     assert [(f.what, f.count) for f in found.findings] == [("unreadable file", 1)]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG", "GIF", "WEBP"])
+def test_files_that_were_cut_anywhere(images, kind):
+    path = images / f"1.{kind.lower()}"
+    Image.new("RGB", (8, 8)).save(path, kind)
+    content = path.read_bytes()
+    for length in range(min(len(content), 40)):
+        path.write_bytes(content[:length])
+        (problem,) = inspect(f"folder://{images}", decode=True).problems
+        assert problem.startswith("1 unreadable files, e.g. ") and path.name in problem
+
+
 def tiff(path, bands, bits):
     """A TIFF of 2x1 pixels without extra samples."""
     tags = [(256, 4, 2), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 200)]

@@ -1,8 +1,11 @@
 import errno
 import logging
 import os
+from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,12 +14,12 @@ from torch import nn
 
 from region_pretrain import files
 from region_pretrain.engine import checkpoint
-from region_pretrain.engine.checkpoint import (
-    RunCheckpointer,
+from region_pretrain.engine.checkpoint import RunCheckpointer, split_state
+from region_pretrain.engine.checkpoint_file import (
+    DamagedCheckpoint,
     check_free_space,
-    split_state,
+    read_run_checkpoint,
 )
-from region_pretrain.engine.checkpoint_file import DamagedCheckpoint, read_run_checkpoint
 from region_pretrain.errors import UserError
 
 RUN = {"max_iter": 20, "total_batch_size": 8, "world_size": 1}
@@ -149,6 +152,46 @@ def test_when_all_are_damaged_it_does_not_start_over_silently(tmp_path):
         make(tmp_path).resume()
 
 
+def with_hook(checkpointer, state):
+    """Give a checkpointer a trainer with one hook."""
+    checkpointer.trainer = SimpleNamespace(state_dict=lambda: {"hooks": {"mine.Hook": state}})
+    return checkpointer
+
+
+def test_numpys_numbers_are_saved_as_others_read_them(tmp_path):
+    """A schedule that computes with NumPy sets learning rates of its type."""
+    state = {"best": np.float64(0.1), "seen": [(np.int64(3), np.bool_(True))], "x": np.arange(3)}
+    checkpointer = with_hook(make(tmp_path), state)
+    checkpointer.checkpointables["optimizer"].param_groups[0]["lr"] = np.float64(0.1)
+    checkpointer.save("model_0000001", iteration=1)
+    data = torch.load(tmp_path / "model_0000001.pth", weights_only=True)  # as Detectron2 does
+    assert type(data["optimizer"]["param_groups"][0]["lr"]) is float
+    saved = data["hooks"]["mine.Hook"]
+    assert (saved["best"], saved["seen"]) == (0.1, [(3, True)])
+    assert type(saved["best"]) is float and torch.equal(saved["x"], torch.arange(3))
+    assert type(state["best"]) is np.float64 and isinstance(state["x"], np.ndarray)
+    checkpointer = make(tmp_path)
+    assert checkpointer.resume() == 2
+    assert checkpointer.checkpointables["optimizer"].param_groups[0]["lr"] == 0.1
+
+
+def test_numpys_numbers_of_earlier_checkpoints_are_read(tmp_path):
+    make(tmp_path).save("m", iteration=1)
+    data = read_run_checkpoint(str(tmp_path / "m.pth"))
+    data["hooks"] = {"a": np.float64(2.5), "b": np.arange(4, dtype=np.int16)}
+    torch.save(data, tmp_path / "m.pth")
+    read = read_run_checkpoint(str(tmp_path / "m.pth"))["hooks"]
+    assert read["a"] == 2.5 and np.array_equal(read["b"], data["hooks"]["b"])
+
+
+@pytest.mark.parametrize("value", [Path("x"), Decimal(1), lambda: 0, np.array(["a", "b"])])
+def test_a_hook_whose_state_cannot_be_read_back_is_named_before_it_is_saved(tmp_path, value):
+    checkpointer = with_hook(make(tmp_path), {"value": [value]})
+    with pytest.raises(UserError, match="state_dict of the hook mine.Hook cannot be saved and re"):
+        checkpointer.save("model_0000001", iteration=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bit_flips_are_seen(tmp_path):
     make(tmp_path).save("m", iteration=1)
     path = tmp_path / "m.pth"
@@ -193,6 +236,19 @@ def test_old_files_go_but_every_kth_stays(tmp_path):
     assert left == [f"model_{n:07d}.pth" for n in numbers] + ["model_best.pth", "model_final.pth"]
     checkpointer.remove_old(max_to_keep=0, keep_every=0)
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_the_checkpoint_just_saved_stays_among_newer_damaged_ones(tmp_path):
+    """The run has continued from an earlier checkpoint than these."""
+    checkpointer = make(tmp_path)
+    for iteration in (7, 8):
+        (tmp_path / f"model_{iteration:07d}.pth").touch()
+    for iteration in (3, 5):
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        checkpointer.remove_old(max_to_keep=2, keep_every=0)
+        assert checkpointer.last_good() == str(tmp_path / f"model_{iteration:07d}.pth")
+    assert not (tmp_path / "model_0000003.pth").exists()
+    assert make(tmp_path).resume() == 6
 
 
 class FullDisk:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 from tiny_run import make_config
 
 from region_pretrain.engine.pretrain import do_pretrain
@@ -54,6 +55,31 @@ def test_another_learning_rate_may_be_given(tmp_path):
     do_pretrain(cfg, resume=True)
     rates = [line["lr"] for line in lines(tmp_path)]
     assert rates == first + [pytest.approx(lr / 4) for lr in at_once[20:]]
+
+
+class Interrupt(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 29:
+            raise RuntimeError("interrupted")
+
+
+def test_another_learning_rate_may_be_given_after_the_first_new_checkpoint(tmp_path):
+    do_pretrain(make_config(tmp_path))
+    cfg = longer(tmp_path, allow_new_length=True)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        do_pretrain(cfg, resume=True, hooks=[Interrupt()])
+    before = [line["lr"] for line in lines(tmp_path)]
+    newest = (tmp_path / "last_checkpoint").read_text()
+    start = int(newest.removeprefix("model_").removesuffix(".pth")) + 1
+    assert 20 < start < 30
+    cfg = longer(tmp_path, allow_new_length=True)
+    cfg.optimizer.lr = cfg.optimizer.lr / 4
+    do_pretrain(cfg, resume=True)
+    do_pretrain(longer(tmp_path / "at_once"))
+    at_once = [line["lr"] for line in lines(tmp_path / "at_once")]
+    rates = [line["lr"] for line in lines(tmp_path)]
+    assert rates[:start] == before[:start]
+    assert rates[start:] == [pytest.approx(lr / 4) for lr in at_once[start:]]
 
 
 def test_a_run_does_not_become_shorter(tmp_path):

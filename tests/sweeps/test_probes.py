@@ -1,7 +1,10 @@
 """Which probe predicts the AP: a plan of real command lines whose results are given."""
 
 import csv
+import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,38 @@ def test_table_and_file(folder, monkeypatch):
     assert probes.probe_checkpoints(str(folder)) == found
 
 
+def test_each_fine_tuning_and_pre_training_has_a_probe_of_its_own(folder, monkeypatch):
+    """A sweep that is started again with other settings keeps its folder."""
+    probed = []
+    monkeypatch.setattr(probes, "do_probe", lambda cfg: probed.append(cfg) or given(cfg))
+    assert len(probes.probe_checkpoints(str(folder))) == len(probed) == 4
+    assert len(probes.probe_checkpoints(str(folder), "short")) == 4 and len(probed) == 8
+    sweep = state.read_sweep(str(folder))
+    for run in sweep.plan.runs.values():
+        later = f"{run.folder[:-12]}{'0' * 12}"
+        shutil.copytree(run.folder, later)
+        product = os.path.join(later, os.path.basename(run.product))
+        sweep.plan.runs[run.id] = dataclasses.replace(run, folder=later, product=product)
+    state.write_sweep(str(folder), sweep)
+    assert len(probes.probe_checkpoints(str(folder))) == 4 and len(probed) == 12
+
+
+def test_the_folder_of_a_config_may_contain_an_equals_sign(folder, tmp_path, monkeypatch):
+    probed = []
+    monkeypatch.setattr(probes, "do_probe", lambda cfg: probed.append(cfg) or given(cfg))
+    sweep = state.read_sweep(str(folder))
+    config = tmp_path / "lr=0.1/det.py"
+    config.parent.mkdir()
+    shutil.copy(ROOT / "configs/common/train.py", config)
+    for run in sweep.plan.runs.values():
+        (task,) = run.tasks
+        at = task.index("--config-file") + 1
+        later = (*task[:at], str(config), *(t for t in task[at + 1 :] if t.startswith("train.")))
+        sweep.plan.runs[run.id] = dataclasses.replace(run, tasks=(later,))
+    state.write_sweep(str(folder), sweep)
+    assert len(probes.probe_checkpoints(str(folder))) == len(probed) == 4
+
+
 def test_only_checkpoints_that_all_seeds_have_fine_tuned(folder, monkeypatch):
     monkeypatch.setattr(probes, "do_probe", given)
     plan = state.read_sweep(str(folder)).plan
@@ -140,6 +175,7 @@ def test_command_line_probes_the_weights_on_the_data_of_the_fine_tuning(folder):
         values = {line[f"knn_{level}"] for line in lines}
         assert len(values) == 1 and 0 < float(values.pop()) < 1
     assert "| retrieval_fpn " in done.stdout and str(folder / "probes.csv") in done.stdout
-    probed = json.loads((folder / "probes/byol_1_final_1.0/probe.json").read_text())
+    (path,) = (folder / "probes").glob("det_byol_seed1_det_seed*/probe.json")
+    probed = json.loads(path.read_text())
     assert (probed["train"]["images"], probed["test"]["images"]) == (6, 6)
     assert probed["levels"]["head"]["weights"] == "loaded"

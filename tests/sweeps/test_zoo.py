@@ -130,6 +130,21 @@ def trunk_of(sweep):
     return saved
 
 
+def test_pre_trainings_of_one_config_have_names_of_their_own(sweep, tmp_path):
+    """Such as those that differ in length or in their regions."""
+    folder = tmp_path / "two"
+    shutil.copytree(sweep[0], folder)
+    file = state.read_sweep(str(folder))
+    file.plan.entries.append({"kind": PRETRAIN, "run": "moco_seed0", "init": "moco_4", "seed": 0})
+    file.labels["moco_4"], file.methods["moco_4"] = "MoCo v2, 4 images", "MoCo v2"
+    state.write_sweep(str(folder), file)
+    metafile, *weights = write_zoo(str(folder), str(tmp_path / "zoo"))
+    cards = zoo.read_metafile(metafile)
+    assert list(cards) == [f"{NAME}_moco", f"{NAME}_moco_4"]
+    assert [card.weights for card in cards.values()] == weights
+    assert all(os.path.isfile(path) for path in weights)
+
+
 def test_the_weights_load_into_a_stock_detector(sweep, published):
     detector = instantiate(rp.get_config("detection/mask_rcnn_r18_fpn_shapes.py").model)
     DetectionCheckpointer(detector).load(f"zoo://{NAME}")
@@ -189,6 +204,9 @@ def test_cards_are_looked_up_in_several_metafiles(published, tmp_path, monkeypat
         zoo.read_card(NAME, "absent.yml")
 
 
+CARD = f"Name: a, Weights: b.pth, Metadata: {{SHA256: '{'0' * 64}'}}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -198,6 +216,7 @@ def test_cards_are_looked_up_in_several_metafiles(published, tmp_path, monkeypat
         ("Models: [{Name: a, Weights: b.pth}]", "the model a has no Metadata.SHA256"),
         ("Models: [{Name: a, Weights: b.pth, Metadata: {SHA256: ab}}]", "64 hexadecimal digits"),
         ("Models: [3]", r"the model \? has no Name"),
+        (f"Models: [{{{CARD}}}, {{{CARD}}}]", "m.yml has two models called a: rename one"),
     ],
 )
 def test_mistakes_in_a_metafile_are_named(tmp_path, text, message):
