@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO
 
+from region_pretrain.errors import UserError, describe
 from region_pretrain.system import process_start
 
 _PART = ".part"
@@ -68,6 +69,28 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
 def write_text_atomic(path: str, text: str) -> None:
     """Write a text file as :func:`write_atomic` does."""
     write_atomic(path, lambda f: f.write(text.encode("utf-8")))
+
+
+def make_writable(folder: str, key: str) -> None:
+    """Create a folder before results for it are computed, and check that it takes files.
+
+    Args:
+        folder: a local one, else it is only created; "" is the current one.
+        key: what names it, for the message: an option or a config key.
+
+    Raises:
+        UserError: it cannot be created, or no file can be written to it.
+    """
+    try:
+        if is_local(folder):
+            os.makedirs(folder or ".", exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder or "."):
+                return
+        from detectron2.utils.file_io import PathManager
+
+        PathManager.mkdirs(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {key} {folder or '.'}: {describe(error)}") from error
 
 
 def remove_parts(folder: str, prefix: str = "", shared: bool = False) -> None:

@@ -25,6 +25,9 @@ _NUMBERS = (
     "train.checkpointer.max_to_keep",
 )
 
+#: How a path begins that cannot be anything else.
+_PATH = re.compile(r"~?/|\.{1,2}/|[A-Za-z]:[\\/]")
+
 #: Counts of a loader and their smallest values.
 _LOADER_COUNTS = {"num_workers": 0, "total_batch_size": 1, "batch_size": 1}
 
@@ -78,6 +81,8 @@ def _parse(cfg: DictConfig, text: str) -> tuple[str, Any, bool]:
             f"override {text!r} is not of the form key=value (quote strings that contain "
             f"special characters): {reason}"
         ) from None
+    if override.is_sweep_override() and literal and _PATH.match(raw):
+        return key, _expand_home(raw), is_new  # a folder with a comma in its name
     if override.is_sweep_override():
         raise UserError(f"override {text!r}: write a list as {key}=[a,b], or quote the text")
     if override.is_delete():

@@ -41,6 +41,19 @@ def test_known_keys_are_set_in_hydras_grammar():
     assert cfg.same.width == 5
 
 
+@pytest.mark.parametrize(
+    "path", ["/home/Doe, John/a b/run", "./a,b", "../a, b/c.yaml", "C:\\Doe, John\\run", "/a,b,c"]
+)
+def test_a_path_may_contain_commas(path):
+    cfg = complete_train(OmegaConf.create({"train": {"output_dir": "x", "init_checkpoint": ""}}))
+    apply_overrides(cfg, [f"train.output_dir={path}", f"train.init_checkpoint={path}"])
+    assert cfg.train.output_dir == cfg.train.init_checkpoint == path
+    apply_overrides(cfg, ["train.output_dir=~/a, b"])
+    assert cfg.train.output_dir == os.path.expanduser("~/a, b")
+    with pytest.raises(UserError, match="write a list as train.output_dir="):
+        apply_overrides(cfg, ["train.output_dir=a,b"])
+
+
 def test_new_keys_need_a_plus():
     cfg = apply_overrides(make_config(), ["+model.bias=false", "+train.clip={max_norm: 1.0}"])
     assert cfg.model.bias is False and cfg.train.clip.max_norm == 1.0

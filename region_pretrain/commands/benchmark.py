@@ -41,7 +41,7 @@ from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
 from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config, load_file
 from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import make_writable, write_text_atomic
 
 #: Defines ``report``, whose ``configs`` has one recipe per method.
 REPORT = "configs/gpu_report.py"
@@ -176,6 +176,8 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Measure or plan, and print the results."""
     args = parse_args(argv, prog)
+    if args.json:
+        make_writable(os.path.dirname(args.json), "the folder of --json")
     torch.set_num_threads(args.threads)
     run = measure_config if args.config_file else make_plan if args.plan else report_gpu
     results = {

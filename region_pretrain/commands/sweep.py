@@ -156,11 +156,12 @@ def _probes(argv: list[str], prog: str) -> None:
     parser.add_argument("--metric", default="bbox/AP", help="its metric (default %(default)s)")
     parser.add_argument("--out", metavar="CSV", help="file (default: SWEEP/probes.csv)")
     args = parser.parse_args(argv)
-    from region_pretrain.files import write_text_atomic
+    from region_pretrain.files import make_writable, write_text_atomic
     from region_pretrain.sweeps.probes import probe_checkpoints, probes_csv, rank_correlations
 
-    found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
     out = args.out or os.path.join(args.sweep, "probes.csv")
+    make_writable(os.path.dirname(out), "the folder of --out")
+    found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
     write_text_atomic(out, probes_csv(found))
     print(f"{rank_correlations(found)}\n\n{out}")
 

@@ -20,6 +20,7 @@ from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.files import make_writable
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures, sheet
 from region_pretrain.reporting.plots import to_png
 
@@ -58,10 +59,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if args.weights and not args.method:
         raise UserError("--weights requires --method")
     refuse_output_among_images(args.output, instantiate(cfg.dataloader.train.dataset.names))
+    make_writable(os.path.dirname(args.output), "the folder of --output")
     batch = first_views(cfg, args.num)
     draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
     picture = sheet(draw, args.height)
-    PathManager.mkdirs(os.path.dirname(args.output) or ".")
     with PathManager.open(args.output, "wb") as file:
         file.write(to_png(picture, max_width=picture.shape[1]))
     print(f"{args.output}: {args.num} images, {picture.shape[1]} x {picture.shape[0]} pixels")

@@ -23,7 +23,7 @@ from region_pretrain.convert.recognise import Weights, read_weights
 from region_pretrain.convert.timm_target import own_lines
 from region_pretrain.convert.trunk_names import RESNET, SWIN_TIMM, VIT, Rule, translate
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local, write_atomic
+from region_pretrain.files import is_local, make_writable, write_atomic
 
 #: What ``to`` may be.
 TARGETS = ("torchvision", "timm", "mmdet", "detectron2", "safetensors")
@@ -65,7 +65,8 @@ def write_export(checkpoint: str, to: str, out: str | None = None) -> tuple[str,
         (the file, the lines).
 
     Raises:
-        UserError: see :func:`export_weights`; or the suffix does not fit the target.
+        UserError: see :func:`export_weights`; or the suffix does not fit the target, or the folder
+            cannot be written.
     """
     if out is None:
         out = _default_out(_file_of(checkpoint), to)
@@ -73,6 +74,7 @@ def write_export(checkpoint: str, to: str, out: str | None = None) -> tuple[str,
     allowed = {"detectron2": (".pth", ".pkl"), "safetensors": (".safetensors",)}.get(to, (".pth",))
     if suffix not in allowed:
         raise UserError(f"--out {out}: a file for {to} must end in {' or '.join(allowed)}")
+    make_writable(os.path.dirname(out), "the folder of --out")
     exported = _export(checkpoint, to)
     facts = exported.weights.facts.to_dict()
     # A tensor may be a view of a larger storage, which would be written with it.

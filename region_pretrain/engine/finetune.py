@@ -21,7 +21,6 @@ from detectron2.evaluation import (
     print_csv_format,
 )
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
 from torch import nn
@@ -37,12 +36,12 @@ from region_pretrain.engine.labelled_data import (
     missing_files_are_user_errors,
 )
 from region_pretrain.engine.output_dir import start_logging
-from region_pretrain.engine.processes import fail_together
+from region_pretrain.engine.processes import fail_together, on_main_process
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import make_writable, write_text_atomic
 from region_pretrain.metrics import Results
 
 logger = logging.getLogger(__name__)
@@ -115,10 +114,11 @@ def do_evaluate(cfg: DictConfig, model: nn.Module | None = None) -> Results:
 
     Raises:
         UserError: there is no checkpoint, or it is not that of a trained detector or of a detector
-            of other classes.
+            of other classes; or ``train.output_dir`` cannot be written.
     """
     complete_train(cfg)
     start_logging(None)
+    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     classes = check_labelled_data(cfg, training=False)
     classes.log()
     if model is None:
@@ -126,7 +126,6 @@ def do_evaluate(cfg: DictConfig, model: nn.Module | None = None) -> Results:
     with missing_files_are_user_errors():
         results = do_test(cfg, model)
     if comm.is_main_process():
-        PathManager.mkdirs(cfg.train.output_dir)
         _write_results(os.path.join(cfg.train.output_dir, "results_eval.json"), results)
     return results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from region_pretrain.errors import INTERRUPTED, STOPPED, Stopped, UserError, des
 from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
+_ADDRESS = re.compile(r"tcp://([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}|file:///.+")
 _ROLL_CALL = "roll-call"
 T = TypeVar("T")
 
@@ -109,7 +111,7 @@ def launch(
 
     Raises:
         UserError: the machine has too few GPUs, processes share one, several machines have no
-            rendezvous address, or not all processes connect to it.
+            rendezvous address, it or a rank is invalid, or not all processes connect.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
@@ -127,8 +129,15 @@ def launch(
     if num_processes * num_machines == 1:
         main(*args)
         return
+    if not 0 <= machine_rank < num_machines:
+        raise UserError(
+            f"--machine-rank {machine_rank} --num-machines {num_machines}: ranks are 0 to "
+            f"{num_machines - 1}"
+        )
     if num_machines > 1 and dist_url == "auto":
         raise UserError("several machines need an address: --dist-url tcp://HOST:PORT")
+    if dist_url != "auto" and not _ADDRESS.fullmatch(dist_url):
+        raise UserError(f"--dist-url {dist_url}: write tcp://HOST:PORT, e.g. tcp://node1:29500")
     if device != "cpu" and num_processes > torch.cuda.device_count():
         raise UserError(
             f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()}; "

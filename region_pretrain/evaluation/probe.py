@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from detectron2.config import instantiate
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from tabulate import tabulate
 from torch import nn
@@ -27,6 +26,7 @@ from region_pretrain.engine.labelled_data import (
     missing_files_are_user_errors,
 )
 from region_pretrain.engine.output_dir import start_logging
+from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.accuracy import accuracy_of
@@ -40,7 +40,7 @@ from region_pretrain.evaluation.features import (
 from region_pretrain.evaluation.knn import knn_classify
 from region_pretrain.evaluation.linear import linear_classify
 from region_pretrain.evaluation.scenes import SECOND_VIEW, retrieve, variance_within
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import make_writable, write_text_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +68,14 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         What :data:`PROBE_FILE` contains, on the main process; empty on the others.
 
     Raises:
-        UserError: the config, the data or the checkpoint is invalid.
+        UserError: the config, the data or the checkpoint is invalid, or ``train.output_dir`` cannot
+            be written.
     """
     if k < 1 or (max_images is not None and max_images < 1):
         raise UserError(f"k={k} and max_images={max_images} must be at least 1")
     complete_train(cfg)
     start_logging(None)
+    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     cfg.dataloader.pop("evaluator", None)  # a probe needs boxes only, which its checks exceed
     classes = check_labelled_data(cfg, training=True)
     classes.log()
@@ -114,7 +116,6 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "levels": levels,
     }
-    PathManager.mkdirs(cfg.train.output_dir)
     path = os.path.join(cfg.train.output_dir, PROBE_FILE)
     write_text_atomic(path, json.dumps(result, indent=2) + "\n")
     logger.info("%s\n%s", path, table(result))

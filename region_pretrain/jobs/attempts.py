@@ -14,7 +14,7 @@ from typing import TypedDict
 from region_pretrain.files import write_text_atomic
 from region_pretrain.json_files import read_json
 
-#: A job fails after this many consecutive attempts without a new checkpoint.
+#: A job fails after this many consecutive attempts without a new checkpoint or part.
 MAX_STALLED = 10
 
 _NAME = "attempts.json"
@@ -40,6 +40,7 @@ class Attempt(_Started, total=False):
         started, ended: Unix times, never in the wrong order; ``ended`` is None if unknown.
         start: the checkpoint that it resumed from, or "".
         stop: the newest checkpoint at its end.
+        parts: a folder whose number of parts stands for a checkpoint, for a tool without any.
         outcome: ``finished``, ``stopped`` (on request; will resume), ``killed`` (a process died
             from a signal, or SLURM gave up the step), ``failed`` (with ``error``) or ``unknown``
             (the attempt recorded no outcome before the next one started). Missing while it runs.
@@ -48,6 +49,7 @@ class Attempt(_Started, total=False):
 
     ended: float | None
     stop: str
+    parts: str
     outcome: str
     error: str
 
@@ -80,15 +82,19 @@ def vanished(attempts: Sequence[Attempt]) -> int:
     return count
 
 
-def start_attempt(output_dir: str, job: str, restart: int, host: str) -> int:
+def start_attempt(output_dir: str, job: str, restart: int, host: str, parts: str = "") -> int:
     """Record the start of an attempt.
+
+    Args:
+        output_dir: the run's folder.
+        job, restart, host, parts: see :class:`Attempt`.
 
     Returns:
         The number of consecutive attempts of the same job just before this one that wrote no
-        checkpoint.
+        checkpoint and no part.
     """
     attempts = read_attempts(output_dir)
-    newest = newest_checkpoint(output_dir)
+    newest = newest_checkpoint(output_dir, parts)
     if attempts and "outcome" not in attempts[-1]:
         attempts[-1] |= {"ended": None, "stop": newest, "outcome": "unknown"}
     stalled = 0
@@ -99,6 +105,8 @@ def start_attempt(output_dir: str, job: str, restart: int, host: str) -> int:
     attempts.append(
         {"job": job, "restart": restart, "host": host, "started": time.time(), "start": newest}
     )
+    if parts:
+        attempts[-1]["parts"] = parts
     _write(output_dir, attempts)
     _began[output_dir] = time.monotonic()
     return stalled
@@ -114,7 +122,8 @@ def end_attempt(output_dir: str, outcome: str, error: str = "") -> None:
     """
     attempts = read_attempts(output_dir)
     if attempts and "outcome" not in attempts[-1]:
-        newest, started = newest_checkpoint(output_dir), attempts[-1]["started"]
+        newest = newest_checkpoint(output_dir, attempts[-1].get("parts", ""))
+        started = attempts[-1]["started"]
         if output_dir in _began:
             ended = started + time.monotonic() - _began[output_dir]
         else:
@@ -124,8 +133,10 @@ def end_attempt(output_dir: str, outcome: str, error: str = "") -> None:
         _write(output_dir, attempts)
 
 
-def newest_checkpoint(output_dir: str) -> str:
-    """The file name in ``last_checkpoint``; "" without that file."""
+def newest_checkpoint(output_dir: str, parts: str = "") -> str:
+    """The file name in ``last_checkpoint``, or the number of files in a folder of parts; or ""."""
+    if parts and os.path.isdir(parts):
+        return f"{sum(name.startswith('part-') for name in os.listdir(parts))} parts"
     try:
         with open(os.path.join(output_dir, "last_checkpoint"), encoding="utf-8") as file:
             return file.read().strip()

@@ -55,6 +55,8 @@ class ToolJob(Checkpointable):
         cwd: working directory, to which relative paths in ``arguments`` refer.
         container: see :class:`region_pretrain.jobs.cluster.Cluster`.
         environment: additional environment variables of the tool; None removes one.
+        parts: folder that a tool without checkpoints writes ``part-*`` files to: see
+            :class:`region_pretrain.jobs.attempts.Attempt`.
         patience: seconds that the tool may take to stop after a signal.
     """
 
@@ -67,6 +69,7 @@ class ToolJob(Checkpointable):
     container: str = ""
     environment: Mapping[str, str | None] = field(default_factory=dict)
     patience: float = 90.0
+    parts: str = ""
 
     def __post_init__(self) -> None:
         self.output_dir = os.path.abspath(self.output_dir)
@@ -121,11 +124,13 @@ class _Task:
 
     def _start_attempt(self) -> None:
         folder = self.job.output_dir
-        stalled = start_attempt(folder, self.env.job_id, restart_count(), socket.gethostname())
+        facts = self.env.job_id, restart_count(), socket.gethostname(), self.job.parts
+        stalled = start_attempt(folder, *facts)
         if stalled >= MAX_STALLED:
             error = (
-                f"{self.job.tool} for {folder}: {stalled} consecutive attempts ended without "
-                f"a new checkpoint; see {self.log}, then submit it again"
+                f"{self.job.tool} for {folder}: {stalled} consecutive attempts ended without a new "
+                f"{'part' if self.job.parts else 'checkpoint'}; see {self.log}, then submit it "
+                "again"
             )
             self._end("failed", error=error)
             raise UserError(error)

@@ -114,6 +114,7 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
             output_dir=os.path.join(folder, f"shard{i}"),
             root=str(ROOT),
             resume="",
+            parts=os.path.abspath(f"{out}.parts"),
         )
         for i in range(args.shards)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
@@ -41,7 +41,9 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
                     break
         folder = run.folder if len(tasks) == 1 else os.path.join(run.folder, f"shard{i}")
         resume = "" if run.kind in (REGIONS, CHOICE) else "--resume"
-        jobs.append(ToolJob(run.tool, arguments, folder, sweep.root, resume, sweep.cwd))
+        job = ToolJob(run.tool, arguments, folder, sweep.root, resume, sweep.cwd)
+        job.parts = f"{run.product}.parts" if run.kind == REGIONS else ""
+        jobs.append(job)
     return jobs
 
 
@@ -119,19 +121,30 @@ def _local_jobs(folder: str) -> list[str]:
     return found
 
 
-def states(plan: Plan, live: dict[str, str]) -> dict[str, str]:
+def states_now(sweep: SweepFile, folder: str) -> dict[str, str]:
+    """:func:`states` of a sweep in its folder.
+
+    Raises:
+        UserError: see :func:`live_jobs`.
+    """
+    return states(sweep.plan, lambda: live_jobs(sweep.cluster, folder))
+
+
+def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]:
     """The state of every run.
 
     Args:
         plan: the runs.
-        live: result of :func:`live_jobs`.
+        live_now: returns :func:`live_jobs`. It is called after the records have been read, as a job
+            that is submitted in between would look as if it had failed.
 
     Returns:
         Run id -> state.
     """
-    found = {}
+    records = {run.id: state.read_record(run) for run in plan.runs.values()}
+    live, found = live_now(), {}
     for run in plan.runs.values():
-        record = state.read_record(run)
+        record = records[run.id]
         job_states = [live[j] for j in record.job_ids if j in live] if record else []
         if state.is_finished(run):
             found[run.id] = state.FINISHED

@@ -69,7 +69,7 @@ def coordinate(folder: str) -> None:
             return  # by another coordinator
         # The sweep may have been started again since the last check.
         sweep = state.read_sweep(folder)
-        if not _startable(sweep, jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))):
+        if not _startable(sweep, jobs.states_now(sweep, folder)):
             return
 
 
@@ -89,7 +89,7 @@ def _work(folder: str) -> None:
         sweep = state.read_sweep(folder)
         runs = sweep.plan.runs
         mine = [job for job in mine if not job.done()]
-        now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
+        now = jobs.states_now(sweep, folder)
         killed = [run for run in runs.values() if now[run.id] == state.FAILED]
         killed = [run for run in killed if _was_killed(run, folder)]
         for run in killed:

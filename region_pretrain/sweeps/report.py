@@ -35,7 +35,7 @@ def write_sweep_report(folder: str) -> list[str]:
         UserError: the folder contains no sweep.
     """
     sweep = state.read_sweep(folder)
-    now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
+    now = jobs.states_now(sweep, folder)
     rows = collect(sweep)
     found = tables(rows, _probes(sweep))
     paths = [os.path.join(folder, name) for name in (HTML, MARKDOWN, CSV)]

@@ -172,6 +172,8 @@ def read_csv(path: str) -> list[Row]:
 
 
 def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
+    if None in line.values() or None in line:
+        raise ValueError(f"a line has not {len(COLUMNS)} values")
     names = ("sweep", "initialisation", "finetune", "label_fraction", "checkpoint")
     key = tuple(line[name] for name in names)
     row = rows.get(key)

@@ -110,7 +110,7 @@ def _look(sweep: SweepFile, folder: str) -> tuple[dict[str, str], bool]:
     # In this order: a coordinator that has just ended normally must not look killed.
     here = sweep.cluster.kind == "local"
     alone = here and local.coordinator_pid(folder) is None
-    now = jobs.states(sweep.plan, jobs.live_jobs(sweep.cluster, folder))
+    now = jobs.states_now(sweep, folder)
     # As long as it runs, the coordinator may start a run again whose process was killed.
     ended = set(state.ENDED) - ({state.FAILED} if here else set())
     return now, not alone and any(word not in ended for word in now.values())

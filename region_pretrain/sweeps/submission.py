@@ -74,12 +74,11 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
 
 
 def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
-    live = jobs.live_jobs(sweep.cluster, folder)
-    now = jobs.states(sweep.plan, live)
+    now = jobs.states_now(sweep, folder)
     for run in sweep.plan.runs.values():
         if now[run.id] in (state.FAILED, state.CANCELLED):
             state.write_record(run, Record(state.read_record(run).submitted))
-    now = jobs.states(sweep.plan, live)
+    now = jobs.states_now(sweep, folder)
     # Later edits of the code do not affect the runs that wait.
     sweep = dataclasses.replace(sweep, root=take_snapshot(folder))
     state.write_sweep(folder, sweep)
@@ -150,12 +149,11 @@ def dry_run(sweep: SweepFile, folder: str) -> str:
     It begins with the runs that have been computed with other settings, if any.
     """
     folder = os.path.abspath(folder)
-    live = {}
-    if os.path.exists(os.path.join(folder, "sweep.json")) and sweep.cluster.kind != "slurm":
-        live = jobs.live_jobs(sweep.cluster, folder)
+    here = os.path.exists(os.path.join(folder, "sweep.json")) and sweep.cluster.kind != "slurm"
+    now = jobs.states_now(sweep, folder) if here else jobs.states(sweep.plan, dict)
     lines = [f"# {line}" for line in describe_earlier(sweep.plan)]
     parts = ["\n".join(lines)] if lines else []
-    for runs, after in missing(sweep.plan, jobs.states(sweep.plan, live)):
+    for runs, after in missing(sweep.plan, now):
         commands = [(run, job) for run in runs for job in jobs.tool_jobs(run, sweep)]
         parts += [
             f"# {run.name}"

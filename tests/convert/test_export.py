@@ -32,6 +32,7 @@ from torch import nn
 
 from region_pretrain.convert.export import export_weights, write_export
 from region_pretrain.convert.facts import IMAGENET, facts_of
+from region_pretrain.errors import UserError
 
 
 @pytest.mark.parametrize("to", ["torchvision", "timm"])
@@ -51,6 +52,15 @@ def test_trunk_has_the_same_features(tmp_path, to, kind):
 
 
 @torch.no_grad()
+def test_the_folder_of_the_file_is_created_or_refused_before_the_export(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"cannot write to the folder of --out {tmp_path}/file"):
+        write_export("absent.pth", "timm", f"{tmp_path}/file/x.pth")
+    with pytest.raises(UserError, match="absent.pth"):
+        write_export("absent.pth", "timm", f"{tmp_path}/new/x.pth")
+    assert (tmp_path / "new").is_dir()
+
+
 def test_a_narrow_trunk_goes_to_timm_only(tmp_path):
     model = bottlenecks(widths=(16, 32, 64, 128))
     path = save(tmp_path / "x.pth", model)

@@ -260,6 +260,21 @@ def test_evaluation_only(tmp_path):
         do_evaluate(make_detection_config(tmp_path / "eval"))
 
 
+def test_an_evaluation_whose_results_cannot_be_written_is_refused_before(tmp_path):
+    cfg = make_detection_config(tmp_path / "run")
+    do_train(cfg)
+    (tmp_path / "file").touch()
+    cfg.train.init_checkpoint = str(tmp_path / "run/model_final.pth")
+    cfg.train.output_dir = str(tmp_path / "file/eval")
+    cfg.dataloader.test = L(fail)()
+    with pytest.raises(UserError, match=f"cannot write to train.output_dir {tmp_path}/file/eval"):
+        do_evaluate(cfg)
+
+
+def fail():
+    raise AssertionError("it has evaluated")
+
+
 def test_without_an_evaluator_nothing_is_evaluated(tmp_path):
     cfg = make_detection_config(tmp_path, max_iter=1)
     del cfg.dataloader.evaluator

@@ -229,6 +229,20 @@ def test_missing_gpus_or_address_are_errors(monkeypatch):
         launch(refuse, 1, num_machines=2, device="cuda")
 
 
+@pytest.mark.parametrize(
+    "url", ["tcp://node1", "tcp://node1:abc", "node1:29500", "tcp://:29500", "http://node1:29500"]
+)
+def test_another_address_is_refused_at_once(url):
+    with pytest.raises(UserError, match=f"--dist-url {url}: write tcp://HOST:PORT"):
+        launch(refuse, 1, num_machines=2, dist_url=url, device="cpu")
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_the_rank_of_a_machine_is_below_their_number(rank):
+    with pytest.raises(UserError, match=f"--machine-rank {rank} --num-machines 2: ranks are 0 to"):
+        launch(refuse, 1, num_machines=2, machine_rank=rank, dist_url="tcp://a:29500", device="cpu")
+
+
 class Captured(Exception):
     """Raised in place of what a test need not run."""
 

@@ -196,6 +196,16 @@ def test_a_hundred_thousand_files_take_little_time(tmp_path):
     print(f"{seconds:.2f} s")
 
 
+def test_an_error_before_the_first_step_does_not_wait_for_the_files(tmp_path, monkeypatch):
+    closed = []
+    close = Fingerprint.close
+    monkeypatch.setattr(Fingerprint, "close", lambda self: closed.append(self) or close(self))
+    cfg = make_config(tmp_path / "run", init_checkpoint="absent.pth")
+    with pytest.raises(UserError, match="absent.pth"):
+        do_pretrain(cfg)
+    assert len(closed) == 1
+
+
 def test_an_error_while_files_are_examined_reaches_the_run_and_an_end_stops_it(tmp_path):
     class Broken:
         def contents(self):

@@ -141,6 +141,21 @@ def test_two_coordinators_and_two_starts_run_everything_once(sweeps):
     assert sorted(name for what, name, *_ in sweeps.noted() if what == "start") == ["a", "b"]
 
 
+def test_a_run_that_is_submitted_during_a_look_at_the_sweep_has_not_failed(sweeps):
+    """Another process writes its record after this one has listed the running jobs."""
+    sweeps.add("a")
+    (run,) = sweeps.plan.runs.values()
+    live = {}
+
+    def submit_meanwhile():
+        live["77"] = state.RUNNING
+        state.write_record(run, state.Record(1, ["77"]))
+        return {}  # this list was made just before
+
+    assert jobs.states(sweeps.plan, submit_meanwhile) == {"a": state.WAITING}
+    assert jobs.states(sweeps.plan, lambda: live) == {"a": state.RUNNING}
+
+
 def test_a_sweep_of_another_machine_is_left_alone(sweeps):
     sweeps.add("a")
     folder = str(sweeps.folder)

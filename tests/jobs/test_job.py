@@ -215,6 +215,29 @@ def test_consecutive_attempts_without_a_checkpoint_are_counted(make_job, tmp_pat
     assert outcomes(tmp_path) == ["killed"] * MAX_STALLED + ["unknown", "stopped", "unknown", None]
 
 
+def test_the_parts_of_a_region_search_are_its_progress(tmp_path):
+    """It has no checkpoints, but a search may need more time limits than are tolerated."""
+    folder, parts = str(tmp_path / "run"), tmp_path / "r.arrow.parts"
+
+    def attempt(end):
+        stalled = start_attempt(folder, "7", 0, "n1", str(parts))
+        end()
+        return stalled
+
+    def write_part():
+        parts.mkdir(exist_ok=True)
+        (parts / f"part-{len(list(parts.iterdir())):06}.arrow").touch()
+
+    ends = [lambda: end_attempt(folder, "stopped"), lambda: None]
+    for i in range(MAX_STALLED + 2):
+        assert attempt(lambda i=i: (write_part(), ends[i % 2]())) == 0
+    found = [attempt(ends[i % 2]) for i in range(3)]
+    assert found == [0, 1, 2]
+    (parts / "progress-0.json").touch()
+    assert attempt(write_part) == 3 and attempt(write_part) == 0
+    assert read_attempts(folder)[1]["start"] == "1 parts"
+
+
 def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_path, monkeypatch):
     class Environment:
         global_rank, num_tasks, job_id, cluster = 0, 1, "7", "slurm"

@@ -81,7 +81,7 @@ class Sweeps:
 
     def states(self) -> dict[str, str]:
         cluster = Cluster(kind="local")
-        return jobs.states(self.plan, jobs.live_jobs(cluster, str(self.folder)))
+        return jobs.states(self.plan, lambda: jobs.live_jobs(cluster, str(self.folder)))
 
     def noted(self) -> list[tuple[str, str, float, str]]:
         lines = self.events.read_text().splitlines() if self.events.exists() else []

@@ -254,7 +254,7 @@ def test_states_according_to_squeue(plan, tmp_path, monkeypatch):
     ids = {"soco_seed0": "7_0", "soco_seed1": "7_1", "random_lr0.05": "5"}
     for name, job in ids.items():
         state.write_record(names[name], state.Record(1, [job]))
-    found = jobs.states(moved, live)
+    found = jobs.states(moved, lambda: live)
     by_name = {r.name: found[r.id] for r in moved.runs.values()}
     assert by_name["soco_seed0"] == state.RUNNING and by_name["soco_seed1"] == state.QUEUED
     assert by_name["random_lr0.05"] == state.FAILED  # gone, and no results

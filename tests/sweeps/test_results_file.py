@@ -125,6 +125,14 @@ def test_tables_and_figures_by_one_command(tmp_path):
         tables(rows, {}, ["byol"])
 
 
+def test_a_file_that_was_cut_is_named(tmp_path):
+    path = write(tmp_path / "a.csv", rows_of())
+    text = Path(path).read_text()
+    Path(path).write_text(text[: len(text) - 40])
+    with pytest.raises(UserError, match=r"a\.csv, line 43: a line has not 21 values"):
+        read_csv(path)
+
+
 def test_ap_against_labels():
     rows = [row for row in rows_of() if (row.init, row.labels) != ("soco", 25)]
     for row in rows:
