@@ -102,7 +102,9 @@ def read_run_checkpoint(path: str) -> dict[str, Any]:
     return data
 
 
-def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_free_space(
+    folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, has_one: bool = False
+) -> None:
     """Refuse to start a run whose checkpoints do not fit on the disk.
 
     Two must fit, as the older one is deleted only after the newer one is complete. The size of a
@@ -113,6 +115,7 @@ def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optim
         folder: where checkpoints are written.
         model: its complete state is saved.
         optimizer: its buffers are saved.
+        has_one: the folder has a checkpoint already.
 
     Raises:
         UserError: there is not enough space.
@@ -125,8 +128,9 @@ def check_free_space(folder: str, model: nn.Module, optimizer: torch.optim.Optim
     size = sum(t.numel() * t.element_size() for t in tensors)
     for group in optimizer.param_groups:
         size += buffers * sum(p.numel() * p.element_size() for p in group["params"])
-    if free < 2 * size:
+    if free < (1 if has_one else 2) * size:
+        count = "another checkpoint" if has_one else "two checkpoints"
         raise UserError(
-            f"{folder} has {free / 2**20:.0f} MiB free, but two checkpoints of {size / 2**20:.0f} "
+            f"{folder} has {free / 2**20:.0f} MiB free, but {count} of {size / 2**20:.0f} "
             "MiB must fit: free some space or set train.output_dir to another disk"
         )

@@ -186,7 +186,8 @@ def run_training(
         trainer.cfg, trainer.loader = cfg, data  # for hooks
         checkpointer.trainer = trainer
         trainer.last_checkpoint = checkpointer.last_good
-        on_main_process(lambda: check_free_space(train.output_dir, model, optimizer))
+        has_one = resume and bool(checkpointer.last_good())
+        on_main_process(lambda: check_free_space(train.output_dir, model, optimizer, has_one))
         stop = StopRequest()
         evaluation = None
         if evaluate is not None:

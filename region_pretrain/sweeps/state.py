@@ -127,11 +127,11 @@ def claim(folder: str, name: str) -> None:
 
 
 def _is_free(folder: str) -> bool:
-    """Whether a folder is empty, or that of a sweep whose file has been deleted."""
+    """Whether a folder is empty, or that of a sweep whose file is deleted or not written yet."""
     if not os.path.isdir(folder):
         return False
     names = [name for name in os.listdir(folder) if not name.startswith(PREFIX)]
-    return not names or "runs" in names
+    return not names or "runs" in names or names == ["code"]
 
 
 def read_record(run: Run) -> Record | None:

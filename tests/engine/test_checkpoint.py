@@ -304,6 +304,10 @@ def test_too_little_space_is_found_before_the_start(tmp_path, monkeypatch):
     free(15)
     with pytest.raises(UserError, match="15 MiB free, but two checkpoints of 8 MiB"):
         check_free_space(str(tmp_path), model, sgd)
+    check_free_space(str(tmp_path), model, sgd, has_one=True)
+    free(7)
+    with pytest.raises(UserError, match="7 MiB free, but another checkpoint of 8 MiB"):
+        check_free_space(str(tmp_path), model, sgd, has_one=True)
 
 
 def test_a_resume_removes_what_killed_writers_left(tmp_path):

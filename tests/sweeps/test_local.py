@@ -135,6 +135,8 @@ def test_the_folder_must_be_new_or_belong_to_the_sweep(sweeps, tmp_path):
         state.claim(str(tmp_path / "full"), "mine")
     with pytest.raises(UserError, match="contains no sweep"):
         status.status_text(str(tmp_path / "full"))
+    (tmp_path / "killed/code").mkdir(parents=True)  # by a start that was killed
+    state.claim(str(tmp_path / "killed"), "mine")
 
 
 def test_runs_that_slurm_cancelled_after_a_failure_are_blocked(sweeps):
