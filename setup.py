@@ -49,6 +49,8 @@ class BuildWithShipped(build_py):
         if self.editable_mode:
             return
         target = Path(self.build_lib, "region_pretrain/shipped")
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "LICENSE", target)  # tools/install_detectron2.py puts it in its wheel
         for name in ("configs", "projects", "tools"):
             shutil.rmtree(target / name, ignore_errors=True)  # of an earlier build
         for source in (ROOT / "configs", ROOT / "tools", *ROOT.glob("projects/*/configs")):

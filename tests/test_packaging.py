@@ -46,7 +46,7 @@ def installed(tmp_path_factory) -> Path:
 
 def test_contents(installed):
     package = next(installed.parent.glob("lib/python*/site-packages/region_pretrain"))
-    for name in ("py.typed", "projects/soco/__init__.py", f"shipped/{DETECTOR}"):
+    for name in ("py.typed", "projects/soco/__init__.py", f"shipped/{DETECTOR}", "shipped/LICENSE"):
         assert (package / name).is_file(), name
     for folder, pattern in (
         ("configs", "**/*.py"),

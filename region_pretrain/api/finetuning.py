@@ -78,6 +78,11 @@ def finetune(
         FloatingPointError: a loss became NaN or infinite.
     """
     hooks, data = hooks_of(callbacks), DataSets()
+    if isinstance(init, nn.Module) and detector not in (None, init):
+        raise UserError(
+            "init is a built detector, which would be trained itself: leave out detector=, or give "
+            "init the run or the checkpoint"
+        )
     detector = _detector_of(init) if detector is None else detector
     cfg = _with_overrides(detection_config(detector), overrides)
     for split, argument, value in (("train", "train", train), ("test", "val", val)):
@@ -126,8 +131,10 @@ def _saved_detector(init: str | os.PathLike | None) -> str | None:
     """The detection config on the card of published weights, or in the folder of a checkpoint."""
     if isinstance(init, str) and init.startswith(zoo.PREFIX):
         return zoo.read_card(init).metadata.get("Detector")
-    folder = os.path.dirname(weights_of(init)) if init is not None else ""
-    for name in (DETECTOR_FILE, "config.yaml") if folder else ():
+    if init is None:
+        return None
+    folder = os.path.dirname(weights_of(init))
+    for name in (DETECTOR_FILE, "config.yaml"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image
+from torch import nn
 
 from region_pretrain.api.data import Data, DataSets, records_of
 from region_pretrain.api.pretraining import Composed, compose, find_regions
@@ -14,7 +16,7 @@ from region_pretrain.api.results import Finetuned, Pretrained
 from region_pretrain.api.session import isolated
 from region_pretrain.data.sources import register_named
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.given import modes_kept
+from region_pretrain.modeling.given import modes_kept, weights_kept
 from region_pretrain.reporting import pictures
 
 
@@ -51,7 +53,11 @@ def show_views(
     if count < 1 or height < 16:
         raise UserError(f"count={count}, height={height}: must be at least 1 and 16")
     weights = run.checkpoint if isinstance(run, Pretrained) else ""
-    with isolated(composed.given):
+    with ExitStack() as stack:
+        stack.enter_context(isolated(composed.given))
+        if isinstance(composed.detector, nn.Module):  # the method's model consists of its modules
+            stack.enter_context(modes_kept(composed.detector))
+            stack.enter_context(weights_kept(composed.detector))
         register_named(composed.cfg)
         find_regions(composed.cfg)
         batch = pictures.first_views(composed.cfg, count)

@@ -11,6 +11,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 
+from region_pretrain.data.sources import forget_labels
 from region_pretrain.engine.output_dir import logging_kept
 from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainer import Trainer
@@ -59,6 +60,7 @@ def isolated(given: Given | None = None, verbose: bool = True) -> Iterator[None]
         stack.enter_context(_backends_kept())
         for name, (records, classes) in (given or {}).items():
             _register(name, records, classes)
+        stack.callback(forget_labels)
         try:
             yield
         except Stopped:

@@ -48,6 +48,14 @@ REPORT = "configs/gpu_report.py"
 REPORT_IMAGES = 256  # files; each config repeats them
 
 
+#: What is measured -> the options that have an effect only there.
+_OPTIONS = {
+    "config_file": {"synthetic_images", "synthetic_size", "only", "seconds"},
+    "plan": {"gpus"},
+    "gpu_report": {"report_configs", "seconds"},
+}
+
+
 def width_and_height(text: str) -> tuple[int, int]:
     """Parse ``500x375`` as ``(500, 375)``."""
     try:
@@ -108,6 +116,11 @@ def parse_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.synthetic_size and args.synthetic_images is None:
         parser.error("--synthetic-size requires --synthetic-images N")
+    given = next(mode for mode in _OPTIONS if getattr(args, mode))
+    for option in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[given]):
+        if getattr(args, option) != parser.get_default(option):
+            flags = [f"--{name.replace('_', '-')}" for name in (option, given)]
+            parser.error(f"{flags[0]} has no effect with {flags[1]}")
     return args
 
 

@@ -52,7 +52,8 @@ class Facts:
 IMAGENET = Facts("RGB", _RGB_MEAN, _RGB_STD, stride_in_1x1=False)
 #: The Caffe2 files of Detectron2's model zoo: MSRA's ResNets.
 MSRA = Facts("BGR", _RGB_MEAN[::-1], (1.0, 1.0, 1.0), stride_in_1x1=True)
-#: FAIR's ResNeXts in the same format.
+#: FAIR's ResNets with group norm, and their ResNeXts, in the same format.
+FAIR_GN = Facts("BGR", _RGB_MEAN[::-1], (1.0, 1.0, 1.0), stride_in_1x1=False)
 FAIR_RESNEXT = Facts("BGR", _RGB_MEAN[::-1], _RGB_STD[::-1], stride_in_1x1=False)
 
 

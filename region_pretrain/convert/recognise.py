@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -14,7 +14,7 @@ import torch
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from torch import Tensor
 
-from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts
+from region_pretrain.convert.facts import FAIR_GN, FAIR_RESNEXT, IMAGENET, MSRA, Facts
 from region_pretrain.convert.heads import background_last, missing_biases, swap_anchor_axes
 from region_pretrain.convert.names import (
     SCHEMES,
@@ -69,6 +69,7 @@ class Weights:
         facts: what the weights presume.
         classes: names of the detector's classes, if the file has them.
         by_suffix: whether names lack the modules above them, as in the model zoo's older files.
+        folded_norms: whether batch norms are affine layers, with statistics folded into them.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Weights:
     facts: Facts = Facts()
     classes: list[str] = field(default_factory=list)
     by_suffix: bool = False
+    folded_norms: bool = False
 
     def fit(self, target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Find a tensor for each name of a model.
@@ -144,6 +146,8 @@ def _weights(file: str, content: Any, options: dict[str, str]) -> Weights:
     if _is_caffe2(content):
         return _caffe2(file, content)
     where, state = _weights_of(file, content, options.get("part"))
+    if options.get("part") in where.split("."):
+        options = {key: value for key, value in options.items() if key != "part"}
     weights = _recognise(file, state, options)
     if where:
         weights.title += f", in {where!r}"
@@ -155,6 +159,8 @@ def _weights(file: str, content: Any, options: dict[str, str]) -> Weights:
     weights.classes = [str(name) for name in content.get("thing_classes", ())]
     if content.get("__author__") == "Detectron2 Model Zoo":
         weights.facts = _zoo(weights.tensors)
+    if content.get("__author__") == "torchvision":  # of Detectron2's script
+        weights.facts = IMAGENET
     weights.by_suffix = bool(content.get("matching_heuristics")) or "matching_heuristics" in options
     return weights
 
@@ -178,19 +184,23 @@ def _is_caffe2(content: Mapping[str, Any]) -> bool:
 
 
 def _caffe2(path: str, content: Mapping[str, Any]) -> Weights:
-    """The model zoo's files from Detectron 1: affine norms without statistics."""
+    """The model zoo's files from Detectron 1: batch norms are affine, without statistics."""
     blobs = content.get("blobs", content)
     state = {
         k: v for k, v in blobs.items() if isinstance(v, Tensor) and not k.endswith("_momentum")
     }
     tensors, names = convert_c2_detectron_names(state)
-    for name in [n for n in tensors if n.endswith("norm.weight")]:
+    folded = [n for n in tensors if n.endswith("norm.weight") and names[n].endswith("_bn_s")]
+    for name in folded:
         stem = name.removesuffix("weight")
-        if f"{stem}running_mean" not in tensors:  # they are part of weight and bias
-            for statistic, value in (("running_mean", 0.0), ("running_var", 1.0 - 1e-5)):
-                tensors[stem + statistic] = torch.full_like(tensors[name], value)
-                names[stem + statistic] = names[name]
-    return Weights(path, "a Caffe2 model", tensors, names, facts=_zoo(tensors), by_suffix=True)
+        for statistic, value in (("running_mean", 0.0), ("running_var", 1.0 - 1e-5)):
+            tensors[stem + statistic] = torch.full_like(tensors[name], value)
+            names[stem + statistic] = names[name]
+    weights = Weights(path, "a Caffe2 model", tensors, names, facts=_zoo(tensors), by_suffix=True)
+    weights.folded_norms = bool(folded)
+    if "res2.0.conv2.norm.weight" in tensors and "res2.0.conv2.norm.weight" not in folded:
+        weights.facts = FAIR_GN
+    return weights
 
 
 def _zoo(tensors: Mapping[str, Tensor]) -> Facts:
@@ -198,7 +208,10 @@ def _zoo(tensors: Mapping[str, Tensor]) -> Facts:
     block = tensors.get("res2.0.conv2.weight")
     if block is None or "fpn_lateral2.norm.weight" in tensors:
         return Facts()
-    return FAIR_RESNEXT if block.shape[0] != block.shape[1] else MSRA
+    if block.shape[0] == block.shape[1]:
+        return MSRA
+    deep = "res4.35.conv1.weight" in tensors  # X-152
+    return replace(FAIR_RESNEXT, pixel_std=(1.0, 1.0, 1.0)) if deep else FAIR_RESNEXT
 
 
 def _weights_of(
@@ -242,7 +255,7 @@ def _recognise(path: str, state: dict[str, Tensor], options: Mapping[str, str]) 
             continue
         prefixes = _prefixes(state, scheme)
         if prefixes:
-            return _translated(path, state, scheme, _preferred(prefixes, part))
+            return _translated(path, state, scheme, _preferred(path, prefixes, part))
     if library not in (None, "timm"):  # timm's other networks have the names of their backbone
         raise UserError(f"{path} has no names of {library}, but e.g. {', '.join([*state][:3])}")
     return _detectron2(path, state, part)
@@ -265,8 +278,10 @@ def _prefixes(state: Mapping[str, Tensor], scheme: Scheme) -> list[str]:
     ]
 
 
-def _preferred(prefixes: list[str], part: str | None) -> str:
+def _preferred(path: str, prefixes: list[str], part: str | None) -> str:
     """The online or query network rather than its momentum copy; then the shortest prefix."""
+    if part is not None and not any(part in prefix for prefix in prefixes):
+        raise UserError(f"{path} has no part {part}: neither an entry nor a prefix of the names")
 
     def rank(prefix: str) -> tuple[bool, bool, int]:
         return part is not None and part not in prefix, bool(_COPIES.search(prefix)), len(prefix)
@@ -307,7 +322,7 @@ def _detectron2(path: str, state: dict[str, Tensor], part: str | None) -> Weight
     """
     roots = {(m[1], m[2]) for m in map(_DETECTRON2_ROOT.match, state) if m}
     texts = {f"{before}backbone{after}.": before for before, after in roots}
-    root = _preferred(sorted(texts), part) if texts else ""
+    root = _preferred(path, sorted(texts), part) if texts or part is not None else ""
     prefix = texts[root] if texts else _WRAPPERS.match(os.path.commonprefix([*state]))[0]
     others = tuple(text for text in texts if text != root)
     tensors, names, unused = {}, {}, {}

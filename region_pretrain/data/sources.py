@@ -101,6 +101,11 @@ def _labelled(name: str) -> tuple[bytes, dict[str, Any]]:
     return pickle.dumps(read_like(source, records)), metadata
 
 
+def forget_labels() -> None:
+    """Read labels again from now on, as a notebook's user may have edited them."""
+    _labelled.cache_clear()
+
+
 #: What was found in the jsons that were loaded.
 _FINDINGS: dict[tuple[str, str], list[Finding]] = {}
 

@@ -137,7 +137,7 @@ def _trained(cfg: DictConfig, classes: Classes) -> nn.Module:
     if cfg.train.seed is None:
         cfg.train.seed = 0
     model = build_model(cfg, resolve_device(cfg.train.device)).eval()
-    report = load_pretrained(model, cfg.train.init_checkpoint)
+    report = load_pretrained(model, cfg.train.init_checkpoint, cfg.train.init_partial)
     compare_with_checkpoint(report, classes, training=False)
     unfilled = [name for name, count in report.modules.items() if not count.loaded_tensors]
     if unfilled:

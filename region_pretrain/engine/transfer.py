@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from region_pretrain.convert.facts import differences, facts_of
 from region_pretrain.convert.names import common_name
@@ -22,7 +23,12 @@ logger = logging.getLogger(__name__)
 CLASS_LAYERS = (".box_predictor.", ".mask_head.predictor.", ".cls_score.")
 _EXAMPLES = 3
 #: Buffers that are derived, or that only count: whoever lacks them loses nothing.
-_DERIVED = re.compile(r"num_batches_tracked$|relative_position_index$")
+_DERIVED = re.compile(
+    r"num_batches_tracked$|relative_position_index$|anchor_generator\.cell_anchors\.\d+$"
+)
+#: What Detectron2's own files have beside a stem: MSRA's bias before a norm that was folded, and
+#: the classifier, which its scripts that convert weights put there.
+_BESIDE_STEM = re.compile(r"stem\.(conv1\.bias|fc\.(weight|bias))")
 #: Parameters that detectors add to a trunk, where they start at the identity.
 _ADDED = re.compile(r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.")
 
@@ -163,6 +169,12 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
     report = _fill(part, weights)
     faults, cautions = differences(weights.facts, facts_of(model))
     _check(report, weights, faults, partial)
+    batch_norms = [m for m in part.modules() if isinstance(m, _BatchNorm)]
+    if weights.folded_norms and batch_norms:
+        cautions.append(
+            "its batch norms were folded into affine layers, which only FrozenBN computes (yacs: "
+            "MODEL.RESNETS.NORM FrozenBN); here they start with mean 0 and variance 1"
+        )
     for text in cautions:
         logger.warning("%s: %s", path, text)
     logger.info(report.summary())
@@ -248,8 +260,11 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
     groups = {group_of(name): group_of(common_name(name)) for name in report.matched}
     left = set(report.unexpected)
     surplus: dict[str, list[str]] = defaultdict(list)
+    for name in left & weights.unused.keys():  # layers that no network of Detectron2 has
+        if stage := re.match(r"(?:body\.)?layer([1-4])\.", name.removeprefix(weights.prefix)):
+            surplus[f"res{int(stage[1]) + 1}"].append(name)
     for common, name in weights.names.items():
-        if name in left:
+        if name in left and not (weights.by_suffix and _BESIDE_STEM.fullmatch(common)):
             surplus[group_of(common)].append(name)
     trunks = {module_of(name) for name in report.matched if is_trunk(name)}
     for group, names in missing.items():

@@ -96,5 +96,6 @@ def preview_figure(
                 )
             )
         name = key if len(key) <= 36 else f"...{key[-33:]}"
+        name = name.replace("$", r"\$")  # matplotlib would read mathematics
         axis.set_title(f"{name}\n{len(drawn)} of {len(boxes)} regions", fontsize=8)
     return figure

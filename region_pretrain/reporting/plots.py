@@ -68,7 +68,7 @@ def plot_curves(
     """
     figure, axes = _axes()
     for i, (name, (x, y)) in enumerate(curves.items()):
-        label = name if len(x) else f"{name} (no data)"
+        label = literal(name if len(x) else f"{name} (no data)")
         marker = "o" if len(x) <= 30 else None
         axes.errorbar(
             x,
@@ -108,11 +108,17 @@ def plot_points(groups: Mapping[str, Sequence[float]], x_label: str) -> bytes:
         colour = _CURVE_COLOURS[i % len(_CURVE_COLOURS)]
         axes.plot(values, [i] * len(values), "o", color=colour, markersize=6, alpha=0.7)
         axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
-    axes.set_yticks(range(len(groups)), groups)
+    axes.set_yticks(range(len(groups)), [literal(name) for name in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(x_label)
     axes.grid(alpha=0.3)
     return _png(figure)
+
+
+def literal(text: str) -> str:
+    """A text for matplotlib, which would read dollar signs as mathematics and hide ``_names``."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _axes() -> tuple[Figure, Axes]:

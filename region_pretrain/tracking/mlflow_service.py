@@ -82,7 +82,8 @@ class MlflowService(Service):
     def _existing(self, run_id: str) -> Any:
         """A run of the service; None if it has been deleted."""
         try:
-            return self._client.get_run(run_id)
+            run = self._client.get_run(run_id)
+            return None if run.info.lifecycle_stage == "deleted" else run
         except self._error as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise

@@ -159,6 +159,8 @@ def test_a_built_detector_is_fine_tuned_itself(data, tmp_path):
     resize = "dataloader.train.mapper.augmentations=[]"
     overrides = [*CPU, resize, "dataloader.test.mapper.augmentations=[]"]
     given = arguments(data, tmp_path / "b", overrides=overrides, epochs=None)
+    with pytest.raises(rp.UserError, match="init is a built detector, which would be trained itse"):
+        rp.finetune(detector, **{**given, "detector": narrow_config()})
     run = rp.finetune(detector, **given)
     assert run.model is detector and detector.training
     changed = [name for name, value in detector.named_parameters() if (value != before[name]).any()]
@@ -170,6 +172,28 @@ def test_a_built_detector_is_fine_tuned_itself(data, tmp_path):
         run, **{**given, "output_dir": tmp_path / "c", "overrides": ["optimizer.lr=1", *overrides]}
     )
     assert again.model is detector and again.config.train.init_checkpoint == run.checkpoint
+
+
+def test_a_checkpoint_in_the_current_folder_and_edited_labels(
+    data, coco_folder, tmp_path, monkeypatch
+):
+    run = rp.finetune(None, detector=narrow_config(), **arguments(data, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path / "run")
+    assert rp.evaluate("model_final.pth", data, output_dir=tmp_path / "eval") == run.results
+    content = json.loads((coco_folder / "ann.json").read_text())
+    content["annotations"] = content["annotations"][:1]
+    kept = content["annotations"][0]["category_id"]
+    (coco_folder / "ann.json").write_text(json.dumps(content))
+    found = rp.evaluate("model_final.pth", data, output_dir=tmp_path / "eval")["bbox"]
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    having = {k for k, v in found.items() if k.startswith("AP-") and v is not None}
+    assert having == {f"AP-{names[kept]}"}
+    log = rp.finetune(
+        "model_final.pth", **arguments(data, tmp_path / "again", steps=1, epochs=None)
+    )
+    assert log.results["bbox"].keys() == run.results["bbox"].keys()
+    text = (tmp_path / "again/log.txt").read_text()
+    assert "1 box" in text
 
 
 BAD = [

@@ -136,6 +136,24 @@ def test_views_are_drawn_before_and_after_a_run(region_folder, tmp_path):
         rp.show_views(run, own=True)
 
 
+@pytest.mark.parametrize("method", ["soco", "point_region"])
+def test_pictures_leave_a_built_detector_alone(region_folder, tmp_path, method):
+    detector = instantiate(narrow_config().model)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    given = arguments(region_folder, tmp_path / "a", detector=detector)
+    if method == "point_region":
+        del given["regions"]
+        given["overrides"] = SMALL[1:5]
+    try:
+        rp.show_views(method, 2, own=True, **given)
+    except rp.UserError as error:
+        assert method == "soco" and "draws no pictures of its own" in str(error)
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+    assert all(p.requires_grad for p in detector.parameters()) and all(
+        module.training for module in detector.modules()
+    )
+
+
 def test_folders_with_equal_names_and_files_have_their_own_regions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"recipe": "shapes-v1", "workers": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 
-from region_pretrain.convert.facts import FAIR_RESNEXT, IMAGENET, MSRA, Facts, differences, facts_of
+from region_pretrain.convert.facts import (
+    FAIR_GN,
+    FAIR_RESNEXT,
+    IMAGENET,
+    MSRA,
+    Facts,
+    differences,
+    facts_of,
+)
 from region_pretrain.convert.recognise import read_weights
 from region_pretrain.engine.checkpoint import RunCheckpointer
 from region_pretrain.engine.transfer import load_pretrained
@@ -70,14 +79,17 @@ def test_differences_name_the_overrides():
     assert "set model.pixel_std=[1,1,1]" in std
 
 
-def caffe2(groups: int = 1) -> dict:
+def caffe2(groups: int = 1, kind: str = "bn") -> dict:
     """The names and layout of MSRA's R-50.pkl, with one block per stage."""
     rng = np.random.default_rng(0)
 
     def norm(name: str, channels: int) -> dict:
         return {f"{name}_{k}": rng.random(channels, np.float32) for k in "sb"}
 
-    blobs = {"conv1_w": rng.random((64, 3, 7, 7), np.float32), **norm("res_conv1_bn", 64)}
+    first = "res_conv1_bn" if kind == "bn" else "conv1_gn"
+    blobs = {"conv1_w": rng.random((64, 3, 7, 7), np.float32), **norm(first, 64)}
+    if kind == "bn":  # the bias of a convolution before a norm, which Detectron2 leaves out
+        blobs["conv1_b"] = np.zeros(64, np.float32)
     for i in range(4):
         outputs = WIDTHS[i + 1]
         width = outputs // (4 if groups == 1 else 1)
@@ -90,7 +102,7 @@ def caffe2(groups: int = 1) -> dict:
         for branch, shape in shapes.items():
             name = f"res{i + 2}_0_{branch}"
             blobs[f"{name}_w"] = rng.random(shape, np.float32)
-            blobs |= norm(f"{name}_bn", shape[0])
+            blobs |= norm(f"{name}_{kind}", shape[0])
     return blobs | {"fc1000_w": rng.random((5, 2048), np.float32), "conv1_w_momentum": np.ones(1)}
 
 
@@ -109,6 +121,80 @@ def test_msras_weights_are_complete(tmp_path, wrapped):
     assert np.array_equal(state[f"{name}.norm.weight"].numpy(), blobs["res3_0_branch2b_bn_s"])
     assert torch.all(state[f"{name}.norm.running_mean"] == 0)
     assert torch.all(state[f"{name}.norm.running_var"] == 1 - 1e-5)
+
+
+def test_folded_norms_in_trained_batch_norms_are_pointed_out(tmp_path, caplog):
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(caffe2()))
+    text = "its batch norms were folded into affine layers, which only FrozenBN computes"
+    load_pretrained(detector(stride_in_1x1=True, rgb=False, norm="FrozenBN"), str(path))
+    assert text not in caplog.text
+    load_pretrained(detector(stride_in_1x1=True, rgb=False, norm="BN"), str(path))
+    assert text in caplog.text
+
+
+def test_fairs_group_norms_have_no_statistics(tmp_path, caplog):
+    path = tmp_path / "R-50-GN.pkl"
+    path.write_bytes(pickle.dumps(caffe2(kind="gn")))
+    weights = read_weights(str(path))
+    assert weights.facts == FAIR_GN and not weights.folded_norms
+    body = load_pretrained(detector(stride_in_1x1=False, rgb=False, norm="GN"), str(path)).modules[
+        "backbone.bottom_up"
+    ]
+    assert body.loaded_tensors == body.tensors == 17 * 3
+    assert "pixel" not in caplog.text and "folded" not in caplog.text
+
+
+def test_files_of_detectron2s_own_script_have_the_classifier_beside_the_stem(tmp_path, caplog):
+    """``convert-torchvision-to-d2.py`` puts ``stem.`` before all names without ``layer``."""
+    source = detector(stride_in_1x1=False, rgb=True).backbone.bottom_up.state_dict()
+    state = {k: v.numpy() for k, v in source.items() if "num_batches" not in k}
+    state |= {"stem.fc.weight": np.ones((5, 2048)), "stem.fc.bias": np.ones(5)}
+    content = {"model": state, "__author__": "torchvision", "matching_heuristics": True}
+    path = tmp_path / "r50.pkl"
+    path.write_bytes(pickle.dumps(content))
+    assert read_weights(str(path)).facts == IMAGENET
+    body = load_pretrained(detector(stride_in_1x1=False, rgb=True), str(path)).modules
+    counts = body["backbone.bottom_up"]
+    assert counts.loaded_tensors == counts.tensors == 17 * 5
+    with pytest.raises(UserError, match="its bottlenecks have the stride in the 3x3"):
+        load_pretrained(detector(stride_in_1x1=True, rgb=False), str(path))
+
+
+def test_trained_detectors_of_the_model_zoo_have_anchors(tmp_path):
+    source = detector(stride_in_1x1=True, rgb=False)
+    state = {k: v.numpy() for k, v in source.state_dict().items()}
+    for i in range(5):
+        state[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = np.ones((3, 4))
+    content = {"model": state, "__author__": "Detectron2 Model Zoo"}
+    path = tmp_path / "model_final_f10217.pkl"
+    path.write_bytes(pickle.dumps(content))
+    report = load_pretrained(detector(stride_in_1x1=True, rgb=False), str(path))
+    assert not report.missing and not report.unexpected
+
+
+@pytest.mark.parametrize("layer", ["0.se.fc1", "0.conv2_offset", "1.conv1"])
+def test_layers_of_another_trunk_are_refused(tmp_path, layer):
+    """Squeeze-and-excitation, deformable convolutions, deeper stages: under torchvision's names."""
+    source = detector(stride_in_1x1=False, rgb=True).backbone.bottom_up.state_dict()
+    state = {}
+    for name, value in source.items():
+        name = re.sub(r"^stem\.", "", name)
+        name = re.sub(r"^res(\d)", lambda m: f"layer{int(m[1]) - 1}", name)
+        name = name.replace("shortcut.norm", "downsample.1")
+        name = re.sub(r"shortcut(?=\.w)", "downsample.0", name)
+        name = re.sub(r"conv(\d)\.norm", r"bn\1", name)
+        state[f"backbone.{name}"] = value
+    path = tmp_path / "w.pth"
+    torch.save(state, path)
+    model = detector(stride_in_1x1=False, rgb=True)
+    body = load_pretrained(model, str(path)).modules["backbone.bottom_up"]
+    assert body.loaded_tensors == body.tensors
+    state[f"backbone.layer2.{layer}.weight"] = torch.ones(512, 128, 1, 1)
+    torch.save(state, path)
+    message = rf"bottom_up.res3 and has others there, such as backbone\.layer2\.{layer}"
+    with pytest.raises(UserError, match=message):
+        load_pretrained(model, str(path))
 
 
 def test_caffe2_weights_in_another_network_are_refused(tmp_path, caplog):
@@ -169,3 +255,9 @@ def test_a_part_is_chosen_by_name(tmp_path):
     torch.save(state(3.0, "encoder_q.") | state(4.0, "encoder_k."), path)
     assert read_weights(path).tensors["stem.conv1.weight"] == 3
     assert read_weights(f"{path}?part=encoder_k").tensors["stem.conv1.weight"] == 4
+    with pytest.raises(UserError, match=r"w\.pth has no part encoder_q2: neither an entry nor a"):
+        read_weights(f"{path}?part=encoder_q2")
+    torch.save({"model": {"backbone.res2.0.conv1.weight": torch.ones(1)}}, path)
+    assert read_weights(f"{path}?part=model").tensors
+    with pytest.raises(UserError, match="has no part studnet"):
+        read_weights(f"{path}?part=studnet")

@@ -37,6 +37,16 @@ def run(tmp_path):
     return str(tmp_path)
 
 
+def test_names_are_not_read_as_mathematics():
+    for name in ("a$_$", r"$\foo$", "_hidden", "100 $"):
+        plain = name.replace("$", "S").replace("\\", "/")
+        for curves in ({name: ([1], [2])}, {plain: ([1], [2])}):
+            picture = decode(plot_curves(curves, "x", "y"))
+            # Without a legend, all of the frame's upper right is white.
+            assert picture[30:80, 760:930].min() < 200, name
+        assert decode(plot_points({name: [1.0, 2.0]}, "x")).std() > 10
+
+
 def test_metrics_of_a_resumed_and_killed_run(run):
     rows = read_metrics(run)
     assert [row["iteration"] for row in rows] == [19, 39, 59]

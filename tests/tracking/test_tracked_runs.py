@@ -137,6 +137,21 @@ def test_config_commit_and_checkpoints_are_recorded(resumed, wandb_records, mlfl
     assert summary["checkpoints/model_final.pth"] == value
 
 
+def test_a_run_that_was_deleted_in_mlflow_is_replaced(tmp_path, monkeypatch, mlflow_client):
+    monkeypatch.setenv("STOP_AT", "9")
+    cfg = config(tmp_path)
+    cfg.train.writers = ["json", "mlflow"]
+    with pytest.raises(KeyboardInterrupt):
+        do_pretrain(cfg)
+    old = read_tracked(str(tmp_path))["mlflow"].id
+    mlflow_client.delete_run(old)
+    monkeypatch.setenv("STOP_AT", "-1")
+    do_pretrain(cfg, resume=True)
+    new = read_tracked(str(tmp_path))["mlflow"].id
+    logged = mlflow_client.get_metric_history(new, "total_loss")
+    assert new != old and {m.step: m.value for m in logged} == curve(tmp_path)
+
+
 def test_the_final_model_is_uploaded_on_demand(tmp_path, mlflow_client):
     cfg = config(tmp_path, epochs=2, checkpointer={"period": 2})
     cfg.train.writers, cfg.train.tracking.upload_model = ["json", "mlflow"], True
