@@ -181,10 +181,10 @@ def load_trained(config: str, weights: str, device: str | None = None) -> nn.Mod
     if random:
         raise UserError(f"{weights} has no weights for {', '.join(random)} of {config}")
     if isinstance(model, PretrainingModel):
+        renew_momentum_copies(model)  # a detector's weights have none
         try:
             others = read_run_checkpoint(weights)["pretraining"]
-        except DamagedCheckpoint:  # weights in another format, without the momentum network
-            renew_momentum_copies(model)
+        except DamagedCheckpoint:  # weights in another format
             return model
         try:
             unexpected = model.load_state_dict(others, strict=False).unexpected_keys

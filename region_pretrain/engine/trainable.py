@@ -7,7 +7,6 @@ import logging
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from detectron2.layers import FrozenBatchNorm2d
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -70,7 +69,7 @@ def _keep_in_eval_mode(layer: nn.Module) -> None:
 def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] = ()) -> None:
     """Check that no layer of a detector is frozen at its initialisation.
 
-    These are parameters of the trunk without gradient, and ``FrozenBatchNorm2d`` layers, which are
+    These are parameters of the trunk without gradient, and frozen batch norms, which are
     identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
     A model whose batch norms have statistics has weights, and passes.
 
@@ -83,7 +82,7 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
         UserError: there are such layers; the message contains the overrides that unfreeze them.
     """
     part = detector_part(model)
-    if has_statistics(part):  # a built detector with weights
+    if not loaded and has_statistics(part):  # a built detector with weights
         return
     frozen = [
         name
@@ -96,7 +95,9 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
     norms = [
         name
         for name, module in part.named_modules()
-        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_var" not in loaded
+        # Detectron2's, torchvision's and timm's
+        if type(module).__name__.startswith("FrozenBatchNorm")
+        and f"{name}.running_var" not in loaded
     ]
     found = [
         f"{len(names)} {what}, e.g. {names[0]}"

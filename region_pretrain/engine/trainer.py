@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from math import isfinite
+from math import isfinite, isnan, nan
 from typing import Any
 
 import torch
@@ -64,6 +64,12 @@ class StepScalars(EventStorage):
 
     def put_histogram(self, hist_name: str, hist_tensor: Tensor, bins: int = 1000) -> None:
         self._storage.put_histogram(hist_name, hist_tensor, bins)
+
+
+def _mean(name: str, values: list[float]) -> float:
+    """The mean, for metrics without NaN: a spread is undefined where a process has one vector."""
+    defined = values if "loss" in name else [v for v in values if not isnan(v)]
+    return sum(defined) / len(defined) if defined else nan
 
 
 def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
@@ -321,7 +327,7 @@ class Trainer(TrainerBase):
         ]
         flat = iter(torch.stack(tensors).tolist())
         report = {
-            "scalars": {k: sum(next(flat) for _ in v) / len(v) for k, v in mine.items()},
+            "scalars": {k: _mean(k, [next(flat) for _ in v]) for k, v in mine.items()},
             "data_time": self._data_seconds / self._steps,
             "time": self._step_seconds / self._steps,
             "images": self._images / self._step_seconds,
@@ -333,10 +339,9 @@ class Trainer(TrainerBase):
             return
         names = dict.fromkeys(name for r in reports for name in r["scalars"])
         for name in names:
-            values = [r["scalars"][name] for r in reports if name in r["scalars"]]
-            self.storage.put_scalar(
-                name, sum(values) / len(values), smoothing_hint=scalars.hints.get(name, True)
-            )
+            value = _mean(name, [r["scalars"][name] for r in reports if name in r["scalars"]])
+            if not isnan(value) or "loss" in name:
+                self.storage.put_scalar(name, value, smoothing_hint=scalars.hints.get(name, True))
         # All processes wait for the slowest one.
         self.storage.put_scalar("data_time", max(r["data_time"] for r in reports))
         self.storage.put_scalar("time", max(r["time"] for r in reports))

@@ -156,6 +156,8 @@ def model_reader(model: nn.Module) -> RegionReader:
         pooler, in_features = _pyramid_pooler(backbone)
     else:
         return RegionReader(backbone, trunk)
+    if not set(in_features) <= set(backbone.output_shape()):  # MCL computes them from the trunk
+        return RegionReader(backbone, trunk)
     head = _first(roi_heads, "box_head", "res5")
     if isinstance(head, nn.ModuleList):
         heads = {f"{HEAD}_stage{i}": stage for i, stage in enumerate(head)}

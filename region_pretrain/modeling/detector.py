@@ -109,6 +109,11 @@ class Detector:
         return name, shapes[name].channels
 
     @property
+    def trunk_stride(self) -> int:
+        """Stride of the trunk's coarsest map in pixels."""
+        return self._trunk_shapes[self.trunk_map[0]].stride
+
+    @property
     def _trunk_shapes(self) -> dict[str, ShapeSpec]:
         return trunk_of(self._backbone).output_shape()
 

@@ -28,6 +28,10 @@ class VectorNorm(nn.Module):
 
     def __init__(self, norm: str, channels: int, affine: bool = True) -> None:
         super().__init__()
+        if norm == "naiveSyncBN":
+            raise UserError(
+                "norm=naiveSyncBN needs as many vectors in each process: use SyncBN, which does not"
+            )
         if not affine:
             norm = partial(type(get_norm(norm, channels)), affine=False)
         self.norm = get_norm(norm, channels)
@@ -71,7 +75,7 @@ class MLPHead(nn.Sequential):
         dropout: float = 0.0,
         init_std: float | None = None,
     ) -> None:
-        if final_norm and norm not in ("BN", "SyncBN", "naiveSyncBN"):
+        if final_norm and norm not in ("BN", "SyncBN"):
             raise UserError(f"final_norm=True needs a batch norm such as SyncBN, not norm={norm!r}")
         layers: list[nn.Module] = [nn.Linear(input_dim, hidden_dim)]
         if norm:

@@ -118,5 +118,5 @@ def renew_momentum_copies(model: PretrainingModel) -> None:
     """Set every momentum copy in a model to its online network, then notify the model."""
     for module in model.modules():
         if isinstance(module, MomentumCopy):
-            module.ema_update(momentum=0.0)
+            module.renew()
     model.on_weights_loaded()

@@ -41,6 +41,12 @@ class MomentumCopy(nn.ModuleDict):
         online = [p for module in self._online.values() for p in module.parameters()]
         torch._foreach_lerp_(mine, online, 1 - momentum)
 
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Make it an exact copy again, including buffers such as those of frozen batch norms."""
+        for name, module in self._online.items():
+            self[name].load_state_dict(module.state_dict())
+
 
 def _disable_drop_path(model: nn.Module) -> None:
     """Set the drop rates of timm's ``DropPath``, which Detectron2 uses, and torchvision's to 0."""

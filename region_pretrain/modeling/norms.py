@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -254,7 +255,7 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
 
 
 def use_local_batchnorm(model: nn.Module) -> nn.Module:
-    """Turn every ``nn.SyncBatchNorm`` of a model into a per-process ``nn.BatchNorm2d``, in place.
+    """Turn every synchronised batch norm of a model into an ``nn.BatchNorm2d``, in place.
 
     As in :func:`use_sync_batchnorm`, modules, parameters and buffers remain the same objects.
 
@@ -264,6 +265,9 @@ def use_local_batchnorm(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
+    for module in model.modules():
+        if type(module) is NaiveSyncBatchNorm:
+            module.__class__ = nn.BatchNorm2d
     return _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
 
 

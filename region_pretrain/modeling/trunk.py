@@ -36,6 +36,16 @@ class Trunk(nn.Module):
             self.name,
         )
 
+    @property
+    def size_divisibility(self) -> int:
+        """As of Detectron2's ``Backbone``: sides of images must be multiples of it, if not 0."""
+        return getattr(self, self.name).size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        """As of Detectron2's ``Backbone``."""
+        return getattr(self, self.name).padding_constraints
+
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each map."""
         return getattr(self, self.name).output_shape()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from narrow_detector import build, detector_config, save, state
 from omegaconf import OmegaConf
@@ -14,6 +15,7 @@ from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 
 class Pretraining(PretrainingModel):
@@ -57,6 +59,24 @@ def test_weights_of_the_trunk_do_not_fill_the_fpns_norms(tmp_path):
     ) as error:
         check_trainable(cfg, model, load_pretrained(model, path).matched)
     assert "parameters" not in str(error.value)
+
+
+def test_statistics_of_a_file_do_not_hide_what_it_lacks(tmp_path):
+    """Those of a trained trunk, which are not all zero."""
+    cfg, model = frozen()
+    weights = state(build(seed=1, norm="BN"), "backbone.bottom_up")
+    assert any(v.any() for k, v in weights.items() if k.endswith("running_mean"))
+    path = save(tmp_path, {"model": weights})
+    with pytest.raises(UserError, match=r"8 batch norms, e.g. backbone.fpn_lateral2.norm\)"):
+        check_trainable(cfg, model, load_pretrained(model, path).matched)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnetx_002"])
+def test_frozen_norms_of_timms_networks_need_weights(name):
+    backbone = L(TimmBackbone)(name=name, norm="FrozenBN")
+    cfg = OmegaConf.create({"model": {"backbone": backbone}}, flags={"allow_objects": True})
+    with pytest.raises(UserError, match=r"batch norms, e.g. backbone\..*norm=SyncBN"):
+        check_trainable(cfg, Pretraining(instantiate(backbone)))
 
 
 def test_a_detector_is_only_warned_about(caplog):

@@ -149,6 +149,21 @@ def test_step_hooks_of_the_model_run_once_per_step_with_micro_batches():
     ]
 
 
+def test_a_metric_is_averaged_over_the_parts_where_it_is_defined():
+    """The spread of one vector is not."""
+
+    class Spread(Regression):
+        def forward(self, batch):
+            spread = batch.x.std(dim=0).mean()  # NaN of a single image
+            return {**super().forward(batch), "embedding_std": spread, "none": spread * math.nan}
+
+    torch.manual_seed(0)
+    seen = train(Spread(), batch=3, accumulate_steps=2)  # of 1 and 2 images
+    assert all(0 < row["embedding_std"] < 10 and "none" not in row for row in seen.values())
+    seen = train(Spread(), batch=2, accumulate_steps=2)
+    assert all("embedding_std" not in row and "loss_a" in row for row in seen.values())
+
+
 def test_metrics_come_at_the_log_period_and_at_the_end():
     seen = train(regression(), iterations=8, log_period=3)
     assert [t for t in seen if "total_loss" in seen[t]] == [2, 5, 7]

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.ops import roi_align
 from zoo import NARROW
 
-from region_pretrain.config import load_config
+from region_pretrain.config import get_config, load_config
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.features import load_region, model_reader, read_regions
 from region_pretrain.modeling.narrow_resnet import narrow_resnet18_stages
@@ -207,8 +207,23 @@ def test_a_bare_trunk_has_one_level(dicts):
     )
     assert list(alone) == list(wrapped) == ["trunk"]
     assert torch.equal(alone["trunk"], wrapped["trunk"])
+    vit = instantiate(get_config("detection/mask_rcnn_vitdet_b.py").model.backbone.net)
+    trunk = Trunk(net=vit)
+    assert (trunk.size_divisibility, trunk.padding_constraints) == (
+        vit.size_divisibility, vit.padding_constraints
+    )  # fmt: skip
+    assert Trunk(bottom_up=fpn).size_divisibility == fpn.size_divisibility == 32
     with pytest.raises(UserError, match="needs a model with a backbone, and Linear has none"):
         model_reader(nn.Linear(1, 1))
+
+
+def test_mcl_without_a_pyramid_has_its_trunk(dicts):
+    """Its box pooler reads maps that are not the backbone's."""
+    path = "projects/MCL/configs/mcl_r50_32xb128-100ep_imagenet.py"
+    model = instantiate(get_config(path).model).eval()
+    reader = model_reader(model)
+    assert list(reader.levels) == ["trunk"]
+    assert list(found_features(model, dicts)) == ["trunk"]
 
 
 def test_the_parameters_of_each_level():

@@ -25,6 +25,11 @@ def test_head_is_its_layers(final_norm):
     torch.testing.assert_close(head(x), out, rtol=1e-4, atol=1e-5)
 
 
+def test_norms_that_need_equal_counts_are_refused():
+    with pytest.raises(UserError, match="norm=naiveSyncBN needs as many vectors in each process"):
+        MLPHead(6, 10, 4, norm="naiveSyncBN")
+
+
 def test_final_norm_needs_a_batch_norm():
     with pytest.raises(UserError, match="final_norm=True needs a batch norm"):
         MLPHead(6, 10, 4, norm="", final_norm=True)

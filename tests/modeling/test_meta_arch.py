@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from region_pretrain.data.views import ViewSampler
@@ -87,6 +88,21 @@ def test_loading_weights_renews_every_momentum_copy_and_then_notifies_the_model(
         for mine, online in zip(model.target[name].parameters(), module.parameters(), strict=True):
             assert torch.equal(mine, online)
     assert torch.equal(model.nested["copy"]["head"].weight, model.head.weight)
+
+
+def test_a_renewed_copy_has_the_frozen_norms_of_the_loaded_network():
+    """All tensors of Detectron2's frozen batch norms are buffers."""
+    model = Minimal()
+    online = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4), nn.BatchNorm2d(4))
+    model.frozen = MomentumCopy({"net": online})
+    with torch.no_grad():
+        for tensor in online.state_dict().values():
+            tensor.add_(1)
+    renew_momentum_copies(model)
+    copied = model.frozen["net"].state_dict()
+    assert all(torch.equal(copied[name], value) for name, value in online.state_dict().items())
+    image = torch.rand(2, 3, 5, 5)
+    torch.testing.assert_close(model.frozen["net"].eval()(image), online.eval()(image))
 
 
 def test_a_momentum_copy_remembers_its_online_network_without_owning_it():

@@ -2,6 +2,7 @@
 
 import torch
 from detectron2.config import instantiate
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
 from region_pretrain.config import get_config
@@ -60,3 +61,5 @@ def test_local_norms_keep_the_same_tensors():
     assert type(model[1]) is nn.BatchNorm2d and model[2][0] is model[1]
     assert model[1].weight is norm.weight and model[1].running_mean is norm.running_mean
     assert not model[1].training
+    naive = nn.Sequential(NaiveSyncBatchNorm(4))
+    assert type(use_local_batchnorm(naive)[0]) is nn.BatchNorm2d

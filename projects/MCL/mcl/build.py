@@ -160,6 +160,12 @@ def _tiles(
     networks = {"backbone": parts.backbone}
     if trunk_only:
         feature, channels = parts.trunk_map
+        stride = parts.trunk_stride
+        if stride != 32:
+            raise UserError(
+                f"trunk_only=True computes P5 from a map of stride 32, and {feature} has {stride}: "
+                "use the detector's pyramid"
+            )
         neck = L(PseudoLevels)(
             in_channels=channels, out_channels=parts.pooled_shape[0], in_feature=feature
         )

@@ -195,6 +195,8 @@ class SoCoViews(ViewSampler):
                     )
                 geometries.append(geometry)
                 candidates.append(self._visible(geometry, boxes))
+                if source != "crop":  # regions large enough in both
+                    candidates[source] = np.intersect1d(candidates[source], candidates[-1])
             own = [c for c, s in zip(candidates, self.sources, strict=True) if s == "crop"]
             if all(len(c) >= wanted for c in own):
                 break

@@ -17,7 +17,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.meta_arch import renew_momentum_copies
 from region_pretrain.modeling.trunk import Trunk
-from region_pretrain.projects.mcl import MCL, PseudoLevels
+from region_pretrain.projects.mcl import MCL, PseudoLevels, mcl
 from region_pretrain.projects.mcl.montage import cut_windows
 
 RECIPES = CONFIG_ROOT.parent / "projects/MCL/configs"
@@ -335,6 +335,12 @@ def test_only_the_backbone(make_batch, small_mcl, tmp_path):
     for y in range(8):
         for x in range(8):
             assert torch.equal(maps["p3"][:, :, y, x], maps["p5"][1:, :, y // 4, x // 4])
+
+
+def test_a_trunk_of_another_stride_is_refused():
+    detector = get_config("detection/mask_rcnn_vitdet_b.py").model
+    with pytest.raises(UserError, match="trunk_only=True computes P5 from a map of stride 32, and"):
+        mcl(detector, trunk_only=True)
 
 
 def test_the_checkpoint_stores_the_filter(small_mcl, small_montage):

@@ -191,6 +191,20 @@ def test_a_minimum_visible_side_drops_slivers():
             assert (view.boxes[:, 2:] - view.boxes[:, :2]).min() >= 8.0
 
 
+def test_a_minimum_visible_side_holds_in_each_view_of_a_crop():
+    boxes = random_boxes(60, 5)
+    small = []
+    for side in (0.0, 8.0):
+        for seed in range(30):
+            views = make_views(["crop", "crop", 0], (224, 224, 192, 112), min_box_side=side)
+            _, second, third, fourth = sample(views, boxes, seed)
+            sides = [(v.boxes[:, 2:] - v.boxes[:, :2]).min() for v in (second, third, fourth)]
+            small.append(min(sides) < 8)
+            assert set(second.region_ids) == set(fourth.region_ids)
+            assert not side or min(sides) >= side
+    assert any(small)
+
+
 def test_cutout_covers_squares_in_half_of_the_further_views_regions():
     boxes = random_boxes(6, 2)
     views, plain = make_views(cutout_prob=0.5), make_views()
