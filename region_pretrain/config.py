@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
+import logging
 import os
 import re
 import tempfile
@@ -26,6 +28,8 @@ from region_pretrain.yacs import (
     split_overrides,
     to_lazy_config,
 )
+
+logger = logging.getLogger(__name__)
 
 #: The ``configs/`` folder of the checkout, or its copy in an installed wheel.
 CONFIG_ROOT = ROOT / "configs"
@@ -239,6 +243,8 @@ def complete_train(cfg: DictConfig) -> DictConfig:
         UserError: see :func:`~region_pretrain.overrides.check_values`.
     """
     given, defaults = cfg.get("train", OmegaConf.create()), _train_defaults()
+    for key in _keys(given) - _keys(defaults):
+        _warn_of_typo(key)
     if not _keys(defaults) <= _keys(given):
         cfg.train = OmegaConf.merge(defaults, given)
     if cfg.train.init_checkpoint is None:  # as some of Detectron2's configs have it
@@ -246,6 +252,16 @@ def complete_train(cfg: DictConfig) -> DictConfig:
     check_values(cfg, defaults)
     cfg.train.output_dir = os.path.expanduser(cfg.train.output_dir)
     return cfg
+
+
+@functools.cache
+def _warn_of_typo(key: str) -> None:
+    """Warn once of a key that is probably misspelt. Others may be read by the user's own code."""
+    known = _keys(_train_defaults())
+    if any(key.startswith(f"{name}.") for name in known):  # in a list or a dict of the user's
+        return
+    for near in difflib.get_close_matches(key, known, 1, 0.85):
+        logger.warning("train.%s has no effect; did you mean train.%s?", key, near)
 
 
 @functools.cache

@@ -40,6 +40,21 @@ def test_a_file_is_loaded_completed_and_overridden(tmp_path):
         load_config("")
 
 
+def test_misspelt_keys_of_a_config_are_pointed_out_once(caplog):
+    given = {"accumulate_stepz": 4, "amp": {"dtypes": "float16"}, "my_own": {"dtype": 1}}
+    for _ in range(2):
+        complete_train(OmegaConf.create({"train": given}))
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        "train.accumulate_stepz has no effect; did you mean train.accumulate_steps?",
+        "train.amp.dtypes has no effect; did you mean train.amp.dtype?",
+    ]
+    caplog.clear()
+    complete_train(OmegaConf.create({"train": get_detectron2_config("common/train.py").train}))
+    for path in (CONFIG_ROOT / "detection").glob("*.py"):
+        complete_train(load_file(str(path)))
+    assert not caplog.records
+
+
 def test_the_length_is_the_one_that_was_overridden(tmp_path):
     """Detection configs have train.max_iter, which would hide an override of train.epochs."""
     detector = "configs/detection/mask_rcnn_r50_fpn_4conv1fc.py"
