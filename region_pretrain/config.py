@@ -258,7 +258,8 @@ def complete_train(cfg: DictConfig) -> DictConfig:
 def _warn_of_typo(key: str) -> None:
     """Warn once of a key that is probably misspelt. Others may be read by the user's own code."""
     known = _keys(_train_defaults())
-    if any(key.startswith(f"{name}.") for name in known):  # in a list or a dict of the user's
+    groups = {name.rpartition(".")[0] for name in known}
+    if any(key.startswith(f"{name}.") for name in known - groups):  # in a list of the user's
         return
     for near in difflib.get_close_matches(key, known, 1, 0.85):
         logger.warning("train.%s has no effect; did you mean train.%s?", key, near)
