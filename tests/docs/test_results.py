@@ -14,6 +14,7 @@ from region_pretrain.sweeps.rows import read_csv
 
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "docs/results/shapes_long.csv"
+LABELS = ROOT / "docs/results/shapes_labels.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
     "BYOL": "byol", "MoCo v2": "moco",
@@ -95,6 +96,35 @@ def test_lengths_of_pre_training():
         assert a == f"{float(quarter[names[label] + '_quarter']):.1f}"
         assert b == f"{rows[names[label]][0, 0]['bbox/AP']:.1f}"
     assert short[1] == long[1] == f"{rows['random'][None, 0]['bbox/AP']:.1f}"
+
+
+def test_labels(tmp_path):
+    path, *figures = write_tables(str(LABELS), ["random"], str(tmp_path))
+    made = Path(path).read_text()
+    page = (ROOT / "projects/README.md").read_text()
+    page = page[page.index("### AP against labels") : page.index("### Quick size")]
+    for caption in ("box AP", "mask AP"):
+        shown = table(page[page.index(f"labelled scenes, {caption}") :], "initialisation")
+        assert shown == table(made[made.index(f"labelled images: {caption}") :], "initialisation")
+    shown = table(page[page.index("would need") :], "initialisation")
+    assert shown == table(made[made.index("would need for the same box AP") :], "initialisation")
+    assert (ROOT / "docs/shapes_labels.png").stat().st_size > 10_000
+    assert any(figure.endswith("_labels_box_ap.png") for figure in figures)
+    aps = {(r.init, r.labels): r.statistics("bbox/AP")["mean"] for r in read_csv(str(LABELS))}
+    gains = {
+        n: [round(aps[init, n] - aps["random", n], 1) for init in ("soco", "mcl")]
+        for n in (25, 50, 100, 200, 400, 1000)
+    }
+    few = [gain for n in (25, 50, 100, 200) for gain in gains[n]]
+    for text in (page, (ROOT / "README.md").read_text()):
+        text = " ".join(text.split())
+        assert f"are {min(few)} to {max(few)} box AP above random weights on 25 to 200" in text
+        assert (
+            f"MCL on 25{' scenes' if text.startswith('###') else ''} ({aps['mcl', 25]:.1f})" in text
+        )
+        assert f"on 200 ({aps['random', 200]:.1f})" in text
+        assert "{} and {}".format(*gains[400]) in text and "{} and {}".format(*gains[1000]) in text
+    assert f"random weights gain {aps['random', 200] - aps['random', 100]:.1f}" in page
 
 
 def test_random_weights_on_another_processor():
