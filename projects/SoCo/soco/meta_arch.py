@@ -152,12 +152,6 @@ class SoCo(PretrainingModel):
         """``(B, K)`` level of each region, on the CPU."""
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
-        side, largest = max(view.images.shape[-2:]), self.level_scales[-1]
-        if side > largest * (1 + 1e-5):
-            raise UserError(
-                f"a view has {side} pixels, but model.level_scales ends at {largest}, above which "
-                "regions have no level: raise its last entries"
-            )
         return assign_levels(view.boxes, self.level_scales)
 
     def _embed(

@@ -225,15 +225,6 @@ def test_level_scales_that_do_not_fit_are_reported(small_soco):
         small_soco(level_scales=(48, 96))
 
 
-def test_views_above_the_last_scale_are_reported(small_soco, make_batch):
-    model = small_soco(level_scales=[48.0, 96.0, 192.0, 224.0])
-    with pytest.raises(
-        UserError, match="a view has 320 pixels, but model.level_scales ends at 224"
-    ):
-        model(make_batch(2, sizes=(320, 320, 160)))
-    small_soco(level_scales=[48.0, 96.0, 192.0, 320.0])(make_batch(2, sizes=(320, 320, 160)))
-
-
 def test_zero_init_zeroes_the_last_norm_of_each_block(small_soco):
     blocks = [b for s in ("res2", "res5") for b in getattr(small_soco().backbone.bottom_up, s)]
     assert all(block.conv2.norm.weight.abs().max() == 0 for block in blocks)
