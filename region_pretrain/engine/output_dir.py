@@ -193,7 +193,8 @@ def start_logging(folder: str | None) -> None:
 
 def _is_not_traceback(record: logging.LogRecord) -> bool:
     """False for the traceback with which Detectron2's trainer ends; it is only in ``log.txt``."""
-    return not (record.exc_info and record.name == "detectron2.engine.train_loop")
+    # Detectron2's formatter of another handler may have abbreviated the name.
+    return not (record.exc_info and record.name.endswith(".engine.train_loop"))
 
 
 def _handle_error(handle: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:

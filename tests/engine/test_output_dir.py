@@ -8,6 +8,7 @@ from detectron2.config import LazyConfig
 from tiny_run import make_config
 
 from region_pretrain.config import complete_train
+from region_pretrain.engine import output_dir
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.engine.run import start_run
 from region_pretrain.errors import UserError
@@ -116,3 +117,15 @@ def test_a_second_run_in_the_process_logs_to_its_own_folder(tmp_path):
     logging.getLogger("region_pretrain.test").info("only in b")
     assert "only in b" in (tmp_path / "b" / "log.txt").read_text()
     assert "only in b" not in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_the_traceback_of_the_trainer_stays_off_the_console_under_any_name():
+    """Detectron2's formatter of another handler abbreviates the name in the record itself."""
+    for name, kept in (
+        ("detectron2.engine.train_loop", False),
+        ("d2.engine.train_loop", False),
+        ("region_pretrain.engine.hooks", True),
+    ):
+        error = (OSError, OSError("full"), None)
+        record = logging.LogRecord(name, logging.ERROR, "", 0, "Exception", (), error)
+        assert output_dir._is_not_traceback(record) is kept
