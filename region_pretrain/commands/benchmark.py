@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.synthetic_size and args.synthetic_images is None:
         parser.error("--synthetic-size requires --synthetic-images N")
-    given = next(mode for mode in _OPTIONS if getattr(args, mode))
+    given = next(mode for mode in _OPTIONS if getattr(args, mode) is not None)
     for option in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[given]):
         if getattr(args, option) != parser.get_default(option):
             flags = [f"--{name.replace('_', '-')}" for name in (option, given)]

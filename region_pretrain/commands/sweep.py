@@ -160,7 +160,8 @@ def _probes(argv: list[str], prog: str) -> None:
     from region_pretrain.sweeps.probes import probe_checkpoints, probes_csv, rank_correlations
 
     out = args.out or os.path.join(args.sweep, "probes.csv")
-    make_writable(os.path.dirname(out), "the folder of --out")
+    if args.out:  # a mistyped sweep folder is not created
+        make_writable(os.path.dirname(out), "the folder of --out")
     found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
     write_text_atomic(out, probes_csv(found))
     print(f"{rank_correlations(found)}\n\n{out}")

@@ -68,13 +68,15 @@ def write_export(checkpoint: str, to: str, out: str | None = None) -> tuple[str,
         UserError: see :func:`export_weights`; or the suffix does not fit the target, or the folder
             cannot be written.
     """
+    given = out is not None
     if out is None:
         out = _default_out(_file_of(checkpoint), to)
     suffix = os.path.splitext(out)[1]
     allowed = {"detectron2": (".pth", ".pkl"), "safetensors": (".safetensors",)}.get(to, (".pth",))
     if suffix not in allowed:
         raise UserError(f"--out {out}: a file for {to} must end in {' or '.join(allowed)}")
-    make_writable(os.path.dirname(out), "the folder of --out")
+    if given or os.path.isdir(os.path.dirname(out) or "."):  # or the checkpoint is missing
+        make_writable(os.path.dirname(out), "the folder of --out" if given else "the folder")
     exported = _export(checkpoint, to)
     facts = exported.weights.facts.to_dict()
     # A tensor may be a view of a larger storage, which would be written with it.

@@ -118,11 +118,11 @@ def do_evaluate(cfg: DictConfig, model: nn.Module | None = None) -> Results:
     """
     complete_train(cfg)
     start_logging(None)
-    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     classes = check_labelled_data(cfg, training=False)
     classes.log()
     if model is None:
         model = _trained(cfg, classes)
+    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     with missing_files_are_user_errors():
         results = do_test(cfg, model)
     if comm.is_main_process():

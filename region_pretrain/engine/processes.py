@@ -110,8 +110,9 @@ def launch(
         args: arguments of ``main``.
 
     Raises:
-        UserError: the machine has too few GPUs, processes share one, several machines have no
-            rendezvous address, it or a rank is invalid, or not all processes connect.
+        UserError: the machine has too few GPUs; processes share one; several machines have no
+            rendezvous address; the address or the rank of a machine is invalid; or not all
+            processes connect.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():

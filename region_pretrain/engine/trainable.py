@@ -71,7 +71,8 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
 
     These are parameters of the trunk without gradient, and frozen batch norms, which are
     identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
-    A model whose batch norms have statistics has weights, and passes.
+    A model into which nothing was loaded passes if its batch norms have statistics, because it was
+    built with weights.
 
     Args:
         cfg: the config; ``cfg.model`` builds ``model``.

@@ -156,7 +156,7 @@ def model_reader(model: nn.Module) -> RegionReader:
         pooler, in_features = _pyramid_pooler(backbone)
     else:
         return RegionReader(backbone, trunk)
-    if not set(in_features) <= set(backbone.output_shape()):  # MCL computes them from the trunk
+    if not set(in_features) <= set(backbone.output_shape()):  # they are computed from the trunk
         return RegionReader(backbone, trunk)
     head = _first(roi_heads, "box_head", "res5")
     if isinstance(head, nn.ModuleList):

@@ -75,7 +75,6 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         raise UserError(f"k={k} and max_images={max_images} must be at least 1")
     complete_train(cfg)
     start_logging(None)
-    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     cfg.dataloader.pop("evaluator", None)  # a probe needs boxes only, which its checks exceed
     classes = check_labelled_data(cfg, training=True)
     classes.log()
@@ -89,6 +88,7 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         matched = load_pretrained(model, cfg.train.init_checkpoint, partial=partial).matched
     else:
         logger.warning("no train.init_checkpoint: probing random weights")
+    on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
     reader = model_reader(model)
     splits, seconds = {}, dict.fromkeys(("features", "second_view", "knn", "linear"), 0.0)
     for split in ("train", "test"):

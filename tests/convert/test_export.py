@@ -59,6 +59,9 @@ def test_the_folder_of_the_file_is_created_or_refused_before_the_export(tmp_path
     with pytest.raises(UserError, match="absent.pth"):
         write_export("absent.pth", "timm", f"{tmp_path}/new/x.pth")
     assert (tmp_path / "new").is_dir()
+    with pytest.raises(UserError, match="mistyped"):
+        write_export(f"{tmp_path}/mistyped/model.pth", "timm")
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_a_narrow_trunk_goes_to_timm_only(tmp_path):

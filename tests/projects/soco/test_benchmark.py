@@ -77,6 +77,7 @@ def test_figures_of_a_step(small_soco, make_batch):
     [
         (["--synthetic-images", "4", "--synthetic-size", "500"], "500 is not WIDTHxHEIGHT"),
         (["--synthetic-size", "500x375"], "--synthetic-size requires --synthetic-images"),
+        (["--gpus", "8"], "--gpus has no effect with --config-file"),
     ],
 )
 def test_bad_sizes_are_reported_at_once(more, message):
