@@ -1,0 +1,21 @@
+"""Results of the setting that shapes_settings.py chose, in the protocol of shapes_long.py.
+
+    python tools/sweep.py --config configs/sweeps/shapes_chosen.py --jobs 2
+
+It uses the folder of ``shapes_settings.py``, with the pre-trainings that it has.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_long import LONG, ONE_EACH
+from .shapes_settings import SETTINGS
+
+sweep = benchmark(
+    **{
+        **ONE_EACH,
+        "title": "Shapes benchmark: chosen settings",
+        "methods": {"point_warm": SETTINGS["point_warm"]},
+        "finetune_seeds": LONG["finetune_seeds"],
+    }
+)
+sweep["baselines"] = {}
+sweep.update(name="shapes_settings", output_dir="output/sweeps/shapes_settings")

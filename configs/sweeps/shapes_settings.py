@@ -1,0 +1,69 @@
+"""Trials of the methods' own settings on the held-out scenes of the long Shapes benchmark.
+
+    python tools/sweep.py --config configs/sweeps/shapes_settings.py --jobs 2
+
+MoCo v2, BYOL, CCOP and point-level region contrast are pre-trained twice with their own settings,
+with half and twice the learning rate, and, if they have a temperature, with that of the recipes for
+photographs; the last two also with the boxes of another search, and on annotated boxes, as SoCo.
+Each pre-training is fine-tuned once, with a seed that the results do not use. Annotated boxes are
+an upper bound, not a choice.
+"""
+
+from .common.shapes_benchmark import HELD_OUT_SEED, benchmark
+from .shapes_long import LONG, ONE_EACH
+
+_DATA = "dataloader.train.dataset"
+_ANNOTATED = [f"{_DATA}.recipe=ground_truth-v1", f"{_DATA}.allow_ground_truth=true"]
+# The sweep replaces the path by that of the store that it generates.
+_BOXES = [f"{_DATA}.views.maps.kind=boxes", f"{_DATA}.regions=made_by_the_sweep"]
+
+
+def variant(name: str, label: str, *overrides: str) -> dict:
+    """A method of the long benchmark with other settings.
+
+    Args:
+        name: the method there.
+        label: what differs.
+        overrides: of its config.
+    """
+    entry = LONG["methods"][name]
+    own = [*entry.get("overrides", []), *overrides]
+    return {**entry, "label": f"{entry['label']}, {label}", "overrides": own}
+
+
+def _rates(name: str, rate: float) -> dict:
+    return {
+        name: variant(name, "own settings"),
+        f"{name}_half": variant(name, "learning rate x 0.5", f"optimizer.lr={rate / 2:g}"),
+        f"{name}_twice": variant(name, "learning rate x 2", f"optimizer.lr={rate * 2:g}"),
+    }
+
+
+SETTINGS = {
+    **_rates("ccop", 0.8),
+    "ccop_warm": variant("ccop", "temperature 0.2", "model.temperature=0.2"),
+    "ccop_boxes": variant("ccop", "regions shapes-v1", f"{_DATA}.recipe=shapes-v1"),
+    "ccop_annotated": variant("ccop", "annotated boxes", *_ANNOTATED),
+    **_rates("point", 0.8),
+    "point_warm": variant("point", "temperature 0.2", "model.temperature=0.2"),
+    "point_boxes": variant("point", "regions shapes-v1", *_BOXES, f"{_DATA}.recipe=shapes-v1"),
+    "point_annotated": variant("point", "annotated boxes", *_BOXES, *_ANNOTATED),
+    **_rates("byol", 4.0),
+    **_rates("moco", 0.3),
+    "moco_warm": variant("moco", "temperature 0.2", "model.temperature=0.2"),
+    "soco_annotated": variant("soco", "annotated boxes", *_ANNOTATED),
+}
+
+sweep = benchmark(
+    **{
+        **ONE_EACH,
+        "title": "Shapes benchmark: settings of the methods on held-out scenes",
+        "methods": SETTINGS,
+        "seeds": [0, 1],
+        "finetune_seeds": [HELD_OUT_SEED],
+    }
+)
+_entry = sweep["finetune"].pop("detector")
+_entry["overrides"] = [*_entry["overrides"], *_entry["held_out"]]
+sweep["finetune"]["held_out"] = _entry
+sweep["baselines"] = {}
