@@ -23,7 +23,11 @@ from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 
-sys.path.insert(0, str(Path(__file__).parent))  # for forked.py
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import fork_processes  # noqa: E402  found by the line above
+
+# Processes of the tests start at once: each would import PyTorch for seconds otherwise.
+fork_processes()
 
 # Shells ignore Ctrl-C in what they start in the background, and so would the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,6 +63,12 @@ def cache_of_the_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def processes_of_the_test(request, monkeypatch):
+    if "spawns" in request.keywords:
+        fork_processes(monkeypatch.setattr, fork=False)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.multiprocessing.spawn import start_processes
+
 from region_pretrain.warnings import ignore_library_warnings
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -32,6 +34,33 @@ def forget_handlers() -> None:
     for log in logging.root.manager.loggerDict.values():
         if isinstance(log, logging.Logger):
             log.handlers.clear()
+
+
+class _Rank:
+    """What one of several forked processes does."""
+
+    def __init__(self, function: Callable) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: object) -> None:
+        default_signals()
+        forget_handlers()
+        self._function(*arguments)
+
+
+def _fork(function, args=(), nprocs=1, join=True, daemon=False, start_method="spawn"):
+    return start_processes(_Rank(function), args, nprocs, join, daemon, "fork")
+
+
+def fork_processes(patch: Callable = setattr, fork: bool = True) -> None:
+    """Let ``launch`` and ``torch.multiprocessing.spawn`` fork their processes.
+
+    Args:
+        patch: sets an attribute of a module.
+        fork: False: as in PyTorch again.
+    """
+    for name in ("torch.multiprocessing", "torch.multiprocessing.spawn"):
+        patch(sys.modules[name], "start_processes", _fork if fork else start_processes)
 
 
 class Process:

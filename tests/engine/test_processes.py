@@ -42,6 +42,7 @@ def test_one_process_runs_here():
     assert seen == ["here"]
 
 
+@pytest.mark.spawns
 def test_two_processes_train_as_one(tmp_path):
     # Losses are means over the batch, so equal shares average to the whole; SyncBN sees it all.
     model = {"noise": 0.0, "norm": "SyncBN"}
@@ -185,6 +186,7 @@ def test_processes_that_a_scheduler_started_join(tmp_path):
 
 
 # A gloo thread that frees its last tensor while the interpreter shuts down aborts the process.
+@pytest.mark.spawns
 @pytest.mark.parametrize(("how", "code"), [("finished", 0), ("stopped", STOPPED), ("refused", 2)])
 def test_no_thread_of_gloo_is_left_when_a_process_exits(how, code, tmp_path):
     try:

@@ -12,7 +12,6 @@ from region_pretrain.warnings import ignore_library_warnings
 if __name__ in ("__main__", "__mp_main__"):  # as in a tool
     ignore_library_warnings()
 
-import functools
 import json
 import os
 import subprocess
@@ -20,10 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
-from forked import Process
+from forked import Process, fork_processes
 from omegaconf import OmegaConf
 from tiny_run import CLOCK, Loader, make_config, make_detection_config
 
@@ -103,8 +101,7 @@ class Run:
 
     def start(self, *changes: str) -> Process:
         def run() -> None:
-            start = torch.multiprocessing.start_processes
-            torch.multiprocessing.start_processes = functools.partial(start, start_method="fork")
+            fork_processes()
             main([*self._arguments, *changes])
 
         return Process(run, self.out)

@@ -39,7 +39,7 @@ import torch
 from detectron2.config import LazyConfig
 from equality import equal
 from fault_runs import Run, processes_of
-from forked import Process
+from forked import Process, fork_processes
 from long_run import assert_flat, describe_flat, tiny_finetuning, tiny_pretraining, watch
 from narrow_detectors import DETECTORS
 from omegaconf import DictConfig
@@ -151,8 +151,7 @@ class MethodRun(Run):
         cfg.dataloader.train.num_workers = workers
 
         def run() -> None:
-            start = torch.multiprocessing.start_processes
-            torch.multiprocessing.start_processes = functools.partial(start, start_method="fork")
+            fork_processes()
             engine_run.collect_env_info = str  # takes a second
             worker.MP_STATUS_CHECK_INTERVAL = 0.3  # seconds between looks for its parent
             main_of_run(cfg, self._processes)

@@ -1,14 +1,12 @@
 """A machine that comes late to a run, or never."""
 
-import functools
 import os
 import re
 import socket
 import time
 
 import pytest
-import torch
-from forked import Process
+from forked import Process, fork_processes
 from tiny_run import write_ranks
 
 from region_pretrain.engine import roll_call
@@ -35,8 +33,7 @@ def machine(folder, address, rank, machines, processes=1, delay=0.0):
     """A machine of a run."""
 
     def run():
-        start = torch.multiprocessing.start_processes
-        torch.multiprocessing.start_processes = functools.partial(start, start_method="fork")
+        fork_processes()
         time.sleep(delay)
         exit_on_user_error(launch)(
             write_ranks,
