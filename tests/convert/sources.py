@@ -45,9 +45,9 @@ def resnet(prefix: str = "", seed: int = 0, fc: bool = False) -> State:
     return {prefix + k: tensor(1000 * seed + i, shape) for i, (k, shape) in enumerate(items)}
 
 
-def norm(prefix: str, channels: int) -> State:
+def norm(prefix: str, channels: int, seed: int) -> State:
     parts = ("weight", "bias", "running_mean", "running_var")
-    state = {prefix + part: tensor(7, (channels,)) for part in parts}
+    state = {prefix + part: tensor(10 * seed + i, (channels,)) for i, part in enumerate(parts)}
     return state | {f"{prefix}num_batches_tracked": torch.tensor(3)}
 
 
@@ -58,7 +58,7 @@ def mm_neck(prefix: str = "") -> State:
         for kind, shape in (("lateral", (FPN, width, 1, 1)), ("fpn", (FPN, FPN, 3, 3))):
             name = f"{prefix}neck.{kind}_convs.{i}."
             state[f"{name}conv.weight"] = tensor(i, shape)
-            state |= norm(f"{name}bn.", FPN)
+            state |= norm(f"{name}bn.", FPN, 10 * i + shape[-1])
     return state
 
 
@@ -69,7 +69,7 @@ def soco_head(prefix: str) -> State:
     }
     for i in range(1, 5):
         state[f"{prefix}head.conv{i}.weight"] = tensor(i, (FPN, FPN, 3, 3))
-        state |= norm(f"{prefix}head.bn{i}.", FPN)
+        state |= norm(f"{prefix}head.bn{i}.", FPN, 50 + i)
     return state
 
 
@@ -77,15 +77,19 @@ def torchvision_fpn() -> State:
     """The backbone of a torchvision detector, whose FPN has norms."""
     trunk = torchvision.models.resnet18(weights=None)
     backbone = _resnet_fpn_extractor(trunk, 5, norm_layer=torch.nn.BatchNorm2d)
-    state = resnet("backbone.body.")
-    for i, name in enumerate(k for k in backbone.state_dict() if k.startswith("fpn.")):
-        shape = tuple(backbone.state_dict()[name].shape)
-        block = re.match(r"fpn\.inner_blocks\.(\d)", name)
-        if len(shape) == 4:
-            inputs = (24, 48, 96, 192)[int(block[1])] if block else FPN
-            shape = (FPN, inputs, *shape[2:])
-        state[f"backbone.{name}"] = tensor(i, tuple(FPN if d == 256 else d for d in shape))
-    return state
+    names = [k for k in backbone.state_dict() if k.startswith("fpn.")]
+    values = {}
+    for name, value in mm_neck().items():
+        for old, new in (
+            ("neck.lateral_convs", "fpn.inner_blocks"),
+            ("neck.fpn_convs", "fpn.layer_blocks"),
+            (".conv.", ".0."),
+            (".bn.", ".1."),
+        ):
+            name = name.replace(old, new)
+        values[name] = value
+    assert values.keys() == set(names)
+    return resnet("backbone.body.") | {f"backbone.{name}": values[name] for name in names}
 
 
 def detectron2_names(state: State) -> State:
@@ -115,25 +119,23 @@ def _own_c4() -> dict:
     return {"model": {places[k.startswith("res5")] + k: v for k, v in trunk.items()}}
 
 
-def _own_fpn() -> dict:
-    trunk = under("backbone.bottom_up.", detectron2_names(resnet()))
-    fpn = {}
+def fpn_and_head() -> State:
+    """The FPN and the box head of all files that have them, under Detectron2's names."""
+    parts = {}
     for i, width in enumerate((24, 48, 96, 192)):
         for kind, shape in (("lateral", (FPN, width, 1, 1)), ("output", (FPN, FPN, 3, 3))):
             name = f"backbone.fpn_{kind}{i + 2}."
-            fpn[f"{name}weight"] = tensor(i, shape)
-            fpn |= norm(f"{name}norm.", FPN)
-    head = {
-        (
-            name.replace("head.bn", "roi_heads.box_head.conv").replace(
-                "head.", "roi_heads.box_head."
-            )
-            if ".bn" not in name
-            else re.sub(r"head\.bn(\d)", r"roi_heads.box_head.conv\1.norm", name)
-        ): value
-        for name, value in soco_head("").items()
-    }
-    return {"model": trunk | fpn | head, "pretraining": {"x": torch.ones(1)}, "iteration": 3}
+            parts[f"{name}weight"] = tensor(i, shape)
+            parts |= norm(f"{name}norm.", FPN, 10 * i + shape[-1])
+    for name, value in soco_head("").items():
+        name = re.sub(r"head\.bn(\d)", r"head.conv\1.norm", name)
+        parts[name.replace("head.", "roi_heads.box_head.", 1)] = value
+    return parts
+
+
+def _own_fpn() -> dict:
+    trunk = under("backbone.bottom_up.", detectron2_names(resnet()))
+    return {"model": trunk | fpn_and_head(), "pretraining": {"x": torch.ones(1)}, "iteration": 3}
 
 
 def _settings() -> dict:

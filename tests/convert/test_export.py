@@ -227,6 +227,13 @@ def test_mmdetection_s_names_and_shapes(tmp_path):
     out, lines = write_export(save(tmp_path / "x.pth", ours), "mmdet")
     state = torch.load(out)["state_dict"]
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == mmdet_names()
+    head = ours.roi_heads.box_head
+    for i in range(4):
+        conv, theirs = getattr(head, f"conv{i + 1}"), f"roi_head.bbox_head.shared_convs.{i}."
+        assert torch.equal(state[f"{theirs}conv.weight"], conv.weight)
+        assert torch.equal(state[f"{theirs}bn.weight"], conv.norm.weight)
+        conv, theirs = getattr(ours.roi_heads.mask_head, f"mask_fcn{i + 1}"), "roi_head.mask_head."
+        assert torch.equal(state[f"{theirs}convs.{i}.conv.weight"], conv.weight)
     assert lines == [
         "data_preprocessor = dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], "
         "std=[58.395, 57.12, 57.375], bgr_to_rgb=True, pad_size_divisor=32)  # images are read as "
@@ -254,6 +261,10 @@ def test_mmdetection_s_retinanet_has_its_extra_levels_and_order(tmp_path):
     state, lines = export_weights(save(tmp_path / "x.pth", ours), "mmdet")
     assert torch.equal(state["neck.fpn_convs.3.conv.weight"], ours.backbone.top_block.p6.weight)
     assert torch.equal(state["neck.lateral_convs.0.conv.bias"], ours.backbone.fpn_lateral3.bias)
+    for theirs, subnet in (("cls", ours.head.cls_subnet), ("reg", ours.head.bbox_subnet)):
+        for i in range(4):
+            weight = state[f"bbox_head.{theirs}_convs.{i}.conv.weight"]
+            assert torch.equal(weight, subnet[2 * i].weight), (theirs, i)
     bias = ours.head.cls_score.bias.view(9, 5)
     theirs = state["bbox_head.retina_cls.bias"].view(9, 5)
     # Anchor 1 is the first ratio of the second size there, the second ratio of the first size here.

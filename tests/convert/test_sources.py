@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
-from sources import SOURCES, detectron2_names, resnet, write
+from sources import SOURCES, detectron2_names, fpn_and_head, resnet, write
 
 from region_pretrain.config import CONFIG_ROOT, load_config
 from region_pretrain.convert.names import common_name
@@ -50,7 +50,7 @@ def documented() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_documented_numbers_of_tensors_are_loaded(method, files):
     model = instantiate(load_config(str(PROJECTS / METHODS[method])).model)
-    trunk, cells = detectron2_names(resnet()), {}
+    trunk, parts_of_detector, cells = detectron2_names(resnet()), fpn_and_head(), {}
     for title, path in files.items():
         for parameter in model.parameters():
             parameter.data.fill_(-1)
@@ -60,6 +60,8 @@ def test_the_documented_numbers_of_tensors_are_loaded(method, files):
         of_trunk = {k: v for k, v in filled.items() if common_name(k) in trunk}
         assert len(of_trunk) == 120  # 20 convolutions with a norm of 5 tensors
         assert all(torch.equal(v, trunk[common_name(k)]) for k, v in of_trunk.items())
+        for name in filled.keys() - of_trunk.keys():
+            assert torch.equal(filled[name], parts_of_detector[name]), name
         for copy in (m for m in model.modules() if isinstance(m, MomentumCopy)):
             for name, parameter in copy.named_parameters():
                 if common_name(name).startswith(("stem.", "res")):

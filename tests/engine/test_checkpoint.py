@@ -317,5 +317,6 @@ def test_a_resume_removes_what_killed_writers_left(tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_names_sort_and_parse():
-    assert checkpoint.checkpoint_name(4) == "model_0000004"
+def test_names_sort():
+    names = [checkpoint.checkpoint_name(i) for i in (4, 10, 123_456, 9_999_999)]
+    assert names[0] == "model_0000004" and names == sorted(names)

@@ -198,10 +198,26 @@ def test_precise_batch_norm_sees_the_next_batches(tmp_path):
     torch.testing.assert_close(state["backbone.1.running_var"], y.var(0, unbiased=False))
 
 
+class Deterministic(TinyDetector):
+    """Without batch statistics and random numbers."""
+
+    def forward(self, batch):
+        self.backbone[1].eval()
+        goal = torch.stack([d["x"].sum() for d in batch])
+        y = self.roi_heads(self.backbone(torch.stack([d["x"] for d in batch])))[:, 0]
+        return {"loss_y": (y - goal).square().mean()} if self.training else [{"y": 0.0}] * len(y)
+
+
 def test_micro_batches_of_lists(tmp_path):
-    cfg = make_detection_config(tmp_path, max_iter=2, accumulate_steps=2)
-    do_train(cfg)
-    assert len([m for m in metrics(tmp_path) if "loss_y" in m]) == 2
+    losses = {}
+    for parts in (1, 2, 3):
+        cfg = make_detection_config(tmp_path / str(parts), max_iter=3, accumulate_steps=parts)
+        cfg.model = L(Deterministic)()
+        do_train(cfg)
+        losses[parts] = [m["loss_y"] for m in metrics(tmp_path / str(parts)) if "loss_y" in m]
+    assert len(losses[1]) == 3
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[3] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_pretrained_weights_arrive(tmp_path):

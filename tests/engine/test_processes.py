@@ -68,6 +68,23 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(files[1]["rng"]) == 2
 
 
+def test_two_processes_accumulate_as_one_with_the_whole_batch(tmp_path):
+    model = {"noise": 0.0}
+    train = {"max_iter": 6, "accumulate_steps": 2}
+    launch(train_in_process, 2, device="cpu", args=(str(tmp_path / "two"), False, train, model))
+    train_in_process(str(tmp_path / "one"), False, {"max_iter": 6}, model)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert b["total_loss"] == pytest.approx(a["total_loss"], rel=1e-5)
+    a, b = (
+        torch.load(tmp_path / f / "model_final.pth", weights_only=True)["model"]
+        for f in ("one", "two")
+    )
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-6)
+
+
 def test_two_processes_resume_bit_for_bit(tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     launch(train_in_process, 2, device="cpu", args=(str(whole), False))

@@ -51,6 +51,7 @@ def check_stopped_run_resumes(run: Callable[..., Path]) -> None:
     with stopped_in_step(5):
         run("parts")
     parts = run("parts", resume=True)
+    assert "Starting training from iteration 4" in (parts / "log.txt").read_text()
     assert sorted(losses(whole)) == list(range(6)) and losses(parts) == losses(whole)
     first, second = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, parts))
     for part in ("model", "pretraining"):

@@ -13,7 +13,23 @@ from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import jobs, local, state, status, submission
 
 
-def test_order_number_at_once_and_cores(sweeps):
+def test_no_more_runs_at_once_than_asked_for(sweeps, tmp_path):
+    for name in "abcd":
+        sweeps.add(name, word=f"wait:{tmp_path / 'go'}")
+    sweeps.start(2)
+    sweeps.until(lambda: len(sweeps.noted()) == 2)
+    time.sleep(3)  # the next are started within a second
+    assert len(sweeps.noted()) == 2
+    (tmp_path / "go").touch()
+    assert set(sweeps.wait().values()) == {state.FINISHED}
+    running = most = 0
+    for what, *_ in sorted(sweeps.noted(), key=lambda row: row[2]):
+        running += 1 if what == "start" else -1
+        most = max(most, running)
+    assert most == 2
+
+
+def test_order_and_cores(sweeps):
     for name in "ab":
         sweeps.add(name)
     sweeps.add("c", "a")
@@ -25,11 +41,6 @@ def test_order_number_at_once_and_cores(sweeps):
     assert len(noted) == len(at) == 8  # each ran once
     assert at["start", "c"] > at["end", "a"]
     assert at["start", "d"] > max(at["end", "a"], at["end", "b"])
-    running = most = 0
-    for what, *_ in sorted(noted, key=lambda row: row[2]):
-        running += 1 if what == "start" else -1
-        most = max(most, running)
-    assert most <= 2
     cores = len(os.sched_getaffinity(0))
     assert {row[3] for row in noted} == {str(max(1, cores // 2))}
 

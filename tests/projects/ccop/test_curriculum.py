@@ -147,6 +147,7 @@ def test_the_hardest_valid_candidate(similarity, valid, chosen):
 def test_noise_depends_on_seed_image_and_iteration_only():
     both = draw_noise(3, 7, [11, 12], (50, 10, 4))
     assert torch.equal(both[1], draw_noise(3, 7, [12], (50, 10, 4))[0])
+    assert not torch.equal(both[0], both[1])
     assert both.min() >= -0.5 and both.max() < 0.5
     assert both.mean().abs() < 0.02 and both.std() == pytest.approx(12**-0.5, abs=0.01)
     for other in (draw_noise(3, 8, [11], (50, 10, 4)), draw_noise(4, 7, [11], (50, 10, 4))):

@@ -77,6 +77,7 @@ def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, closed_loop):
     with stopped_in_step(5):
         start("parts")
     assert start("parts", resume=True) == whole and sorted(whole) == list(range(6))
+    assert "Starting training from iteration 4" in (tmp_path / "parts/log.txt").read_text()
     levels = [whole[i]["curriculum/level"] for i in range(6)]
     if closed_loop:
         assert levels[:2] == [0, 0] and levels[2] == levels[3] > 0 and levels[4] != levels[3]

@@ -116,30 +116,30 @@ def test_a_crop_without_regions_matches_as_a_complete_view():
     assert missed > 100
 
 
-def test_crops_are_drawn_again_for_regions():
-    # One region in a corner: without redrawing, both crops would show it far less often.
-    boxes = np.array([[0, 0, 30, 30]], np.float32)
-    shown = np.mean(
-        [
-            all(
-                v.geometry.left < 30 and v.geometry.top < 30
-                for v in sample(make_views(), boxes, seed)[1:]
-            )
-            for seed in range(400)
-        ]
-    )
-    rng = np.random.default_rng(0)
-    views = make_views()
-    once = np.mean(
-        [
-            all(
-                g.left < 30 and g.top < 30
-                for g in views._draw_crops(500, 400, np.array([[0, 0, 500, 400.0]] * 2), rng)[0]
-            )
-            for _ in range(400)
-        ]
-    )
-    assert shown == pytest.approx(1 - (1 - once) ** 5, abs=0.08)
+@pytest.mark.parametrize(("shown", "attempts"), [(2, 1), (1, 2), (0, 5)])
+def test_crops_are_drawn_again_for_half_of_the_slots_then_a_quarter(shown, attempts, monkeypatch):
+    boxes = np.array([[0, 0, 100, 400], [0, 0, 300, 400]], np.float32)
+    left, drawn = (50, 200, 400)[2 - shown], []
+
+    def crop(width, height, size, rng, area):
+        drawn.append(area)
+        return ViewGeometry(left, 0, width - left, height, size)
+
+    monkeypatch.setattr("region_pretrain.projects.soco.views.random_resized_crop", crop)
+    _, second, _ = sample(make_views(), boxes)
+    assert drawn == [(0.5, 1.0)] * 2 * attempts  # two views per attempt
+    assert len(set(second.region_ids)) == max(shown, 1)
+
+
+def test_the_first_view_has_colours_of_its_own():
+    first, other = Photometry(blur_prob=1.0), Photometry(solarize_prob=0.2)
+    sources = ["crop", "crop", 0]
+    for prob in (0.0, 1.0):
+        views = SoCoViews([224, 224, 192, 112], sources, first, other, cutout_prob=prob)
+        samples = sample(views, random_boxes(6, 2))
+        found = [s.photometry for s in samples]
+        assert found[0] == first
+        assert [p.photometry if prob else p for p in found[1:]] == [other] * 3
 
 
 def test_four_of_many_are_distinct_and_drawn_separately_for_each_pair():
@@ -152,10 +152,17 @@ def test_four_of_many_are_distinct_and_drawn_separately_for_each_pair():
     assert same < 5
 
 
-def test_padding_repeats_common_regions():
+def test_padding_repeats_common_regions_at_random():
     boxes = np.array([[200, 150, 300, 250], [190, 140, 290, 240]], np.float32)
-    first, second, _ = sample(make_views(), boxes)
-    assert sorted(set(second.region_ids)) == [0, 1] == sorted(set(first.region_ids[:4]))
+    repeated = []
+    for seed in range(400):
+        first, second, _ = sample(make_views(), boxes, seed)
+        assert sorted(set(second.region_ids)) == [0, 1] == sorted(set(first.region_ids[:4]))
+        repeated.append([first.region_ids[2:4], second.region_ids[2:4]])
+    counts = np.reshape(repeated, (400, 4))
+    np.testing.assert_allclose(counts.mean(axis=0), 0.5, atol=0.1)
+    correlations = np.corrcoef(counts.T)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 0.2  # drawn separately for each slot and view
 
 
 def test_views_of_one_crop_share_regions():
@@ -182,6 +189,25 @@ def test_jitter_changes_half_of_the_first_views_boxes_only():
             shown = boxes_in_view(second.geometry, boxes[region : region + 1])[0]
             np.testing.assert_allclose(second.boxes[slot], shown, atol=1e-3)
     assert np.mean(moved) == pytest.approx(0.5, abs=0.05)
+
+
+def test_jitter_is_uniform_in_a_tenth_of_the_box():
+    boxes = np.array([[200, 150, 300, 230]], np.float32)  # far from the borders
+    changes = []
+    for seed in range(500):
+        first, *_ = sample(make_views(jitter_prob=1.0), boxes, seed)
+        (x0, y0), (x1, y1) = boxes_in_view(first.geometry, boxes)[0].reshape(2, 2)
+        corner, far = first.boxes[0].reshape(2, 2)
+        size, scale = far - corner, np.array([x1 - x0, y1 - y0])
+        shift = ((x0 if not first.geometry.flip else x1), y0)
+        moved = (far[0] if first.geometry.flip else corner[0]), corner[1]
+        sign = np.array([-1 if first.geometry.flip else 1, 1])
+        changes.append([*(sign * (np.array(moved) - shift) / scale), *(size / scale - 1)])
+    changes = np.array(changes)
+    assert np.abs(changes).max() <= 0.1 + 1e-4
+    np.testing.assert_allclose(changes.min(axis=0), -0.1, atol=0.003)
+    np.testing.assert_allclose(changes.max(axis=0), 0.1, atol=0.003)
+    np.testing.assert_allclose(changes.mean(axis=0), 0, atol=0.008)
 
 
 def test_a_minimum_visible_side_drops_slivers():
