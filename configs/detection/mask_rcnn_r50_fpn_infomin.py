@@ -1,7 +1,7 @@
 """InfoMin's COCO protocol: mask_rcnn_r50_fpn_4conv1fc.py with 14x14 box pooling and AMP.
 
-The published yaml sets no pooler resolution, so Detectron2's default of 14 applies. CCOP's
-published AP was measured with it and is not comparable to that of a 7x7 head.
+The published yaml sets no pooler resolution, so Detectron2's default of 14 applies. CCOP's script
+fine-tunes with it. Its AP is not comparable to that of a 7x7 head.
 """
 
 from detectron2.layers import ShapeSpec

@@ -220,8 +220,8 @@ class Detector:
     def level_scales(self, size: int) -> list[float]:
         """The largest region scale of each map in pixels of a view of the given size.
 
-        12 feature pixels, which is 48, 96 and 192 for strides of 4, 8 and 16 (arXiv 2106.02637,
-        section 3.2), and the complete view for the last map.
+        12 feature pixels, which is 48, 96 and 192 for strides of 4, 8 and 16 (as in the released
+        code of arXiv 2106.02637), and the complete view for the last map.
         """
         return [min(12 * stride, size) for stride in self.strides[:-1]] + [size]
 

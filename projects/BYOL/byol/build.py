@@ -37,6 +37,7 @@ def byol(
             projector=L(MLPHead)(input_dim=channels, hidden_dim=hidden_dim, output_dim=dim),
             predictor=L(MLPHead)(input_dim=dim, hidden_dim=hidden_dim, output_dim=dim),
             momentum=L(cosine_momentum)(start=0.99),
+            zero_init=True,
             **parts.pixels,
         )
     )

@@ -12,6 +12,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
 from region_pretrain.data.batch import ViewBatch
+from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.momentum import MomentumCopy
@@ -33,6 +34,7 @@ class BYOL(PretrainingModel):
         res5: the last stage of a C4 detector, or its blocks, applied to the map.
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
+        zero_init: initialise the scale of the last norm in each residual block with 0.
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
@@ -50,6 +52,7 @@ class BYOL(PretrainingModel):
         projector: nn.Module,
         predictor: nn.Module,
         momentum: ParamScheduler,
+        zero_init: bool = True,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         input_format: str,
@@ -62,6 +65,8 @@ class BYOL(PretrainingModel):
         if res5 is not None:
             add_head(self, "roi_heads.res5", as_module(res5))
             self.detector_modules = ("backbone", "roi_heads")
+        if zero_init:
+            zero_init_residual(self)
         self.projector = projector
         self.predictor = predictor
         self.target = MomentumCopy(self.online)

@@ -11,6 +11,7 @@ model = byol(
     dim=128,
 )
 model.momentum.start = 0.97  # a short run: the target has to follow within dozens of steps
+model.zero_init = False  # the residual blocks would not contribute for most of the run
 
 _shapes = get_config("common/shapes_pretrain.py")
 dataloader.merge_with(_shapes.dataloader)

@@ -1,4 +1,7 @@
-"""CCOP R50-FPN, COCO train2017, 200 epochs: the complete curriculum in a quarter of the time."""
+"""CCOP R50-FPN, COCO train2017, 200 epochs: the complete curriculum in a quarter of the time.
+
+The length is ours; the release trains 800 epochs.
+"""
 
 from region_pretrain.config import get_config
 from region_pretrain.projects.ccop import ccop

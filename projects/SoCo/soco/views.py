@@ -85,7 +85,7 @@ class SoCoViews(ViewSampler):
             smaller ones are not used. 0 keeps slivers, as released.
         cutout_prob, cutout_area: cut-out of the regions in the further views
             (:class:`~region_pretrain.data.photometry.CutOut`): probability per region, and range of
-            the square's area as a fraction of the region. 0: none, as in the 400-epoch recipes.
+            the square's area as a fraction of the region. 0: none, as in the 400-epoch FPN recipes.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from region_pretrain.solver import cosine_momentum
 CONFIGS = CONFIG_ROOT.parent / "projects/BYOL/configs"
 
 
-def small_byol() -> BYOL:
+def small_byol(zero_init: bool = False) -> BYOL:
     torch.manual_seed(0)
     detector = get_config("common/models/mask_rcnn_fpn_small.py").model
     return BYOL(
@@ -32,6 +32,7 @@ def small_byol() -> BYOL:
         projector=MLPHead(192, 32, 16),
         predictor=MLPHead(16, 32, 16),
         momentum=cosine_momentum(0.99),
+        zero_init=zero_init,
         pixel_mean=detector.pixel_mean,
         pixel_std=detector.pixel_std,
         input_format="RGB",
@@ -57,6 +58,15 @@ def test_loss_is_the_papers_squared_error_minus_four():
                 found.append(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         squared = [np.sum((online[a] - target[1 - a]) ** 2, axis=1).mean() for a in range(2)]
         assert model(batch)["loss_image"].item() == pytest.approx(sum(squared) - 4, abs=1e-4)
+
+
+def test_zero_init_zeroes_the_last_norm_of_each_block():
+    for zero_init in (True, False):
+        model = small_byol(zero_init)
+        for network in (model.backbone, model.target["backbone"]):
+            blocks = [b for s in ("res2", "res5") for b in getattr(network.bottom_up, s)]
+            assert all(b.conv2.norm.weight.eq(0.0 if zero_init else 1.0).all() for b in blocks)
+            assert all(b.conv1.norm.weight.eq(1).all() for b in blocks)
 
 
 def test_online_learns_and_the_target_follows_the_schedule():

@@ -81,7 +81,9 @@ def test_facts_of_the_recipes(name, epochs, batch, lr, iterations):
     images = 241_690 if "coco" in name else 1_281_167
     assert images // batch * epochs == iterations
     assert lr * cfg.lr_multiplier.final_factor == pytest.approx(1e-6)
-    assert cfg.optimizer.params.weight_decay == 1e-5 and cfg.lr_multiplier.warmup_epochs == 10
+    assert cfg.optimizer.params.weight_decay == 1e-5
+    warmup = cfg.lr_multiplier.warmup_epochs * (images // batch)
+    assert warmup == (6254 if "coco" in name else 10 * (images // batch))
     assert cfg.model.momentum.start == 0.99
     views = cfg.dataloader.train.dataset.views
     assert views.num_regions == 4
