@@ -23,6 +23,14 @@ _NUMBERS = (
     "train.base_batch_size",
     "train.seed",
     "train.checkpointer.max_to_keep",
+    "train.clip_grad.max_value",
+)
+#: Numbers that need not be whole although their default is, or is null.
+_FRACTIONS = (
+    "train.epochs",
+    "train.clip_grad.max_value",
+    "train.checkpoint_minutes",
+    "train.tracking.seconds",
 )
 
 #: How a path begins that cannot be anything else.
@@ -162,7 +170,7 @@ def check_values(cfg: DictConfig, defaults: DictConfig) -> None:
 
     Raises:
         UserError: a key of ``train`` has a value of another type than its default, a number there
-            is negative, or a loader's counts are not whole numbers.
+            is negative, or a count there or of a loader is not a whole number.
     """
     _check_types("train", defaults, cfg.train)
     for split, loader in cfg.get("dataloader", {}).items():
@@ -198,6 +206,9 @@ def _check_types(key: str, defaults: DictConfig, given: DictConfig) -> None:
             raise UserError(f"{path}={'null' if value is None else value}: must be {must}")
         if number and value < 0:
             raise UserError(f"{path}={value}: must not be negative")
+        count = isinstance(default, int) or path in _NUMBERS
+        if number and count and path not in _FRACTIONS and not isinstance(value, int):
+            raise UserError(f"{path}={value}: must be a whole number")
 
 
 def _hint(cfg: DictConfig, key: str) -> str:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 import pycocotools.mask as mask_util
+from detectron2.structures.masks import polygon_area
 
 from region_pretrain.data.findings import Findings, id_key
 from region_pretrain.errors import UserError
@@ -237,15 +239,7 @@ def _mask_area(segmentation: list | dict) -> float:
     """Area in pixels; polygons are summed, as Detectron2 does."""
     if isinstance(segmentation, dict):
         return float(mask_util.area(compressed_rle(segmentation)))
-    return sum(abs(_signed_area(p)) for p in segmentation)
-
-
-def _signed_area(polygon: list[float]) -> float:
-    points = list(zip(polygon[::2], polygon[1::2], strict=True))
-    following = points[1:] + points[:1]
-    return sum(
-        x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(points, following, strict=True)
-    ) / 2  # fmt: skip
+    return sum(float(polygon_area(np.array(p[::2]), np.array(p[1::2]))) for p in segmentation)
 
 
 def _mask_box(segmentation: list | dict) -> list[float]:

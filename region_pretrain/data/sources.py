@@ -26,16 +26,6 @@ from region_pretrain.data.folder import load_image_folder
 from region_pretrain.dataset_names import Source, is_path_name, names_in, parse
 from region_pretrain.errors import UserError
 
-__all__ = [
-    "Source",
-    "findings_of",
-    "is_path_name",
-    "parse",
-    "read_like",
-    "register",
-    "register_named",
-]
-
 Records = list[dict[str, Any]]
 
 

@@ -26,10 +26,10 @@ def checked_crop_area(size: int, crop_area: Sequence[float]) -> tuple[float, flo
         UserError: a view below 2 pixels, or a range outside (0, 1].
     """
     area = tuple(crop_area)
-    if size < 2 or len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-        raise UserError(
-            f"views.size={size} must be at least 2 pixels, crop_area={area} a range within (0, 1]"
-        )
+    if size < 2:
+        raise UserError(f"views of {size} pixels: they must have at least 2 (views.size)")
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise UserError(f"views.crop_area={list(area)} must be a range within (0, 1]")
     return area
 
 

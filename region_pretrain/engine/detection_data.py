@@ -292,20 +292,17 @@ def detection_training_data(
     """
     target = locate(cfg._target_) if isinstance(cfg._target_, str) else cfg._target_
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
-    if target is build_detection_train_loader and fields <= _KNOWN:
-        records = instantiate(cfg.dataset)
-        check_masks(records, cfg._get_root())
-        check_other_labels(records, cfg._get_root())
-        if output_dir is not None:
-            write_subset(records, output_dir)
+    parts, own = dict(cfg.items()), target is build_detection_train_loader and fields <= _KNOWN
+    if own or {"dataset", "mapper"} <= fields:
+        records = parts["dataset"] = instantiate(cfg.dataset)
+        if own or isinstance(records, list):
+            check_masks(records, cfg._get_root())
+            check_other_labels(records, cfg._get_root())
+            if output_dir is not None:
+                write_subset(records, output_dir)
+    if own:
         options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
         return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
-    if {"dataset", "mapper"} <= fields and isinstance(records := instantiate(cfg.dataset), list):
-        check_masks(records, cfg._get_root())
-        check_other_labels(records, cfg._get_root())
-        if output_dir is not None:
-            write_subset(records, output_dir)
-    parts = dict(cfg.items())
     if parts.get("mapper") is not None:
         parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
     loader = build_part(parts, "dataloader.train")

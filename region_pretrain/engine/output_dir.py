@@ -42,7 +42,7 @@ HARMLESS = (
     "train.tracking",
     "train.pictures",
 )
-_HARMLESS_LAST = ("num_workers",)
+_HARMLESS_LAST = ("num_workers", "pin_memory")
 #: Keys that may differ as well if train.allow_new_length is set.
 LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "optimizer.base_lr")
 

@@ -64,15 +64,8 @@ class RefreshedLoader:
                 "train.refresh_regions: the data has no regions to replace: name a store in "
                 "dataloader.train.dataset.regions, or set train.refresh_regions.epochs=0"
             )
-        if not isinstance(refresh["epochs"], int) or refresh["epochs"] < 0:
-            raise UserError(
-                f"train.refresh_regions.epochs={refresh['epochs']}: must be a whole number"
-            )
-        if not isinstance(refresh["batch_size"], int) or refresh["batch_size"] < 1:
-            raise UserError(
-                f"train.refresh_regions.batch_size={refresh['batch_size']}: must be a whole number "
-                "of at least 1"
-            )
+        if refresh["batch_size"] < 1:
+            raise UserError("train.refresh_regions.batch_size=0: must be at least 1")
         if not is_local(folder):
             raise UserError(f"train.refresh_regions needs a local train.output_dir, not {folder}")
         name, changes = parse_id(refresh["recipe"])

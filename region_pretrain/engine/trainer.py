@@ -218,8 +218,6 @@ class Trainer(TrainerBase):
     def _load(self) -> Batch:
         try:
             return next(self._batches)
-        except UserError as error:  # a loader's worker prepends its traceback to the message
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
         except (ConnectionError, EOFError) as error:
             raise RuntimeError(f"DataLoader worker sent no batch ({describe(error)})") from error
         except StopIteration:

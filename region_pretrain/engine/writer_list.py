@@ -41,7 +41,7 @@ def check_writers(writers: Sequence[Any]) -> None:
     for entry in writers:
         if isinstance(entry, str) and entry not in NAMES:
             near = difflib.get_close_matches(entry, NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(
                 f"train.writers: there is no writer {entry!r}{hint} The names are "
                 f"{', '.join(NAMES)}; any other writer is a L(Writer)(...)"

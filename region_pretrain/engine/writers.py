@@ -12,7 +12,6 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 
@@ -63,8 +62,8 @@ class ConsoleWriter(EventWriter):
             f"data {100 * value['data_time'] / max(value['time'], 1e-9):.0f}%",
         ]
         parts.append(f"eta {datetime.timedelta(seconds=int(progress.seconds_left))}")
-        if torch.cuda.is_available():
-            parts.append(f"max mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        if "peak_memory_mib" in value:
+            parts.append(f"max mem {value['peak_memory_mib']:.0f}M")
         return "  ".join(part for part in parts if part)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +18,6 @@ def linear_classify(
     test_features: Tensor,
     *,
     seed: int = 0,
-    penalties: Sequence[float] = PENALTIES,
 ) -> tuple[Tensor, float]:
     """Classify vectors by multinomial logistic regression, full batch.
 
@@ -34,7 +31,6 @@ def linear_classify(
         labels: (N,) int64 classes.
         test_features: (M, D).
         seed: chooses the fifth; nothing else is random.
-        penalties: see :func:`fit_logistic`.
 
     Returns:
         The predicted classes (M,), each of which occurs in ``labels``, and the chosen penalty.
@@ -55,7 +51,7 @@ def linear_classify(
     held_out, rest = order.to(train.device).split([count, len(train) - count])
     held_out = held_out[torch.isin(targets[held_out], targets[rest])]  # the others are unknown
     best, chosen, start = torch.inf, None, None
-    for penalty in sorted(penalties, reverse=True):
+    for penalty in sorted(PENALTIES, reverse=True):
         start = fit_logistic(train[rest], targets[rest], len(classes), penalty, start)
         logits = _logits(start, train[held_out])
         loss = float(F.cross_entropy(logits, targets[held_out], reduction="sum"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections import deque
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from region_pretrain.errors import describe
+from region_pretrain.files import sha256_of
 from region_pretrain.tracking.service import SERVICES, Checkpoint, Rows, Service
 
 #: Seconds from a failure to the next attempt.
 RETRY_AFTER = 60.0
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,7 @@ class Session:
     def _record(self, path: str) -> None:
         if not os.path.isfile(path):  # a newer one has replaced it
             return
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        self._service.log_checkpoint(path, digest.hexdigest())
+        self._service.log_checkpoint(path, sha256_of(path))
         if self._service.info.upload_model and os.path.basename(path) == "model_final.pth":
             self._service.upload(path)
 

@@ -14,6 +14,7 @@ from detectron2.data import (
 )
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import OmegaConf
 from PIL import Image
 from tiny_run import Loader, NoisyMapper, records
@@ -139,6 +140,23 @@ def test_other_loaders_are_taken_as_they_are(caplog):
     assert "restarts its order" in caplog.text
     with pytest.raises(UserError, match="total_batch_size"):
         detection_training_data(OmegaConf.create({"_target_": "builtins.dict"}), seed=0)
+
+
+LOADED = []
+
+
+def counted_records() -> list[dict]:
+    LOADED.append(1)
+    return records()
+
+
+def test_data_with_a_loader_of_other_fields_is_loaded_once():
+    LOADED.clear()
+    cfg = lazy(collate_fn=L(locate)(name="builtins.tuple"))
+    cfg.dataset = L(counted_records)()
+    data = detection_training_data(cfg, seed=3)
+    (batch,) = data.iterate(0, 1)
+    assert isinstance(batch, tuple) and len(batch) == 4 and len(LOADED) == 1
 
 
 def test_an_empty_data_set_is_refused():

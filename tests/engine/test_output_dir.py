@@ -59,13 +59,14 @@ def test_resume_accepts_the_same_config_and_harmless_changes(tmp_path, train):
     assert LazyConfig.load(str(tmp_path / "config.yaml")).train == cfg.train
 
 
-def test_resume_accepts_another_number_of_workers(tmp_path):
+@pytest.mark.parametrize(("name", "before", "after"), [("num_workers", 2, 8), ("pin_memory", 1, 0)])
+def test_resume_accepts_what_does_not_change_batches(tmp_path, name, before, after):
     cfg = make_config(tmp_path)
-    cfg.dataloader.train.num_workers = 2
+    cfg.dataloader.train[name] = before
     with start_run(complete_train(cfg), False):
         pass
     make_progress(tmp_path)
-    cfg.dataloader.train.num_workers = 8
+    cfg.dataloader.train[name] = after
     with start_run(cfg, True):
         pass
 

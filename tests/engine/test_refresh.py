@@ -226,7 +226,7 @@ def test_refusals(whole, run, region_folder, tmp_path):
         run("whole", resume=True)
     for overrides, message in (
         (["train.refresh_regions.epochs=0.5"], "epochs=0.5: must be a whole number"),
-        (["train.refresh_regions.batch_size=0"], "batch_size=0: must be a whole number"),
+        (["train.refresh_regions.batch_size=0"], "batch_size=0: must be at least 1"),
         (["train.refresh_regions.recipe=soco-v1"], "recipe=soco-v1: must be features-v1"),
         (['train.refresh_regions.recipe="features-v1+k=3"'], "has no field 'k'"),
         (["dataloader.train.dataset.regions=null"], "the data has no regions to replace"),

@@ -41,7 +41,7 @@ class ListWriter(EventWriter):
     "writers, message",
     [
         (["json", "wand"], "there is no writer 'wand'; did you mean wandb?"),
-        (["json", "x"], "there is no writer 'x'"),
+        (["json", "x"], "there is no writer 'x'. The names are console, json"),
         (["console"], "train.writers must contain json"),
         (["json", {"name": "csv"}], "is neither a name nor"),
     ],

@@ -50,13 +50,14 @@ def test_console_line(caplog):
             "img_per_sec": 512.0,
             "data_time": 0.5,
             "time": 2.0,
+            "peak_memory_mib": 812.4,
         }
         storage.put_scalars(**values)
         writer.write()
         writer.write()  # nothing new
-    assert [r.getMessage().split("  max mem")[0] for r in caplog.records] == [
+    assert [r.getMessage() for r in caplog.records] == [
         "iter 40/100  total_loss 3.25  (loss_a 2, loss_b 1.25)  lr 0.08  512.0 img/s  data 25%  "
-        "eta 0:02:00"
+        "eta 0:02:00  max mem 812M"
     ]
 
 

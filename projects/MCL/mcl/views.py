@@ -8,6 +8,7 @@ import torch
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.geometry import random_resized_crop
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.data.two_crops import checked_crop_area
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.projects.mcl.montage import Montage
 from region_pretrain.reporting.pictures import view_pixels
@@ -35,7 +36,7 @@ class MCLViews(ViewSampler):
     ) -> None:
         self.montage = montage
         self.photometry = [query_photometry, key_photometry]
-        self.crop_area = tuple(crop_area)
+        self.crop_area = checked_crop_area(montage.size, crop_area)
 
     def __call__(
         self, width: int, height: int, boxes: np.ndarray, rng: np.random.Generator

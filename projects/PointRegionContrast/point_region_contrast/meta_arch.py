@@ -171,7 +171,10 @@ class PointRegionContrast(PretrainingModel):
             self.distillation.move_center()
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
-        """Losses of a batch from :class:`~region_pretrain.projects.point_region_contrast.views`.
+        """Compute the losses of a batch.
+
+        Args:
+            batch: from :class:`~region_pretrain.projects.point_region_contrast.PointRegionViews`.
 
         Returns:
             ``loss_image``, ``loss_point`` and ``loss_affinity``, weighted, unless switched off;
@@ -221,7 +224,7 @@ class PointRegionContrast(PretrainingModel):
         """Draw the affinities of a point of the query view with the places of the key view.
 
         Args:
-            batch: from :class:`~region_pretrain.projects.point_region_contrast.views`.
+            batch: from :class:`~region_pretrain.projects.point_region_contrast.PointRegionViews`.
 
         Returns:
             For each image the query view with a point, and the key view coloured by the point's

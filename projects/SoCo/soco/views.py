@@ -14,6 +14,7 @@ from region_pretrain.data.geometry import (
     whole_image,
 )
 from region_pretrain.data.photometry import CutOut, Photometry
+from region_pretrain.data.two_crops import checked_crop_area
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 
@@ -112,7 +113,7 @@ class SoCoViews(ViewSampler):
         self.groups = pair_groups(self.sources)
         self.photometry = [first_photometry] + [other_photometry] * len(self.sources)
         self.num_regions = num_regions
-        self.crop_area = tuple(crop_area)
+        self.crop_area = checked_crop_area(min(sizes), crop_area)
         self.jitter_prob, self.jitter_ratio = jitter_prob, jitter_ratio
         self.min_box_side = min_box_side
         if not 0 <= cutout_prob <= 1 or not 0 < cutout_area[0] <= cutout_area[1] <= 1:
@@ -195,8 +196,9 @@ class SoCoViews(ViewSampler):
                     )
                 geometries.append(geometry)
                 candidates.append(self._visible(geometry, boxes))
-                if source != "crop":  # regions large enough in both
+                while source != "crop":  # regions large enough in all views of the crop
                     candidates[source] = np.intersect1d(candidates[source], candidates[-1])
+                    source = self.sources[source]
             own = [c for c, s in zip(candidates, self.sources, strict=True) if s == "crop"]
             if all(len(c) >= wanted for c in own):
                 break

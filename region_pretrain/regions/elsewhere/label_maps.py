@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from scipy.ndimage import find_objects
 
 from region_pretrain.regions.elsewhere.table import BoxTable, errors_name
 
@@ -51,14 +52,7 @@ def label_boxes(labels: np.ndarray, with_zero: bool = False) -> np.ndarray:
     Returns:
         ``(N, 4)`` int64 XYXY, half-open, in the order of the labels.
     """
-    height, width = labels.shape
     values, index = np.unique(labels, return_inverse=True)
-    index = index.reshape(labels.shape)
-    low = np.full((len(values), 2), (width, height))
-    high = np.zeros((len(values), 2), np.int64)
-    y, x = np.indices(labels.shape)
-    for axis, place in enumerate((x, y)):
-        np.minimum.at(low[:, axis], index, place)
-        np.maximum.at(high[:, axis], index, place + 1)
-    boxes = np.concatenate([low, high], axis=1)
+    places = find_objects(index.reshape(labels.shape).astype(np.int32) + 1)
+    boxes = np.array([[x.start, y.start, x.stop, y.stop] for y, x in places], np.int64)
     return boxes if with_zero else boxes[values != 0]

@@ -6,6 +6,7 @@ import torch
 
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.photometry import Photometry, PhotometryLayout
+from region_pretrain.errors import UserError
 from region_pretrain.projects.mcl import MCLViews, Montage
 
 QUERY = Photometry(blur_prob=1.0)
@@ -19,6 +20,11 @@ def test_eight_views_of_an_image():
     assert all(s.geometry.size == (224, 224) for s in samples)
     crops = {(s.geometry.left, s.geometry.top, s.geometry.width) for s in samples}
     assert len(crops) == 8  # an independent crop for each level of each pyramid
+
+
+def test_impossible_crops_are_named():
+    with pytest.raises(UserError, match=r"views.crop_area=\[2, 3\] must be a range within"):
+        MCLViews(Montage(), QUERY, KEY, crop_area=(2, 3))
 
 
 def test_areas_aspects_and_flips():

@@ -231,6 +231,20 @@ def test_a_minimum_visible_side_holds_in_each_view_of_a_crop():
     assert any(small)
 
 
+def test_a_minimum_visible_side_holds_in_a_chain_of_views():
+    boxes = random_boxes(60, 5)
+    views = make_views(["crop", 0, 1], (224, 224, 224, 64), min_box_side=8.0)
+    for seed in range(30):
+        for view in sample(views, boxes, seed)[1:]:
+            assert (view.boxes[:, 2:] - view.boxes[:, :2]).min() >= 8.0
+
+
+@pytest.mark.parametrize("area", [(0.5,), (2, 3), (0.5, 0.2)])
+def test_impossible_crops_are_named(area):
+    with pytest.raises(UserError, match="views.crop_area="):
+        make_views(crop_area=area)
+
+
 def test_cutout_covers_squares_in_half_of_the_further_views_regions():
     boxes = random_boxes(6, 2)
     views, plain = make_views(cutout_prob=0.5), make_views()
