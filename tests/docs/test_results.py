@@ -14,6 +14,7 @@ from region_pretrain.sweeps.rows import read_csv
 
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "docs/results/shapes_long.csv"
+SETTINGS = ROOT / "docs/results/shapes_settings.csv"
 LABELS = ROOT / "docs/results/shapes_labels.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
@@ -168,3 +169,19 @@ def test_readings():
             assert (errors(init, "byol", key)[0] > 2) == ((init, key) == ("ccop", "bbox/AP"))
     for init in ("ccop", "point"):
         assert sum(value > 0 for value in pairs(init, "moco").values()) == 7
+
+
+def test_settings():
+    rows = {row.init: row.values("bbox/AP") for row in read_csv(str(SETTINGS))}
+    page = (ROOT / "projects/README.md").read_text()
+    page = page[page.index("### Settings of the methods") : page.index("### Quick size")]
+    header, _, *lines = table(page, "method", "own settings")
+    suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated"]
+    shown = 0
+    for name, line in zip(("ccop", "point"), lines, strict=True):
+        for suffix, cell in zip(suffixes, line[1:], strict=True):
+            values = rows.get(name + suffix, {})
+            aps = [f"{values[seed, 1000]:.1f}" for seed in (0, 1) if (seed, 1000) in values]
+            assert cell == (", ".join(aps) or "–"), name + suffix
+            shown += len(aps)
+    assert shown == sum(len(values) for values in rows.values()) == 18
