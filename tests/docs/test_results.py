@@ -15,6 +15,7 @@ from region_pretrain.sweeps.rows import read_csv
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "docs/results/shapes_long.csv"
 SETTINGS = ROOT / "docs/results/shapes_settings.csv"
+CHOSEN = ROOT / "docs/results/shapes_chosen.csv"
 LABELS = ROOT / "docs/results/shapes_labels.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
@@ -185,3 +186,31 @@ def test_settings():
             assert cell == (", ".join(aps) or "–"), name + suffix
             shown += len(aps)
     assert shown == sum(len(values) for values in rows.values()) == 18
+    page, (chosen,) = " ".join(page.split()), read_csv(str(CHOSEN))
+    long = {row.init: row for row in read_csv(str(CSV))}
+    assert len(chosen.by_seeds) == 9
+    for key, at in (("bbox/AP", 0), ("segm/AP", 1)):
+        aps = chosen.statistics(key)
+        cells = [f"| n = 9 | {aps['mean']:.1f} ± {aps['std']:.1f}"]
+        for name, label in (
+            ("random", "difference to random weights"),
+            ("moco", "to MoCo v2"),
+            ("byol", "to BYOL"),
+            ("point", "to temperature 0.1"),
+        ):
+            found = difference(pair(chosen.values(key), long[name].values(key)))
+            cells.append(f"| {label} | {found}")
+            if name in ("moco", "byol"):
+                assert found.mean > 2 * found.standard_error and found.low < 0
+        for cell in cells:
+            label, value = cell[2:].split(" | ")
+            line = page.split(f"| {label} | ")[1].split(" | ")
+            assert line[at].removesuffix(" |") == value, cell
+    means = {init: sum(values.values()) / len(values) for init, values in rows.items()}
+    below = [means["ccop"] - means[f"ccop_{s}"] for s in ("half", "twice", "warm", "boxes")]
+    assert f"{min(below):.1f} to {max(below):.1f} below its own settings" in page
+    assert f"annotated boxes are {means['ccop_annotated'] - means['ccop']:.1f} above" in page
+    assert f"by {means['point_warm'] - means['point']:.1f} on average" in page
+    for init, values in rows.items():
+        if init.startswith("ccop_"):
+            assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init

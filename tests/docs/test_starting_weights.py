@@ -17,7 +17,7 @@ CONFIGS = {
     "SoCo": ("SoCo", "soco_r50-fpn_8xb128-100ep_imagenet", "soco_r18-fpn_b32_shapes"),
     "MCL": ("MCL", "mcl_r50-fpn_8xb128-100ep_imagenet", "mcl_r18-fpn_b32_shapes"),
     "BYOL": ("BYOL", "byol_r50_32xb128-100ep_imagenet", "byol_r18_b32_shapes"),
-    "CCOP": ("CCOP", "ccop_r50-fpn_8xb32-200ep_coco", "ccop_r18-fpn_b32_shapes"),
+    "CCOP": ("CCOP", "ccop_r50-fpn_8xb32-800ep_coco", "ccop_r18-fpn_b32_shapes"),
     "MoCo v2": ("MoCo", "moco-v2_r50_8xb32-200ep_imagenet", "moco-v2_r18_b32_shapes"),
     "point-level": (
         "PointRegionContrast",

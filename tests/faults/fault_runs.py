@@ -56,6 +56,9 @@ class Slow(HookBase):
 
     def after_step(self) -> None:
         time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0.1")))
+        gate = os.environ.get("WAIT_FOR", "")
+        while gate and self.trainer.iter == 9 and not os.path.exists(gate):
+            time.sleep(0.05)
 
 
 def train(folder: str, changes: list[str]) -> None:

@@ -27,11 +27,27 @@ def _longer_than_a_second_run_waits(monkeypatch, whole):
     monkeypatch.setenv("SECONDS_PER_STEP", "0.4")
 
 
+@pytest.fixture
+def codes_of(tmp_path, monkeypatch):
+    """Exit codes of processes, of which one trains; it waits for the end of the others."""
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("WAIT_FOR", str(gate))
+
+    def wait(processes):
+        deadline = time.monotonic() + 120
+        while sum(process.poll() is None for process in processes) > 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        gate.touch()
+        return [process.wait(120) for process in processes]
+
+    return wait
+
+
 @pytest.mark.parametrize("kind", ["kind=pretrain", "kind=finetune"])
-def test_of_two_that_start_together_one_is_refused_in_one_line(tmp_path, kind, whole):
+def test_of_two_that_start_together_one_is_refused_in_one_line(tmp_path, kind, whole, codes_of):
     runs = [Run(tmp_path / "run", 1, kind, f"train.seed={seed}") for seed in (0, 1)]
-    processes = [run.start() for run in runs]
-    codes = [process.wait(120) for process in processes]
+    codes = codes_of([run.start() for run in runs])
     assert sorted(codes) == [0, 2], runs[0].output()
     lines = [line for line in runs[0].output().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and f"{tmp_path / 'run'} is in use by process" in lines[0]
@@ -42,13 +58,12 @@ def test_of_two_that_start_together_one_is_refused_in_one_line(tmp_path, kind, w
         assert runs[0].losses() == whole
 
 
-def test_of_several_resumes_of_a_killed_run_one_continues_it(tmp_path, whole):
+def test_of_several_resumes_of_a_killed_run_one_continues_it(tmp_path, whole, codes_of):
     run = Run(tmp_path / "run", 1, "resume=True", "train.checkpointer.period=3")
     process = run.start()
     run.wait_for(7, process)
     os.killpg(process.pid, signal.SIGKILL)  # nobody has waited for it yet: it is a zombie
-    running = [run.start() for _ in range(3)]
-    assert sorted(process.wait(120) for process in running) == [0, 2, 2], run.output()
+    assert sorted(codes_of([run.start() for _ in range(3)])) == [0, 2, 2], run.output()
     assert run.output().count("is in use by process") == 2
     assert run.losses() == whole
     assert process.wait(1) == -signal.SIGKILL
