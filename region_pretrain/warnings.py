@@ -17,8 +17,10 @@ def ignore_library_warnings() -> None:
     (``-W``, ``PYTHONWARNINGS``) take precedence.
     """
     _add_filters()
-    # One line per process that it terminates, which would bury the error of the one that failed.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    # One line per process that it terminates, which would bury the error of the one that failed;
+    # and a note of PyTorch on its own use of one of its functions.
+    for name in ("torch.multiprocessing.spawn", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.excepthook = _print_exception
 
 

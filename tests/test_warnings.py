@@ -51,6 +51,16 @@ def test_tools_hide_library_warnings_before_they_import_anything_else(tool):
     assert imports - {"sys"} == {f"region_pretrain.commands.{tool.stem}"}
 
 
+def test_the_commands_hide_what_pytorch_logs_about_its_own_parts():
+    code = (
+        "import region_pretrain.commands.cli\n"
+        "from torch.fx._symbolic_trace import is_fx_tracing\n"
+        "is_fx_tracing()\n"
+    )
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_commands_hide_library_warnings_before_they_import_anything_else():
     code = (
         "import sys, warnings\n"
