@@ -4,9 +4,9 @@
 
 MoCo v2, BYOL, CCOP and point-level region contrast are pre-trained twice with their own settings,
 with half and twice the learning rate, and, if they have a temperature, with that of the recipes for
-photographs; the last two also with the boxes of another search, and on annotated boxes, as SoCo.
-Each pre-training is fine-tuned once, with a seed that the results do not use. Annotated boxes are
-an upper bound, not a choice.
+photographs; CCOP and point-level region contrast also with the boxes of another search. These two
+and SoCo are pre-trained on annotated boxes as well, an upper bound of the regions' quality and not
+a choice. Each pre-training is fine-tuned once, with a seed that the results do not use.
 """
 
 from .common.shapes_benchmark import HELD_OUT_SEED, benchmark

@@ -27,7 +27,7 @@ def checked_crop_area(size: int, crop_area: Sequence[float]) -> tuple[float, flo
     """
     area = tuple(crop_area)
     if size < 2:
-        raise UserError(f"views of {size} pixels: they must have at least 2 (views.size)")
+        raise UserError(f"a view of {size} pixels: views.size, or views.sizes, must be at least 2")
     if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
         raise UserError(f"views.crop_area={list(area)} must be a range within (0, 1]")
     return area

@@ -27,7 +27,7 @@ _CHUNK = 2048  # images per task of a thread
 _THREADS = 16  # a network file system answers many requests at once
 _SHOWN = 3
 #: Settings of a loader that do not change its batches.
-_HARMLESS = ("num_workers", "pin_memory")
+HARMLESS_OF_LOADERS = ("num_workers", "pin_memory")
 
 
 class Fingerprint:
@@ -166,7 +166,7 @@ class Fingerprint:
 def _settings(cfg: DictConfig) -> str:
     """``dataloader.train`` as YAML, without what does not change its batches."""
     values = OmegaConf.to_container(cfg.dataloader.train, resolve=True)
-    kept = {key: value for key, value in values.items() if key not in _HARMLESS}
+    kept = {key: value for key, value in values.items() if key not in HARMLESS_OF_LOADERS}
     return to_yaml(OmegaConf.create(kept, flags={"allow_objects": True}))
 
 

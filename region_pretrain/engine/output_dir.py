@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from region_pretrain.config import changed_keys, read_saved, to_yaml
+from region_pretrain.engine.fingerprint import HARMLESS_OF_LOADERS
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 
@@ -42,7 +43,6 @@ HARMLESS = (
     "train.tracking",
     "train.pictures",
 )
-_HARMLESS_LAST = ("num_workers", "pin_memory")
 #: Keys that may differ as well if train.allow_new_length is set.
 LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "optimizer.base_lr")
 
@@ -119,7 +119,7 @@ def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
     changed = {
         key: values
         for key, values in changed_keys(saved, cfg).items()
-        if key.rsplit(".", 1)[-1] not in _HARMLESS_LAST
+        if key.rsplit(".", 1)[-1] not in HARMLESS_OF_LOADERS
         and not any(key == k or key.startswith(f"{k}.") for k in allowed)
     }
     if changed:

@@ -65,7 +65,9 @@ class RefreshedLoader:
                 "dataloader.train.dataset.regions, or set train.refresh_regions.epochs=0"
             )
         if refresh["batch_size"] < 1:
-            raise UserError("train.refresh_regions.batch_size=0: must be at least 1")
+            raise UserError(
+                f"train.refresh_regions.batch_size={refresh['batch_size']}: must be at least 1"
+            )
         if not is_local(folder):
             raise UserError(f"train.refresh_regions needs a local train.output_dir, not {folder}")
         name, changes = parse_id(refresh["recipe"])

@@ -51,15 +51,25 @@ def norm(prefix: str, channels: int, seed: int) -> State:
     return state | {f"{prefix}num_batches_tracked": torch.tensor(3)}
 
 
-def mm_neck(prefix: str = "") -> State:
-    """mmdetection's FPN with norms, which SoCo's release copies."""
+def fpn(lateral: Callable, output: Callable, conv: str, bn: str) -> State:
+    """An FPN with norms.
+
+    Args:
+        lateral, output: map a level, 0 for the finest, to the beginning of its layers' names.
+        conv, bn: how the names of convolutions and norms go on.
+    """
     state = {}
     for i, width in enumerate((24, 48, 96, 192)):
-        for kind, shape in (("lateral", (FPN, width, 1, 1)), ("fpn", (FPN, FPN, 3, 3))):
-            name = f"{prefix}neck.{kind}_convs.{i}."
-            state[f"{name}conv.weight"] = tensor(i, shape)
-            state |= norm(f"{name}bn.", FPN, 10 * i + shape[-1])
+        for name, shape in ((lateral, (FPN, width, 1, 1)), (output, (FPN, FPN, 3, 3))):
+            state[f"{name(i)}{conv}weight"] = tensor(i, shape)
+            state |= norm(f"{name(i)}{bn}", FPN, 10 * i + shape[-1])
     return state
+
+
+def mm_neck(prefix: str = "") -> State:
+    """mmdetection's FPN, which SoCo's release copies."""
+    lateral, output = (f"{prefix}neck.{kind}_convs.{{}}.".format for kind in ("lateral", "fpn"))
+    return fpn(lateral, output, "conv.", "bn.")
 
 
 def soco_head(prefix: str) -> State:
@@ -78,16 +88,7 @@ def torchvision_fpn() -> State:
     trunk = torchvision.models.resnet18(weights=None)
     backbone = _resnet_fpn_extractor(trunk, 5, norm_layer=torch.nn.BatchNorm2d)
     names = [k for k in backbone.state_dict() if k.startswith("fpn.")]
-    values = {}
-    for name, value in mm_neck().items():
-        for old, new in (
-            ("neck.lateral_convs", "fpn.inner_blocks"),
-            ("neck.fpn_convs", "fpn.layer_blocks"),
-            (".conv.", ".0."),
-            (".bn.", ".1."),
-        ):
-            name = name.replace(old, new)
-        values[name] = value
+    values = fpn("fpn.inner_blocks.{}.".format, "fpn.layer_blocks.{}.".format, "0.", "1.")
     assert values.keys() == set(names)
     return resnet("backbone.body.") | {f"backbone.{name}": values[name] for name in names}
 
@@ -121,12 +122,8 @@ def _own_c4() -> dict:
 
 def fpn_and_head() -> State:
     """The FPN and the box head of all files that have them, under Detectron2's names."""
-    parts = {}
-    for i, width in enumerate((24, 48, 96, 192)):
-        for kind, shape in (("lateral", (FPN, width, 1, 1)), ("output", (FPN, FPN, 3, 3))):
-            name = f"backbone.fpn_{kind}{i + 2}."
-            parts[f"{name}weight"] = tensor(i, shape)
-            parts |= norm(f"{name}norm.", FPN, 10 * i + shape[-1])
+    lateral, output = (f"backbone.fpn_{kind}{{}}.".format for kind in ("lateral", "output"))
+    parts = fpn(lambda i: lateral(i + 2), lambda i: output(i + 2), "", "norm.")
     for name, value in soco_head("").items():
         name = re.sub(r"head\.bn(\d)", r"head.conv\1.norm", name)
         parts[name.replace("head.", "roi_heads.box_head.", 1)] = value

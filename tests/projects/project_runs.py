@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyConfig
+from omegaconf import DictConfig
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY
+from region_pretrain.overrides import apply_overrides
 
 
 class Stop(Exception):
@@ -33,6 +36,31 @@ def stopped_in_step(number: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(torch.optim.Optimizer, "zero_grad", stop)
         yield
+
+
+def six_steps(recipe: Path, images: Path, folder: Path, *overrides: str) -> DictConfig:
+    """A recipe's config for six steps on a folder of images, with a checkpoint every two.
+
+    Args:
+        recipe: path of the recipe.
+        images: folder of the images.
+        folder: output folder.
+        overrides: further ones, which take precedence.
+    """
+    return apply_overrides(
+        LazyConfig.load(str(recipe)),
+        [
+            f"train.output_dir={folder}",
+            f"dataloader.train.dataset.names=folder://{images}",
+            "dataloader.train.total_batch_size=4",
+            "dataloader.train.num_workers=0",
+            "train.max_iter=6",
+            "train.log_period=1",
+            "train.checkpointer.period=2",
+            "train.device=cpu",
+            *overrides,
+        ],
+    )
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
-from project_runs import check_stopped_run_resumes, two_view_batch
+from project_runs import check_stopped_run_resumes, six_steps, two_view_batch
 from torch import nn
 from two_processes import check_two_are_one, one_and_two_processes
 
@@ -16,7 +16,6 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.trunk import Trunk
-from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.byol import BYOL
 from region_pretrain.solver import cosine_momentum
 
@@ -98,19 +97,11 @@ def test_two_processes_are_one(tmp_path):
 @pytest.fixture
 def run(region_folder, tmp_path):
     def start(name: str, resume: bool = False) -> Path:
-        cfg = apply_overrides(
-            LazyConfig.load(str(CONFIGS / "byol_r18_b32_shapes.py")),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{region_folder.images}",
-                "dataloader.train.dataset.views.size=32",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "train.max_iter=6",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.device=cpu",
-            ],
+        cfg = six_steps(
+            CONFIGS / "byol_r18_b32_shapes.py",
+            region_folder.images,
+            tmp_path / name,
+            "dataloader.train.dataset.views.size=32",
         )
         do_pretrain(cfg, resume=resume)
         return tmp_path / name

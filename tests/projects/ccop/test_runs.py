@@ -12,13 +12,12 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from project_runs import stopped_in_step
+from project_runs import six_steps, stopped_in_step
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
-from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.ccop import Feedback
 from region_pretrain.regions import RegionStore, write_store
 from region_pretrain.reporting.pictures import first_views, model_pictures
@@ -33,26 +32,18 @@ def config(region_folder, tmp_path):
     """``config(name, *overrides)``: the Shapes recipe on the folder's images, a few steps."""
 
     def make(name: str, *overrides: str):
-        return apply_overrides(
-            LazyConfig.load(str(RECIPE)),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{region_folder.images}",
-                f"dataloader.train.dataset.regions={region_folder.store}",
-                "dataloader.train.dataset.recipe=null",
-                "dataloader.train.dataset.views.size=32",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "model.image_queue.length=32",
-                "model.region_queue.length=64",
-                "model.level_scales=[8,16,30,32]",
-                "train.max_iter=6",
-                "lr_multiplier.warmup_epochs=0",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.device=cpu",
-                *overrides,
-            ],
+        return six_steps(
+            RECIPE,
+            region_folder.images,
+            tmp_path / name,
+            f"dataloader.train.dataset.regions={region_folder.store}",
+            "dataloader.train.dataset.recipe=null",
+            "dataloader.train.dataset.views.size=32",
+            "model.image_queue.length=32",
+            "model.region_queue.length=64",
+            "model.level_scales=[8,16,30,32]",
+            "lr_multiplier.warmup_epochs=0",
+            *overrides,
         )
 
     return make

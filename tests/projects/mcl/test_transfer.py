@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_resumes, losses
+from project_runs import check_stopped_run_resumes, losses, six_steps
 from stock_detector import load_into_stock_detectron2
 
 from region_pretrain.config import CONFIG_ROOT
@@ -11,7 +11,6 @@ from region_pretrain.data.shapes import shapes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
-from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.mcl.objects import object_crops
 
 RECIPES = CONFIG_ROOT.parent / "projects/MCL/configs"
@@ -23,23 +22,15 @@ def run(region_folder, tmp_path):
     """``run(name, *overrides)``: a few steps of a Shapes recipe on the folder's images."""
 
     def start(name: str, *overrides: str, recipe: str = SHAPES, resume: bool = False):
-        cfg = apply_overrides(
-            LazyConfig.load(str(RECIPES / f"{recipe}.py")),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{region_folder.images}",
-                "dataloader.train.dataset.views.montage.size=56",  # on P3 and P2
-                "dataloader.train.dataset.views.montage.ratios=[1,2]",
-                "dataloader.train.dataset.views.montage.images_per_canvas=[1,4]",
-                "model.level_weights=[0.5,0.5]",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "train.max_iter=6",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.device=cpu",
-                *overrides,
-            ],
+        cfg = six_steps(
+            RECIPES / f"{recipe}.py",
+            region_folder.images,
+            tmp_path / name,
+            "dataloader.train.dataset.views.montage.size=56",  # on P3 and P2
+            "dataloader.train.dataset.views.montage.ratios=[1,2]",
+            "dataloader.train.dataset.views.montage.images_per_canvas=[1,4]",
+            "model.level_weights=[0.5,0.5]",
+            *overrides,
         )
         do_pretrain(cfg, resume=resume)
         return tmp_path / name

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import ConstantParamScheduler
-from project_runs import two_view_batch
+from project_runs import six_steps, two_view_batch
 from torch import distributed as dist
 from torch import nn
 from torch.multiprocessing import spawn
@@ -26,7 +26,6 @@ from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.norms import use_sync_batchnorm
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import Trunk
-from region_pretrain.overrides import apply_overrides
 from region_pretrain.projects.moco import MoCo
 
 CONFIGS = CONFIG_ROOT.parent / "projects/MoCo/configs"
@@ -170,21 +169,14 @@ def test_values_of_the_recipes(name, epochs, lr, iterations):
 @pytest.fixture
 def run(region_folder, tmp_path):
     def start(name: str, *overrides: str, resume: bool = False) -> Path:
-        cfg = apply_overrides(
-            LazyConfig.load(str(CONFIGS / "moco-v2_r18_b32_shapes.py")),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{region_folder.images}",
-                "dataloader.train.dataset.views.size=32",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "model.queue.length=32",
-                "train.max_iter=4",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.device=cpu",
-                *overrides,
-            ],
+        cfg = six_steps(
+            CONFIGS / "moco-v2_r18_b32_shapes.py",
+            region_folder.images,
+            tmp_path / name,
+            "dataloader.train.dataset.views.size=32",
+            "model.queue.length=32",
+            "train.max_iter=4",
+            *overrides,
         )
         do_pretrain(cfg, resume=resume)
         return tmp_path / name

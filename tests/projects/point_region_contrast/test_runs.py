@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_resumes, losses
+from project_runs import check_stopped_run_resumes, losses, six_steps
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
-from region_pretrain.overrides import apply_overrides
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures
 from region_pretrain.reporting.plots import _LABEL_WIDTH
 
@@ -28,24 +27,16 @@ def config(noise_folder, tmp_path):
     """``config(name, *overrides)``: the Shapes recipe on a folder, six steps."""
 
     def make(name: str, *overrides: str):
-        return apply_overrides(
-            LazyConfig.load(str(CONFIGS / "point-region_r18-fpn_b32_shapes.py")),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{noise_folder}",
-                f"{VIEWS}.size=32",
-                f"{VIEWS}.cells=8",
-                f"{VIEWS}.pairs=16",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "model.queue.length=32",
-                "model.affinity_head.prototypes=8",
-                "train.max_iter=6",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.device=cpu",
-                *overrides,
-            ],
+        return six_steps(
+            CONFIGS / "point-region_r18-fpn_b32_shapes.py",
+            noise_folder,
+            tmp_path / name,
+            f"{VIEWS}.size=32",
+            f"{VIEWS}.cells=8",
+            f"{VIEWS}.pairs=16",
+            "model.queue.length=32",
+            "model.affinity_head.prototypes=8",
+            *overrides,
         )
 
     return make

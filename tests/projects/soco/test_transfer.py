@@ -3,13 +3,12 @@
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
-from project_runs import check_stopped_run_resumes
+from project_runs import check_stopped_run_resumes, six_steps
 from stock_detector import load_into_stock_detectron2
 
 from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
-from region_pretrain.overrides import apply_overrides
 
 RECIPE = CONFIG_ROOT.parent / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
 
@@ -19,23 +18,15 @@ def run(region_folder, tmp_path):
     """``run(name, *overrides)``: a few steps of the Shapes recipe on the folder's images."""
 
     def start(name: str, *overrides: str, resume: bool = False):
-        cfg = apply_overrides(
-            LazyConfig.load(str(RECIPE)),
-            [
-                f"train.output_dir={tmp_path / name}",
-                f"dataloader.train.dataset.names=folder://{region_folder.images}",
-                f"dataloader.train.dataset.regions={region_folder.store}",
-                "dataloader.train.dataset.recipe=shapes-v1",
-                "dataloader.train.dataset.views.sizes=[32,32,16]",
-                "dataloader.train.total_batch_size=4",
-                "dataloader.train.num_workers=0",
-                "train.max_iter=6",
-                "train.log_period=1",
-                "train.checkpointer.period=2",
-                "train.hooks=[]",
-                "train.device=cpu",
-                *overrides,
-            ],
+        cfg = six_steps(
+            RECIPE,
+            region_folder.images,
+            tmp_path / name,
+            f"dataloader.train.dataset.regions={region_folder.store}",
+            "dataloader.train.dataset.recipe=shapes-v1",
+            "dataloader.train.dataset.views.sizes=[32,32,16]",
+            "train.hooks=[]",
+            *overrides,
         )
         do_pretrain(cfg, resume=resume)
         return tmp_path / name
