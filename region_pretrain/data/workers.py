@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from multiprocessing import get_start_method
+from types import TracebackType
 from typing import Any, TypeVar
 
 import cv2
@@ -24,9 +26,11 @@ def init_worker(_: int) -> None:
 
     SLURM sends them to every process of a job, ``timeout`` and systemd to every process of a run.
     If a worker exited on SIGTERM, the training process would fail before it has saved a checkpoint.
-    Workers exit with their loader.
+    Workers exit with their loader. If the training process ends while it receives a tensor, it says
+    why; the traceback of the worker that sends it would bury that.
     """
     cv2.setNumThreads(0)
+    sys.excepthook = _print_unless_reader_left
     in_job = "SUBMITIT_EXECUTOR" in os.environ
     spawned = get_start_method() != "fork"
     # Forked while a run listens to signals, a worker ignores them already.
@@ -34,6 +38,14 @@ def init_worker(_: int) -> None:
         for number in (USR2, signal.SIGTERM, signal.SIGINT if spawned else None):
             if number is not None:
                 signal.signal(number, signal.SIG_IGN)
+
+
+def _print_unless_reader_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """For the thread that sends tensors; other errors of a worker reach the training process."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def share(batch: T) -> T:

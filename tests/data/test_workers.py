@@ -1,13 +1,24 @@
 """What loader workers put into shared memory, and what happens when it is full."""
 
+import os
+import socket
+import time
+from multiprocessing import resource_sharer
+
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
+from forked import Process
 from torch.utils.data import DataLoader
 
 from region_pretrain.data.loader import PretrainLoader
-from region_pretrain.data.workers import prefetched_bytes, share, share_batches_of
+from region_pretrain.data.workers import (
+    init_worker,
+    prefetched_bytes,
+    share,
+    share_batches_of,
+)
 from region_pretrain.engine.detection_data import DetectionTrainData
 
 FULL = "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
@@ -74,3 +85,41 @@ def test_full_shared_memory_ends_a_run_instead_of_hanging(kind, pretrain_dataset
         batches = iter(loader)
     with pytest.raises(RuntimeError, match="unable to allocate shared memory"):
         next(batches)
+
+
+@pytest.mark.parametrize("worker", [True, False])
+def test_a_worker_is_silent_when_its_reader_leaves(tmp_path, worker):
+    # The training process fails with an error of its own; the worker's would be a traceback.
+    def serve():
+        if worker:
+            init_worker(0)
+        resource_sharer._resource_sharer = resource_sharer._ResourceSharer()
+        (tmp_path / "address").write_text(resource_sharer.DupFd(0)._id[0])
+        time.sleep(60)
+
+    process = Process(serve, tmp_path / "output")
+    try:
+        address = until(lambda: (tmp_path / "address").read_text())
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as reader:
+                reader.connect(address)
+        with socket.socket(socket.AF_UNIX) as reader:
+            reader.connect(address)
+            assert reader.recv(4)  # served in order: the other two have failed
+        text = (tmp_path / "output").read_text()
+        assert text == "" if worker else text.count("Traceback") == 2, text
+    finally:
+        os.kill(process.pid, 9)
+        process.wait(10)
+
+
+def until(read):
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            if text := read():
+                return text
+        except FileNotFoundError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
