@@ -126,6 +126,16 @@ def override_config(
     return cfg
 
 
+def check_pretraining(cfg: DictConfig) -> None:
+    """Refuse a config that does not pre-train.
+
+    Raises:
+        UserError: it has no views.
+    """
+    if OmegaConf.select(cfg, "dataloader.train.dataset.views") is None:
+        raise UserError("not a pre-training config: it has no dataloader.train.dataset.views")
+
+
 def _follow_new_data(cfg: DictConfig, changed: set[str]) -> None:
     dataset = re.compile(r"dataloader(\.train(\.dataset(\.names(\.\d+)?)?)?)?")
     if changed.isdisjoint(NUM_CLASSES) and any(map(dataset.fullmatch, changed)):

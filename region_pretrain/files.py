@@ -93,6 +93,31 @@ def make_writable(folder: str, key: str) -> None:
         raise UserError(f"cannot write to {key} {folder or '.'}: {describe(error)}") from error
 
 
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock of a file that several processes write; waits for at most an hour.
+
+    Raises:
+        UserError: the file system has no locks, or another process has held it for an hour.
+    """
+    from iopath.common.file_io import file_lock
+    from portalocker.exceptions import LockException
+
+    lock = file_lock(path)
+    try:
+        lock.acquire()
+    except LockException as error:
+        raise UserError(
+            f"cannot lock {path} ({' '.join(str(error).split())}): if its file system has no locks "
+            "(Lustre without -o flock), use another one; if another process was still writing, run "
+            "again"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def remove_parts(folder: str, prefix: str = "", shared: bool = False) -> None:
     """Remove what killed writers left in a folder.
 

@@ -34,6 +34,8 @@ def read_json(path: str, kind: type[T], fix: str) -> T:
             return build(kind, json.load(file))
     except FileNotFoundError:
         raise
+    except NotADirectoryError as error:  # what should be its folder is a file
+        raise FileNotFoundError(*error.args) from None
     except (OSError, ValueError, TypeError, RecursionError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or of another version ({reason}): {fix}") from None

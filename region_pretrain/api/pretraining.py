@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.api.data import Data, DataSets, records_of
@@ -17,7 +17,13 @@ from region_pretrain.api.detectors import DETECTOR_FILE, AnyDetector, detection_
 from region_pretrain.api.regions import digits_of
 from region_pretrain.api.results import Pretrained, Run
 from region_pretrain.api.session import Callback, Given, KeepModel, hooks_of, isolated
-from region_pretrain.config import complete_train, load_config, override_config, to_yaml
+from region_pretrain.config import (
+    check_pretraining,
+    complete_train,
+    load_config,
+    override_config,
+    to_yaml,
+)
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import load_method
@@ -190,8 +196,7 @@ def _load(
         cfg = load_config(method, overrides)
     else:
         cfg = override_config(complete_train(copy.deepcopy(method)), overrides, "")
-    if OmegaConf.select(cfg, "dataloader.train.dataset.views") is None:
-        raise UserError("not a pre-training config: it has no dataloader.train.dataset.views")
+    check_pretraining(cfg)
     return cfg, None
 
 

@@ -33,13 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from region_pretrain.benchmark import measure
 from region_pretrain.benchmark.gpu_report import GpuUse, describe_use, measure_use
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
-from region_pretrain.commands import text_parser
-from region_pretrain.config import load_config, load_file
+from region_pretrain.commands import at_least_one, text_parser
+from region_pretrain.config import check_pretraining, load_config, load_file
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable, write_text_atomic
 
@@ -104,7 +105,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=20, help="time per measurement (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a step (default 1)")
+    parser.add_argument(
+        "--threads", type=at_least_one, default=1, help="CPU threads of a step (default 1)"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the results to a file")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
@@ -124,9 +127,15 @@ def parse_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     return args
 
 
+def _load(path: str, overrides: list[str]) -> DictConfig:
+    cfg = load_config(path, overrides)
+    check_pretraining(cfg)
+    return cfg
+
+
 def measure_config(args: argparse.Namespace) -> dict[str, Any]:
     """Measure loader and step of ``--config-file``, and print the results."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = _load(args.config_file, args.opts)
     results: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         if args.synthetic_images is not None:
@@ -147,7 +156,7 @@ def measure_config(args: argparse.Namespace) -> dict[str, Any]:
 def make_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Plan a step of ``--plan``, and print the plan."""
     gpus = gpus_of(args.plan) if args.gpus is None else args.gpus
-    plan = plan_step(load_config(args.plan, args.opts), gpus)
+    plan = plan_step(_load(args.plan, args.opts), gpus)
     print(describe_plan(Path(args.plan).stem, plan))
     return asdict(plan)
 
@@ -168,7 +177,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         images = make_jpegs(folder, REPORT_IMAGES)
         for path in configs:
-            cfg = load_config(path, args.opts)
+            cfg = _load(path, args.opts)
             total = properties.total_memory
             stem = Path(path).stem
             started = time.perf_counter()

@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from region_pretrain.benchmark.threads import SETTINGS, compare_settings, describe_settings
-from region_pretrain.commands import text_parser
+from region_pretrain.commands import at_least_one, text_parser
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.shipped import find_shipped
 
@@ -26,7 +26,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--seconds", type=float, default=10, help="time per measurement (default %(default)s)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="measurements per setting (default %(default)s)"
+        "--rounds",
+        type=at_least_one,
+        default=3,
+        help="measurements per setting (default %(default)s)",
     )
     parser.add_argument("tool", help="tools/pretrain_net.py or tools/train_net.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the tool")

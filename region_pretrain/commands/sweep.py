@@ -105,11 +105,19 @@ def _start(argv: list[str], prog: str) -> None:
     sys.exit(0 if status.all_finished(folder) else 1)
 
 
-def _folder(argv: list[str], prog: str, description: str) -> str:
+def _sweep_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of what names a sweep, see :func:`_folder_of`."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("sweep", help="the sweep's output folder, or its config file")
     parser.add_argument("opts", nargs="*", help="with a config file: sweep.key=value")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _folder(argv: list[str], prog: str, description: str) -> str:
+    return _folder_of(_sweep_parser(prog, description).parse_args(argv))
+
+
+def _folder_of(args: argparse.Namespace) -> str:
     if not args.sweep.endswith(".py"):
         return os.path.abspath(args.sweep)
     from region_pretrain.sweeps.definition import load_sweep
@@ -143,26 +151,26 @@ def _report(argv: list[str], prog: str) -> None:
 
 
 def _probes(argv: list[str], prog: str) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Probe the pre-trainings that have been fine-tuned, as tools/probe.py does, "
-        "and print the rank correlation of each probe with the AP. Other fine-tunings of the "
-        "sweep, e.g. a short one with a frozen trunk, count as probes.",
+    parser = _sweep_parser(
+        prog,
+        "Probe the pre-trainings that have been fine-tuned, as tools/probe.py does, and print the "
+        "rank correlation of each probe with the AP. Other fine-tunings of the sweep, e.g. a short "
+        "one with a frozen trunk, count as probes.",
     )
-    parser.add_argument("sweep", help="the sweep's output folder")
     parser.add_argument(
         "--finetune", metavar="NAME", help="fine-tuning to predict (default: first)"
     )
     parser.add_argument("--metric", default="bbox/AP", help="its metric (default %(default)s)")
     parser.add_argument("--out", metavar="CSV", help="file (default: SWEEP/probes.csv)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     from region_pretrain.files import make_writable, write_text_atomic
     from region_pretrain.sweeps.probes import probe_checkpoints, probes_csv, rank_correlations
 
-    out = args.out or os.path.join(args.sweep, "probes.csv")
+    folder = _folder_of(args)
+    out = args.out or os.path.join(folder, "probes.csv")
     if args.out:  # a mistyped sweep folder is not created
         make_writable(os.path.dirname(out), "the folder of --out")
-    found = probe_checkpoints(os.path.abspath(args.sweep), args.finetune, args.metric)
+    found = probe_checkpoints(folder, args.finetune, args.metric)
     write_text_atomic(out, probes_csv(found))
     print(f"{rank_correlations(found)}\n\n{out}")
 
@@ -182,18 +190,17 @@ def _choose(argv: list[str], prog: str) -> None:
 
 
 def _zoo(argv: list[str], prog: str) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Write the weights of a sweep's pre-trainings, and metafile.yml with their "
-        "cards. zoo://NAME then stands for them wherever weights are loaded.",
+    parser = _sweep_parser(
+        prog,
+        "Write the weights of a sweep's pre-trainings, and metafile.yml with their cards. "
+        "zoo://NAME then stands for them wherever weights are loaded.",
     )
-    parser.add_argument("sweep", help="the sweep's output folder")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: output/zoo)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     from region_pretrain.sweeps.zoo import write_zoo
     from region_pretrain.zoo import DEFAULT_FOLDER
 
-    print(*write_zoo(os.path.abspath(args.sweep), args.out or DEFAULT_FOLDER), sep="\n")
+    print(*write_zoo(_folder_of(args), args.out or DEFAULT_FOLDER), sep="\n")
 
 
 def _tables(argv: list[str], prog: str) -> None:

@@ -20,7 +20,7 @@ _SKIPPED_SHOWN = 20
 
 FOLDER_PREFIX = "folder://"
 IMAGE_EXTENSIONS = tuple(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .avif .jp2 .bmp .tif .tiff .ppm .pgm".split()
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .avif .jp2 .bmp .tif .tiff .ppm .pgm .pbm .pnm".split()
 )
 
 #: Endings of images that are not read. Their number is a warning; other files are only counted.

@@ -17,11 +17,11 @@ import cv2
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from region_pretrain.data.catalog import register_once
 from region_pretrain.errors import UserError
+from region_pretrain.files import locked
 from region_pretrain.system import cores, process_context
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def make_scenes(spec: SceneSpec, workers: int | None = None) -> Path:
     if (folder / "annotations.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(folder)):  # another process may be generating it
+    with locked(str(folder)):  # another process may be generating it
         if (folder / "annotations.json").is_file():
             return folder
         spec.prepare()

@@ -15,6 +15,7 @@ from region_pretrain.config import load_config, num_classes_keys
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage
 from region_pretrain.regions.elsewhere.matching import GIVEN, Given
+from region_pretrain.regions.generate import UNREADABLE
 from region_pretrain.yacs import find_config_file, is_yacs
 
 _READERS = 8
@@ -48,7 +49,7 @@ class ImageBoxes(ABC):
         """The boxes of a batch."""
 
     def __call__(self, records: Iterable[dict]) -> Iterator[dict]:
-        """Add each image's boxes to its record; an unreadable image has none."""
+        """Add each image's boxes to its record, or why it is unreadable."""
         records = iter(records)
         with ThreadPoolExecutor(_READERS) as readers:
             batches = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
@@ -57,22 +58,23 @@ class ImageBoxes(ABC):
             while waiting:
                 read = list(waiting.pop(0))
                 waiting += [readers.map(self._read, b) for b in itertools.islice(batches, 1)]
-                inputs = [given for _, given in read if given is not None]
+                inputs = [given for record, given in read if UNREADABLE not in record]
                 with torch.no_grad():
                     found = iter(self.find(inputs) if inputs else [])
                 for record, given in read:
-                    yield record if given is None else self.result(record, given, next(found))
+                    bad = UNREADABLE in record
+                    yield record if bad else self.result(record, given, next(found))
 
     def result(self, record: dict, given: Any, boxes: Given) -> dict:
         """A record with its boxes, from the network's input and output."""
         return {**record, GIVEN: boxes}
 
     def _read(self, record: dict) -> tuple[dict, Any]:
-        """A record and the network's input, or None if the image is unreadable."""
+        """A record and the network's input; if the image is unreadable, the record says why."""
         try:
             return record, self.read(record)
-        except UnreadableImage:
-            return record, None  # reading it again reports it
+        except UnreadableImage as error:
+            return {**record, UNREADABLE: " ".join(str(error).split())}, None
 
 
 def load_model_config(config: str) -> DictConfig:

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from region_pretrain.errors import UserError
-from region_pretrain.images.headers import EXIF_ORIENTATION, Header, valid_orientation
-from region_pretrain.images.pillow import NO_RANGE, bands_of, open_with_pillow
+from region_pretrain.images.headers import Header
+from region_pretrain.images.pillow import NO_RANGE, bands_of, open_with_pillow, orientation_of
 from region_pretrain.images.reading import Reading, UnreadableImage, check_pixels
 from region_pretrain.images.tiff import decode_bands, read_tiff
 
@@ -23,6 +23,10 @@ _JPEG_REDUCED = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+
+
+#: How PNM and JPEG 2000 files begin. Pillow scales their values to the full 8 or 16 bits.
+_SCALED_BY_PILLOW = (b"P2", b"P3", b"P5", b"P6", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 
 
 def is_jpeg(data: bytes) -> bool:
@@ -44,7 +48,7 @@ def other_header(data: bytes, name: str) -> Header:
         return tiff.header
     try:
         with open_with_pillow(data, name) as image:
-            orientation = valid_orientation(image.getexif().get(EXIF_ORIENTATION, 1))
+            orientation = orientation_of(image)
             return Header(*image.size, orientation, len(image.getbands()))
     except Exception as error:  # decoders raise all kinds of exceptions on damaged bytes
         raise _unreadable(name, data, error) from error
@@ -136,12 +140,14 @@ def _decode_deep_png(data: bytes, header: Header, reading: Reading, name: str) -
     values = _decode_with_opencv(data, cv2.IMREAD_UNCHANGED)
     if values is None:
         return None
+    return reading.to_rgb(_in_rgb_order(values, header.bands), header.alpha, name)
+
+
+def _in_rgb_order(values: np.ndarray, bands: int) -> np.ndarray:
+    """``(H, W, N)`` from OpenCV's grey, BGR or BGRA; grey with alpha has three equal colours."""
     if values.ndim == 2:
-        values = values[..., None]
-    else:  # BGR or BGRA; grey with alpha has three equal colours
-        order = [2, 3] if header.bands == 2 else [2, 1, 0, 3][: header.bands]
-        values = values[..., order]
-    return reading.to_rgb(values, header.alpha, name)
+        return values[..., None]
+    return values[..., [2, 3] if bands == 2 else [2, 1, 0, 3][:bands]]
 
 
 def _decode_with_turbojpeg(data: bytes) -> np.ndarray | None:
@@ -169,14 +175,19 @@ def _decode_other(data: bytes, name: str, reading: Reading) -> tuple[np.ndarray,
         if tiff is not None:
             header = tiff.header
             check_pixels(header.width, header.height, name)
-            if tiff.floating:
+            if tiff.no_range:
                 raise ValueError(NO_RANGE)
             reading.check(header.bands, header.alpha, name)
             if tiff.by_band:
                 return decode_bands(data, tiff, reading, name), header.orientation
         with open_with_pillow(data, name) as image:
             image.load()  # applies the orientation of a TIFF
-            orientation = valid_orientation(image.getexif().get(EXIF_ORIENTATION, 1))
-            return reading.to_rgb(*bands_of(image), name), orientation
+            orientation = orientation_of(image)
+            bands, alpha = bands_of(image)
+        if reading.bits is not None and data.startswith(_SCALED_BY_PILLOW):
+            deep = _decode_with_opencv(data, cv2.IMREAD_UNCHANGED)
+            if deep is not None and deep.dtype == np.uint16:
+                bands, alpha = _in_rgb_order(deep, bands.shape[2]), alpha and deep.ndim == 3
+        return reading.to_rgb(bands, alpha, name), orientation
     except Exception as error:  # decoders raise all kinds of exceptions on damaged bytes
         raise _unreadable(name, data, error) from error

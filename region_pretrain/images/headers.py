@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 from PIL import Image
 
-EXIF_ORIENTATION = 0x0112
+from region_pretrain.images.pillow import (
+    EXIF_ORIENTATION,
+    open_with_pillow,
+    orientation_of,
+    valid_orientation,
+)
+
+_EXIF = b"Exif\0\0"
 
 
 class Header(NamedTuple):
@@ -45,7 +52,7 @@ def read_header(data: bytes) -> Header | None:
 
 
 def _jpeg_header(data: bytes) -> Header | None:
-    position, orientation, frame = 2, 1, None
+    position, exif, xmp, frame = 2, b"", False, None
     while True:
         if data[position] != 0xFF:
             return None
@@ -58,8 +65,10 @@ def _jpeg_header(data: bytes) -> Header | None:
         (length,) = struct.unpack_from(">H", data, position + 2)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = struct.unpack_from(">BHHB", data, position + 4)
-        elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
-            orientation = _exif_orientation(data[position + 4 : position + 2 + length])
+        elif marker == 0xE1 and data.startswith(_EXIF, position + 4):
+            exif += data[position + 4 + len(_EXIF) : position + 2 + length]
+        elif marker == 0xE1 and not xmp:
+            xmp = data.find(b"tiff:Orientation", position, position + length) >= 0
         position += 2 + length
     if frame is None:
         return None
@@ -68,6 +77,7 @@ def _jpeg_header(data: bytes) -> Header | None:
         return None
     complete = data.rfind(b"\xff\xd9", position) >= 0
     ordinary = bits == 8 and channels in (1, 3) and complete
+    orientation = _orientation(exif, data if xmp else b"")
     return Header(width, height, orientation, 1 if channels == 1 else 3, ordinary=ordinary)
 
 
@@ -76,19 +86,22 @@ def _png_header(data: bytes) -> Header | None:
     if data[12:16] != b"IHDR" or width == 0 or height == 0:
         return None
     # OpenCV reads grey, RGB and palette correctly; Pillow handles transparency and animation.
-    simple, orientation, complete = colour in (0, 2, 3), 1, False
+    simple, exif, elsewhere, complete = colour in (0, 2, 3), b"", False, False
     position = 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind in (b"tRNS", b"acTL"):
             simple = False
         elif kind == b"eXIf":
-            orientation = _exif_orientation(data[position + 8 : position + 8 + length])
+            exif = data[position + 8 : position + 8 + length]
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            elsewhere |= data.startswith((b"Raw profile type ", b"XML:com.adobe.xmp"), position + 8)
         elif kind == b"IEND":
             complete = True
             break
         position += length + 12
     alpha = colour in (4, 6)
+    orientation = _orientation(exif, data if elsewhere else b"")
     return Header(
         width,
         height,
@@ -100,15 +113,22 @@ def _png_header(data: bytes) -> Header | None:
     )
 
 
-def _exif_orientation(block: bytes) -> int:
-    exif = Image.Exif()
+def _orientation(exif: bytes, data: bytes) -> int:
+    """The orientation, 1 to 8, as Pillow and thus Detectron2 find it.
+
+    Args:
+        exif: the EXIF block, without its prefix.
+        data: the file, if it may state an orientation elsewhere, e.g. in XMP.
+    """
+    block = Image.Exif()
     try:
-        exif.load(block)
-        return valid_orientation(exif.get(EXIF_ORIENTATION, 1))
+        block.load(_EXIF + exif)
     except Exception:  # damaged EXIF does not affect the pixels
-        return 1
-
-
-def valid_orientation(value: object) -> int:
-    """An EXIF orientation from 1 to 8; 1 for anything else."""
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+        block = {}
+    if EXIF_ORIENTATION not in block and data:
+        try:
+            with open_with_pillow(data, "", check=False) as image:
+                return orientation_of(image)
+        except Exception:  # its decoder reports what is wrong
+            return 1
+    return valid_orientation(block.get(EXIF_ORIENTATION, 1))

@@ -15,6 +15,7 @@ NO_RANGE = (
     "to unsigned 16 bits"
 )
 
+EXIF_ORIENTATION = 0x0112
 _lock = threading.Lock()
 
 
@@ -36,6 +37,20 @@ def open_with_pillow(data: bytes, name: str, check: bool = True) -> Image.Image:
     if check:
         check_pixels(*image.size, name)
     return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an open image, from 1 to 8, also if only its XMP states it."""
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not affect the pixels
+        return 1
+    return valid_orientation(value)
+
+
+def valid_orientation(value: object) -> int:
+    """An EXIF orientation from 1 to 8; 1 for anything else."""
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def bands_of(image: Image.Image) -> tuple[np.ndarray, bool]:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from region_pretrain.images.headers import Header, valid_orientation
-from region_pretrain.images.pillow import open_with_pillow
+from region_pretrain.images.headers import Header
+from region_pretrain.images.pillow import open_with_pillow, valid_orientation
 from region_pretrain.images.reading import Reading
 
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
@@ -38,7 +38,7 @@ class Tiff(NamedTuple):
     Attributes:
         header: its size, orientation and bands.
         by_band: whether :func:`decode_bands` decodes it, because Pillow cannot.
-        floating: whether the pixels are floating-point numbers.
+        no_range: whether the pixels are floating-point numbers or have more than 16 bits.
         premultiplied: whether the colours are already multiplied by the alpha channel.
         inverted: whether 0 is white.
         tags: tag -> values.
@@ -46,7 +46,7 @@ class Tiff(NamedTuple):
 
     header: Header
     by_band: bool
-    floating: bool
+    no_range: bool
     premultiplied: bool
     inverted: bool
     tags: dict[int, tuple]
@@ -88,7 +88,7 @@ def read_tiff(data: bytes) -> Tiff | None:
     return Tiff(
         Header(width, height, orientation, bands, alpha),
         by_band,
-        floating=3 in formats,
+        no_range=3 in formats or max(bits) > 16,
         premultiplied=alpha and extra[0] == 1,
         inverted=photometric == _WHITE_IS_ZERO,
         tags=tags,

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 Prepare = Callable[[Iterable[dict]], Iterator[dict]]
 #: Key of a record: its pixels, if ``prepare`` has decoded them.
 PIXELS = "pixels"
+#: Key of a record: why ``prepare`` could not read its image.
+UNREADABLE = "unreadable"
 
 _PROGRESS_SECONDS = 1.0
 
@@ -204,9 +207,12 @@ def _process_all(
     queue: deque[Future[ImageResult]] = deque()
     executor = ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker)
     try:
+        # Workers are forked here, before the records' threads exist: a lock that one of them holds
+        # would stay locked in a worker for ever.
+        executor.submit(int)
         for record in records:
             queue.append(executor.submit(_process, recipe, record))
-            if len(queue) > ahead:
+            while queue and (len(queue) > ahead or queue[0].done()):
                 yield queue.popleft().result()
         while queue:
             yield queue.popleft().result()
@@ -220,6 +226,7 @@ def _process_all(
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's; the parent stops the workers
     cv2.setNumThreads(0)  # one image per process is faster than one image on all cores
     torch.set_num_threads(1)  # OpenMP's threads do not survive the fork
     parent = os.getppid()
@@ -235,6 +242,8 @@ def _start_worker() -> None:
 def _process(recipe: Recipe, record: dict) -> ImageResult:
     key = str(record["image_id"])
     start = time.perf_counter()
+    if UNREADABLE in record:
+        return ImageResult(key, error=record[UNREADABLE])
     try:
         image = record[PIXELS] if PIXELS in record else read_record(record)
     except UnreadableImage as error:

@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from iopath.common.file_io import file_lock
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import printable, remove_parts, write_text_atomic
+from region_pretrain.files import locked, printable, remove_parts, write_text_atomic
 from region_pretrain.images import UnreadableImage, read_record, readings_of
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
@@ -70,7 +69,7 @@ class Parts:
         size: images per part.
 
     Attributes:
-        records: the images that the store lacks.
+        records: the images that the store lacks; none if they were unreadable and still are.
 
     Raises:
         UserError: two images have the same ``image_id``; ``out`` contains regions of another recipe
@@ -93,6 +92,7 @@ class Parts:
         self._image_list = _digest(records)
         self._reading = readings_of(records)
         self._base = self._existing()
+        self._before = self._base and _content(self._base)
         self.records = self._without_regions(records)
         self._plan = {
             "recipe": recipe.id,
@@ -120,14 +120,8 @@ class Parts:
         if store is None:
             return False
         unreadable = dict(store.manifest["unreadable"])
-        for record in self.records_of(part) if unreadable else ():
-            if str(record["image_id"]) in unreadable:
-                try:
-                    read_record(record)
-                    return False
-                except UnreadableImage:
-                    pass
-        return True
+        records = self.records_of(part) if unreadable else ()
+        return not any(str(r["image_id"]) in unreadable and _readable(r) for r in records)
 
     def _open(self, part: int) -> RegionStore | None:
         """A part; None if it is missing, or, with a warning, damaged or of another run."""
@@ -166,7 +160,7 @@ class Parts:
         out_folder, name = os.path.split(os.path.abspath(self.out))
         remove_parts(out_folder, name, shared=True)
         remove_parts(self.folder, shared=True)
-        with file_lock(path):
+        with locked(path):
             found = self._found_plan()
             if found is None:  # also if it is damaged: each part has its own digest
                 write_text_atomic(path, json.dumps(self._plan))
@@ -216,9 +210,10 @@ class Parts:
         """The records that the existing store lacks."""
         if self._base is None:
             return records
-        if self._base.manifest.get("image_list") == self._image_list:
-            return []  # what it lacks was unreadable
         found = self._base.rows([str(record["image_id"]) for record in records]) >= 0
+        if self._base.manifest.get("image_list") == self._image_list:
+            missing = [record for record, has in zip(records, found, strict=True) if not has]
+            return missing if any(map(_readable, missing)) else []  # they were unreadable
         if not found.any():
             raise UserError(
                 f"{self.out} exists: regions of {len(self._base)} images, none of them among these "
@@ -277,9 +272,10 @@ class Parts:
         Raises:
             UserError: too many unreadable images.
         """
-        with file_lock(self.out):
+        with locked(self.out):
             base = self._existing()
-            if base is not None and base.manifest.get("image_list") == self._image_list:
+            mine = base is not None and base.manifest.get("image_list") == self._image_list
+            if mine and _content(base) != self._before:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 return base.manifest["summary"]  # another shard was faster
             paths, manifests, counts = [], [], []
@@ -340,6 +336,19 @@ class Parts:
                 "reach out of it: are they pixels of these images, and corners or sides as their "
                 f"format has them? Correct them, delete {self.folder}, and run again"
             )
+
+
+def _readable(record: dict) -> bool:
+    try:
+        read_record(record)
+    except UnreadableImage:
+        return False
+    return True
+
+
+def _content(store: RegionStore) -> tuple[str | None, int]:
+    """What changes when a store is extended."""
+    return store.manifest.get("image_list"), len(store)
 
 
 def _line(pair: tuple[str, str]) -> str:

@@ -368,4 +368,5 @@ def _parse(name: str, field: str, value: Any, standard: Any) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "-".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return text.replace("e+", "e")  # a plus sign separates fields

@@ -74,7 +74,8 @@ def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np
         ``(N, 4)`` float32 XYXY, within the image.
 
     Raises:
-        UserError: the record has no annotations, or they are for an image of another size.
+        UserError: the record has no annotations, one of them has no box, or they are for an image
+            of another size.
     """
     name = record.get("file_name", record.get("image_id"))
     if "annotations" not in record:
@@ -82,6 +83,9 @@ def ground_truth_boxes(record: Mapping[str, Any], width: int, height: int) -> np
     declared = (record.get("width", width), record.get("height", height))
     if declared != (width, height):
         raise size_mismatch(name, (width, height), declared)
+    for key in ("bbox", "bbox_mode"):
+        if any(key not in a for a in record["annotations"]):
+            raise UserError(f"{name}: an annotation has no {key}")
     boxes = [
         BoxMode.convert(list(map(float, a["bbox"])), a["bbox_mode"], BoxMode.XYXY_ABS)
         for a in record["annotations"]

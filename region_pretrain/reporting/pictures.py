@@ -14,6 +14,7 @@ from detectron2.structures import BoxMode
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.config import check_pretraining
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.engine.checkpoint_file import read_run_checkpoint
@@ -39,9 +40,8 @@ def first_views(cfg: DictConfig, count: int) -> ViewBatch:
     Raises:
         UserError: the data cannot be loaded, or has fewer images.
     """
+    check_pretraining(cfg)
     loader = cfg.dataloader.train.copy()
-    if "views" not in loader.get("dataset", {}):
-        raise UserError("not a pre-training config: it has no dataloader.train.dataset.views")
     if "seed" in loader and loader.seed is None:
         loader.seed = cfg.train.seed or 0
     # Samples do not depend on the batch size, so a small batch starts like the run's own.

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
 _CURVE_COLOURS = colormaps["tab10"].colors
+_LINE_STYLES = "-", "--", ":"  # of the first ten curves, the next ten, ...
 #: RGB colours of boxes: bright, as most images are not.
 _BOX_COLOURS = (
     (255, 70, 70),
@@ -76,6 +77,7 @@ def plot_curves(
             (errors or {}).get(name),
             label=label,
             color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)],
+            linestyle=_LINE_STYLES[i // len(_CURVE_COLOURS) % len(_LINE_STYLES)],
             marker=marker,
             markersize=4,
             capsize=3,
@@ -93,21 +95,23 @@ def plot_curves(
     return _png(figure)
 
 
-def plot_points(groups: Mapping[str, Sequence[float]], x_label: str) -> bytes:
+def plot_points(groups: Mapping[str, Sequence[float | None]], x_label: str) -> bytes:
     """Draw groups of values, one line of points each from top to bottom, with a tick at the mean.
 
     Args:
-        groups: name -> values.
+        groups: name -> values; None is not drawn, and such a group has no mean.
         x_label: label of the x axis.
 
     Returns:
         PNG, 960 x 600 pixels.
     """
     figure, axes = _axes()
-    for i, values in enumerate(groups.values()):
+    for i, all_values in enumerate(groups.values()):
+        values = [value for value in all_values if value is not None]
         colour = _CURVE_COLOURS[i % len(_CURVE_COLOURS)]
         axes.plot(values, [i] * len(values), "o", color=colour, markersize=6, alpha=0.7)
-        axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
+        if len(values) == len(all_values):
+            axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
     axes.set_yticks(range(len(groups)), [literal(name) for name in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(x_label)

@@ -41,14 +41,21 @@ def choose(results: Sequence[Sequence[str]], metric: str, out: str) -> str:
         The learning rate, as written in ``results``.
 
     Raises:
-        UserError: a trial has no results.
+        UserError: a trial has no results, or none of them has the metric.
     """
     task, name = metric.split("/")
     values: dict[str, list[float | None]] = {}
+    known: list[str] = []
     for rate, path in results:
         if not os.path.isfile(path):
             raise UserError(f"the trial of optimizer.lr={rate} has no {path}: run it first")
-        values.setdefault(rate, []).append(read_results(path).get(task, {}).get(name))
+        found = read_results(path)
+        for of, metrics in found.items():
+            known += [f"{of}/{key}" for key, value in metrics.items() if value is not None]
+        values.setdefault(rate, []).append(found.get(task, {}).get(name))
+    if known and metric not in known:  # none at all: no detector found anything
+        known = ", ".join(dict.fromkeys(known))
+        raise UserError(f"the trials have no metric {metric}: choose from {known}")
     means = {rate: mean_of_trials(found) for rate, found in values.items()}
     best = max(means, key=lambda rate: means[rate] or 0.0)
     logger.info("%s by learning rate: %s; chosen: %s", metric, values, best)

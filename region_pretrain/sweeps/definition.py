@@ -305,3 +305,5 @@ def _check_finetune(where: str, entry: Finetune) -> None:
         )
     if not re.fullmatch(r"\w+/\w+", entry.metric):
         raise UserError(f"{where}.metric={entry.metric!r}: must be task/metric, e.g. bbox/AP")
+    if re.match(r"(bbox|segm|keypoints)/(?!AP)", entry.metric):
+        raise UserError(f"{where}.metric={entry.metric!r}: is written bbox/AP, segm/AP50, ...")

@@ -43,8 +43,8 @@ def _all_runs(rows: Sequence[Row]) -> list[Figure]:
         return []
     found = []
     for key in _KEYS:
-        values = {row.label: [v for v in row.values(key).values() if v is not None] for row in rows}
-        if groups := {label: aps for label, aps in values.items() if aps}:
+        values = {row.label: list(row.values(key).values()) for row in rows}
+        if groups := {label: aps for label, aps in values.items() if set(aps) - {None}}:
             png = plot_points(groups, f"{METRICS[key]} (%)")
             caption = f"{METRICS[key]} of every fine-tuning; the ticks are the means"
             found.append(Figure(f"runs_{METRICS[key].lower().replace(' ', '_')}", caption, png))

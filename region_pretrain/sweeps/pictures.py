@@ -77,8 +77,8 @@ class SweepPictures:
         """One row per fine-tuning: all labels, final checkpoints, the first seed."""
         if not self._sweep.pictures:
             return []
-        rows = []
-        for entries in _finetunings(self._sweep).values():
+        rows, finetunings = [], _finetunings(self._sweep)
+        for name, entries in finetunings.items():
             blocks: list[html.Markup] = []
             for entry in entries:
                 run, label = self._sweep.plan.runs[entry["run"]], self._sweep.labels[entry["init"]]
@@ -89,7 +89,8 @@ class SweepPictures:
                 weights = os.path.join(run.folder, f"{FINAL_CHECKPOINT}.pth")
                 draw = functools.partial(_detections, weights=weights)
                 blocks += self._figure(run, "detections", label, draw)
-            rows += [html.side_by_side(blocks)] if blocks else []
+            title = [html.text(f"{name}:")] if len(finetunings) > 1 else []
+            rows += [*title, html.side_by_side(blocks)] if blocks else []
         return [html.text(_DETECTIONS), *rows] if rows else []
 
     def _figure(self, run: Run, kind: str, caption: str, draw: Draw) -> list[html.Markup]:

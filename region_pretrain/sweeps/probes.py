@@ -107,10 +107,20 @@ def probes_csv(checkpoints: Sequence[ProbedCheckpoint]) -> str:
 
 
 def rank_correlations(checkpoints: Sequence[ProbedCheckpoint]) -> str:
-    """A table of each probe's Spearman correlation with the AP, the best first.
+    """Each probe's Spearman correlation with the AP, the best first: a table per label fraction.
 
     A probe is compared over the checkpoints that have it; at least three are needed.
     """
+    fractions = dict.fromkeys(c.labels[-1] for c in checkpoints)
+    parts = []
+    for fraction in fractions:
+        table = _rank_table([c for c in checkpoints if c.labels[-1] == fraction])
+        title = f"{100 * fraction:g} % of the labels:\n\n" if len(fractions) > 1 else ""
+        parts.append(title + table)
+    return "\n\n".join(parts)
+
+
+def _rank_table(checkpoints: Sequence[ProbedCheckpoint]) -> str:
     rows = []
     for name in dict.fromkeys(name for c in checkpoints for name in c.probes):
         having = [c for c in checkpoints if name in c.probes]

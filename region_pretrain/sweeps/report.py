@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from region_pretrain.files import write_atomic, write_text_atomic
+from region_pretrain.files import make_writable, write_atomic, write_text_atomic
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.plots import metric_curve, plot_curves
@@ -57,14 +57,14 @@ def write_tables(path: str, references: Sequence[str], folder: str) -> list[str]
         Paths of ``<name>.md`` and of ``<name>_*.png``, named after the CSV file.
 
     Raises:
-        UserError: the file cannot be read, or lacks a reference.
+        UserError: the file cannot be read or lacks a reference, or the folder cannot be written.
     """
     rows = read_csv(path)
     name = os.path.splitext(os.path.basename(path))[0]
     parts = _table_parts(tables(rows, {}, references))
     pictures = [(f"{name}_{figure.name}.png", figure) for figure in figures(rows)]
     parts += [f"![{figure.caption}]({file})" for file, figure in pictures]
-    os.makedirs(folder, exist_ok=True)
+    make_writable(folder, "the output folder")
     paths = [os.path.join(folder, file) for file in (f"{name}.md", *(f for f, _ in pictures))]
     write_text_atomic(paths[0], "\n\n".join(parts) + "\n")
     for picture, (_, figure) in zip(paths[1:], pictures, strict=True):
@@ -157,7 +157,7 @@ def _failures(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 
 def _ap_curves(rows: Sequence[Row]) -> list[report.Markup]:
     """One diagram per fine-tuning, label fraction and task, with one curve per initialisation."""
-    lines = []
+    lines, several = [], len({row.finetune for row in rows}) > 1
     for finetune, fraction in dict.fromkeys((row.finetune, row.label_fraction) for row in rows):
         mine = [r for r in rows if (r.finetune, r.label_fraction) == (finetune, fraction)]
         columns = ["checkpoint"] if len({row.checkpoint for row in mine}) > 1 else []
@@ -167,6 +167,7 @@ def _ap_curves(rows: Sequence[Row]) -> list[report.Markup]:
             curves = {name: curve for name, curve in curves.items() if curve[0]}
             if curves:
                 caption = f"{METRICS[key]}, {100 * fraction:g} % of the labels, mean over the seeds"
+                caption = f"{finetune}: {caption}" if several else caption
                 png = plot_curves(curves, "fine-tuning iteration", f"{METRICS[key]} (%)")
                 blocks.append(report.figure(png, caption, plot=True))
         lines += [report.side_by_side(blocks)] if blocks else []

@@ -50,7 +50,8 @@ def collect(sweep: SweepFile) -> list[Row]:
         _fill(row, entries, runs, known)
         by_seed = pretrained.get(init, {})
         row.images_seen = _images_seen(sweep, list(by_seed.values()), row.checkpoint)
-        row.costs = {seed: cost for seed, run in by_seed.items() if (cost := _cost(run))}
+        done = {seed: run for seed, run in by_seed.items() if state.is_finished(run)}
+        row.costs = {seed: cost for seed, run in done.items() if (cost := _cost(run))}
         rows.append(row)
     order = list(sweep.labels)
     return sorted(
@@ -131,9 +132,27 @@ def _fill(
     finished = {seeds: run for seeds, run in finetunings.items() if state.is_finished(run)}
     row.by_seeds = {s: {key: _value(run, key) for key in METRICS} for s, run in finished.items()}
     row.wanted = len(finetunings)
+    row.test_data = next((name for run in finished.values() if (name := _test_data(run))), None)
     row.labels = next((n for run in finished.values() if (n := _labelled_images(run, known))), None)
-    metrics = [rows for run in finetunings.values() if (rows := logged(run))]
-    row.curves = {key: mean_curve([metric_curve(rows, key) for rows in metrics]) for key in METRICS}
+    metrics = [logged(run) for run in (finished or finetunings).values()]
+    for key in METRICS:
+        curves = [metric_curve(rows, key) for rows in metrics]
+        row.curves[key] = mean_curve([curve for curve in curves if curve[0]])
+
+
+def _test_data(run: Run) -> str | None:
+    """What names the test data of a fine-tuning in its config; None if it has no such key."""
+    path = os.path.join(run.folder, "config.yaml")
+    if not os.path.isfile(path):
+        return None
+    names = OmegaConf.select(load_file(path), "dataloader.test.dataset.names")
+    if not OmegaConf.is_config(names):
+        return names
+    value = OmegaConf.to_container(names, resolve=True)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    arguments = ", ".join(f"{key}={value[key]}" for key in value if key != "_target_")
+    return f"{str(value.get('_target_')).rpartition('.')[2]}({arguments})"
 
 
 def _labelled_images(run: Run, known: dict[str, int | None]) -> int | None:

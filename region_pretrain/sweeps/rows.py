@@ -55,12 +55,13 @@ class Row:
             without pre-training; None if unknown.
         wanted: number of planned fine-tunings.
         learning_rate: the chosen or configured learning rate as text; None if not known yet.
+        test_data: what names the test data in the config; None if unknown.
         trials: learning rate -> mean metric on the held-out split over its finished trials.
         by_seeds: seeds -> key of :data:`METRICS` -> value, None if the detector found nothing; only
             finished fine-tunings.
-        curves: key of :data:`METRICS` -> mean over the seeds by iteration, at the points that all
-            of them have.
-        costs: seed -> cost of the pre-training.
+        curves: key of :data:`METRICS` -> mean by iteration, at the points that all seeds have: of
+            the finished fine-tunings, or while there are none, of those that have logged it.
+        costs: seed -> cost of the finished pre-training.
     """
 
     init: str
@@ -73,6 +74,7 @@ class Row:
     images_seen: int | None = None
     wanted: int = 0
     learning_rate: str | None = None
+    test_data: str | None = None
     trials: dict[str, float | None] = field(default_factory=dict)
     by_seeds: dict[Seeds, dict[str, float | None]] = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -108,7 +110,8 @@ def by_labels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
     Returns:
         Fine-tuning -> its rows, if it has several label counts. If each fine-tuning has its own
-        single count, e.g. because they differ in length, all of them are one group, called ``""``.
+        single count, e.g. because they differ in length, and all are tested on the same data, they
+        are one group, called ``""``.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -116,13 +119,16 @@ def by_labels(rows: Sequence[Row]) -> dict[str, list[Row]]:
             groups.setdefault(row.finetune, []).append(row)
     counts = [{row.labels for row in mine} for mine in groups.values()]
     if all(len(found) == 1 for found in counts):
+        joined = [row for mine in groups.values() for row in mine]
         distinct = len(set().union(*counts)) == len(groups)
-        groups = {"": [row for mine in groups.values() for row in mine]} if distinct else {}
+        one_test = len({row.test_data for row in joined}) == 1
+        groups = {"": joined} if distinct and one_test else {}
     return {name: mine for name, mine in groups.items() if len({r.labels for r in mine}) > 1}
 
 
 _ROW = ("label", "method", "finetune", "labels", "label_fraction", "checkpoint")
-_ROW += ("images_seen", "learning_rate")
+_ROW += ("images_seen", "learning_rate", "test_data")
+_OPTIONAL = {"test_data"}  # files of earlier versions do not have it
 _COSTS = tuple(part.name for part in fields(Cost))
 COLUMNS = ("sweep", "initialisation", "pretrain_seed", "finetune_seed", *_ROW)
 COLUMNS += (*_METRIC_COLUMNS.values(), *_COSTS)
@@ -153,15 +159,24 @@ def read_csv(path: str) -> list[Row]:
     """The rows that :func:`results_csv` wrote, without trials and curves.
 
     Raises:
-        UserError: there is no such file, it lacks a column, or a value is not a number.
+        UserError: there is no such file, it is not UTF-8 or no CSV, it lacks a column, or a value
+            is not a number.
     """
     if not os.path.isfile(path):
         raise UserError(f"there is no {path}: expected the results.csv of a sweep")
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: save it as CSV in UTF-8") from None
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing := [name for name in missing if name not in _OPTIONAL]:
             raise UserError(f"{path} has no column {missing[0]}: expected a sweep's results.csv")
         lines = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV file: {error}") from None
     rows: dict[tuple[str, ...], Row] = {}
     for number, line in enumerate(lines, 2):
         try:
@@ -173,7 +188,7 @@ def read_csv(path: str) -> list[Row]:
 
 def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
     if None in line.values() or None in line:
-        raise ValueError(f"a line has not {len(COLUMNS)} values")
+        raise ValueError("a line has not as many values as the first line has columns")
     names = ("sweep", "initialisation", "finetune", "label_fraction", "checkpoint")
     key = tuple(line[name] for name in names)
     row = rows.get(key)
@@ -189,6 +204,7 @@ def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
             _number(line["labels"], int),
             _number(line["images_seen"], int),
             learning_rate=line["learning_rate"] or None,
+            test_data=line.get("test_data") or None,
         )
     pretrain = _number(line["pretrain_seed"], int)
     seeds = pretrain, int(line["finetune_seed"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from region_pretrain.errors import UserError
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.intervals import difference, pair
+from region_pretrain.sweeps.intervals import Difference, difference, pair
 from region_pretrain.sweeps.rows import METRICS, Row, Statistics, by_labels
 
 _AP = "bbox/AP", "segm/AP"
@@ -138,8 +138,12 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
         pairs = {key: pair(row.values(key), base.values(key)) for key in metrics}
         if count := len(next(iter(pairs.values()))):
             found = [difference(values) for values in pairs.values()]
+            wanted = max(row.wanted, base.wanted)
+            if missing := any(len(r.by_seeds) < r.wanted for r in (row, base)):
+                found = [value and Difference(value.mean) for value in found]
             cells = ["–" if value is None else str(value) for value in found]
-            body.append([*row_name(row, columns), f"{count}", *cells])
+            n = f"{count}/{wanted}" if missing else f"{count}"
+            body.append([*row_name(row, columns), n, *cells])
     header = ["initialisation", *columns.values(), "n", *metrics.values()]
     return Table(_DIFFERENCES.format(label), header, body)
 

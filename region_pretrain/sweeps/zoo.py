@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from region_pretrain.convert.export import write_export
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.errors import UserError
-from region_pretrain.files import sha256_of
+from region_pretrain.files import make_writable, sha256_of
 from region_pretrain.reporting.environment import versions
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
@@ -47,7 +47,8 @@ def write_zoo(folder: str, out: str) -> list[str]:
         Paths of the metafile and of the weights.
 
     Raises:
-        UserError: the folder contains no sweep, or none of its pre-trainings is finished.
+        UserError: the folder contains no sweep, none of its pre-trainings is finished, or ``out``
+            cannot be written.
     """
     sweep = state.read_sweep(folder)
     rows = collect(sweep)
@@ -59,7 +60,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
     for init, (seed, run) in firsts.items():
         if not state.is_finished(run):
             continue
-        os.makedirs(out, exist_ok=True)
+        make_writable(out, "the output folder")
         config = _config_of(sweep, run)
         collection = _collection(sweep, init, config)
         collections[collection["Name"]] = collection
@@ -73,7 +74,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
                 "In Collection": collection["Name"],
                 "Config": config,
                 "Metadata": {
-                    **_facts(run, mine),
+                    **_facts(run, mine, seed),
                     "Seed": seed,
                     "Detector": _detector(sweep, init),
                     "File Size": os.path.getsize(weights),
@@ -114,7 +115,7 @@ def _export(run: Run, out: str, name: str) -> tuple[str, str]:
 def _collection(sweep: SweepFile, init: str, config: str) -> dict[str, Any]:
     """The method: the heading of its README, and the paper that it names first."""
     found: dict[str, Any] = {"Name": sweep.methods.get(init, sweep.labels[init])}
-    readme = Path(config).parents[1] / "README.md"
+    readme = Path(config).parent.parent / "README.md"
     path = Path(sweep.root, readme)
     if not path.is_file():
         return found
@@ -136,7 +137,7 @@ def _names(value: Any) -> str:
     return names if isinstance(names, str) else ", ".join(names)
 
 
-def _facts(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
+def _facts(run: Run, rows: Sequence[Row], seed: int) -> dict[str, Any]:
     cfg, progress = _run_config(run), state.progress(run)
     dataset = cfg.dataloader.train.dataset
     facts = {
@@ -145,31 +146,30 @@ def _facts(run: Run, rows: Sequence[Row]) -> dict[str, Any]:
         "Iterations": progress.total if progress else None,
         "Batch Size": cfg.dataloader.train.total_batch_size,
         "Images Seen": next((row.images_seen for row in rows), None),
-        "Minutes": next((row.cost.minutes for row in rows), None),
+        "Minutes": next((row.costs[seed].minutes for row in rows if seed in row.costs), None),
     }
     if facts["Minutes"] is not None:
         facts["Minutes"] = round(facts["Minutes"], 2)
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def _finetuning(sweep: SweepFile, init: str, finetune: str | None = None) -> Run | None:
-    """A fine-tuning from an initialisation."""
+def _finetunings(sweep: SweepFile, init: str, **keys: Any) -> Iterator[Run]:
+    """The fine-tunings from an initialisation whose entries have the given values."""
     for entry in sweep.plan.entries:
-        named = finetune is None or entry.get("finetune") == finetune
-        if entry["kind"] == FINETUNE and entry["init"] == init and named:
-            return sweep.plan.runs[entry["run"]]
-    return None
+        if entry["kind"] == FINETUNE and entry["init"] == init:
+            if all(entry[key] == value for key, value in keys.items()):
+                yield sweep.plan.runs[entry["run"]]
 
 
 def _detector(sweep: SweepFile, init: str) -> str | None:
-    run = _finetuning(sweep, init)
-    return _config_of(sweep, run) if run else None
+    return next((_config_of(sweep, run) for run in _finetunings(sweep, init)), None)
 
 
 def _results(sweep: SweepFile, row: Row, baselines: Sequence[Row]) -> list[Mapping[str, Any]]:
     """One entry per task: means over the seeds, and those of the sweep's baselines."""
-    run = _finetuning(sweep, row.init, row.finetune)
-    if run is None or not row.by_seeds:
+    how = {key: getattr(row, key) for key in ("finetune", "label_fraction", "checkpoint")}
+    run = next(filter(state.is_finished, _finetunings(sweep, row.init, **how)), None)
+    if run is None:
         return []
     cfg = _run_config(run)
     others = [b for b in baselines if (b.finetune, b.labels) == (row.finetune, row.labels)]

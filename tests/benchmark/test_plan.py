@@ -1,6 +1,8 @@
 """Operators, FLOPs and memory of a step on fake tensors."""
 
 import json
+import subprocess
+import sys
 from itertools import repeat
 from pathlib import Path
 
@@ -157,8 +159,23 @@ def test_memory_is_linear_in_the_batch():
 def test_command_line(tmp_path):
     out = tmp_path / "plan.json"
     options = ["--json", out, "dataloader.train.total_batch_size=2"]
-    done = run_tool("benchmark.py", "--plan", CONFIGS[0], *options)
+    # In a process of its own: these tests may have started autograd's threads, which end a fork.
+    tool = [sys.executable, ROOT / "tools/benchmark.py", "--plan", CONFIGS[0]]
+    done = subprocess.run([*tool, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"## {CONFIGS[0].stem}\n\n2 images per step on 1 GPU, float32." in done.stdout
     found = json.loads(out.read_text())
     assert found["images"] == 2 and found["peak"] > found["saved"] > 0
+
+
+def test_mistakes_on_the_command_line_are_named():
+    detection = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+    for mode in ("--plan", "--config-file"):
+        done = run_tool("benchmark.py", mode, detection)
+        assert done.stderr.startswith("error: not a pre-training config: it has no dataloader")
+    for tool, *options in (
+        ("benchmark.py", "--config-file", CONFIGS[0], "--threads", 0),
+        ("benchmark_threads.py", "--rounds", 0, "tools/train_net.py"),
+    ):
+        done = run_tool(tool, *options)
+        assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr

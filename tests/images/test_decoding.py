@@ -8,75 +8,34 @@ import cv2
 import numpy as np
 import pytest
 import skimage
+from picture_files import oriented, png, save, smooth
 from PIL import Image, ImageOps
 
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, read_image
 
 
-def _picture(width: int = 37, height: int = 23) -> np.ndarray:
-    """Smooth, so that JPEG keeps it, and without any symmetry."""
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    return (np.stack([x * 255, y * 255, (1 - x) * y * 255], -1)).astype(np.uint8)
-
-
-def _save(path, image: Image.Image, **options) -> str:
-    image.save(path, **options)
-    return str(path)
-
-
-def _oriented(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
-
-
-def _png(width: int, height: int, bits: int, colour: int, rows: bytes, chunks=()) -> bytes:
-    """A PNG built by hand, for kinds that Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    middle = b"".join(chunk(*c) for c in chunks)
-    body = chunk(b"IDAT", zlib.compress(rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + middle + body + chunk(b"IEND", b"")
-
-
-@pytest.fixture
-def check_size():
-    """Check that the size in the header is the size of the decoded pixels."""
-
-    def check(path: str, image: np.ndarray) -> None:
-        assert image.dtype == np.uint8 and image.flags.c_contiguous and image.flags.writeable
-        assert EncodedImage.read(path).size() == (image.shape[1], image.shape[0])
-
-    return check
-
-
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
 def test_lossless_rgb_is_kept_exactly(tmp_path, check_size, suffix):
     options = {"lossless": True} if suffix == "webp" else {}
-    path = _save(tmp_path / f"a.{suffix}", Image.fromarray(_picture()), **options)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(smooth()), **options)
     image = read_image(path)
-    assert np.array_equal(image, _picture())
+    assert np.array_equal(image, smooth())
     check_size(path, image)
 
 
 def test_jpeg_has_the_colours_in_rgb_order(tmp_path, check_size):
-    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), quality=95)
+    path = save(tmp_path / "a.jpg", Image.fromarray(smooth()), quality=95)
     image = read_image(path)
-    assert np.abs(image.astype(int) - _picture()).max() <= 12  # chroma is subsampled
+    assert np.abs(image.astype(int) - smooth()).max() <= 12  # chroma is subsampled
     assert np.abs(image.astype(int) - np.asarray(Image.open(path))).max() <= 2
     check_size(path, image)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_grey_becomes_three_equal_channels(tmp_path, check_size, suffix):
-    grey = _picture()[..., 0]
-    path = _save(tmp_path / f"a.{suffix}", Image.fromarray(grey))
+    grey = smooth()[..., 0]
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(grey))
     image = read_image(path)
     assert np.abs(image.astype(int) - grey[..., None]).max() <= (2 if suffix == "jpg" else 0)
     assert (image == image[..., :1]).all()
@@ -84,14 +43,14 @@ def test_grey_becomes_three_equal_channels(tmp_path, check_size, suffix):
 
 
 def test_transparency_is_composited_on_white(tmp_path, check_size):
-    rgb, alpha = _picture(), _picture()[::-1, ::-1, 0]
+    rgb, alpha = smooth(), smooth()[::-1, ::-1, 0]
     part = alpha[..., None] / 255.0
     expected = rgb * part + 255 * (1 - part)
-    path = _save(tmp_path / "rgba.png", Image.fromarray(np.dstack([rgb, alpha])))
+    path = save(tmp_path / "rgba.png", Image.fromarray(np.dstack([rgb, alpha])))
     assert np.abs(read_image(path) - expected).max() <= 1
     check_size(path, read_image(path))
 
-    path = _save(tmp_path / "la.png", Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"))
+    path = save(tmp_path / "la.png", Image.fromarray(np.dstack([rgb[..., 0], alpha]), "LA"))
     expected = rgb[..., :1] * part + 255 * (1 - part)
     assert np.abs(read_image(path) - expected).max() <= 1
     check_size(path, read_image(path))
@@ -102,19 +61,19 @@ def test_transparent_palette_entry_and_colour_key_are_white(tmp_path):
     image = Image.fromarray(index, "P")
     image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 250])
     expected = np.array([[10, 20, 30], [255, 255, 255], [0, 0, 250]], np.uint8)[index]
-    assert np.array_equal(read_image(_save(tmp_path / "p.png", image, transparency=1)), expected)
-    assert np.array_equal(read_image(_save(tmp_path / "p.gif", image, transparency=1)), expected)
+    assert np.array_equal(read_image(save(tmp_path / "p.png", image, transparency=1)), expected)
+    assert np.array_equal(read_image(save(tmp_path / "p.gif", image, transparency=1)), expected)
     opaque = np.array([[10, 20, 30], [200, 0, 0], [0, 0, 250]], np.uint8)[index]
-    assert np.array_equal(read_image(_save(tmp_path / "opaque.png", image)), opaque)
+    assert np.array_equal(read_image(save(tmp_path / "opaque.png", image)), opaque)
 
     keyed = Image.fromarray(opaque)
-    path = _save(tmp_path / "key.png", keyed, transparency=(200, 0, 0))
+    path = save(tmp_path / "key.png", keyed, transparency=(200, 0, 0))
     assert np.array_equal(read_image(path), expected)
 
 
 def test_one_bit_image_is_black_and_white(tmp_path, check_size):
-    bits = _picture()[..., 0] > 100
-    path = _save(tmp_path / "a.png", Image.fromarray(bits))
+    bits = smooth()[..., 0] > 100
+    path = save(tmp_path / "a.png", Image.fromarray(bits))
     image = read_image(path)
     assert np.array_equal(image, np.repeat(bits[..., None] * np.uint8(255), 3, 2))
     check_size(path, image)
@@ -123,7 +82,7 @@ def test_one_bit_image_is_black_and_white(tmp_path, check_size):
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, check_size):
     deep = (np.arange(23 * 37).reshape(23, 37) * 77).astype(np.uint16)
     for suffix in ("png", "tiff"):
-        path = _save(tmp_path / f"a.{suffix}", Image.fromarray(deep))
+        path = save(tmp_path / f"a.{suffix}", Image.fromarray(deep))
         image = read_image(path)
         assert np.abs(image - deep[..., None] / 257.0).max() <= 1
         check_size(path, image)
@@ -135,7 +94,7 @@ def test_sixteen_bit_colour_and_alpha_png(tmp_path, check_size, colour, channels
     deep = rng.integers(0, 65536, (5, 7, channels)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in deep)
     path = tmp_path / "a.png"
-    path.write_bytes(_png(7, 5, 16, colour, rows))
+    path.write_bytes(png(7, 5, 16, colour, rows))
     values = deep / 257.0
     if channels in (2, 4):
         part = values[..., -1:] / 255
@@ -146,26 +105,27 @@ def test_sixteen_bit_colour_and_alpha_png(tmp_path, check_size, colour, channels
 
 
 def test_float_and_32_bit_images_are_refused(tmp_path):
-    for array in (np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32)):
-        path = _save(tmp_path / "deep.tiff", Image.fromarray(array))
+    small = np.full((4, 4), 200, np.int32)  # a data set's files are all refused or all read
+    for array in (np.ones((4, 4), np.float32), np.full((4, 4), 70000, np.int32), small):
+        path = save(tmp_path / "deep.tiff", Image.fromarray(array))
         with pytest.raises(UnreadableImage, match=r"deep\.tiff.*convert to 8 bits"):
             read_image(path)
 
 
 def test_cmyk_jpeg(tmp_path, check_size):
     """Adobe's CMYK is stored inverted; a red picture must come out red."""
-    cmyk = Image.fromarray(_picture()).convert("CMYK")
-    path = _save(tmp_path / "a.jpg", cmyk, quality=95)
+    cmyk = Image.fromarray(smooth()).convert("CMYK")
+    path = save(tmp_path / "a.jpg", cmyk, quality=95)
     image = read_image(path)
-    assert np.abs(image.astype(int) - _picture()).max() <= 16
+    assert np.abs(image.astype(int) - smooth()).max() <= 16
     check_size(path, image)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_exif_orientation_of_a_jpeg(tmp_path, check_size, orientation, mode):
-    picture = Image.fromarray(_picture()).convert(mode)
-    path = _save(tmp_path / "a.jpg", picture, exif=_oriented(orientation), quality=95)
+    picture = Image.fromarray(smooth()).convert(mode)
+    path = save(tmp_path / "a.jpg", picture, exif=oriented(orientation), quality=95)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
     image = read_image(path)
     assert image.shape == ((37, 23, 3) if orientation >= 5 else (23, 37, 3))
@@ -178,7 +138,7 @@ def test_orientation_6_puts_the_stored_left_edge_on_top(tmp_path):
     stored = np.zeros((4, 6, 3), np.uint8)
     stored[:, 0] = (255, 0, 0)  # left edge red
     stored[0, 1:] = (0, 0, 255)  # top edge blue
-    path = _save(tmp_path / "a.png", Image.fromarray(stored), exif=_oriented(6))
+    path = save(tmp_path / "a.png", Image.fromarray(stored), exif=oriented(6))
     image = read_image(path)
     assert image.shape == (6, 4, 3)
     assert (image[0] == (255, 0, 0)).all()  # stored left -> top
@@ -189,15 +149,15 @@ def test_orientation_6_puts_the_stored_left_edge_on_top(tmp_path):
 @pytest.mark.parametrize("orientation", [3, 5, 8])
 def test_exif_orientation_of_other_formats(tmp_path, check_size, suffix, orientation):
     options = {"lossless": True} if suffix == "webp" else {}
-    image = Image.fromarray(_picture())
-    path = _save(tmp_path / f"a.{suffix}", image, exif=_oriented(orientation), **options)
+    image = Image.fromarray(smooth())
+    path = save(tmp_path / f"a.{suffix}", image, exif=oriented(orientation), **options)
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
     assert np.array_equal(read_image(path), expected)
     check_size(path, read_image(path))
 
 
 def test_orientation_after_the_pixels_of_a_png_counts(tmp_path, check_size):
-    data = _png(3, 2, 8, 0, b"\0\1\2\3\0\4\5\6")
+    data = png(3, 2, 8, 0, b"\0\1\2\3\0\4\5\6")
     end = data.rindex(b"IEND") - 4
     block = b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
     exif = struct.pack(">I", len(block)) + b"eXIf" + block
@@ -211,15 +171,25 @@ def test_orientation_after_the_pixels_of_a_png_counts(tmp_path, check_size):
 
 @pytest.mark.parametrize("value", [0, 9, 77])
 def test_senseless_orientation_is_ignored(tmp_path, check_size, value):
-    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), exif=_oriented(value))
+    path = save(tmp_path / "a.jpg", Image.fromarray(smooth()), exif=oriented(value))
     assert read_image(path).shape == (23, 37, 3)
     check_size(path, read_image(path))
 
 
 def test_damaged_exif_is_ignored(tmp_path, check_size):
     exif = b"Exif\0\0MM\0*\xff\xff\xff\xff\xff\xff"
-    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture()), exif=exif)
+    path = save(tmp_path / "a.jpg", Image.fromarray(smooth()), exif=exif)
     assert read_image(path).shape == (23, 37, 3)
+    check_size(path, read_image(path))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1"])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_damaged_exif_of_other_kinds_is_ignored(tmp_path, check_size, suffix, mode):
+    picture = Image.fromarray(smooth()).convert(mode)
+    plain = save(tmp_path / f"plain.{suffix}", picture, lossless=True)
+    path = save(tmp_path / f"a.{suffix}", picture, lossless=True, exif=b"Exif\0\0junk")
+    assert (read_image(path) == read_image(plain)).all()
     check_size(path, read_image(path))
 
 
@@ -228,8 +198,8 @@ def test_damaged_exif_is_ignored(tmp_path, check_size):
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_reduced_decoding_equals_downscaling(tmp_path, reduce, suffix, orientation):
     noise = np.random.default_rng(0).integers(0, 256, (301, 203, 3), np.uint8)
-    picture, tolerance = (_picture(301, 203), 8) if suffix == "jpg" else (noise, 1)
-    path = _save(tmp_path / f"a.{suffix}", Image.fromarray(picture), exif=_oriented(orientation))
+    picture, tolerance = (smooth(301, 203), 8) if suffix == "jpg" else (noise, 1)
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(picture), exif=oriented(orientation))
     full, small = read_image(path), EncodedImage.read(path).decode(reduce)
     height, width = full.shape[:2]
     assert small.shape == (-(-height // reduce), -(-width // reduce), 3)
@@ -238,7 +208,7 @@ def test_reduced_decoding_equals_downscaling(tmp_path, reduce, suffix, orientati
 
 
 def test_reduce_must_be_a_power_of_two(tmp_path):
-    path = _save(tmp_path / "a.png", Image.fromarray(_picture()))
+    path = save(tmp_path / "a.png", Image.fromarray(smooth()))
     with pytest.raises(ValueError, match="reduce"):
         EncodedImage.read(path).decode(3)
 
@@ -258,9 +228,9 @@ def test_truncated_file_is_unreadable(tmp_path, suffix):
 def test_jpeg_cut_after_its_exif_thumbnail_is_unreadable(tmp_path):
     """The thumbnail has its own end marker, which must not be mistaken for the image's."""
     buffer = io.BytesIO()
-    Image.fromarray(_picture()).save(buffer, "jpeg")
+    Image.fromarray(smooth()).save(buffer, "jpeg")
     thumbnail = b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0" + buffer.getvalue()
-    path = _save(tmp_path / "a.jpg", Image.fromarray(_picture(300, 200)), exif=thumbnail)
+    path = save(tmp_path / "a.jpg", Image.fromarray(smooth(300, 200)), exif=thumbnail)
     data = (tmp_path / "a.jpg").read_bytes()
     assert data.count(b"\xff\xd9") == 2
     (tmp_path / "a.jpg").write_bytes(data[: len(data) * 7 // 10])
@@ -290,16 +260,16 @@ def test_missing_file_and_folder(tmp_path):
 
 def test_an_image_in_memory_is_named_in_the_error():
     buffer = io.BytesIO()
-    Image.fromarray(_picture()).save(buffer, "png")
-    assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), _picture())
+    Image.fromarray(smooth()).save(buffer, "png")
+    assert np.array_equal(EncodedImage(buffer.getvalue(), "memory").decode(), smooth())
     with pytest.raises(UnreadableImage, match="archive.tar:3"):
         EncodedImage(b"junk", "archive.tar:3").decode()
 
 
 def test_size_of_a_jpeg_with_a_long_header(tmp_path, check_size):
     profile = np.random.default_rng(0).bytes(150_000)  # spread over three segments
-    path = _save(
-        tmp_path / "a.jpg", Image.fromarray(_picture()), icc_profile=profile, exif=_oriented(6)
+    path = save(
+        tmp_path / "a.jpg", Image.fromarray(smooth()), icc_profile=profile, exif=oriented(6)
     )
     image = read_image(path)
     assert image.shape == (37, 23, 3)

@@ -309,6 +309,25 @@ def test_the_list_of_unreadable_files_is_removed_when_all_are_fixed(tmp_path, re
     assert not os.path.exists(out + ".unreadable.txt")
 
 
+def test_files_that_are_fixed_extend_a_finished_store(tmp_path, records):
+    whole = open(records[4]["file_name"], "rb").read()
+    for i in (4, 5):
+        open(records[i]["file_name"], "wb").close()
+    out = str(tmp_path / "r.arrow")
+    first = make_regions(records, out, "grid-v1", workers=1, max_unreadable=0.2)
+    assert (first["images"], first["unreadable"]) == (9, 2)
+    before = os.stat(out).st_mtime_ns
+    assert make_regions(records, out, "grid-v1", workers=1, max_unreadable=0.2) == first
+    assert os.stat(out).st_mtime_ns == before
+    with open(records[4]["file_name"], "wb") as file:
+        file.write(whole)
+    again = make_regions(records, out, "grid-v1", workers=1, max_unreadable=0.2)
+    assert (again["images"], again["unreadable"]) == (10, 1)
+    assert open(out + ".unreadable.txt").read().startswith("im/5\t")
+    assert make_regions(records, out, "grid-v1", workers=1, max_unreadable=0.2) == again
+    assert not os.path.exists(out + ".parts")
+
+
 def test_two_images_with_one_key_are_refused_at_the_start(tmp_path, records):
     records[7]["image_id"] = records[1]["image_id"]
     with pytest.raises(UserError, match="image 'im/1' appears twice"):
@@ -326,6 +345,13 @@ def test_annotations_of_another_size_are_left_out_of_the_recall(tmp_path, record
     assert summary["images"] == 11
     assert (summary["objects"], summary["recall@0.5"]) == (1, 1.0)
     assert records[1]["file_name"] in caplog.text
+
+
+def test_annotations_without_a_box_are_left_out_of_the_recall(tmp_path, records, caplog):
+    records[0]["annotations"] = [{"segmentation": [[1, 1, 9, 1, 9, 9]], "category_id": 0}]
+    summary = make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=1)
+    assert summary["images"] == 11 and summary.get("objects", 0) == 0
+    assert f"{records[0]['file_name']}: an annotation has no bbox" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -159,6 +159,7 @@ def test_blank_and_tiny_images():
         ("shapes-v1", {"min_side": 32.0}, "shapes-v1+min_side=32"),
         ("ccop-v1", {"nms_iou": "0.123456789"}, "ccop-v1+nms_iou=0.123456789"),
         ("grid-v1", {"divisions": "2-4-8"}, "grid-v1+divisions=2-4-8"),
+        ("soco-v1", {"max_aspect": "1000000"}, "soco-v1+max_aspect=1e06"),
     ],
 )
 def test_an_id_names_the_changed_fields_and_restores_the_recipe(recipe_id, overrides, expected):

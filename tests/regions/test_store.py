@@ -184,7 +184,10 @@ def test_a_merge_does_not_depend_on_how_images_are_spread(tmp_path_factory, n, o
         whole = write_store(str(folder / "whole.arrow"), rows, {"recipe": "x"})
         merged = merge_stores(parts, str(folder / "merged.arrow"), {"recipe": "x"})
         again = merge_stores(parts[::-1], str(folder / "again.arrow"), {"recipe": "x"})
-    assert merged == whole == again
+    assert merged == again
+    several = n > chunk_rows * writing._MERGE_CHUNKS  # slices, each of which has its own chunks
+    chunks = {"index_crc32", "boxes_crc32"} if several else ()
+    assert all(merged[key] == value for key, value in whole.items() if key not in chunks)
     assert (folder / "merged.arrow").read_bytes() == (folder / "again.arrow").read_bytes()
     _check_against(RegionStore.open(str(folder / "merged.arrow")), rows)
 

@@ -77,6 +77,18 @@ def test_curves_are_drawn_where_their_values_are():
     assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
 
 
+def test_curves_of_one_colour_differ_in_their_line():
+    pictures = []
+    for count in (11, 21):  # the last one has the colour of the first
+        curves = {str(i): ([], []) for i in range(count - 1)} | {"line": ([0, 100], [0, 1])}
+        picture = decode(plot_curves(curves, "x", "y")).astype(int)[:, 500:]
+        pictures.append((abs(picture - [31, 119, 180]) < 12).all(-1).any(0).sum())
+    whole = decode(plot_curves({"line": ([0, 100], [0, 1])}, "x", "y")).astype(int)[:, 500:]
+    whole = (abs(whole - [31, 119, 180]) < 12).all(-1).any(0).sum()
+    dashes, dots = pictures
+    assert dots < 0.8 * whole and dashes < 0.9 * whole and dots != dashes
+
+
 def test_points_are_drawn_where_their_values_are():
     groups = {"first": [0.0, 40.0, 100.0], "second": [60.0]}
     picture = decode(plot_points(groups, "AP (%)")).astype(int)
@@ -94,6 +106,10 @@ def test_points_are_drawn_where_their_values_are():
     assert middle == pytest.approx(left + 0.4 * (right - left), abs=2)
     (only,) = places["second"][1]
     assert only == pytest.approx(left + 0.6 * (right - left), abs=2)
+    # A group with an undefined value keeps its points, and has no tick at a mean.
+    undefined = decode(plot_points({**groups, "second": [60.0, None]}, "AP (%)")).astype(int)
+    black = [((p < 30).all(-1)[:, 150:900]).sum() for p in (picture, undefined)]
+    assert black[1] < black[0] and (undefined == picture).all(-1).mean() > 0.99
     assert plot_points(groups, "AP (%)") != plot_points(dict(reversed(groups.items())), "AP (%)")
 
 

@@ -63,6 +63,7 @@ def test_values_defaults_and_overrides(file):
         ("sweep.finetune.det.seeds=2", "sweep.finetune.det.seeds: must be a list"),
         ("sweep.finetune.det.checkpoints=last", "checkpoints='last'"),
         ("sweep.finetune.det.metric=AP", "task/metric"),
+        ("sweep.finetune.det.metric=bbox/ap", "metric='bbox/ap': is written bbox/AP, segm/AP50"),
         ("+sweep.pretrain.random={config: c.py}", "both have random"),
         ("+sweep.pretrain.three={label: x}", "sweep.pretrain.three has no config"),
         ("sweep.pretrain.two.label=One", "same label"),

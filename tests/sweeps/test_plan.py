@@ -289,6 +289,9 @@ def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
     assert choose([*trials, ("0.1", paths["0.2"])], "bbox/AP", out) == "0.2"
     with pytest.raises(UserError, match="trial of optimizer.lr=1 has no"):
         choose([("1", "absent.json")], "bbox/AP", out)
+    with pytest.raises(UserError, match="trials have no metric segm/AP: choose from bbox/AP$"):
+        choose(trials, "segm/AP", out)
+    assert choose([("0.3", paths["0.2"])], "segm/AP", out) == "0.3"  # nothing found, as above
 
 
 def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):

@@ -99,6 +99,11 @@ def test_table_and_file(folder, monkeypatch):
         "retrieval_fpn": [-1.0, 4, 5.0],
         "short": [-1.0, 4, 30.0],
     }
+    # With fewer labels, AP and probes both fall: each label fraction is compared by itself.
+    fewer = [dataclasses.replace(c, labels=(*c.labels[:3], 0.1), ap=c.ap / 9) for c in found]
+    whole, fraction = probes.rank_correlations(found + fewer).split("\n\n10 % of the labels:\n\n")
+    assert whole == f"100 % of the labels:\n\n{probes.rank_correlations(found)}"
+    assert fraction == probes.rank_correlations(fewer) == probes.rank_correlations(found)
     lines = list(csv.DictReader(probes.probes_csv(found).splitlines()))
     assert lines[3]["initialisation"] == "byol" and lines[3]["pretrain_seed"] == "1"
     assert float(lines[3]["knn_fpn"]) == 0.8 and float(lines[3]["short_seconds"]) == 30.0

@@ -166,7 +166,8 @@ def expected_differences(folder):
             pairs = list(
                 zip(folder.values[init, fraction], folder.values["random", fraction], strict=False)
             )
-            cells = [LABELS[init], f"{100 * fraction:g} %", f"{len(pairs)}"]
+            n = f"{len(pairs)}" if len(pairs) == 2 else f"{len(pairs)}/2"
+            cells = [LABELS[init], f"{100 * fraction:g} %", n]
             for task in TASKS:
                 for m in METRICS:
                     cells.append(
@@ -293,6 +294,48 @@ def test_failure_and_runs(folder):
     for href in re.findall(r'href="(.*?)"', page):
         assert (folder.root / href).exists()
     assert 'href="jobs/12_0_log.out"' in page
+
+
+def test_pictures_of_several_fine_tunings_are_told_apart(folder):
+    sweep = state.read_sweep(str(folder.root))
+    assert "det: box AP" not in str(report._ap_curves(collect(sweep)))
+    others = [entry for entry in sweep.plan.entries if "finetune" in entry]
+    sweep.plan.entries += [{**entry, "finetune": "frozen"} for entry in others]
+    page = str(report._ap_curves(collect(sweep)))
+    for name in ("det", "frozen"):
+        for fraction in ("100", "10"):
+            assert page.count(f">{name}: box AP, {fraction} % of the labels, mean over") == 1
+    page = str(report.SweepPictures(sweep, str(folder.root)).detections())
+    assert page.index("<p>det:</p>") < page.index("<p>frozen:</p>")
+
+
+def test_runs_that_are_missing_leave_means_only(folder):
+    rows = [row for row in collect(state.read_sweep(str(folder.root))) if row.label_fraction == 1]
+    random, soco, _ = rows
+    whole = tables([random, soco], {})[1].rows[0]
+    assert whole[1] == "2" and "[" in whole[2]
+    for row in (random, soco):  # of either of the two
+        row.wanted = 3
+        n, box = tables([random, soco], {})[1].rows[0][1:3]
+        assert n == "2/3" and box == whole[2].split(" ±")[0]
+        row.wanted = 2
+
+
+def test_costs_and_curves_are_those_of_finished_runs(folder):
+    sweep = state.read_sweep(str(folder.root))
+    product = Path(folder.plan.runs["soco_1"].product)
+    log = Path(folder.plan.runs["det_soco_1.0_1"].folder, "metrics.json")
+    product.rename(product.with_suffix(".away"))
+    lines = log.read_text()
+    log.write_text('{"iteration": 0, "total_loss": 1.0}\n')  # it has no AP yet
+    try:
+        row = next(row for row in collect(sweep) if row.init == "soco")
+    finally:
+        product.with_suffix(".away").rename(product)
+        log.write_text(lines)
+    assert list(row.costs) == [0]
+    first = folder.values["soco", 1.0][0]["bbox"]["AP"]
+    assert row.curves["bbox/AP"] == ([5, 10], [first / 2, first])
 
 
 def test_means_of_curves_and_minutes_of_steps():

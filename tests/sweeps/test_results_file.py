@@ -13,6 +13,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.progress import Progress, write_progress
 from region_pretrain.sweeps.figures import figures
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Run
+from region_pretrain.sweeps.report import write_tables
 from region_pretrain.sweeps.results import collect
 from region_pretrain.sweeps.rows import METRICS, Cost, Row, read_csv, results_csv
 from region_pretrain.sweeps.tables import tables
@@ -49,12 +50,19 @@ def test_rows_are_read_back(tmp_path):
     rows = rows_of()
     rows[1].by_seeds[0, 1]["segm/AP75"] = None
     assert read_csv(write(tmp_path / "a.csv", rows)) == rows
-    first = (tmp_path / "a.csv").read_text().splitlines()[0]
+    first, *others = (tmp_path / "a.csv").read_text().splitlines()
     assert first == (
         "sweep,initialisation,pretrain_seed,finetune_seed,label,method,finetune,labels,"
-        "label_fraction,checkpoint,images_seen,learning_rate,box_ap,box_ap50,box_ap75,mask_ap,"
+        "label_fraction,checkpoint,images_seen,learning_rate,test_data,box_ap,box_ap50,box_ap75,mask_ap,"
         "mask_ap50,mask_ap75,images_per_second,memory_mib,minutes"
     )
+    # Files of earlier versions do not name the test data; spreadsheets begin with a mark.
+    earlier = [",".join(line.split(",")[:12] + line.split(",")[13:]) for line in (first, *others)]
+    (tmp_path / "b.csv").write_text("\n".join(earlier), encoding="utf-8-sig")
+    assert "test_data" not in earlier[0] and read_csv(str(tmp_path / "b.csv")) == rows
+    for row in rows:
+        row.test_data = f"shapes(split=val, size={row.labels})"
+    assert read_csv(write(tmp_path / "a.csv", rows)) == rows
     rows[1].checkpoint = 400
     assert read_csv(write(tmp_path / "a.csv", rows))[1].checkpoint == 400
     assert rows[1].cost == Cost(31.5, 900.0, None)
@@ -75,6 +83,15 @@ def test_mistakes_in_a_file_are_named(tmp_path):
     path.write_text("".join([lines[0], lines[1].replace(",0,", ",zero,", 1)]))
     with pytest.raises(UserError, match="line 2: .*zero"):
         read_csv(str(path))
+    path.write_text(text.replace("SoCo", "SoCö"), encoding="latin-1")
+    with pytest.raises(UserError, match="a.csv is not UTF-8 text: save it as CSV in UTF-8"):
+        read_csv(str(path))
+    path.write_text(lines[0] + '"' + "x" * 200_000)
+    with pytest.raises(UserError, match="a.csv is not a CSV file: field larger than"):
+        read_csv(str(path))
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"cannot write to the output folder .*File exists"):
+        write_tables(str(path), [], str(path))
 
 
 def cells(value, base):
@@ -129,7 +146,7 @@ def test_a_file_that_was_cut_is_named(tmp_path):
     path = write(tmp_path / "a.csv", rows_of())
     text = Path(path).read_text()
     Path(path).write_text(text[: len(text) - 40])
-    with pytest.raises(UserError, match=r"a\.csv, line 43: a line has not 21 values"):
+    with pytest.raises(UserError, match=r"a\.csv, line 43: a line has not as many"):
         read_csv(path)
 
 
@@ -152,6 +169,10 @@ def test_ap_against_labels():
     for row in rows:
         row.finetune, row.label_fraction = f"det{row.labels}", 1.0
     assert [t for t in tables(rows, {}) if "By number" in t.caption] == [box, mask]
+    for row in rows:
+        row.test_data = "coco_2017_val" if row.labels == 100 else "voc_2007_test"
+    assert not [t for t in tables(rows, {}) if "labelled images" in t.caption.lower()]
+    assert not [figure for figure in figures(rows) if figure.name.startswith("labels")]
 
 
 def test_worth_in_labels():

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 import region_pretrain as rp
 from region_pretrain import zoo
+from region_pretrain.commands.sweep import main
 from region_pretrain.config import load_config
 from region_pretrain.convert.export import write_export
 from region_pretrain.engine.finetune import do_train
@@ -143,6 +144,41 @@ def test_pre_trainings_of_one_config_have_names_of_their_own(sweep, tmp_path):
     assert list(cards) == [f"{NAME}_moco", f"{NAME}_moco_4"]
     assert [card.weights for card in cards.values()] == weights
     assert all(os.path.isfile(path) for path in weights)
+
+
+def test_while_a_sweep_runs(sweep, tmp_path):
+    """Of several label counts, those with a choice of learning rates may begin last."""
+    folder = tmp_path / "running"
+    shutil.copytree(sweep[0], folder)
+    file = state.read_sweep(str(folder))
+    pre, det = file.plan.entries
+    waiting = file.plan.runs[det["run"]].__dict__ | {"folder": "absent", "product": "absent/x"}
+    file.plan.runs["waiting"] = Run(**waiting)
+    few = {**det, "label_fraction": 0.1}
+    task = ("--config-file", str(ROOT / "moco.py"))  # beside tools
+    file.plan.runs["moco_seed0"] = Run(**file.plan.runs["moco_seed0"].__dict__ | {"tasks": (task,)})
+    file.plan.runs["seed1"] = Run(**waiting | {"kind": PRETRAIN})
+    second = {**pre, "run": "seed1", "seed": 1}
+    file.plan.entries = [pre, second, {**det, "run": "waiting"}, few]
+    state.write_sweep(str(folder), file)
+    (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
+    assert (card.config, card.metadata["Seed"]) == ("moco.py", 0)
+    assert card.metadata["Minutes"] >= 0
+    assert [result["Fine-tuning"]["Seeds"] for result in card.results] == [1, 1]
+
+
+def test_the_sweep_is_given_by_its_folder_or_config(sweep, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"""sweep = dict(
+        output_dir={str(sweep[0])!r}, seeds=[0],
+        pretrain=dict(moco=dict(config={RECIPE!r})),
+        finetune=dict(det=dict(config={DETECTOR!r})),
+    )""")
+    main(["zoo", str(tmp_path / "mine.py"), "--out", str(tmp_path / "zoo")], "rp sweep")
+    assert zoo.read_metafile(str(tmp_path / "zoo/metafile.yml"))
+    for command in ("status", "zoo", "probes"):  # a file that is no config
+        with pytest.raises(SystemExit):
+            main([command, str(sweep[0] / "sweep.json")], "rp sweep")
+        assert "sweep.json contains no sweep" in capsys.readouterr().err
 
 
 def test_the_weights_load_into_a_stock_detector(sweep, published):

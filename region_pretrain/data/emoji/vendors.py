@@ -16,12 +16,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from iopath.common.file_io import file_lock
 from PIL import Image
 
 from region_pretrain.data.coco_json import cache_folder
 from region_pretrain.data.emoji.svg import rasterise
 from region_pretrain.errors import UserError
+from region_pretrain.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def fetch(vendor: str) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(str(folder)), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with locked(str(folder)), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         if folder.is_dir():  # another process downloaded it meanwhile
             return folder
         logger.info("Downloading emoji drawings: npm package %s", source.package)

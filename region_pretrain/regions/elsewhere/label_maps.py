@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from scipy.ndimage import find_objects
 
+from region_pretrain.images.pillow import open_with_pillow
 from region_pretrain.regions.elsewhere.table import BoxTable, errors_name
 
 _MOST_LABELS = 5000
@@ -28,7 +28,11 @@ def read_label_map(path: str, with_zero: bool = False) -> BoxTable:
         UserError: the file is damaged or has other pixels.
     """
     with errors_name(path, "a PNG label map"):
-        with Image.open(PathManager.get_local_path(path), formats=["PNG"]) as image:
+        with open(PathManager.get_local_path(path), "rb") as file:
+            data = file.read()
+        with open_with_pillow(data, path) as image:
+            if image.format != "PNG":
+                raise ValueError("it is not a PNG")
             if image.mode not in (*_GREY, "RGB"):
                 raise ValueError(f"its pixels are {image.mode}: must be grey, palette or RGB")
             labels = np.asarray(image)

@@ -20,7 +20,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.elsewhere import FileRecipe, attach, load_boxes
 from region_pretrain.regions.elsewhere.json_boxes import read_masks
-from region_pretrain.regions.elsewhere.label_maps import label_boxes
+from region_pretrain.regions.elsewhere.label_maps import label_boxes, read_label_map
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.recipes import change
 
@@ -318,6 +318,17 @@ def test_damaged_bytes_raise_only_user_errors(write, tmp_path, data):
         assert str(damaged) in str(error) and len(str(error).splitlines()) == 1
     else:
         assert boxes.table.boxes.shape == (boxes.table.offsets[-1], 4)
+
+
+def test_label_maps_may_be_as_large_as_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own limit
+    labels = np.zeros((100, 200), np.uint8)
+    labels[20:30, 50:90] = 7
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    assert read_label_map(str(tmp_path / "a.png")).boxes.tolist() == [[50, 20, 90, 30]]
+    monkeypatch.setenv("REGION_PRETRAIN_MAX_PIXELS", "10000")
+    with pytest.raises(UserError, match="200x100 pixels, more than the limit of 10000"):
+        read_label_map(str(tmp_path / "a.png"))
 
 
 def test_damaged_masks_and_label_maps_are_named(tmp_path, records):
