@@ -19,6 +19,8 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from region_pretrain import registration
+from region_pretrain.data.coco_fixes import fix_file_names
+from region_pretrain.data.findings import Findings
 from region_pretrain.data.folder import load_image_folder, local_folder
 from region_pretrain.data.sources import read_like, register
 from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
@@ -216,8 +218,9 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
     if not PathManager.isfile(json_file):
         raise UserError(f"no such file: {json_file}, the COCO json of the images in {image_root}")
     try:
-        with PathManager.open(json_file) as file:
-            data = json.load(file)
+        with PathManager.open(json_file, "rb") as file:
+            data = json.loads(file.read())  # detects the encoding
+        fix_file_names(data["images"], folder, Findings())
         records = [
             {
                 "file_name": os.path.join(folder, image["file_name"]),

@@ -73,7 +73,10 @@ class AnnotationFixer:
                     and (
                         not segmentation
                         or isinstance(segmentation, list)
-                        and all(len(p) >= 6 and not len(p) % 2 for p in segmentation)
+                        and all(
+                            len(p) >= 6 and not len(p) % 2 and math.isfinite(sum(p))
+                            for p in segmentation
+                        )
                     )
                 )
             except (KeyError, TypeError, ValueError, AttributeError):
@@ -156,6 +159,8 @@ class AnnotationFixer:
             self._findings.add("`ignore` set; replaced by iscrowd", example)
             crowd = 1
         a["iscrowd"] = int(crowd)
+        if a.get("keypoints", ()) is None:
+            del a["keypoints"]
         if "keypoints" in a and "num_keypoints" not in a:
             a["num_keypoints"] = sum(visibility > 0 for visibility in a["keypoints"][2::3])
             self._findings.add("no num_keypoints; counted", example)
@@ -164,6 +169,9 @@ class AnnotationFixer:
     def _fix_segmentation(self, a: dict, image: dict, example: str) -> list | dict | None:
         """The valid mask, None without one, or an empty list if no polygon is valid."""
         given = a.get("segmentation")
+        if isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict):
+            self._findings.add("RLE mask in a list; unwrapped", example)
+            given = given[0]
         if isinstance(given, dict) and given:
             size = image["height"], image["width"]
             if tuple(given.get("size", ())) != size or not given.get("counts"):
@@ -175,18 +183,21 @@ class AnnotationFixer:
         if not isinstance(given, list) or not any(given):
             a.pop("segmentation", None)
             return None
-        polygons = given
-        if all(map(_is_number, given)):
-            polygons = [given]
-        elif len(given) >= 3 and all(isinstance(p, list) and len(p) == 2 for p in given):
-            polygons = [[value for point in given for value in point]]
-        if polygons is not given:
+        parts = [_numbers(part) for part in given]
+        if None in parts:
+            self._refuse(
+                f"has a mask in {example} that is neither an RLE mask nor polygons of numbers: "
+                "export the mask again"
+            )
+        # All numbers of one polygon, or its points, as OpenCV's contours have them.
+        single = all(isinstance(part, int | float) for part in given)
+        single |= len(given) >= 3 and all(len(part) == 2 for part in parts)
+        polygons = [[value for part in parts for value in part]] if single else parts
+        if single:
             self._findings.add("polygon that is not in a list of polygons; wrapped", example)
-        valid = [
-            p
-            for p in polygons
-            if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(_is_number, p))
-        ]
+        elif polygons != given:
+            self._findings.add("polygon that is a list of points; joined", example)
+        valid = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and all(map(_is_number, p))]
         if valid and len(valid) < len(polygons):
             self._findings.add("mask with a polygon of fewer than 3 points; left out", example)
         return valid
@@ -229,6 +240,14 @@ class AnnotationFixer:
 
 def _place(a: dict) -> str:
     return f"an annotation of image {a['image_id']}"
+
+
+def _numbers(value: Any) -> list | None:
+    """A number, or all numbers in nested lists, as one list; None if there is anything else."""
+    if isinstance(value, int | float):
+        return [value]
+    parts = [_numbers(part) for part in value] if isinstance(value, list) else [None]
+    return None if None in parts else [number for part in parts for number in part]
 
 
 def _is_number(value: Any) -> bool:

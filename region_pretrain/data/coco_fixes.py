@@ -17,7 +17,7 @@ from region_pretrain.files import is_local
 from region_pretrain.images import EncodedImage, UnreadableImage
 
 #: Part of the key of cached results: raise it when the fixes change.
-VERSION = 3
+VERSION = 4
 #: Image headers compared with the json's sizes, unless one of them differs: then all are.
 SAMPLED_SIZES = 200
 _HEAD_BYTES = 1 << 18
@@ -73,6 +73,46 @@ def missing_files(images: Iterable[dict], image_root: str) -> list[str]:
             absent = [name for name in names if name not in listed]
         missing += [os.path.join(folder, name) for name in absent]
     return missing
+
+
+def fix_file_names(images: Iterable[dict], image_root: str, findings: Findings) -> None:
+    """Fix names of files that do not exist, if a file of nearly the same name does.
+
+    These are backslashes of Windows, and accents, which macOS writes as separate characters.
+    """
+    for image in images:
+        name = image["file_name"]
+        if "\\" not in name and name.isascii() or os.path.exists(os.path.join(image_root, name)):
+            continue
+        forward = name.replace("\\", "/")
+        for form in (None, "NFC", "NFD"):
+            same = unicodedata.normalize(form, forward) if form else forward
+            if same != name and os.path.exists(os.path.join(image_root, same)):
+                what = "backslash in a file name; replaced by /"
+                if forward == name:
+                    what = "file name in another Unicode form; replaced"
+                findings.add(what, name)
+                image["file_name"] = same
+                break
+
+
+def files_agree(images: list[dict], image_root: str) -> bool:
+    """Whether the files of a fixed json exist, and a sample of them has its sizes."""
+    if missing_files(images, image_root):
+        return False
+    for image in _sample(images):
+        size = image["width"], image["height"]
+        path = local_image(image, image_root)
+        try:
+            if path is not None and upright_size(path, size) != size:
+                return False
+        except UnreadableImage:
+            pass  # reported when it is read
+    return True
+
+
+def _sample(images: list[dict]) -> list[dict]:
+    return images[:: -(-len(images) // SAMPLED_SIZES)]
 
 
 class CocoFixer:
@@ -145,8 +185,15 @@ class CocoFixer:
                 if type(image["id"]) is not type(image_id):
                     self.findings.add(TWO_TYPES, f"{image['id']!r} of {image['file_name']}")
                 image["id"] = image_id
-        self._check_files(images)
-        sampled = images[:: 1 if self._all_sizes else -(-len(images) // SAMPLED_SIZES)]
+        if missing := missing_files(images, self._root):
+            fix_file_names(images, self._root, self.findings)
+            missing = missing_files(images, self._root)
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(images)} images of {self._file} do not exist, e.g. "
+                f"{missing[0]}: correct the image folder, or remove them from the json"
+            )
+        sampled = images if self._all_sizes else _sample(images)
         for image in images:
             if not (type(image.get("width")) is type(image.get("height")) is int) or not (
                 image["width"] > 0 and image["height"] > 0
@@ -155,32 +202,6 @@ class CocoFixer:
         for image in sampled:
             self._compare_size(image)
         return by_key
-
-    def _check_files(self, images: list[dict]) -> None:
-        missing = missing_files(images, self._root)
-        if missing and any("\\" in image["file_name"] for image in images):
-            for image in images:
-                name = image["file_name"]
-                if "\\" in name and not os.path.exists(os.path.join(self._root, name)):
-                    self.findings.add("backslash in a file name; replaced by /", name)
-                    image["file_name"] = name.replace("\\", "/")
-            missing = missing_files(images, self._root)
-        if missing:
-            self._fix_unicode(images)
-            missing = missing_files(images, self._root)
-        refuse_missing(missing, len(images), self._file)
-
-    def _fix_unicode(self, images: list[dict]) -> None:
-        """Find files whose names look the same: macOS writes accents as separate characters."""
-        for image in images:
-            name = image["file_name"]
-            if name.isascii() or os.path.exists(os.path.join(self._root, name)):
-                continue
-            for form in ("NFC", "NFD"):
-                same = unicodedata.normalize(form, name)
-                if os.path.exists(os.path.join(self._root, same)):
-                    self.findings.add("file name in another Unicode form; replaced", name)
-                    image["file_name"] = same
 
     def _fix_size(self, image: dict) -> None:
         keys = id_key(image.get("width")), id_key(image.get("height"))
@@ -245,16 +266,3 @@ class CocoFixer:
                 first = kept[name] = {**category, "id": int(key) if integers else number}
             self._categories[key] = first["id"]
         return list(kept.values())
-
-
-def refuse_missing(missing: list[str], count: int, json_file: str) -> None:
-    """Refuse images that do not exist.
-
-    Raises:
-        UserError: there are some.
-    """
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {count} images of {json_file} do not exist, e.g. {missing[0]}: "
-            "correct the image folder, or remove them from the json"
-        )

@@ -5,6 +5,8 @@ A json that needed fixing is written again to a cache folder, for pycocotools an
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -26,8 +28,7 @@ from region_pretrain.data.coco_fixes import (
     VERSION,
     CocoFixer,
     SizesDiffer,
-    missing_files,
-    refuse_missing,
+    files_agree,
 )
 from region_pretrain.data.findings import Finding
 from region_pretrain.errors import UserError
@@ -116,13 +117,17 @@ def load_coco(json_file: str, image_root: str, all_sizes: bool = False) -> CocoD
             f"no such file: {json_file}, the COCO json of the images in {image_root}; built-in "
             "data sets are expected in the folder that DETECTRON2_DATASETS names"
         )
-    cached = _read_cached(_cached_path(json_file, image_root), all_sizes)
+    path = _cached_path(json_file, image_root)
+    cached = _read_cached(path, all_sizes)
+    if cached is not None and not files_agree(cached[0]["images"], image_root):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            os.remove(path)  # the files have changed since, but the json has not
+        cached = None
     if cached is not None:
         data, findings = cached
-        refuse_missing(missing_files(data["images"], image_root), len(data["images"]), json_file)
     else:
         data, findings = _read_and_fix(json_file, image_root, all_sizes)
-    categories = sorted(data.get("categories", ()), key=lambda category: category["id"])
+    categories = sorted(data.get("categories") or (), key=lambda category: category["id"])
     ids = [category["id"] for category in categories]
     names = [category["name"] for category in categories]
     records = _records(data, image_root, {category_id: n for n, category_id in enumerate(ids)})
@@ -196,14 +201,27 @@ def _register_again(name: str, data: CocoData) -> None:
 
 def _json_of_records(name: str) -> str:
     """Write the records of a data set as a COCO json; returns its path."""
+    whole = f"{name} as a COCO json"
+    # Detectron2 shifts the keypoints of the records that it converts, in place.
+    annotated = [
+        {**record, "annotations": copy.deepcopy(record.get("annotations", []))}
+        for record in DatasetCatalog.get(name)
+    ]
+    DatasetCatalog.register(whole, lambda: annotated)
+    MetadataCatalog.get(whole).set(**MetadataCatalog.get(name).as_dict() | {"name": whole})
     try:
-        text = json.dumps(convert_to_coco_dict(name))
+        data = convert_to_coco_dict(whole)
+        data["info"].pop("date_created")  # equal records have one file
+        text = json.dumps(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"data set {name!r} cannot be evaluated with COCO's metrics: "
             f"{type(error).__name__}: {error}; its metadata need thing_classes, its records "
             "image_id, width, height, and annotations with bbox, bbox_mode and category_id"
         ) from error
+    finally:
+        DatasetCatalog.remove(whole)
+        MetadataCatalog.remove(whole)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = os.path.join(cache_folder(), f"records-{digest}.json")
     if not os.path.exists(path):

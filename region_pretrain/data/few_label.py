@@ -62,6 +62,13 @@ class ImageSubset(list):
         logger.info("Keeping %d of the %d images of %s", len(self), len(dicts), ", ".join(names))
 
 
+def _dicts(names: list[str], filter_empty: bool, options: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        return get_detection_dataset_dicts(names, filter_empty=filter_empty, **options)
+    except AssertionError as error:  # Detectron2's words for data without annotated boxes
+        raise UserError(f"{', '.join(names)}: {error}") from None
+
+
 def first_fraction(
     names: str | Sequence[str], fraction: float, filter_empty: bool = True, **options: Any
 ) -> ImageSubset:
@@ -81,10 +88,10 @@ def first_fraction(
         Detectron2 dataset dicts, in the data set's order.
 
     Raises:
-        UserError: the fraction is not in (0, 1].
+        UserError: the fraction is not in (0, 1], or no image is left.
     """
     names = _checked(names, fraction)
-    dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty, **options)
+    dicts = _dicts(names, filter_empty, options)
     chosen = range(_count(len(dicts), fraction))
     return ImageSubset(names, dicts, chosen, fraction=fraction, seed=None, split=None)
 
@@ -106,10 +113,10 @@ def random_fraction(
         Detectron2 dataset dicts, in the data set's order.
 
     Raises:
-        UserError: the fraction is not in (0, 1].
+        UserError: the fraction is not in (0, 1], or no image is left.
     """
     names = _checked(names, fraction)
-    dicts = get_detection_dataset_dicts(names, filter_empty=filter_empty, **options)
+    dicts = _dicts(names, filter_empty, options)
     chosen = np.random.default_rng(seed).permutation(len(dicts))[: _count(len(dicts), fraction)]
     return ImageSubset(names, dicts, chosen, fraction=fraction, seed=seed, split=None)
 

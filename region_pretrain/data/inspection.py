@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from PIL import Image
@@ -61,10 +63,12 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
     target = locate(target) if isinstance(target, str) else target
     lines: dict[str, None] = {}
     for split, name in [(split, name) for split, some in names.items() for name in some]:
-        by_coco = target is COCOEvaluator
+        evaluators = [target]
         if target is build_evaluator and split == "test":
-            by_coco = COCOEvaluator in evaluator_classes(name)
-        evaluated = split == "test" and by_coco
+            evaluators = evaluator_classes(name)
+        evaluated = split == "test" and COCOEvaluator in evaluators
+        if split == "test" and PascalVOCDetectionEvaluator in evaluators:
+            _check_voc_files(name)
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)
         else:
@@ -72,13 +76,32 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             if data is None:
                 continue
             findings, records = data.findings, data.records
-        if split == "train" and not any(r.get("annotations") for r in records):
+        boxes = (a for record in records for a in record.get("annotations", ()))
+        if split == "train" and all(a.get("iscrowd") for a in boxes):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
         if evaluated:
             check_evaluated_masks(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
         lines.update(dict.fromkeys(summary(name, records, classes, findings)))
     return list(lines)
+
+
+def _check_voc_files(name: str) -> None:
+    """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
+    metadata = MetadataCatalog.get(name)
+    listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    with PathManager.open(listing) as file:
+        images = file.read().split()
+    for image in images:
+        path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
+        try:
+            parse_rec(path)
+        except Exception as error:  # a missing file or key, text that is no number, damaged XML
+            raise UserError(
+                f"{path} cannot be evaluated with VOC's metric ({type(error).__name__}: {error}): "
+                "each object needs name, pose, truncated and difficult, and whole numbers as "
+                "corners; complete the file, or use COCOEvaluator"
+            ) from error
 
 
 def summary(

@@ -126,6 +126,9 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
     listing = os.path.join(root, "ImageSets", "Main", f"{source.split}.txt")
     if not os.path.isfile(listing):
         raise UserError(f"no such file: {listing}, the list of the images of voc://{root}")
+    with open(listing, encoding="utf-8") as file:
+        if len(file.read().split()) == 1:
+            raise UserError(f"{listing} lists a single image, which Detectron2 cannot read")
     try:
         classes = _voc_classes(root)
         records = load_voc_instances(root, source.split, classes)
@@ -151,7 +154,11 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
 
 @functools.cache
 def _voc_classes(root: str) -> list[str]:
-    """The classes of all splits: VOC's own 20 if there are no others, else all names, sorted."""
+    """All names of all splits, sorted.
+
+    In a folder called VOC2007 or VOC2012, they are VOC's 20, even if a subset of the files lacks
+    some. Elsewhere, a class without boxes would make VOC's AP undefined.
+    """
     folder = os.path.join(root, "Annotations")
     found: set[str] = set()
     for file in sorted(os.listdir(folder)):
@@ -161,9 +168,8 @@ def _voc_classes(root: str) -> list[str]:
             except ET.ParseError as error:
                 raise UserError(f"{os.path.join(folder, file)} is damaged: {error}") from error
             found.update(box.findtext("name") or "" for box in tree.iter("object"))
-    if not found - set(CLASS_NAMES):
-        return list(CLASS_NAMES)
-    return sorted(found)
+    published = os.path.basename(os.path.abspath(root)) in ("VOC2007", "VOC2012")
+    return list(CLASS_NAMES) if published and found <= set(CLASS_NAMES) else sorted(found)
 
 
 def _voc_as_coco(records: Records, classes: list[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
-from region_pretrain.images import read_record
+from region_pretrain.images import read_record, size_mismatch
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_of
 
 #: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
@@ -174,7 +174,8 @@ def read_regions(
     augmentations: Sequence[T.Augmentation] = (),
     batch_size: int = 8,
     input_format: str | None = None,
-) -> Regions:
+    everywhere: bool = True,
+) -> Regions | None:
     """Features of the boxes of images, each process reading its part of the batches.
 
     The images are processed as by the detector at test time: read in its format, resized,
@@ -188,15 +189,20 @@ def read_regions(
         augmentations: Detectron2's, such as the test mapper's ``ResizeShortestEdge``.
         batch_size: images per batch.
         input_format: channel order that the model reads; None: the model's own ``input_format``.
+        everywhere: return the regions on all processes, each of which then has them in memory.
 
     Returns:
-        The regions of all processes, in the order of the images.
+        The regions of all processes, in the order of the images; without ``everywhere`` None on all
+        processes but the main one.
     """
     starts = range(0, len(dicts), batch_size)
     batches = [(start, dicts[start : start + batch_size]) for start in starts]
     rank, world = comm.get_rank(), comm.get_world_size()
     mine = _local_regions(model, reader, batches[rank::world], augmentations, input_format)
-    parts = [part for part in comm.all_gather(mine) if part]
+    gathered = comm.all_gather(mine) if everywhere else comm.gather(mine)
+    if not gathered:
+        return None
+    parts = [part for part in gathered if part]
     # The n-th batch of each process, for all n.
     batches = [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
     return Regions(
@@ -253,8 +259,17 @@ def with_boxes(dicts: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[s
 def load_region(
     record: Mapping[str, Any], input_format: str, augmentations: Sequence[T.Augmentation] = ()
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in pixels, and their classes."""
+    """An image (3, H, W) float32 in 0-255, its boxes (R, 4) XYXY in pixels, and their classes.
+
+    Raises:
+        UnreadableImage: the image cannot be read.
+        UserError: its record gives it another size.
+    """
     image = read_record(record, input_format)
+    height, width = image.shape[:2]
+    declared = record.get("width", width), record.get("height", height)
+    if "crop" not in record and declared != (width, height):
+        raise size_mismatch(record["file_name"], (width, height), declared)
     annotations = [a for a in record["annotations"] if _counts(a)]
     boxes = np.array(
         [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations],

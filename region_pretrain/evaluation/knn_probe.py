@@ -114,8 +114,8 @@ class KNNProbeHook(HookBase):
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
         for name in names:
             check_registered(name)
-        dicts = get_detection_dataset_dicts(names)[: self._max_images]
-        return with_boxes(dicts, ", ".join(names))
+        dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        return with_boxes(dicts, ", ".join(names))[: self._max_images]
 
 
 def _as_list(names: str | Sequence[str]) -> list[str]:

@@ -158,8 +158,9 @@ def _read(
     reader: RegionReader,
     max_images: int | None,
     seconds: dict[str, float],
-) -> tuple[int, Regions, Regions | None]:
-    """Number of images of a split, their regions, and for the test split those of second views."""
+) -> tuple[int, Regions | None, Regions | None]:
+    """Number of images of a split, and on the main process their regions and, for the test split,
+    those of second views."""
     loader, mapper = cfg.dataloader[split], cfg.dataloader.test.get("mapper")
     if not isinstance(mapper, DictConfig) or "augmentations" not in mapper:
         raise UserError("dataloader.test.mapper has no augmentations, from which a probe resizes")
@@ -168,15 +169,21 @@ def _read(
         dicts = [dicts[i] for i in np.linspace(0, len(dicts) - 1, max_images).round().astype(int)]
     resizing = [instantiate(a) for a in mapper.augmentations]
 
-    def read(name: str, augmentations: Sequence[Any]) -> Regions:
+    def read(name: str, augmentations: Sequence[Any]) -> Regions | None:
         with _timed(seconds, name):
             return read_regions(
-                model, reader, dicts, augmentations, input_format=mapper.get("image_format")
+                model,
+                reader,
+                dicts,
+                augmentations,
+                input_format=mapper.get("image_format"),
+                everywhere=False,
             )
 
     regions = read("features", resizing)
     second = read("second_view", [*resizing, *SECOND_VIEW]) if split == "test" else None
-    logger.info("%s: %d boxes of %d images", split, len(regions.labels), len(dicts))
+    if regions is not None:
+        logger.info("%s: %d boxes of %d images", split, len(regions.labels), len(dicts))
     return len(dicts), regions, second
 
 

@@ -112,6 +112,23 @@ FIXES = {
         first("annotations", segmentation=[[2, 3], [22, 3], [22, 13], [2, 13]]),
         "polygon that is not in a list of polygons", 1,
     ),
+    "contour of OpenCV": (
+        first("annotations", segmentation=[[[2, 3]], [[22, 3]], [[22, 13]], [[2, 13]]]),
+        "polygon that is not in a list of polygons", 1,
+    ),
+    "list of contours": (
+        first("annotations", segmentation=[[[[2, 3]], [[22, 3]], [[22, 13]], [[2, 13]], [[2, 9]],
+                                            [[2, 5]]]]),
+        "polygon that is a list of points; joined", 1,
+    ),
+    "list of points": (
+        first("annotations", segmentation=[[[2, 3], [22, 3], [22, 13], [2, 13]]]),
+        "polygon that is a list of points; joined", 1,
+    ),
+    "RLE in a list": (
+        lambda d: d["annotations"][0].update(segmentation=[rle(2, 3, 20, 10, False)]),
+        "RLE mask in a list; unwrapped", 1,
+    ),
     "no box": (lambda d: d["annotations"][0].pop("bbox"), "missing box; computed from", 1),
     "negative box": (first("annotations", bbox=[22, 13, -20, -10]), "box; computed from", 1),
     "empty box": (first("annotations", bbox=[2, 3, 0, 10], segmentation=[]), "box; left out", 1),
@@ -258,6 +275,8 @@ def test_missing_area_and_box_of_an_rle_mask(write_coco):
         (first("categories", id=7), "two categories with id 7: renumber"),
         (first("categories", name=""), "a category without id or name"),
         (first("annotations", segmentation={"size": [60, 40], "counts": "abc"}), "[40, 60]"),
+        (first("annotations", segmentation=[[1, 1, 9, 1, 9, None]]), "1 that is neither"),
+        (first("annotations", segmentation=[{"size": 3}] * 2), "neither an RLE mask nor polygons"),
         (each("annotations", lambda a: a.update(bbox=[30, 20, 58, 38])), "6 boxes that reach out"),
         (each("annotations", lambda a: a.update(bbox=[0.1, 0.2, 0.3, 0.3])), "fractions of the"),
         (lambda d: d["annotations"].append(3), "of `annotations` that is not an object: 3"),

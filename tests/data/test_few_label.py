@@ -97,6 +97,15 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
         random_fraction("few_label_a", fraction, seed=0)
 
 
+def test_data_without_boxes_is_named():
+    DatasetCatalog.register("few_empty", lambda: [{"file_name": "x", "annotations": []}])
+    try:
+        with pytest.raises(UserError, match="few_empty: No valid data found in few_empty"):
+            random_fraction("few_empty", 0.5, seed=0)
+    finally:
+        DatasetCatalog.remove("few_empty")
+
+
 def test_works_from_a_saved_config(tmp_path):
     cfg = DictConfig({"dataset": L(first_fraction)(names="few_label_b", fraction=0.1)})
     LazyConfig.save(cfg, str(tmp_path / "c.yaml"))

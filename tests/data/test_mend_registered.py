@@ -1,5 +1,6 @@
 """Registered data sets whose COCO json is fixed for training and evaluation."""
 
+import copy
 import json
 
 import pytest
@@ -83,3 +84,24 @@ def test_records_without_a_json_get_one_for_their_evaluation(write_coco, registe
     written = json.loads(next(cache.glob("records-*")).read_text())
     assert len(written["annotations"]) == 6
     COCOEvaluator(registered, distributed=False)  # without an output_dir
+
+
+def test_the_json_of_records_leaves_them_as_they_are(write_coco, registered, cache):
+    def with_keypoints(data):
+        for annotation in data["annotations"]:
+            annotation.update(keypoints=[3, 4, 2], num_keypoints=1)
+        for category in data["categories"]:
+            category.update(keypoints=["nose"], skeleton=[])
+
+    records = load_coco(*write_coco(with_keypoints)).records
+    before = copy.deepcopy(records)
+    DatasetCatalog.register(registered, lambda: records)
+    MetadataCatalog.get(registered).thing_classes = ["ant", "bee"]
+    for _ in range(2):
+        mend_registered(registered, evaluated=True)
+        del MetadataCatalog.get(registered).json_file
+    assert records == before
+    (path,) = cache.glob("records-*")  # equal records have one file
+    written = json.loads(path.read_text())
+    assert {tuple(a["keypoints"]) for a in written["annotations"]} == {(3.0, 4.0, 2)}
+    assert f"{registered} as a COCO json" not in DatasetCatalog

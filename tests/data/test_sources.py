@@ -16,10 +16,12 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from omegaconf import OmegaConf
 
+from region_pretrain.config import get_config
 from region_pretrain.data import sources
 from region_pretrain.data.catalog import check_registered, get_records
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.few_label import first_fraction, random_fraction
+from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.data.sources import register, register_named
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
@@ -206,7 +208,7 @@ def make_voc(root: Path, classes: list[str], splits: dict[str, list[int]]) -> Pa
     return root
 
 
-@pytest.mark.parametrize(("folder", "year"), [("VOC2007", 2007), ("mine", 2012)])
+@pytest.mark.parametrize(("folder", "year"), [("VOC2007", 2007), ("VOC2012", 2012)])
 def test_voc_ap_by_name_is_that_of_the_registered_data_set(tmp_path, stock, folder, year):
     names = ["aeroplane", "bicycle", "bird"]
     root = make_voc(tmp_path / folder, names, {"val": list(range(8)), "train": [8, 9]})
@@ -224,6 +226,44 @@ def test_voc_ap_by_name_is_that_of_the_registered_data_set(tmp_path, stock, fold
     theirs = results(COCOEvaluator(stock, output_dir=str(tmp_path)), expected)["bbox"]
     np.testing.assert_equal(coco, theirs)
     assert 20 < coco["AP"] < 95
+
+
+def test_voc_ap_of_some_of_its_classes(tmp_path):
+    root = make_voc(tmp_path / "mine", ["person", "car"], {"val": list(range(8))})
+    name = f"voc://{root}?split=val"
+    records = get_records(name)
+    assert MetadataCatalog.get(name).thing_classes == ["car", "person"]
+    found = results(PascalVOCDetectionEvaluator(name), records)["bbox"]
+    assert 20 < found["AP"] < 95 and found["AP50"] > found["AP75"]
+
+
+def test_a_list_of_one_voc_image_is_named(tmp_path):
+    root = make_voc(tmp_path / "mine", ["person"], {"val": [0, 1], "train": [0]})
+    with pytest.raises(UserError, match=r"train\.txt lists a single image, which Detectron2"):
+        get_records(f"voc://{root}?split=train")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("<pose>x</pose>", "", "AttributeError: 'NoneType' object has no attribute 'text'"),
+        ("<xmin>", "<xmin>0", ""),
+        ("</xmin>", ".5</xmin>", "ValueError: invalid literal for int"),
+    ],
+)
+def test_voc_files_that_cannot_be_evaluated_are_refused_before(tmp_path, old, new, reason):
+    root = make_voc(tmp_path / "mine", ["person", "car"], {"val": [0, 1, 2]})
+    path = root / "Annotations/000002.xml"
+    path.write_text(path.read_text().replace(old, new))
+    cfg = get_config("detection/faster_rcnn_r50_c4_voc.py")
+    name = f"voc://{root}?split=val"
+    get_records(name)  # training accepts it
+    if not reason:
+        prepare_labels(cfg, {"test": [name]})
+        return
+    message = rf"{path} cannot be evaluated with VOC's metric \({reason}"
+    with pytest.raises(UserError, match=message):
+        prepare_labels(cfg, {"test": [name]})
 
 
 def test_voc_with_other_classes_has_the_same_ones_in_all_splits(tmp_path):
@@ -254,3 +294,10 @@ def test_a_lazy_name_in_a_config(coco_folder):
     lazy = L(get_detection_dataset_dicts)(names=coco_name(coco_folder), filter_empty=False)
     register_named(OmegaConf.create({"train": {"register": []}, "dataset": lazy}))
     assert len(instantiate(lazy)) == 6
+
+
+def test_crowds_alone_cannot_be_trained_on(coco_folder):
+    change(coco_folder, lambda data: [a.update(iscrowd=1) for a in data["annotations"]])
+    cfg = get_config("detection/mask_rcnn_r18_fpn_shapes.py")
+    with pytest.raises(UserError, match="has no boxes: it cannot be trained on"):
+        prepare_labels(cfg, {"train": [coco_name(coco_folder)]})

@@ -254,3 +254,21 @@ def test_boxes_follow_the_augmentations_and_random_states_stay(dicts):
     expected[:, [0, 2]] = 180 - expected[:, [2, 0]]
     torch.testing.assert_close(moved, expected)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_of_another_size_than_its_record_is_refused(dicts):
+    record = {**dicts[0], "width": dicts[0]["width"] * 2}
+    with pytest.raises(UserError, match="annotations are for .*: correct its width and height"):
+        load_region(record, "RGB")
+    del record["width"]
+    load_region(record, "RGB")
+
+
+def test_regions_may_be_kept_by_the_main_process_alone(dicts, monkeypatch):
+    model = yacs_detector("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    reader = model_reader(model)
+    whole = read_regions(model, reader, dicts[:2])
+    alone = read_regions(model, reader, dicts[:2], everywhere=False)
+    assert torch.equal(whole.labels, alone.labels)
+    monkeypatch.setattr("region_pretrain.evaluation.features.comm.gather", lambda data: [])
+    assert read_regions(model, reader, dicts[:2], everywhere=False) is None
