@@ -214,7 +214,9 @@ def evaluate(
     if isinstance(detector, Run):
         model, sets.given = detector.model, dict(detector.given)
     elif not is_module:
-        cfg.train.init_checkpoint = weights_of(detector)
+        path = cfg.train.init_checkpoint = weights_of(detector)
+        if os.path.isfile(path):  # also if the folder was moved, or the call is from another one
+            cfg.train.output_dir = os.path.dirname(os.path.abspath(path))
     if data is not None:
         _set_names(cfg, "test", sets.name("data", data, classes))
     if output_dir is not None:

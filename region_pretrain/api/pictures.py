@@ -62,7 +62,8 @@ def show_views(
         find_regions(composed.cfg)
         batch = pictures.first_views(composed.cfg, count)
         if own:
-            drawn = pictures.model_pictures(composed.cfg, batch, weights)
+            built = composed.detector if isinstance(composed.detector, nn.Module) else None
+            drawn = pictures.model_pictures(composed.cfg, batch, weights, built)
         else:
             drawn = pictures.pictures(composed.cfg, batch)
     return Image.fromarray(pictures.sheet(drawn, height))

@@ -17,6 +17,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from omegaconf import DictConfig
 
 from region_pretrain import registration
@@ -93,7 +94,8 @@ def _labelled(name: str) -> tuple[bytes, dict[str, Any]]:
 
 def forget_labels() -> None:
     """Read labels again from now on, as a notebook's user may have edited them."""
-    _labelled.cache_clear()
+    for read in (_labelled, _voc_classes, parse_rec):
+        read.cache_clear()
 
 
 #: What was found in the jsons that were loaded.

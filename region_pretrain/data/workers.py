@@ -61,7 +61,12 @@ def share(batch: T) -> T:
 
 
 def share_batches_of(loader: DataLoader) -> None:
-    """Apply :func:`share` to each batch of a loader that has not started yet."""
+    """Apply :func:`share` to each batch of a loader that has not started yet.
+
+    Loaders of other classes stay as they are.
+    """
+    if not isinstance(loader, DataLoader):
+        return
     loader.collate_fn = partial(_collate_and_share, loader.collate_fn)
 
 

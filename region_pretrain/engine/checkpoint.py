@@ -23,6 +23,12 @@ from region_pretrain.engine.checkpoint_file import (
     plain_hooks,
     read_run_checkpoint,
 )
+from region_pretrain.engine.extra_state import (
+    hook_states,
+    load_hook_states,
+    loss_normalizers,
+    set_loss_normalizers,
+)
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
@@ -136,12 +142,15 @@ class RunCheckpointer(DetectionCheckpointer):
                 intact.
         """
         states = comm.gather(get_random_state())
+        normalizers = comm.gather(loss_normalizers(self.model))
         if not self.save_dir or not self.save_to_disk:
             return
         detector, pretraining = split_state(self.model)
         data = {"model": detector, "pretraining": pretraining}
         data |= {key: plain(obj.state_dict()) for key, obj in self.checkpointables.items()}
-        hooks = plain_hooks(self.trainer.state_dict().get("hooks", {}) if self.trainer else {})
+        hooks = plain_hooks(hook_states(self.trainer._hooks) if self.trainer else {})
+        if any(normalizers):
+            data["loss_normalizers"] = normalizers
         data |= {"hooks": hooks, "rng": states, "run": self.run, **kwargs}
         if self.classes:
             data["thing_classes"] = self.classes
@@ -253,9 +262,11 @@ class RunCheckpointer(DetectionCheckpointer):
             with _of_another_run(path, key):
                 obj.load_state_dict(data[key])
         if self.trainer:
-            state = {"iteration": data["iteration"], "hooks": data["hooks"]}
+            self.trainer.iter = data["iteration"]
             with _of_another_run(path, "hooks"):
-                TrainerBase.load_state_dict(self.trainer, state)
+                load_hook_states(self.trainer._hooks, data["hooks"])
+        saved = data.get("loss_normalizers", ())
+        set_loss_normalizers(self.model, saved, comm.get_rank(), comm.get_world_size())
         if rates != self._base_rates() or data["run"].get("max_iter") != self.run.get("max_iter"):
             self._restart_schedule(rates)
         if len(data["rng"]) == comm.get_world_size():

@@ -262,7 +262,9 @@ class MetricsHook(HookBase):
         if is_last or evaluated or done % self._log_period == 0:
             for writer in self._writers:
                 writer.write()
-            self.trainer.storage.clear_images()  # all processes have them, but only one writes
+            # All processes have them, but only TensorBoard's writer removes them.
+            self.trainer.storage.clear_images()
+            self.trainer.storage.clear_histograms()
 
 
 class CollapseWarning(HookBase):

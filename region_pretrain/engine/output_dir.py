@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
+from detectron2.utils.logger import _cached_log_stream, setup_logger
 from omegaconf import DictConfig
 
 from region_pretrain.config import changed_keys, read_saved, to_yaml
@@ -135,6 +135,7 @@ def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
 
 _LOGGERS = ("fvcore", "detectron2", "region_pretrain")
 _log_handlers: list[tuple[logging.Logger, logging.Handler]] = []
+_log_files: list[TextIO] = []
 _console_filters: list[Callable[[logging.LogRecord], bool]] = []
 
 
@@ -147,12 +148,16 @@ def logging_kept(console: Callable[[logging.LogRecord], bool]) -> Iterator[None]
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(log, log.level, log.propagate, list(log.handlers)) for log in loggers]
+    files = list(_log_files)  # of handlers that are restored
+    _log_files.clear()
     _console_filters.append(console)
     try:
         yield
     finally:
         _console_filters.remove(console)
         _log_handlers.clear()
+        _close_logs()
+        _log_files.extend(files)
         setup_logger.cache_clear()
         for log, level, propagate, handlers in before:
             log.setLevel(level)
@@ -170,7 +175,10 @@ def start_logging(folder: str | None) -> None:
     for log, handler in _log_handlers:
         log.removeHandler(handler)
     _log_handlers.clear()
-    setup_logger.cache_clear()  # otherwise a folder of an earlier run would get no handler
+    _close_logs()
+    # Otherwise a folder of an earlier run would get no handler, or the log.txt that was there then.
+    setup_logger.cache_clear()
+    _cached_log_stream.cache_clear()
     for name in _LOGGERS:
         log = logging.getLogger(name)
         before = list(log.handlers)
@@ -187,8 +195,14 @@ def start_logging(folder: str | None) -> None:
                 for accepts in (_is_not_traceback, *_console_filters):
                     handler.addFilter(accepts)
             else:
+                _log_files.append(handler.stream)
                 handle = functools.partial(_stop_writing, handler.stream)
             handler.handleError = functools.partial(_handle_error, handle)
+
+
+def _close_logs() -> None:
+    while _log_files:
+        _log_files.pop().close()
 
 
 def _is_not_traceback(record: logging.LogRecord) -> bool:

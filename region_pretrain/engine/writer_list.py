@@ -85,9 +85,9 @@ def build_writers(cfg: DictConfig, start_iter: int, max_iter: int) -> list[Event
     for tracker in trackers:
         tracker.wait_until_ready()
     writers += trackers
-    writers += [
-        _Tolerant(instantiate(entry)) for entry in cfg.train.writers if not isinstance(entry, str)
-    ]
+    others = [entry for entry in cfg.train.writers if not isinstance(entry, str)]
+    with random_state_kept():  # a resumed run makes them again
+        writers += [_Tolerant(instantiate(entry)) for entry in others]
     writers.append(ProgressWriter(os.path.join(folder, PROGRESS_FILE), start_iter, max_iter))
     if "tensorboard" in cfg.train.writers:  # last, as it removes pictures from the storage
         writers.append(TensorboardXWriter(folder, window_size=1, purge_step=start_iter))

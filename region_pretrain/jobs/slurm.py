@@ -71,20 +71,19 @@ def cancel(job_ids: Sequence[str]) -> None:
 
 @contextmanager
 def outside_allocation() -> Iterator[None]:
-    """Hide the variables of an allocation that this process runs in.
+    """Hide the variables of an allocation that this process runs in, and those of ``torchrun``.
 
     ``sbatch``, the new job and its ``srun`` would otherwise inherit the allocation's tasks, cores
-    and memory, and a local run would take itself for one of its tasks. Outside an allocation
-    nothing is hidden. The user's own settings stay: :data:`_SETTINGS`, and the options of
-    ``sbatch`` in ``SBATCH_*``.
+    and memory, and a local run would take itself for one of its tasks. A ``MASTER_ADDR`` that an
+    earlier run left in the shell would misdirect the ranks. The user's own settings stay:
+    :data:`_SETTINGS`, and the options of ``sbatch`` in ``SBATCH_*``.
     """
-    if "SLURM_JOB_ID" not in os.environ and "SLURM_JOBID" not in os.environ:
-        yield
-        return
+    inside = "SLURM_JOB_ID" in os.environ or "SLURM_JOBID" in os.environ
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if name in _RENDEZVOUS or (name.startswith(_ALLOCATION) and name not in _SETTINGS)
+        if name in _RENDEZVOUS
+        or (inside and name.startswith(_ALLOCATION) and name not in _SETTINGS)
     }
     for name in hidden:
         del os.environ[name]

@@ -112,7 +112,11 @@ def weights_kept(detector: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(detector: nn.Module) -> Iterator[None]:
-    """Restore which parameters are trained, and train or eval mode, after the context."""
+    """Restore which parameters are trained, and train or eval mode, after the context.
+
+    Layers that ``train.freeze`` keeps in eval mode follow ``train()`` and ``eval()`` again.
+    """
+    held = {module for module in detector.modules() if "train" in module.__dict__}
     gradients = [(p, p.requires_grad) for p in detector.parameters()]
     modes = [(module, module.training) for module in detector.modules()]
     try:
@@ -123,6 +127,8 @@ def modes_kept(detector: nn.Module) -> Iterator[None]:
             parameter.__dict__.pop("is_unread", None)  # see modeling/pyramid.py
         for module, training in modes:
             module.training = training
+            if module not in held:
+                module.__dict__.pop("train", None)
 
 
 def has_statistics(module: nn.Module) -> bool:

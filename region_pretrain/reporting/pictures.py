@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import cv2
@@ -18,9 +19,11 @@ from region_pretrain.config import check_pretraining
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.engine.checkpoint_file import read_run_checkpoint
+from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, read_record
-from region_pretrain.modeling.meta_arch import check_contract
+from region_pretrain.modeling.given import weights_kept
+from region_pretrain.modeling.meta_arch import check_contract, renew_momentum_copies
 from region_pretrain.reporting.plots import draw_detections, draw_regions
 
 _GAP = 8  # pixels between the pictures of a sheet
@@ -72,13 +75,16 @@ def view_pixels(view: View) -> np.ndarray:
     return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list[list[np.ndarray]]:
+def model_pictures(
+    cfg: DictConfig, batch: ViewBatch, weights: str = "", detector: nn.Module | None = None
+) -> list[list[np.ndarray]]:
     """Draw a method's own pictures: ``pictures(batch)`` of its meta-architecture, in eval mode.
 
     Args:
         cfg: a pre-training config; ``model`` and ``train.seed`` are read.
         batch: a batch from its loader.
         weights: a checkpoint of a run of this config; empty: the initial weights of a run.
+        detector: the built detector of whose modules ``model`` consists; None: there is none.
 
     Returns:
         Rows of (H, W, 3) uint8 RGB pictures.
@@ -90,15 +96,21 @@ def model_pictures(cfg: DictConfig, batch: ViewBatch, weights: str = "") -> list
     if cfg.train.seed is None:
         cfg.train.seed = 0
     torch.manual_seed(cfg.train.seed)
-    model = check_contract(instantiate(cfg.model))
-    if weights:
+    with nullcontext() if detector is None else weights_kept(detector):
+        model = check_contract(instantiate(cfg.model))
+    model.to(next(model.parameters()).device)  # that of a built detector
+    if not weights:
+        if path := cfg.train.init_checkpoint:
+            load_pretrained(model, path, partial=cfg.train.init_partial)
+        renew_momentum_copies(model)
+    else:
         saved = read_run_checkpoint(weights)
         try:
             model.load_state_dict({**saved["model"], **saved["pretraining"]})
         except (RuntimeError, TypeError) as error:
             why = str(error).strip().splitlines()[0]
             raise UserError(f"{weights} belongs to a run of another config: {why}") from error
-    drawn = model.eval().pictures(batch)
+    drawn = model.eval().pictures(batch.to(next(model.parameters()).device))
     if drawn is None:
         raise NothingToDraw(
             f"{type(model).__name__} draws no pictures of its own: leave out --method"

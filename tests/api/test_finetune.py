@@ -158,11 +158,13 @@ def test_a_built_detector_is_fine_tuned_itself(data, tmp_path):
     before = {name: value.clone() for name, value in detector.state_dict().items()}
     resize = "dataloader.train.mapper.augmentations=[]"
     overrides = [*CPU, resize, "dataloader.test.mapper.augmentations=[]"]
+    overrides += ["train.freeze=[backbone.bottom_up.stem]"]
     given = arguments(data, tmp_path / "b", overrides=overrides, epochs=None)
     with pytest.raises(rp.UserError, match="init is a built detector, which would be trained itse"):
         rp.finetune(detector, **{**given, "detector": narrow_config()})
     run = rp.finetune(detector, **given)
     assert run.model is detector and detector.training
+    assert not any("train" in module.__dict__ for module in detector.modules())
     changed = [name for name, value in detector.named_parameters() if (value != before[name]).any()]
     assert "roi_heads.mask_head.predictor.weight" in changed and len(changed) > 80
     assert run.config.dataloader.train.mapper.image_format == "RGB"
@@ -194,6 +196,18 @@ def test_a_checkpoint_in_the_current_folder_and_edited_labels(
     assert log.results["bbox"].keys() == run.results["bbox"].keys()
     text = (tmp_path / "again/log.txt").read_text()
     assert "1 box" in text
+
+
+def test_results_are_written_beside_the_weights(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rp.finetune(None, detector=narrow_config(), **arguments(data, "det"))
+    os.rename("det", "renamed")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for folder in ("../renamed", "../renamed/model_final.pth"):
+        rp.evaluate(folder, overrides=CPU)
+        os.remove(tmp_path / "renamed/results_eval.json")
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "det").exists()
 
 
 BAD = [

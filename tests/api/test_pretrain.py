@@ -154,6 +154,30 @@ def test_pictures_leave_a_built_detector_alone(region_folder, tmp_path, method):
     )
 
 
+def test_pictures_before_a_run_are_of_its_initial_weights(region_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def look(self, batch):
+        seen.append({name: value.clone() for name, value in self.state_dict().items()})
+
+    monkeypatch.setattr("region_pretrain.projects.soco.SoCo.pictures", look)
+    detector = built()
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    given = arguments(region_folder, tmp_path / "a", detector=detector)
+    with pytest.raises(rp.UserError, match="draws no pictures"):
+        rp.show_views("soco", 1, own=True, **given)
+    weights = str(tmp_path / "weights.pth")
+    torch.save({"model": {k: v + 1 for k, v in before.items() if v.is_floating_point()}}, weights)
+    with pytest.raises(rp.UserError, match="draws no pictures"):
+        rp.show_views("soco", 1, own=True, init=weights, **given)
+    name = next(name for name in before if name.endswith("res2.0.conv2.norm.weight"))
+    for drawn, more in zip(seen, (0, 1), strict=True):
+        copies = [value for key, value in drawn.items() if key.endswith(name)]
+        assert len(copies) == 2  # the online network's and the momentum copy's
+        assert all(torch.equal(value, before[name] + more) for value in copies)
+    assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
+
+
 def test_folders_with_equal_names_and_files_have_their_own_regions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {"recipe": "shapes-v1", "workers": 1}

@@ -301,3 +301,19 @@ def test_crowds_alone_cannot_be_trained_on(coco_folder):
     cfg = get_config("detection/mask_rcnn_r18_fpn_shapes.py")
     with pytest.raises(UserError, match="has no boxes: it cannot be trained on"):
         prepare_labels(cfg, {"train": [coco_name(coco_folder)]})
+
+
+def test_edited_voc_labels_are_read_again(tmp_path):
+    root = make_voc(tmp_path / "mine", ["person", "car"], {"val": [0, 1, 2]})
+    name = f"voc://{root}?split=val"
+    records = get_records(name)
+    before = results(PascalVOCDetectionEvaluator(name), records)["bbox"]["AP"]
+    for path in (root / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("person", "animal"))
+    sources.forget_labels()
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    again = get_records(name)
+    assert MetadataCatalog.get(name).thing_classes == ["animal", "car"]
+    found = results(PascalVOCDetectionEvaluator(name), again)["bbox"]["AP"]
+    assert found > 0 and before > 0

@@ -154,7 +154,8 @@ def test_when_all_are_damaged_it_does_not_start_over_silently(tmp_path):
 
 def with_hook(checkpointer, state):
     """Give a checkpointer a trainer with one hook."""
-    checkpointer.trainer = SimpleNamespace(state_dict=lambda: {"hooks": {"mine.Hook": state}})
+    hook = type("Hook", (), {"state_dict": lambda self: state, "__qualname__": "mine.Hook"})()
+    checkpointer.trainer = SimpleNamespace(_hooks=[hook])
     return checkpointer
 
 

@@ -291,6 +291,40 @@ def fail():
     raise AssertionError("it has evaluated")
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_evaluation_keeps_the_mode_of_each_layer(tmp_path, fails):
+    model = TinyDetector().train()
+    model.backbone.eval()  # as in a training loop with frozen norms
+    cfg = make_detection_config(tmp_path)
+    if fails:
+        model.forward = lambda inputs: fail()
+        with pytest.raises(AssertionError):
+            do_test(cfg, model)
+    else:
+        do_test(cfg, model)
+    assert model.training and not model.backbone.training
+
+
+class Batches:
+    """A test loader of the user's own: iterable, with a length."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __len__(self):
+        return len(self._loader)
+
+    def __iter__(self):
+        return iter(self._loader)
+
+
+def test_a_test_loader_need_not_be_a_data_loader(tmp_path):
+    cfg = make_detection_config(tmp_path)
+    expected = do_test(cfg, TinyDetector())
+    cfg.dataloader.test = L(Batches)(loader=cfg.dataloader.test)
+    assert do_test(cfg, TinyDetector()) == expected
+
+
 def test_without_an_evaluator_nothing_is_evaluated(tmp_path):
     cfg = make_detection_config(tmp_path, max_iter=1)
     del cfg.dataloader.evaluator

@@ -1,5 +1,7 @@
 """Frozen modules stay bit-equal; everything else is trained."""
 
+import pickle
+
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -15,6 +17,7 @@ from region_pretrain.engine.finetune import do_evaluate, do_train
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.trainable import freeze
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.given import modes_kept
 
 ALL_BUT_PREDICTORS = [
     "backbone",
@@ -138,3 +141,18 @@ def test_the_shipped_probe():
     freeze(model, cfg.train.freeze)
     trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"rpn_head", "box_predictor", "mask_head"}
+
+
+def test_a_frozen_layer_is_the_callers_own_again_afterwards():
+    model = trainable_detector()
+    norm = next(m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.eval()  # the caller's choice
+    modes = [m.training for m in model.modules()]
+    with modes_kept(model):
+        freeze(model, ["backbone"])
+        assert not any(m.training for m in model.train().modules() if "train" in m.__dict__)
+    assert [m.training for m in model.modules()] == modes
+    assert not any("train" in m.__dict__ for m in model.modules())
+    model.train()
+    assert norm.training
+    pickle.dumps(model)

@@ -1,5 +1,7 @@
 import logging
+import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +120,17 @@ def test_a_second_run_in_the_process_logs_to_its_own_folder(tmp_path):
     logging.getLogger("region_pretrain.test").info("only in b")
     assert "only in b" in (tmp_path / "b" / "log.txt").read_text()
     assert "only in b" not in (tmp_path / "a" / "log.txt").read_text()
+
+
+def test_a_folder_that_was_deleted_has_a_log_again(tmp_path):
+    for text in ("first", "second"):
+        begin(tmp_path / "a")
+        logging.getLogger("region_pretrain.test").info("the %s run", text)
+        assert f"the {text} run" in (tmp_path / "a/log.txt").read_text()
+        shutil.rmtree(tmp_path / "a")
+    opened = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+              if os.path.islink(f"/proc/self/fd/{fd}")}  # fmt: skip
+    assert sum(f"{tmp_path}/a/log.txt" in path for path in opened) == 1
 
 
 def test_the_traceback_of_the_trainer_stays_off_the_console_under_any_name():

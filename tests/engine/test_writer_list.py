@@ -5,6 +5,7 @@ import importlib.util
 import random
 import sys
 
+import numpy
 import pytest
 import torch
 from detectron2.config import LazyCall as L
@@ -137,3 +138,16 @@ def test_a_writer_of_the_user_may_fail(tmp_path, monkeypatch):
     log = (tmp_path / "log.txt").read_text()
     assert log.count("ListWriter failed: OSError: [Errno 28] No space left on device") == 1
     assert len(read_metrics(str(tmp_path))) == 20
+
+
+class NamedAtRandom(ListWriter):
+    def __init__(self):
+        super().__init__()
+        self.name = f"{torch.rand(1).item()} {random.random()} {numpy.random.rand()}"
+
+
+def test_making_a_writer_of_the_user_draws_none_of_the_runs_numbers(tmp_path):
+    do_pretrain(make_config(tmp_path / "named", writers=["json", L(NamedAtRandom)()]))
+    do_pretrain(make_config(tmp_path / "plain"))
+    ours, plain = (final_checkpoint(tmp_path / name)["rng"][0] for name in ("named", "plain"))
+    assert torch.equal(ours["torch"], plain["torch"]) and ours["python"] == plain["python"]

@@ -134,7 +134,9 @@ def test_sbatch_inherits_nothing_of_the_allocation_it_is_called_in(
 ):
     fake("srun", "")
     fake("sbatch", f"env -0 >{tmp_path}/environment; echo Submitted batch job 7")
-    given = (INHERITED if inside else {"SLURM_PARTITION": "gpu"}) | SETTINGS
+    # A MASTER_ADDR that an earlier run left in the shell would misdirect the ranks.
+    outside = {"SLURM_PARTITION": "gpu", "MASTER_ADDR": "stale"}
+    given = (INHERITED if inside else outside) | SETTINGS
     for name in INHERITED:
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
@@ -145,7 +147,7 @@ def test_sbatch_inherits_nothing_of_the_allocation_it_is_called_in(
     received = (tmp_path / "environment").read_text().split("\0")
     received = dict(line.split("=", 1) for line in received if line)
     assert {k: v for k, v in received.items() if k in INHERITED | given} == (
-        SETTINGS if inside else given
+        SETTINGS if inside else {"SLURM_PARTITION": "gpu"} | SETTINGS
     )
     assert dict(os.environ) == before
 

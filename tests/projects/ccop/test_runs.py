@@ -177,10 +177,11 @@ def test_the_picture_of_the_candidates(config, tmp_path):
         model_pictures(cfg, batch, str(tmp_path / "none.pth"))
 
 
-def test_a_method_without_pictures_is_an_error():
+def test_a_method_without_pictures_is_an_error(config):
+    batch = first_views(config("batch"), 1)
     soco = LazyConfig.load(str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"))
     with pytest.raises(UserError, match="SoCo draws no pictures of its own"):
-        model_pictures(soco, None)
+        model_pictures(soco, batch)
 
 
 def test_mixed_precision_and_micro_batches_train(config, tmp_path):
