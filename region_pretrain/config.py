@@ -148,7 +148,7 @@ def class_keys(cfg: DictConfig) -> tuple[str, ...]:
     architecture = OmegaConf.select(cfg, "model.cfg.MODEL.META_ARCHITECTURE")
     if architecture is None:
         return NUM_CLASSES[:3]
-    if architecture == "ProposalNetwork":
+    if architecture in ("ProposalNetwork", "SemanticSegmentor"):
         return ()
     return NUM_CLASSES[4:] if architecture in ("RetinaNet", "FCOS") else NUM_CLASSES[3:4]
 

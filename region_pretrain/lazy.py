@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.registration import recording
 
 _NAMED = (type, FunctionType, MethodType, BuiltinFunctionType)
 #: Classes whose objects only hold data. ``LazyConfig.save`` writes objects of Detectron2's configs.
@@ -91,7 +92,8 @@ def value_of(file: str, key: str) -> Any:
         UserError: the file no longer exists, or no longer has the key.
     """
     try:
-        value = OmegaConf.select(LazyConfig.load(file), key)
+        with recording(file):  # it may register data sets, which are registered already
+            value = OmegaConf.select(LazyConfig.load(file), key)
     except OSError as error:
         raise UserError(f"{file} is needed for the value of {key}: {error}") from error
     if value is None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
@@ -86,6 +87,17 @@ def test_functions_and_classes_of_the_users_own_config(tmp_path):
     assert type(model).__name__ == "Net" and isinstance(model.norm, nn.LayerNorm)
     assert model.body.out_features == 15
     assert instantiate(load_config(str(saved)).train.norms[0])() == 1
+
+
+def test_a_config_that_registers_data_and_has_a_lambda(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from detectron2.data import DatasetCatalog\n"
+        "DatasetCatalog.register('of_a_config', lambda: [])\n"
+        "train = dict(f=lambda: 1)\n"
+    )
+    cfg = load_config(str(file))
+    assert instantiate(cfg.train.f)() == 1 and "of_a_config" in DatasetCatalog
 
 
 def test_a_file_that_has_changed_is_named(tmp_path):

@@ -34,7 +34,8 @@ train = dict(
     # cuDNN's convolutions do by default; "highest" does not.
     float32_matmul_precision="high",
     # Split each batch into this many micro-batches and accumulate their gradients: less memory,
-    # same learning rate, but batch norm sees one micro-batch at a time.
+    # same learning rate, but batch norm sees one micro-batch at a time, and so do means over
+    # regions, pairs and points (CCOP, point-level region contrast).
     accumulate_steps=1,
     # Clip the total norm of the gradients; if max_value is set, clip each entry to +-it instead.
     clip_grad=dict(enabled=False, max_norm=1.0, max_value=None),

@@ -177,6 +177,11 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             f"{path} has the stride in the bottlenecks' 1x1 convolutions, which {to}'s ResNet has "
             "in the 3x3 ones: its features would be wrong. Use --to mmdet or --to detectron2"
         )
+    if to != "mmdet" and (dilation := weights.facts.res5_dilation or 1) > 1:
+        raise UserError(
+            f"{path} has dilation {dilation} in res5 (DC5), in which the first block of {to}'s "
+            "ResNet differs: its features would be wrong. Use --to mmdet or --to detectron2"
+        )
     if to == "mmdet" and "stem.conv1.norm.running_mean" not in tensors:
         raise UserError(f"{path} has no batch norm in its trunk: --to mmdet supports no other norm")
     left = {

@@ -27,6 +27,7 @@ class Facts:
             convolution instead of the 3x3 one.
         norm: class of the trunk's norms, e.g. ``"SyncBatchNorm"``; only for information.
         timm: arguments of ``timm.create_model`` for the trunk if it is timm's.
+        res5_dilation: of a ResNet's last stage; above 1 it has the stride of the one before (DC5).
     """
 
     input_format: str | None = None
@@ -35,6 +36,7 @@ class Facts:
     stride_in_1x1: bool | None = None
     norm: str | None = None
     timm: dict[str, Any] | None = None
+    res5_dilation: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -76,6 +78,7 @@ def facts_of(model: nn.Module) -> Facts:
         (None if of_timm is None else False) if strided is None else strided.conv1.stride == (2, 2),
         None if norm is None else type(norm).__name__,
         None if of_timm is None else of_timm.arguments,
+        max((b.conv2.dilation[0] for b in blocks), default=None),
     )
 
 

@@ -167,6 +167,8 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
     base = net.planes[0]
     widths = f", base_channels={base}" if base != 64 else ""
     widths += f", stem_channels={net.stem}" if net.stem != base else ""
+    if (facts.res5_dilation or 1) > 1:
+        widths += f", strides=(1, 2, 2, 1), dilations=(1, 1, 1, {facts.res5_dilation})"
     lines.append(
         f"backbone = dict(type='{'ResNeXt' if grouped else 'ResNet'}', depth={net.depth}{grouped}"
         f"{widths}, style='{'caffe' if facts.stride_in_1x1 else 'pytorch'}', "

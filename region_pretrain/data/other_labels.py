@@ -79,7 +79,8 @@ def _stuff_key(cfg: DictConfig) -> str | None:
     """Where a detector has its number of stuff classes; None if it learns no segmentation."""
     if OmegaConf.select(cfg, "model.sem_seg_head") is not None:
         return "model.sem_seg_head.num_classes"
-    if OmegaConf.select(cfg, "model.cfg.MODEL.META_ARCHITECTURE") == "PanopticFPN":
+    architecture = OmegaConf.select(cfg, "model.cfg.MODEL.META_ARCHITECTURE")
+    if architecture in ("PanopticFPN", "SemanticSegmentor"):
         return "model.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES"
     return None
 

@@ -83,6 +83,7 @@ class CheckpointHook(HookBase):
         if not last and not stopping and not self._is_due(iteration + 1):
             return
         self.trainer.check_finite()
+        self.trainer.check_weights()
         self.checkpointer.save(FINAL if last else checkpoint_name(iteration), iteration=iteration)
         self.checkpointer.remove_old(self.max_to_keep, self.keep_every)
         self._saved_at = time.monotonic()

@@ -156,6 +156,14 @@ def _dataset_names(cfg: DictConfig, split: str) -> list[str]:
     dataset = loader.get("dataset") if isinstance(loader, DictConfig) else None
     if not isinstance(dataset, DictConfig) or "names" not in dataset:
         return []
+    if split == "test" and isinstance(dataset.names, ListConfig):
+        if len(dataset.names) > 1 and "evaluator" in cfg.dataloader:
+            raise UserError(
+                f"dataloader.test.dataset.names={list(dataset.names)}: an evaluation is of one "
+                "data set; name one of them"
+            )
+        if len(dataset.names) == 1:  # the evaluator's name refers to it
+            dataset.names = dataset.names[0]
     names = instantiate(dataset.names)
     names = [names] if isinstance(names, str) else list(names)
     for name in names:

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from region_pretrain.engine.transfer import is_trunk
 from region_pretrain.errors import UserError
@@ -51,7 +52,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         for name in matched:
             modules[name].requires_grad_(False)
             for layer in modules[name].modules():
-                if next(layer.children(), None) is None:
+                if _depends_on_mode(layer):
                     _keep_in_eval_mode(layer)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
@@ -59,6 +60,15 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     total = sum(p.numel() for p in model.parameters())
     counts = f"{trained:,} of {total:,} parameters are trained"
     logger.info("frozen: %s; %s", ", ".join(patterns), counts)
+
+
+def _depends_on_mode(layer: nn.Module) -> bool:
+    """Leaves, and timm's norms and attentions, which contain others.
+
+    Detectron2 asks its heads and the detector itself whether they are in training.
+    """
+    is_leaf = next(layer.children(), None) is None
+    return is_leaf or isinstance(layer, _BatchNorm) or hasattr(layer, "attn_drop")
 
 
 def _keep_in_eval_mode(layer: nn.Module) -> None:

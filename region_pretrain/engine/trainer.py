@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Batch = ViewBatch | list[dict[str, Any]]
 #: Losses are checked for NaN at least this often (in iterations), even if the log period is longer.
 _MAX_UNCHECKED = 1000
+_REMEDY = "A lower optimizer.lr, a longer warm-up, train.clip_grad or bfloat16 may help"
 _HISTORY = 100  # values that are kept of each metric, for averages
 
 
@@ -309,7 +310,23 @@ class Trainer(TrainerBase):
             + ": "
             + ", ".join(f"{name}={value}" for name, value in losses.items())
             + (f"; last good checkpoint: {last}" if last else "; there is no checkpoint yet")
-            + ". A lower optimizer.lr, a longer warm-up, train.clip_grad or bfloat16 may help"
+            + f". {_REMEDY}"
+        )
+
+    def check_weights(self) -> None:
+        """Check that the last update left all weights finite; its loss was computed before it.
+
+        Raises:
+            NonFiniteLoss: a parameter is NaN or infinite, on any process.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        finite = not parameters or torch.stack([p.isfinite().all() for p in parameters]).all()
+        if all(comm.all_gather(bool(finite))):
+            return
+        last = self.last_checkpoint() if self.last_checkpoint else ""
+        raise NonFiniteLoss(
+            f"weights became NaN or infinite at iteration {self.iter}, so they are not saved; last "
+            f"good checkpoint: {last or 'none'}. {_REMEDY}"
         )
 
     def _reset_clocks(self) -> None:

@@ -24,13 +24,15 @@ CLASS_LAYERS = (".box_predictor.", ".mask_head.predictor.", ".cls_score.")
 _EXAMPLES = 3
 #: Buffers that are derived, or that only count: whoever lacks them loses nothing.
 _DERIVED = re.compile(
-    r"num_batches_tracked$|relative_position_index$|anchor_generator\.cell_anchors\.\d+$"
+    r"num_batches_tracked$|relative_position_index$|attn_mask$|anchor_generator\.cell_anchors\.\d+$"
 )
 #: What Detectron2's own files have beside a stem: MSRA's bias before a norm that was folded, and
 #: the classifier, which its scripts that convert weights put there.
 _BESIDE_STEM = re.compile(r"stem\.(conv1\.bias|fc\.(weight|bias))")
 #: Parameters that detectors add to a trunk, where they start at the identity.
-_ADDED = re.compile(r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.")
+_ADDED = re.compile(
+    r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.|\.conv2_offset\.(weight|bias)$"
+)
 
 
 @dataclass
@@ -261,8 +263,11 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
     left = set(report.unexpected)
     surplus: dict[str, list[str]] = defaultdict(list)
     for name in left & weights.unused.keys():  # layers that no network of Detectron2 has
-        if stage := re.match(r"(?:body\.)?layer([1-4])\.", name.removeprefix(weights.prefix)):
+        own = name.removeprefix(weights.prefix)
+        if stage := re.match(r"(?:body\.)?layer([1-4])\.", own):
             surplus[f"res{int(stage[1]) + 1}"].append(name)
+        elif stage := re.match(r"(blocks|layers)\.\d+\.", own):  # of a transformer
+            surplus[stage[1]].append(name)
     for common, name in weights.names.items():
         if name in left and not (weights.by_suffix and _BESIDE_STEM.fullmatch(common)):
             surplus[group_of(common)].append(name)

@@ -160,7 +160,7 @@ class Detector:
         heads = _get(self.detector, "roi_heads")
         found = _get(heads, "box_pooler") or _get(heads, "pooler")
         if found is not None or not self.levels:
-            return found
+            return None if found is None else self._own(found)
         node = L(ROIPooler)(
             output_size=7,
             scales=[1.0 / stride for stride in self.strides],
@@ -197,7 +197,7 @@ class Detector:
         """
         heads = _get(self.detector, "roi_heads")
         if self.res5 is not None:
-            return RegionHead(self.res5, "roi_heads.res5", self.res5_channels)
+            return RegionHead(self._own(self.res5), "roi_heads.res5", self.res5_channels)
         found = _get(heads, "box_heads") or _get(heads, "box_head")
         if isinstance(found, ListConfig | nn.ModuleList):
             first, count = self._own(found[0]), len(found)
@@ -208,7 +208,7 @@ class Detector:
             )
             return RegionHead(shared, "roi_heads.box_head", self.channels(shared))
         if found is not None:
-            return RegionHead(found, "roi_heads.box_head", self.channels(found))
+            return RegionHead(self._own(found), "roi_heads.box_head", self.channels(found))
         dense = _get(self.detector, "head")
         if dense is None or not all(
             hasattr(_built(dense), name) for name in ("cls_subnet", "bbox_subnet")
@@ -257,6 +257,7 @@ def model_of(cfg: DictConfig) -> DictConfig:
     """
     model = cfg.get("model", DictConfig({}))
     if "backbone" in model and "input_format" not in model:
+        model = copy.deepcopy(model)  # the detector itself may not take it
         model.input_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "BGR"
     return model
 

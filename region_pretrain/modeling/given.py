@@ -114,8 +114,10 @@ def weights_kept(detector: nn.Module) -> Iterator[None]:
 def modes_kept(detector: nn.Module) -> Iterator[None]:
     """Restore which parameters are trained, and train or eval mode, after the context.
 
-    Layers that ``train.freeze`` keeps in eval mode follow ``train()`` and ``eval()`` again.
+    Layers that ``train.freeze`` keeps in eval mode follow ``train()`` and ``eval()`` again, and
+    norms whose statistics a method made local are synchronised again.
     """
+    classes = [(module, type(module), set(module._forward_hooks)) for module in detector.modules()]
     held = {module for module in detector.modules() if "train" in module.__dict__}
     gradients = [(p, p.requires_grad) for p in detector.parameters()]
     modes = [(module, module.training) for module in detector.modules()]
@@ -129,6 +131,11 @@ def modes_kept(detector: nn.Module) -> Iterator[None]:
             module.training = training
             if module not in held:
                 module.__dict__.pop("train", None)
+        for module, kind, hooks in classes:
+            if type(module) is not kind:  # see modeling/norms.py
+                module.__class__ = kind
+                for number in set(module._forward_hooks) - hooks:
+                    del module._forward_hooks[number]
 
 
 def has_statistics(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+_DEFORMABLE = ("DeformConv", "ModulatedDeformConv")  # absent where Detectron2 is not compiled
+
 
 def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
     """Run a detector's backbone on a batch of views.
 
     Detectron2's FPN upsamples the coarser map by two, so sides must be divisible by 32; the
     detector pads its images to that. A view of 112 pixels is not padded: its maps are 28, 14, 7
-    and 4 pixels wide, and the coarser map is resized to the finer one. If the sides are divisible,
-    or the backbone has no FPN, this is ``backbone(images)`` itself.
+    and 4 pixels wide (ConvNeXt's last one 3), and twice the coarser map is cropped or extended to
+    the finer one. If the sides are divisible, or the backbone has no FPN, this is
+    ``backbone(images)`` itself.
 
     Args:
         backbone: the detector's.
@@ -68,7 +72,7 @@ def pyramid_maps(
     Args:
         backbone: the detector's. One that is neither of the two runs completely.
         images: ``(B, 3, H, W)``, normalised. Sides need not be divisible by the FPN's size
-            divisibility: a coarser map is resized to the finer one that it is added to.
+            divisibility, see :func:`pyramid_features`.
         reads: map name -> images to return, a slice with bounds and step 1. Maps of a top block
             cannot be read.
 
@@ -119,7 +123,7 @@ def _top_down(
         here = lateral(bottom_up[source][start:stop])
         if top_down is not None:
             above = top_down[start - low : stop - low]
-            here = here + F.interpolate(above, size=here.shape[-2:], mode="nearest")
+            here = here + _upsample(above, here.shape[-2:])
             if backbone._fuse_type == "avg":
                 here = here / 2
         top_down, low = here, start
@@ -127,6 +131,18 @@ def _top_down(
             span = reads[name]
             found[name] = output(here[span.start - low : span.stop - low])
     return {name: found[name] for name in reads}
+
+
+def _upsample(coarse: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map at twice its resolution, cropped, or extended by its last cells, to a size.
+
+    Strides round sides up or, as ConvNeXt's, down; either way a cell covers the same two cells of
+    the finer map.
+    """
+    height, width = size
+    fine = F.interpolate(coarse, scale_factor=2, mode="nearest")[..., :height, :width]
+    missing = 0, width - fine.shape[-1], 0, height - fine.shape[-2]
+    return F.pad(fine, missing, mode="replicate") if any(missing) else fine
 
 
 class _Reader(nn.Module):
@@ -140,6 +156,21 @@ class _Reader(nn.Module):
         trunk, pyramid = trunk_and_pyramid_features(self.backbone, images, self.names)
         maps = [*pyramid.values(), *(trunk[name] for name in self.of_trunk)]
         return torch.stack([x.mean() for x in maps]).mean()
+
+
+def _plain_convolution(
+    layer: nn.Module, x: Tensor, offset: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """A deformable convolution without its shifts, which depends on the same tensors.
+
+    Detectron2's has a backward pass on GPUs only.
+    """
+    bias = getattr(layer, "bias", None)
+    groups = layer.groups
+    x = F.conv2d(x, layer.weight, bias, layer.stride, layer.padding, layer.dilation, groups)
+    x = x + 0 * (offset.mean() + (0 if mask is None else mask.mean()))
+    x = x if layer.norm is None else layer.norm(x)
+    return x if layer.activation is None else layer.activation(x)
 
 
 def freeze_unread(
@@ -170,6 +201,13 @@ def freeze_unread(
     constraints = getattr(trunk_of(backbone), "padding_constraints", {})
     side = constraints.get("square_size") or 224
     reader.eval()  # no batch statistics: they would be exchanged between processes
+    # Reentrant checkpoints, as Swin's, do not allow autograd.grad.
+    recomputing = [m for m in reader.modules() if getattr(m, "use_checkpoint", None) is True]
+    deformable = [m for m in reader.modules() if type(m).__name__ in _DEFORMABLE]
+    for module in recomputing:
+        module.use_checkpoint = False
+    for module in deformable:
+        module.forward = partial(_plain_convolution, module)
     try:
         image = torch.empty(1, 3, side, side, device="meta")
         mean = torch.func.functional_call(reader, on_meta, (image,))
@@ -177,6 +215,10 @@ def freeze_unread(
         gradients = torch.autograd.grad(mean, inputs, allow_unused=True)
     finally:
         reader.train(training)
+        for module in recomputing:
+            module.use_checkpoint = True
+        for module in deformable:
+            del module.forward
     pairs = zip(trained, gradients, strict=True)
     unread = {name.removeprefix("backbone.") for name, gradient in pairs if gradient is None}
     for name in unread:

@@ -39,6 +39,23 @@ class KeyQueue(nn.Module):
     def __len__(self) -> int:
         return len(self.keys)
 
+    def check_head(self, head: nn.Module, key: str) -> None:
+        """Check that a head computes vectors of the keys' dimension.
+
+        Args:
+            head: its last linear layer is looked at.
+            key: config key of the queue.
+
+        Raises:
+            UserError: it does not.
+        """
+        linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
+        dim = self.keys.shape[1]
+        if linear and linear[-1].out_features != dim:
+            raise UserError(
+                f"{key}.dim={dim}: must be {linear[-1].out_features}, the output_dim of its head"
+            )
+
     def negatives(self) -> Tensor:
         """A copy of the keys, ``(length, dim)``: enqueuing before the backward pass is safe."""
         return self.keys.clone()

@@ -193,14 +193,19 @@ def _optimizer(cfg: CfgNode) -> DictConfig:
 def _lr_multiplier(cfg: CfgNode) -> DictConfig:
     """``detectron2.solver.build_lr_scheduler``, lazily."""
     solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER={solver.MAX_ITER}: must be at least 1")
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        steps = [step for step in solver.STEPS if step <= solver.MAX_ITER]
+        # Detectron2 ignores later ones; one at the end would drop the rate after it.
+        steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
         scheduler = L(MultiStepParamScheduler)(
             values=[solver.GAMMA**k for k in range(len(steps) + 1)],
             milestones=steps,
             num_updates=solver.MAX_ITER,
         )
     elif solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
+        if solver.BASE_LR <= 0:
+            raise UserError(f"SOLVER.BASE_LR={solver.BASE_LR}: must be above 0 for WarmupCosineLR")
         scheduler = L(CosineParamScheduler)(
             start_value=1, end_value=solver.BASE_LR_END / solver.BASE_LR
         )
@@ -243,6 +248,13 @@ def _train(cfg: CfgNode) -> dict[str, Any]:
     )
     if clip.ENABLED and clip.CLIP_TYPE == "value":
         train["clip_grad"] = dict(enabled=True, max_value=clip.CLIP_VALUE)
+    elif clip.ENABLED and clip.CLIP_TYPE == "full_model":  # Mask2Former's and others'
+        train["clip_grad"] = dict(enabled=True, max_norm=clip.CLIP_VALUE)
+    elif clip.ENABLED and clip.CLIP_TYPE != "norm":
+        raise UserError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE={clip.CLIP_TYPE}: must be value, norm (of each "
+            "tensor) or full_model"
+        )
     if cfg.SEED >= 0:
         train["seed"] = cfg.SEED
     return train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -100,12 +101,56 @@ def read_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
         UserError: the file or an override has an unknown key or a value of the wrong type.
     """
     cfg = get_cfg()
+    _refuse_code(path)
     try:
         cfg.merge_from_file(path)
     except Exception as error:  # yacs raises many kinds of exceptions
         reason = " ".join(str(error).strip("'\"").split())
         raise UserError(f"{path} is not a config of Detectron2: {reason}") from error
     return override_yacs(cfg, overrides)
+
+
+def _refuse_code(path: str) -> None:
+    """Refuse YAML that calls what it names, in a file or its ``_BASE_``.
+
+    Detectron2 executes it. Of its own files, only Base-RetinaNet has such an expression, which
+    copies of the file may have as well.
+    """
+    for tag, text in _calls(path):
+        if (tag, text) not in _calls_of_detectron2():
+            raise UserError(f"{path} runs code when it is read: replace {tag} {text} by its value")
+
+
+@functools.cache
+def _calls_of_detectron2() -> set[tuple[str, str]]:
+    return set(_calls(model_zoo.get_config_file("Base-RetinaNet.yaml")))
+
+
+def _calls(path: str) -> Iterator[tuple[str, str]]:
+    """Tags of Python in a YAML file and its ``_BASE_``, each with the text of its node."""
+    with PathManager.open(path, "r") as file:
+        text = file.read()
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return  # reported when it is read
+    for node in _nodes(root):
+        if ":python/" in node.tag:
+            yield node.tag, text[node.start_mark.index : node.end_mark.index].strip()
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "_BASE_":
+            for base in [value] if isinstance(value, yaml.ScalarNode) else value.value:
+                base = os.path.expanduser(base.value)
+                absolute = base.startswith(("/", "https://", "http://"))
+                yield from _calls(base if absolute else os.path.join(os.path.dirname(path), base))
+
+
+def _nodes(node: yaml.Node | None) -> Iterator[yaml.Node]:
+    if node is not None:
+        yield node
+        for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+            for part in child if isinstance(child, tuple) else (child,):
+                yield from _nodes(part)
 
 
 def override_yacs(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
@@ -130,6 +175,8 @@ def _override(cfg: CfgNode, text: str) -> None:
         # A string goes through literal_eval once more.
         parsed = _parse(value, node)
         cfg.merge_from_list([key, repr(parsed) if isinstance(parsed, str) else parsed])
+    except yaml.YAMLError:
+        raise UserError(f"override {text!r}: quote the items of a list, as in ['a','b']") from None
     except ValueError:
         group = isinstance(node, CfgNode)
         what = "is a group, not a value" if group else f"must be of type {type(node).__name__}"
@@ -143,7 +190,8 @@ def _parse(text: str, old: Any) -> Any:
     except (SyntaxError, ValueError):
         value = yaml.safe_load(text) if re.match(r"\[|\w+$", text) else text
     if isinstance(old, str) and value is not None:
-        return value if isinstance(value, str) else text
+        value = value if isinstance(value, str) else text
+        return os.path.expanduser(value) if value.startswith("~/") else value
     if isinstance(old, float) and type(value) is int:
         return float(value)
     if isinstance(old, list | tuple) and not isinstance(value, list | tuple):

@@ -57,10 +57,16 @@ def detector(stride_in_1x1: bool, rgb: bool, norm: str = "BN", groups: int = 1):
 
 def test_the_facts_of_a_detector():
     assert facts_of(detector(False, rgb=True)) == Facts(
-        "RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False, "BatchNorm2d"
+        "RGB",
+        (123.675, 116.28, 103.53),
+        (58.395, 57.12, 57.375),
+        False,
+        "BatchNorm2d",
+        res5_dilation=1,
     )
     bgr = facts_of(detector(True, rgb=False, norm="FrozenBN"))
-    assert bgr == Facts("BGR", (103.53, 116.28, 123.675), (1, 1, 1), True, "FrozenBatchNorm2d")
+    mean = (103.53, 116.28, 123.675)
+    assert bgr == Facts("BGR", mean, (1, 1, 1), True, "FrozenBatchNorm2d", res5_dilation=1)
     assert Facts.from_dict(bgr.to_dict() | {"new": 1}) == bgr
 
 

@@ -9,6 +9,9 @@ from detectron2.engine.hooks import get_bn_modules
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from narrow_detector import build, detector_config, state
+from timm.layers import BatchNormAct2d
+from timm.layers import convert_sync_batchnorm as timm_sync
+from timm.models.vision_transformer import Attention
 from tiny_run import make_config, make_detection_config
 from torch import nn
 
@@ -18,6 +21,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.trainable import freeze
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.given import modes_kept
+from region_pretrain.modeling.norms import use_local_batchnorm
 
 ALL_BUT_PREDICTORS = [
     "backbone",
@@ -101,6 +105,21 @@ def test_dropout_of_frozen_modules_is_off():
     assert torch.equal(model[0](x), model[0][0](x)) and model[1].training
 
 
+def test_norms_and_attentions_that_contain_others_are_off():
+    """timm's norms include dropout and activation."""
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 1), BatchNormAct2d(8)), nn.Linear(8, 2), nn.Sequential()
+    )
+    attention = Attention(8, num_heads=2, attn_drop=0.5)
+    model[2].append(attention)
+    freeze(model, ["0", "2"])
+    model.train()
+    before = state(model, "")
+    model[0](torch.randn(4, 3, 5, 5))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[0][1].training and not attention.training and model[1].training
+
+
 def test_a_pattern_without_a_module_and_nothing_to_train_are_refused():
     with pytest.raises(UserError, match="'backbone.botom_up' matches no .* backbone.bottom_up"):
         freeze(build(), ["backbone", "backbone.botom_up"])
@@ -156,3 +175,13 @@ def test_a_frozen_layer_is_the_callers_own_again_afterwards():
     model.train()
     assert norm.training
     pickle.dumps(model)
+
+
+def test_norms_that_a_method_made_local_are_synchronised_again():
+    model = nn.Sequential(nn.SyncBatchNorm(4), timm_sync(BatchNormAct2d(4)))
+    kinds = [type(module) for module in model.modules()]
+    with modes_kept(model):
+        use_local_batchnorm(model)
+        assert type(model[0]) is nn.BatchNorm2d and model[1]._forward_hooks
+    assert [type(module) for module in model.modules()] == kinds
+    assert not model[1]._forward_hooks

@@ -128,6 +128,18 @@ def test_a_mapper_of_the_users_own_may_map_all_classes_to_one(data, caplog):
     assert f"{HEADS}=1, but {data()} has 3 classes" in caplog.text
 
 
+def test_a_test_set_given_as_a_list(data):
+    """The evaluator's name refers to it."""
+    cfg = make_config(data(), [data()], 3)
+    cfg.dataloader.evaluator = {"dataset_name": "${..test.dataset.names}"}
+    check_labelled_data(cfg, True)
+    assert cfg.dataloader.evaluator.dataset_name == data()
+    cfg = make_config(data(), [data(), data("other")], 3)
+    cfg.dataloader.evaluator = {"dataset_name": "${..test.dataset.names}"}
+    with pytest.raises(UserError, match="dataloader.test.dataset.names=.*is of one data set"):
+        check_labelled_data(cfg, True)
+
+
 def test_models_and_data_without_these_keys(data):
     cfg = make_config(data(), data(), 3)
     cfg.model = {"backbone": {}}

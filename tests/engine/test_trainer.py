@@ -7,6 +7,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from tiny_run import Batch, Loader, Poison, TinyMethod
 from torch import nn
 
+from region_pretrain.engine.hooks import CheckpointHook
 from region_pretrain.engine.trainer import StepScalars, Trainer, split_batch
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
@@ -221,6 +222,34 @@ def test_nan_names_iteration_losses_and_checkpoint():
     assert "loss_main=nan" in message and "loss_l2=nan" in message
     assert "total_loss" not in message
     assert "last good checkpoint: out/model_3.pth" in message
+
+
+class NanStep(HookBase):
+    """The update of the last step makes a weight NaN, after its loss was finite."""
+
+    def after_step(self):
+        if self.trainer.iter == 3:
+            with torch.no_grad():
+                next(self.trainer.model.parameters()).fill_(math.nan)
+
+
+def test_weights_that_the_last_update_made_nan_are_not_saved():
+    saved = []
+
+    class Files:
+        def restore_random_state(self):
+            pass
+
+        def save(self, name, iteration):
+            saved.append(name)
+
+        def remove_old(self, *_):
+            pass
+
+    hooks = [NanStep(), CheckpointHook(Files(), period=2, max_to_keep=None, keep_every=0)]
+    with pytest.raises(FloatingPointError, match="weights became NaN or infinite at iteration 3"):
+        train(TinyMethod(), 4, hooks=hooks)
+    assert saved == ["model_0000001"]
 
 
 def test_infinite_sum_of_finite_losses_stops_too():

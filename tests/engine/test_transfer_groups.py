@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from detectron2.modeling.backbone import ViT
 from narrow_detector import PRETRAINED, build, save, state
+from torch import nn
 
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
@@ -65,3 +67,23 @@ def test_a_stem_alone_is_not_a_trunk(tmp_path):
     weights = {k: v for k, v in state(build(seed=1), "backbone.").items() if "stem" in k}
     with pytest.raises(UserError, match="fills 0 of the .* tensors of backbone.bottom_up.res2"):
         load_pretrained(build(), save(tmp_path, {"model": weights}))
+
+
+@pytest.mark.parametrize("layer", ["blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight"])
+def test_layers_that_a_transformer_lacks_are_refused(tmp_path, layer):
+    """DINOv2 scales each residual branch; without the scales, its features are wrong."""
+    model = nn.Module()
+    model.backbone = ViT(
+        img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, pretrain_img_size=32,
+        use_abs_pos=True, use_rel_pos=False, window_block_indexes=(),
+    )  # fmt: skip
+    file = {name: value + 1.0 for name, value in model.backbone.state_dict().items()}
+    torch.save(
+        file | {"norm.weight": torch.ones(16), "cls_token": torch.ones(1, 1, 16)},
+        tmp_path / "a.pth",
+    )
+    report = load_pretrained(model, str(tmp_path / "a.pth"))
+    assert len(report.matched) == len(file)
+    torch.save(file | {layer: torch.ones(16)}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=f"has others there, such as {layer}"):
+        load_pretrained(model, str(tmp_path / "b.pth"))

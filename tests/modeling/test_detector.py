@@ -113,6 +113,17 @@ def test_fcos_has_the_format_of_its_mapper():
     cfg._set_flag("allow_objects", True)
     cfg.model = model
     assert Detector(cfg).pixels["input_format"] == "RGB"
+    assert "input_format" not in cfg.model  # which would not build any more
+
+
+def test_parts_may_refer_to_other_parts_of_the_detector():
+    model = get_config("common/models/mask_rcnn_fpn_small.py").model
+    model.roi_heads.box_head.input_shape.channels = "${....backbone.out_channels}"
+    model.roi_heads.box_pooler.output_size = "${..box_head.input_shape.height}"
+    parts = Detector(model)
+    head = instantiate(parts.head.part)
+    assert next(head.parameters()).shape[1] == model.backbone.out_channels  # a convolution
+    assert instantiate(parts.pooler).output_size == (7, 7)
 
 
 def test_towers_with_a_norm_per_level_are_refused():

@@ -5,10 +5,15 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import Backbone
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from region_pretrain.config import get_config
-from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps, pyramid_names
+from region_pretrain.modeling.pyramid import _top_down, freeze_unread, pyramid_maps, pyramid_names
 
 
 @pytest.fixture
@@ -71,3 +76,62 @@ def test_exactly_the_unread_convolutions_are_frozen(fpn, caplog):
     assert frozen == ["fpn_lateral2", "fpn_output2", "fpn_lateral3", "fpn_output3", "fpn_output5"]
     assert f"maps read: p4; not trained: {', '.join(frozen)}" in caplog.text
     assert freeze_unread(backbone.bottom_up, ["res5"]) == []
+
+
+@pytest.mark.parametrize("fuse", ["sum", "avg"])
+def test_trunks_that_round_down_are_registered(fpn, fuse):
+    """ConvNeXt's last map of a view of 112 pixels has 3 cells, not 4: each covers two of 7."""
+    fpn._fuse_type = fuse
+    maps = {f"res{i}": torch.randn(2, fpn.bottom_up.output_shape()[f"res{i}"].channels, n, n)
+            for i, n in ((2, 28), (3, 14), (4, 7), (5, 3))}  # fmt: skip
+    with torch.no_grad():
+        found = _top_down(fpn, maps, dict.fromkeys(["p4"], slice(0, 2)))["p4"]
+        coarse, fine = fpn.fpn_lateral5(maps["res5"]), fpn.fpn_lateral4(maps["res4"])
+        for y in range(7):
+            for x in range(7):
+                fine[..., y, x] += coarse[..., min(y // 2, 2), min(x // 2, 2)]
+        fine = fine / 2 if fuse == "avg" else fine
+        torch.testing.assert_close(found, fpn.fpn_output4(fine))
+
+
+class DeformConv(nn.Module):
+    """As Detectron2's, which has no backward pass on the CPU."""
+
+    norm, activation, groups = None, staticmethod(F.relu), 1
+    stride, padding, dilation = (1, 1), (1, 1), (1, 1)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8, 3, 3))
+        self.bias = None
+
+    def forward(self, x, offset):
+        raise NotImplementedError("Deformable Conv is not supported on CPUs!")
+
+
+class Recomputing(Backbone):
+    """A deformable convolution; reentrant checkpoints, which autograd.grad refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.conv2_offset, self.conv2 = nn.Conv2d(8, 18, 3, padding=1), DeformConv()
+        self.last, self.unread = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.use_checkpoint = True
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.conv2(x, self.conv2_offset(x))
+        last = checkpoint(self.last, x, use_reentrant=True) if self.use_checkpoint else self.last(x)
+        return {"a": last, "b": self.unread(x)}
+
+    def output_shape(self):
+        return {name: ShapeSpec(channels=8, stride=4) for name in "ab"}
+
+
+def test_deformable_and_recomputed_layers_are_read():
+    backbone = Recomputing()
+    assert freeze_unread(backbone, ["a"]) == ["unread"]
+    assert backbone.use_checkpoint and "forward" not in backbone.conv2.__dict__
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert {"conv2.weight", "conv2_offset.weight", "stem.weight", "last.weight"} <= trained

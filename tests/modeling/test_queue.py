@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.queue import KeyQueue
@@ -65,3 +66,10 @@ def test_its_state_is_in_the_state_dict():
 def test_a_length_of_zero_is_an_error():
     with pytest.raises(UserError, match="length=0 and dim=128: both must be at least 1"):
         KeyQueue(0, 128)
+
+
+def test_a_queue_of_another_width_than_its_head_is_named():
+    head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    KeyQueue(6, 4).check_head(head, "model.queue")
+    with pytest.raises(UserError, match="model.queue.dim=5: must be 4, the output_dim of its head"):
+        KeyQueue(6, 5).check_head(head, "model.queue")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from detectron2 import model_zoo
+from detectron2.config import instantiate
 from zoo import SMALL
 
-from region_pretrain.config import CONFIG_ROOT, load_config, to_yaml
+from region_pretrain.config import CONFIG_ROOT, load_config, num_classes_keys, to_yaml
+from region_pretrain.data.other_labels import _stuff_key
 from region_pretrain.errors import UserError
 from region_pretrain.yacs import find_config_file, is_yacs, read_yacs, split_overrides
 
@@ -113,12 +115,60 @@ def test_overrides_are_separated_by_case():
         ("SOLVER.LR_SCHEDULER_NAME=Mine", "SOLVER.LR_SCHEDULER_NAME=Mine: must be"),
         ("MODEL.DEVICE=cuda:1", "MODEL.DEVICE=cuda:1: must be cuda or cpu"),
         ("MODEL.LOAD_PROPOSALS=True", "DATASETS.PROPOSAL_FILES_TRAIN=.*one file for each of"),
+        ("DATASETS.TRAIN=[coco://a?images=b,coco://c]", "quote the items of a list"),
+        ("MODEL.WEIGHTS=[x", "quote the items of a list"),
+        ("SOLVER.MAX_ITER=0", "SOLVER.MAX_ITER=0: must be at least 1"),
     ],
 )
 def test_refused_in_one_line(override, message):
     with pytest.raises(UserError, match=message) as error:
         load_config(FASTER, [override])
     assert "\n" not in str(error.value)
+
+
+def test_gradients_are_clipped_as_the_config_says():
+    clip = "SOLVER.CLIP_GRADIENTS.{}"
+    given = [clip.format("ENABLED=True"), clip.format("CLIP_VALUE=0.5")]
+    cfg = load_config(FASTER, [*given, clip.format("CLIP_TYPE=full_model")])
+    assert (cfg.train.clip_grad.enabled, cfg.train.clip_grad.max_norm) == (True, 0.5)
+    assert cfg.train.clip_grad.max_value is None
+    with pytest.raises(UserError, match="CLIP_TYPE=Norm: must be value, norm .* or full_model"):
+        load_config(FASTER, [*given, clip.format("CLIP_TYPE=Norm")])
+
+
+def test_the_home_folder_and_a_schedule_that_ends_with_a_drop(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = load_config(FASTER, ["MODEL.WEIGHTS=~/x.pth", "SOLVER.MAX_ITER=80000"])
+    assert cfg.train.init_checkpoint == "/home/me/x.pth"
+    multiplier = instantiate(cfg.lr_multiplier)  # the second drop is at 80,000
+    assert multiplier(0.5) == 1.0 and multiplier(1.0) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="SOLVER.BASE_LR=0.0: must be above 0 for WarmupCosineLR"):
+        load_config(FASTER, ["SOLVER.BASE_LR=0", "SOLVER.LR_SCHEDULER_NAME=WarmupCosineLR"])
+
+
+def test_a_file_cannot_run_code(tmp_path):
+    ran = tmp_path / "ran"
+    call = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{ran}]]"
+    (tmp_path / "base.yaml").write_text(f"MODEL:\n  WEIGHTS: {call}\n")
+    (tmp_path / "mine.yaml").write_text("_BASE_: base.yaml\nSEED: 3\n")
+    for name in ("base", "mine"):
+        with pytest.raises(UserError, match=f"{name}.yaml runs code when it is read: replace"):
+            load_config(str(tmp_path / f"{name}.yaml"))
+    assert not ran.exists()
+    # Detectron2's own expression, in a copy of its folder.
+    zoo = Path(model_zoo.get_config_file("Base-RetinaNet.yaml"))
+    (tmp_path / "copy.yaml").write_text(zoo.read_text())
+    (tmp_path / "retina.yaml").write_text("_BASE_: copy.yaml\nSOLVER:\n  MAX_ITER: 7\n")
+    cfg = load_config(str(tmp_path / "retina.yaml"), ["DATASETS.TRAIN=a", "DATASETS.TEST=b"])
+    assert cfg.train.max_iter == 7
+    sizes = cfg.model.cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert sizes[1][2] == pytest.approx(64 * 2 ** (2 / 3))
+
+
+def test_a_semantic_segmentor_has_no_classes_of_things():
+    cfg = load_config("Misc/semantic_R_50_FPN_1x.yaml", ["MODEL.SEM_SEG_HEAD.NUM_CLASSES=3"])
+    assert num_classes_keys(cfg) == []
+    assert _stuff_key(cfg) == "model.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 
 
 def test_an_unknown_key_in_a_file_and_yacs_overrides_of_other_configs(tmp_path):

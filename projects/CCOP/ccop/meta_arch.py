@@ -152,6 +152,8 @@ class CCOP(PretrainingModel):
         self.key = MomentumCopy(self.query)
         self.momentum = momentum
         self.curriculum = curriculum
+        image_queue.check_head(image_head, "model.image_queue")
+        region_queue.check_head(region_head, "model.region_queue")
         self.image_queue, self.region_queue = image_queue, region_queue
         self.trunk_feature, self.in_features = trunk_feature, list(in_features)
         self.level_scales = list(level_scales)

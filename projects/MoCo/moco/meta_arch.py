@@ -77,6 +77,7 @@ class MoCo(PretrainingModel):
             self.detector_modules = ("backbone", "roi_heads")
         self.head = head
         self.key = MomentumCopy(self.query)
+        queue.check_head(head, "model.queue")
         self.queue = queue
         self.momentum = momentum
         self.temperature = temperature

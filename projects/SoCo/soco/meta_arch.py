@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -152,7 +154,15 @@ class SoCo(PretrainingModel):
         """``(B, K)`` level of each region, on the CPU."""
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
-        return assign_levels(view.boxes, self.level_scales)
+        levels = assign_levels(view.boxes, self.level_scales)
+        if (view.valid & (levels == UNASSIGNED)).any():
+            log_first_n(
+                logging.WARNING,
+                f"regions above {self.level_scales[-1]:g} pixels are left out: "
+                f"model.level_scales={self.level_scales} should end at the size of the views, "
+                f"{max(view.images.shape[-2:])}",
+            )
+        return levels
 
     def _embed(
         self,

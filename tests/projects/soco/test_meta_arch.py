@@ -222,6 +222,16 @@ def test_target_starts_as_a_copy_and_follows_the_schedule(small_soco):
     torch.testing.assert_close(model.target["projector"][1].norm.running_mean, running)
 
 
+def test_regions_above_the_last_scale_are_reported(small_soco, make_batch, caplog):
+    """They are left out, as in the released code, which has no such views."""
+    batch = make_batch(2, (64, 64, 32))
+    with EventStorage():
+        small_soco(level_scales=(16, 32, 60, 64)).train()(batch)
+        assert "are left out" not in caplog.text
+        small_soco(level_scales=(4, 8, 10, 12)).train()(batch)
+    assert "regions above 12 pixels are left out: model.level_scales=[4, 8, 10, 12]" in caplog.text
+
+
 def test_level_scales_that_do_not_fit_are_reported(small_soco):
     with pytest.raises(UserError, match=r"model.level_scales=\[48, 96\] must give one scale"):
         small_soco(level_scales=(48, 96))

@@ -1,0 +1,41 @@
+"""The trunk of a DC5 detector, whose last stage is dilated instead of strided."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import instantiate
+
+from region_pretrain.config import load_config
+from region_pretrain.convert.export import write_export
+from region_pretrain.convert.facts import facts_of
+from region_pretrain.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "yacs"))
+from zoo import NARROW  # noqa: E402  found by the line above
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    overrides = [*NARROW, "MODEL.RESNETS.STRIDE_IN_1X1=False", "MODEL.RESNETS.NORM=BN"]
+    cfg = load_config("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml", overrides)
+    torch.manual_seed(0)
+    detector = instantiate(cfg.model).eval()
+    facts = facts_of(detector)
+    assert facts.res5_dilation == 2
+    path = tmp_path_factory.mktemp("dc5") / "model.pth"
+    torch.save({"model": detector.state_dict(), "detector": facts.to_dict()}, path)
+    return detector, str(path)
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_libraries_with_another_first_block_are_refused(checkpoint, tmp_path, to):
+    with pytest.raises(UserError, match=r"dilation 2 in res5 \(DC5\).*Use --to mmdet or"):
+        write_export(checkpoint[1], to, str(tmp_path / "out.pth"))
+
+
+def test_mmdetections_config_computes_the_same(checkpoint, tmp_path):
+    lines = write_export(checkpoint[1], "mmdet", str(tmp_path / "out.pth"))
+    text = str(lines)
+    assert "strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)" in text
