@@ -148,16 +148,15 @@ def logging_kept(console: Callable[[logging.LogRecord], bool]) -> Iterator[None]
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(log, log.level, log.propagate, list(log.handlers)) for log in loggers]
-    files = list(_log_files)  # of handlers that are restored
-    _log_files.clear()
+    kept = list(_log_handlers), list(_log_files)
+    _log_files.clear()  # those of handlers that are restored stay open
     _console_filters.append(console)
     try:
         yield
     finally:
         _console_filters.remove(console)
-        _log_handlers.clear()
         _close_logs()
-        _log_files.extend(files)
+        _log_handlers[:], _log_files[:] = kept
         setup_logger.cache_clear()
         for log, level, propagate, handlers in before:
             log.setLevel(level)

@@ -11,7 +11,7 @@ from tiny_run import make_config
 
 from region_pretrain.config import complete_train
 from region_pretrain.engine import output_dir
-from region_pretrain.engine.output_dir import holds_run
+from region_pretrain.engine.output_dir import holds_run, logging_kept
 from region_pretrain.engine.run import start_run
 from region_pretrain.errors import UserError
 
@@ -131,6 +131,22 @@ def test_a_folder_that_was_deleted_has_a_log_again(tmp_path):
     opened = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
               if os.path.islink(f"/proc/self/fd/{fd}")}  # fmt: skip
     assert sum(f"{tmp_path}/a/log.txt" in path for path in opened) == 1
+
+
+def test_runs_within_and_after_a_context_leave_no_closed_log(tmp_path, capsys):
+    begin(tmp_path / "a")
+    with logging_kept(lambda record: False):
+        begin(tmp_path / "b")
+        logging.getLogger("region_pretrain.test").info("inside")
+    logging.getLogger("region_pretrain.test").info("outside")
+    begin(tmp_path / "c")
+    logging.getLogger("region_pretrain.test").info("later")
+    found = {name: (tmp_path / name / "log.txt").read_text() for name in "abc"}
+    words = ("inside", "outside", "later")
+    assert [[w for w in words if w in found[name]] for name in "abc"] == [
+        ["outside"], ["inside"], ["later"]
+    ]  # fmt: skip
+    assert "Logging error" not in capsys.readouterr().err
 
 
 def test_the_traceback_of_the_trainer_stays_off_the_console_under_any_name():
