@@ -214,3 +214,29 @@ def test_settings():
     for init, values in rows.items():
         if init.startswith("ccop_"):
             assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init
+
+
+def test_emoji():
+    rows = {row.init: row.by_seeds for row in read_csv(str(ROOT / "docs/results/emoji_long.csv"))}
+    values = {init: next(iter(seeds.values())) for init, seeds in rows.items()}
+    assert all(len(seeds) == 1 for seeds in rows.values())
+    page = (ROOT / "projects/README.md").read_text()
+    page = page[page.index("### Emoji") : page.index("### Quick size")]
+    names = {**NAMES, "random weights": "random", "point-level region contrast": "point"}
+    lines = table(page, "initialisation", "box AP", "box AP50")[2:]
+    assert len(lines) == 7
+    for label, *cells in lines:
+        assert cells == [f"{value:.1f}" for value in values[names[label]].values()]
+    text = " ".join(page.split())
+
+    def above(init, key):
+        return values[init][key] - values["random"][key]
+
+    best = ("mcl", "point", "ccop")
+    box, mask = ([f"{above(init, key):.1f}" for init in best] for key in ("bbox/AP", "segm/AP"))
+    assert "are {}, {} and {} box AP above".format(*box) in text
+    assert "and {}, {} and {} in mask AP".format(*mask) in text
+    assert all(above(init, "bbox/AP") < 0 for init in ("moco", "byol", "soco"))
+    assert f"SoCo by {-above('soco', 'bbox/AP'):.1f}" in text
+    assert f"AP50 is {-above('soco', 'bbox/AP50'):.1f} lower" in text
+    assert f"AP75 {-above('soco', 'bbox/AP75'):.1f} lower" in text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
+from detectron2.layers import ShapeSpec
 from tiny_run import CLOCK, StopAt
 
 from region_pretrain.config import load_config
@@ -18,6 +19,7 @@ from region_pretrain.engine.extra_state import (
     set_loss_normalizers,
 )
 from region_pretrain.engine.finetune import do_train
+from region_pretrain.modeling.narrow_resnet import narrow_resnet18_stages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "yacs"))
 from zoo import SMALL, TRAINABLE  # noqa: E402  found by the line above
@@ -59,7 +61,12 @@ def test_a_one_stage_detector_continues_bit_for_bit(tmp_path, coco_folder, monke
                 "configs/detection/fcos_r50_fpn.py",
                 [f"dataloader.train.dataset.names={data}", f"dataloader.test.dataset.names={data}"],
             )
-            cfg.model.backbone.bottom_up.stages.norm = "BN"
+            backbone, head = cfg.model.backbone, cfg.model.head
+            backbone.bottom_up.stem.update(out_channels=8, norm="BN")
+            backbone.bottom_up.stages = L(narrow_resnet18_stages)(channels=8, norm="BN")
+            backbone.out_channels = 16
+            backbone.top_block.update(in_channels=16, out_channels=16)
+            head.update(conv_dims=[16], input_shape=[ShapeSpec(channels=16)] * 5)
             cfg.dataloader.train.update(total_batch_size=2, num_workers=0)
             cfg.dataloader.train.mapper.augmentations = []
         cfg.dataloader.pop("evaluator")
