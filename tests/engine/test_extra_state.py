@@ -66,7 +66,7 @@ def test_a_one_stage_detector_continues_bit_for_bit(tmp_path, coco_folder, monke
             backbone.bottom_up.stages = L(narrow_resnet18_stages)(channels=8, norm="BN")
             backbone.out_channels = 16
             backbone.top_block.update(in_channels=16, out_channels=16)
-            head.update(conv_dims=[16], input_shape=[ShapeSpec(channels=16)] * 5)
+            head.update(conv_dims=[16], norm="", input_shape=[ShapeSpec(channels=16)] * 5)
             cfg.dataloader.train.update(total_batch_size=2, num_workers=0)
             cfg.dataloader.train.mapper.augmentations = []
         cfg.dataloader.pop("evaluator")
