@@ -215,7 +215,8 @@ def evaluate(
         model, sets.given = detector.model, dict(detector.given)
     elif not is_module:
         path = cfg.train.init_checkpoint = weights_of(detector)
-        if os.path.isfile(path):  # also if the folder was moved, or the call is from another one
+        # The run's own folder, also if it was moved or the call is from another one.
+        if config is None and os.path.isfile(path):
             cfg.train.output_dir = os.path.dirname(os.path.abspath(path))
     if data is not None:
         _set_names(cfg, "test", sets.name("data", data, classes))

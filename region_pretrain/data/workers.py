@@ -63,7 +63,7 @@ def share(batch: T) -> T:
 def share_batches_of(loader: DataLoader) -> None:
     """Apply :func:`share` to each batch of a loader that has not started yet.
 
-    Loaders of other classes stay as they are.
+    A loader that is no ``DataLoader`` is left unchanged.
     """
     if not isinstance(loader, DataLoader):
         return
