@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -102,20 +103,26 @@ def coco_folder(tmp_path) -> Path:
     return root
 
 
-@pytest.fixture
-def region_folder(tmp_path) -> RegionFolder:
-    """Twelve images of 64 pixels in nested folders, with regions of the recipe ``shapes-v1``."""
-    root = tmp_path / "images"
-    (root / "sub").mkdir(parents=True)
+@pytest.fixture(scope="session")
+def painted(tmp_path_factory) -> Path:
+    """What :func:`region_folder` copies: the search for regions takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("painted")
+    (folder / "images/sub").mkdir(parents=True)
     for i in range(12):
-        _paint(root / ("sub" if i % 2 else "") / f"{i:02d}.png", i)
-    records = get_records(f"folder://{root}")
-    path = str(tmp_path / "regions.arrow")
-    make_regions(records, path, "shapes-v1", workers=1)
+        _paint(folder / "images" / ("sub" if i % 2 else "") / f"{i:02d}.png", i)
+    records = get_records(f"folder://{folder / 'images'}")
+    make_regions(records, str(folder / "regions.arrow"), "shapes-v1", workers=1)
+    return folder
+
+
+@pytest.fixture
+def region_folder(painted, tmp_path) -> RegionFolder:
+    """Twelve images of 64 pixels in nested folders, with regions of the recipe ``shapes-v1``."""
+    shutil.copytree(painted, tmp_path, dirs_exist_ok=True)
+    root, path = tmp_path / "images", str(tmp_path / "regions.arrow")
+    keys = [str(r["image_id"]) for r in get_records(f"folder://{root}")]
     store = RegionStore.open(path)
-    return RegionFolder(
-        root, path, {str(r["image_id"]): store.boxes(str(r["image_id"])) for r in records}
-    )
+    return RegionFolder(root, path, {key: store.boxes(key) for key in keys})
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ class _Planner:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._plan = Plan()
+        self._pretrainings: dict[tuple[str, int], Run] = {}
 
     def plan(self) -> Plan:
         sweep = self._sweep
@@ -153,6 +154,11 @@ class _Planner:
         return [*overrides, *(f"train.checkpoint_keep_every={k}" for k in periods)]
 
     def _pretrain(self, init: str, seed: int) -> Run:
+        if (init, seed) not in self._pretrainings:
+            self._pretrainings[init, seed] = self._add_pretraining(init, seed)
+        return self._pretrainings[init, seed]
+
+    def _add_pretraining(self, init: str, seed: int) -> Run:
         entry = self._sweep.pretrain[init]
         overrides = [*self._pretrain_overrides(init), f"train.seed={seed}"]
         regions = self._regions(init, overrides) if entry.regions is None else None
