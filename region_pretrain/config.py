@@ -280,6 +280,11 @@ def _train_defaults() -> DictConfig:
     return get_config("common/train.py").train
 
 
+def saved_train_defaults() -> dict[str, Any]:
+    """The defaults of ``train``, in the form that :func:`read_saved` returns."""
+    return load_plain_yaml(to_yaml(OmegaConf.create({"train": _train_defaults()})))["train"]
+
+
 def _keys(cfg: DictConfig) -> set[str]:
     return set(dotted_keys(OmegaConf.to_container(cfg, resolve=False)))
 

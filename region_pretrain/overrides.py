@@ -170,9 +170,13 @@ def check_values(cfg: DictConfig, defaults: DictConfig) -> None:
 
     Raises:
         UserError: a key of ``train`` has a value of another type than its default, a number there
-            is negative, or a count there or of a loader is not a whole number.
+            is negative, a count there or of a loader is not a whole number, or
+            ``train.checkpointer`` has an unknown key.
     """
     _check_types("train", defaults, cfg.train)
+    known = list(defaults.checkpointer)
+    for name in set(cfg.train.checkpointer) - set(known):
+        raise UserError(f"train.checkpointer.{name}: there is no such key; it has {known}")
     for split, loader in cfg.get("dataloader", {}).items():
         for name, least in _LOADER_COUNTS.items():
             value = loader.get(name) if isinstance(loader, DictConfig) else None

@@ -37,6 +37,20 @@ def test_the_gpu_of_a_mac(monkeypatch):
         build.resolve_device("mps")
 
 
+def test_a_job_whose_gpus_pytorch_cannot_use_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    assert build.resolve_device("cuda") == torch.device("cpu")  # as on any machine without one
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")
+    assert build.resolve_device("cpu") == torch.device("cpu")
+    for name in ("cuda", None):
+        with pytest.raises(
+            UserError, match=r"SLURM gave this job GPUs \(0,1\), but PyTorch finds n"
+        ):
+            build.resolve_device(name)
+
+
 def test_a_machine_without_an_apple_gpu_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError) as error:

@@ -168,6 +168,7 @@ def test_dotted_keys_lists_groups_and_leaves():
         ("train.clip_grad.max_value=[1]", "train.clip_grad.max_value=\\[1\\]: must be a number"),
         ("train.accumulate_steps=1.5", "train.accumulate_steps=1.5: must be a whole number"),
         ("train.max_iter=1e5", "train.max_iter=100000.0: must be a whole number"),
+        ("+train.checkpointer.keep_last=3", "checkpointer.keep_last: there is no such key; it has"),
         ("train.seed=0.5", "train.seed=0.5: must be a whole number"),
         ("dataloader.train.num_workers=-1", "num_workers=-1: must be a whole number, at least 0"),
         ("dataloader.train.num_workers=1.5", "num_workers=1.5: must be a whole number"),

@@ -3,8 +3,9 @@
     python tools/sweep.py --config configs/sweeps/shapes_full.py --jobs 3
 
 Each method uses its ImageNet or COCO recipe, adapted to 150 steps as in its config for the small
-detector: momentum networks must adapt within dozens of steps, and a queue must not contain the same
-image many times.
+detector: momentum networks must adapt within dozens of steps, a queue must not contain the same
+image many times, and embeddings must differ from the beginning, which takes norms in the heads and
+residual blocks that contribute.
 
     pre-training    2 seeds * 7 methods * 150 steps of 128 images
     fine-tuning     8 initialisations * (2 learning rates + 2 seeds) * 300 steps of 16 images
@@ -42,7 +43,7 @@ sweep = benchmark(
         byol=dict(
             label="BYOL",
             config="projects/BYOL/configs/byol_r50_32xb128-300ep_imagenet.py",
-            overrides=[_MOMENTUM],
+            overrides=[_MOMENTUM, "model.zero_init=false", "optimizer.lr=1.0"],
         ),
         soco=dict(
             label="SoCo",
@@ -53,11 +54,14 @@ sweep = benchmark(
             label="CCOP",
             config="projects/CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco.py",
             overrides=[
-                "model.momentum.value=0.97",
+                "model.momentum.value=0.99",
+                "model.temperature=0.1",
                 "model.image_queue.length=1024",
                 "model.region_queue.length=16384",
                 "model.image_head.init_std=null",
                 "model.region_head.init_std=null",
+                "model.image_head.norm=SyncBN",
+                "model.region_head.norm=SyncBN",
             ],
         ),
         mcl=dict(
@@ -68,7 +72,14 @@ sweep = benchmark(
         point=dict(
             label="point-level region contrast",
             config="projects/PointRegionContrast/configs/point-region_r50_8xb32-200ep_imagenet.py",
-            overrides=["model.queue.length=1024", "model.momentum.value=0.99"],
+            overrides=[
+                "model.queue.length=1024",
+                "model.momentum.value=0.99",
+                "model.head.norm=SyncBN",
+                "model.temperature=0.1",
+                "model.zero_init=false",
+                "optimizer.lr=0.2",
+            ],
         ),
     ),
     detector="configs/detection/mask_rcnn_r50_fpn_4conv1fc.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -14,7 +15,13 @@ from torch import nn
 from region_pretrain.config import complete_train, get_config, load_file
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.given import as_lazy_detector, given_part, refer_to
-from region_pretrain.yacs import to_lazy_config
+from region_pretrain.yacs import (
+    find_config_file,
+    is_yacs,
+    override_yacs,
+    read_yacs,
+    to_lazy_config,
+)
 
 #: A detection config (a ``.py``, a ``.yaml``, the ``config.yaml`` of a run, a name in Detectron2's
 #: model zoo; a loaded LazyConfig, only its ``model``, or a yacs ``CfgNode``), or a built detector.
@@ -49,11 +56,11 @@ def detection_config(detector: AnyDetector) -> DictConfig:
     Raises:
         UserError: the config cannot be loaded or converted, or is not one of a detector.
     """
-    detector = plain(detector)
+    detector = of_yacs(plain(detector))
     if isinstance(detector, str):
         cfg = load_file(detector)
     elif isinstance(detector, CfgNode):
-        cfg = to_lazy_config(detector)
+        cfg = to_lazy_config(_with_data(detector))
     elif isinstance(detector, DictConfig) and "model" in detector:
         cfg = copy.deepcopy(detector)
     else:
@@ -61,6 +68,33 @@ def detection_config(detector: AnyDetector) -> DictConfig:
     if "dataloader" not in cfg or not {"test", "evaluator"} & set(cfg.dataloader):
         raise UserError("detector: not a detection config, which has dataloader.test")
     return complete_train(cfg)
+
+
+def of_yacs(detector: AnyDetector, overrides: Sequence[str] = ()) -> AnyDetector:
+    """The config that a yacs file contains, or a copy of a ``CfgNode``, with overrides.
+
+    Any other detector is returned as it is.
+    """
+    if isinstance(detector, CfgNode):
+        return override_yacs(detector.clone(), overrides)
+    if isinstance(detector, str) and is_yacs(path := find_config_file(detector)):
+        return read_yacs(path, overrides)
+    return detector
+
+
+def _with_data(cfg: CfgNode) -> CfgNode:
+    """A yacs config with the numbers of data sets that a LazyConfig has: others may replace them.
+
+    Detectron2's defaults and its tutorial have none.
+    """
+    if cfg.DATASETS.TRAIN and len(cfg.DATASETS.TEST) == 1:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TRAIN or ("(none: pass train=)",)
+    if len(cfg.DATASETS.TEST) != 1:
+        cfg.DATASETS.TEST = ("(not one: pass val=)",)
+    return cfg
 
 
 def _around(model: DictConfig | nn.Module) -> DictConfig:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.config import CfgNode
 from omegaconf import DictConfig
 from torch import nn
 
 from region_pretrain.api.data import Data, DataSets, records_of
-from region_pretrain.api.detectors import DETECTOR_FILE, AnyDetector, detection_config, plain
+from region_pretrain.api.detectors import (
+    DETECTOR_FILE,
+    AnyDetector,
+    detection_config,
+    of_yacs,
+    plain,
+)
 from region_pretrain.api.regions import digits_of
 from region_pretrain.api.results import Pretrained, Run
 from region_pretrain.api.session import Callback, Given, KeepModel, hooks_of, isolated
@@ -29,12 +37,19 @@ from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import load_method
 from region_pretrain.engine.output_dir import holds_run, refuse_existing_run
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
-from region_pretrain.files import write_text_atomic
+from region_pretrain.files import is_local, write_text_atomic
 from region_pretrain.modeling.given import modes_kept, weights_kept
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
+from region_pretrain.yacs import split_overrides
+
+logger = logging.getLogger(__name__)
+
+#: Beginnings of the overrides that change the detector itself.
+_OF_DETECTOR = ("model.backbone.", "model.pixel_")
 
 #: Weights: a run, or what ``train.init_checkpoint`` accepts; also a run's folder.
 Weights = Run | str | os.PathLike
@@ -101,17 +116,18 @@ def pretrain(
         overrides=overrides,
     )
     described = _describe(detector)
+    text = to_yaml(described) if isinstance(described, DictConfig) else ""
 
     def save_detector() -> None:
-        if isinstance(described, DictConfig):
-            path = os.path.join(cfg.train.output_dir, DETECTOR_FILE)
-            write_text_atomic(path, to_yaml(described))
+        if text:
+            write_text_atomic(os.path.join(cfg.train.output_dir, DETECTOR_FILE), text)
 
     keep, is_built = KeepModel(save_detector), isinstance(detector, nn.Module)
     with ExitStack() as stack:
         stack.enter_context(isolated(given, verbose))
         if not resume:
             refuse_existing_run(cfg.train.output_dir)
+        _check_before_search(cfg)
         find_regions(cfg)
         if is_built:
             stack.enter_context(modes_kept(detector))
@@ -188,8 +204,17 @@ def _load(
     if isinstance(method, str) and not method.endswith((".py", ".yaml")):
         if detector is None:
             raise UserError(f"method {method!r} needs detector=: a detection config or a detector")
-        detector = plain(detector)
-        return load_method(method, detector, overrides), detector
+        upper, lower = split_overrides(overrides)
+        detector = of_yacs(plain(detector), upper) if upper else plain(detector)
+        own = [text for text in lower if text.lstrip("+").startswith(_OF_DETECTOR)]
+        if own and not isinstance(detector, nn.Module):
+            logger.warning(
+                "fine-tuning with the detector of this run will not have the overrides %s: to have "
+                "them there as well, change the detector's config",
+                " ".join(own),
+            )
+        left = [] if isinstance(detector, CfgNode) else upper  # refused with a reason
+        return load_method(method, detector, [*left, *lower]), detector
     if detector is not None:
         raise UserError("this config has a detector: leave out detector=, or name a method instead")
     if isinstance(method, str):
@@ -233,6 +258,23 @@ def weights_of(init: Weights) -> str:
 def _own_regions(cfg: DictConfig) -> str:
     names = cfg.dataloader.train.dataset.names
     return os.path.join(cfg.train.output_dir, f"regions-{digits_of(names)}.arrow")
+
+
+def _check_before_search(cfg: DictConfig) -> None:
+    """Raise now what would end the run after the search for regions, which may take hours."""
+    dataset, init = cfg.dataloader.train.dataset, cfg.train.init_checkpoint
+    path = dataset.get("regions")
+    if path is None or path != _own_regions(cfg) or os.path.exists(path):
+        return
+    to_yaml(cfg)
+    check_writers(cfg.train.writers)
+    batch, count = cfg.dataloader.train.total_batch_size, len(records_of(dataset.names))
+    if count < batch:
+        raise UserError(
+            f"the data set has {count} images, fewer than one batch: lower batch_size={batch}"
+        )
+    if init and is_local(init) and not os.path.exists(init.partition("?")[0]):
+        raise UserError(f"cannot read the checkpoint {init}: no such file")
 
 
 def find_regions(cfg: DictConfig) -> None:

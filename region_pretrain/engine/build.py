@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +22,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.modeling.norms import use_sync_batchnorm
-from region_pretrain.modeling.trunk import compile_trunks
+from region_pretrain.modeling.trunk import compile_trunks, use_plain_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def resolve_device(name: str | None) -> torch.device:
     """``train.device`` as a device; null means a CUDA GPU if there is one, else the CPU.
 
     Raises:
-        UserError: neither ``cuda``, ``mps`` nor ``cpu``; or ``mps``, and there is no Apple GPU.
+        UserError: neither ``cuda``, ``mps`` nor ``cpu``; ``mps``, and there is no Apple GPU; or
+            SLURM gave the job GPUs that PyTorch cannot use.
     """
     if name not in (None, "cuda", "mps", "cpu"):
         raise UserError(f"train.device={name}: must be cuda, mps, cpu or null")
@@ -68,6 +71,13 @@ def resolve_device(name: str | None) -> torch.device:
         return torch.device("mps")
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
+    given = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("SLURM_STEP_GPUS")
+    if name != "cpu" and given:
+        raise UserError(
+            f"SLURM gave this job GPUs ({given}), but PyTorch finds none on "
+            f"{socket.gethostname()}: submit it with --slurm exclude=NODE if the node is damaged, "
+            "or set train.device=cpu"
+        )
     if name == "cuda":
         logger.warning("train.device=cuda, but this machine has no CUDA GPU: using the CPU")
     return torch.device("cpu")
@@ -200,6 +210,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     """Instantiate ``cfg.model`` on a device, with the same weights in every process."""
     seed_all_rng(cfg.train.seed)
     model = build_part(cfg.model, "model").to(device)
+    use_plain_checkpoints(model)
     seed_all_rng(cfg.train.seed + comm.get_rank())
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)

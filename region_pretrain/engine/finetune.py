@@ -44,6 +44,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.files import make_writable, write_text_atomic
 from region_pretrain.metrics import Results
 from region_pretrain.modeling.given import modes_kept
+from region_pretrain.modeling.norms import broadcast_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
         loader = build_test_loader(cfg.dataloader.test)
         evaluator = instantiate(cfg.dataloader.evaluator)
         share_batches_of(loader)
+        broadcast_statistics(model)
         with _prints_logged(), modes_kept(model):  # also those of single layers
             results = inference_on_dataset(model, loader, _Together(evaluator))
         if not comm.is_main_process() or not results:

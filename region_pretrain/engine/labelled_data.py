@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.cityscapes_evaluation import CityscapesEvaluator
+from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -136,12 +138,21 @@ def compare_with_checkpoint(report: TransferReport, classes: Classes, training: 
 
 
 def _check_evaluators(lazy: DictConfig | ListConfig | None, names: Sequence[str]) -> None:
-    """Find missing packages now, not after the training."""
+    """Find missing packages now, not after the training, and too many machines."""
     for one in lazy if isinstance(lazy, ListConfig) else [lazy]:
         target = one.get("_target_") if isinstance(one, DictConfig) else None
         target = locate(target) if isinstance(target, str) else target
         for name in names:
-            check_packages(name, evaluator_classes(name) if target is build_evaluator else [target])
+            kinds = evaluator_classes(name) if target is build_evaluator else [target]
+            check_packages(name, kinds)
+            if any(
+                isinstance(kind, type) and issubclass(kind, CityscapesEvaluator) for kind in kinds
+            ):
+                if comm.get_local_size() != comm.get_world_size():
+                    raise UserError(
+                        f"{name}: Detectron2's evaluation of Cityscapes needs all processes on one "
+                        "machine: train on one"
+                    )
 
 
 def _refuse(message: str, only_warn: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.config import complete_train, get_config, load_file, override_config
@@ -22,6 +22,8 @@ from region_pretrain.modeling.detector import Detector, model_of
 from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.overrides import apply_overrides
+from region_pretrain.registration import execute
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import lazy_detector, override_yacs, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
@@ -71,7 +73,9 @@ def load_method(
     path = _find(method)
     of_yacs, overrides = split_overrides(overrides)
     pretrain, *parts = LazyConfig.load(str(path), ("pretrain", *_PARTS))
-    around = load_detector(detector, of_yacs)
+    # What they register may be the detector's modules.
+    execute(_register_of(overrides))
+    around, entries = _load_detector(detector, of_yacs)
     is_built = isinstance(detector, nn.Module)
     model = pretrain(around)
     cfg = DictConfig(
@@ -80,6 +84,7 @@ def load_method(
     if Detector(around).has_layer_norms:
         _use_adamw(cfg)
     override_config(complete_train(cfg), overrides, str(path))
+    cfg.train.register = list(dict.fromkeys([*entries, *cfg.train.register]))
     if is_built:
         return cfg
     with on_meta_device():
@@ -87,6 +92,15 @@ def load_method(
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)
     return cfg
+
+
+def _register_of(overrides: Sequence[str]) -> list[str]:
+    """``train.register`` among the overrides; anything but a list is refused later."""
+    given = [text for text in overrides if text.startswith("train.register=")]
+    cfg = DictConfig({"train": {"register": []}})
+    apply_overrides(cfg, given)
+    value = cfg.train.register
+    return list(value) if isinstance(value, ListConfig) else []
 
 
 def default_recipe(method: str) -> str | None:
@@ -120,20 +134,29 @@ def load_detector(
     Raises:
         UserError: the config cannot be loaded or converted, or is not that of a detector.
     """
+    return _load_detector(detector, yacs_overrides)[0]
+
+
+def _load_detector(
+    detector: str | DictConfig | CfgNode | nn.Module, yacs_overrides: Sequence[str]
+) -> tuple[DictConfig, list[str]]:
+    """:func:`load_detector`, and the ``train.register`` of its config, which has been executed."""
     name = f"--detector {detector}" if isinstance(detector, str) else "the detector"
     try:
         if isinstance(detector, nn.Module | CfgNode):
             if yacs_overrides and isinstance(detector, nn.Module):
                 raise UserError(f"override {yacs_overrides[0]!r}: it is built already")
             if isinstance(detector, nn.Module):
-                return as_lazy_detector(detector)
-            return lazy_detector(override_yacs(detector.clone(), yacs_overrides))
+                return as_lazy_detector(detector), []
+            return lazy_detector(override_yacs(detector.clone(), yacs_overrides)), []
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
+        entries = list(OmegaConf.select(cfg, "train.register") or [])
+        execute(entries)
         model = cfg if "backbone" in cfg else model_of(cfg)
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if target is build_detector:
-            return lazy_detector(as_cfg_node(model.cfg))
+            return lazy_detector(as_cfg_node(model.cfg)), entries
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
@@ -143,7 +166,7 @@ def load_detector(
         )
     if isinstance(target, type) and issubclass(target, PretrainingModel):
         raise UserError(f"{name}: a pre-training config; give the detector's own")
-    return model
+    return model, entries
 
 
 def _plain(name: str) -> str:

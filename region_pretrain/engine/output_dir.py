@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import _cached_log_stream, setup_logger
 from omegaconf import DictConfig
 
-from region_pretrain.config import changed_keys, read_saved, to_yaml
+from region_pretrain.config import changed_keys, read_saved, saved_train_defaults, to_yaml
 from region_pretrain.engine.fingerprint import HARMLESS_OF_LOADERS
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
@@ -42,6 +42,15 @@ HARMLESS = (
     "train.writers",
     "train.tracking",
     "train.pictures",
+    "train.max_unreadable",
+)
+#: Parts of a converted yacs config that other keys represent.
+_ELSEWHERE = tuple(
+    f"model.cfg.{key}"
+    for key in (
+        *("SOLVER", "DATASETS", "DATALOADER", "OUTPUT_DIR", "SEED", "CUDNN_BENCHMARK", "VERSION"),
+        *("INPUT", "TEST.EVAL_PERIOD", "TEST.PRECISE_BN", "MODEL.DEVICE", "MODEL.WEIGHTS"),
+    )
 )
 #: Keys that may differ as well if train.allow_new_length is set.
 LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "optimizer.base_lr")
@@ -115,7 +124,9 @@ def _saved_config(path: str) -> dict[str, Any] | None:
 
 
 def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
-    allowed = HARMLESS + (LENGTH if cfg.train.allow_new_length else ())
+    allowed = HARMLESS + _ELSEWHERE + (LENGTH if cfg.train.allow_new_length else ())
+    # A run of an earlier version lacks keys that have been added since.
+    saved = {**saved, "train": {**saved_train_defaults(), **saved["train"]}}
     changed = {
         key: values
         for key, values in changed_keys(saved, cfg).items()

@@ -319,6 +319,12 @@ def _join_from_environment(device: str) -> None:
         world_size=world_size,
         timeout=DEFAULT_TIMEOUT,
     )
+    sizes = sorted(set(comm.all_gather(local_size)))
+    if len(sizes) > 1:
+        leave_process_group()
+        raise UserError(
+            f"machines with {' and '.join(map(str, sizes))} processes: all must have as many"
+        )
     comm.create_local_process_group(local_size)
     everyone = comm.all_gather((cores(), gpu))
     _refuse_shared_gpus([gpu for _, gpu in everyone])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from detectron2.utils import comm
-from torch import distributed as dist
 from torch import nn
 
 from region_pretrain.data.batch import ViewBatch
@@ -22,6 +21,7 @@ from region_pretrain.engine.hooks import no_side_effects
 from region_pretrain.engine.processes import fail_together, on_main_process
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local
+from region_pretrain.modeling.norms import broadcast_statistics
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.elsewhere import FeaturesRecipe
 from region_pretrain.regions.generate import make_regions
@@ -139,9 +139,7 @@ class RefreshedLoader:
         path, started = self._path(segment), time.perf_counter()
         network = feature_network(self._model)
         self._model.eval()
-        if comm.get_world_size() > 1:  # statistics of batch norms may differ between processes
-            for buffer in network.buffers():
-                dist.broadcast(buffer, 0)
+        broadcast_statistics(network)
         boxes = FeatureBoxes(self._model, self._recipe, self._batch_size, keep_pixels=True)
         recipe, records = boxes.recipe, self._loader.dataset.records()
         on_main_process(lambda: _remove_others(path, recipe.id))

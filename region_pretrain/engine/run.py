@@ -17,6 +17,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
+from torch import distributed as dist
 from torch import nn
 
 from region_pretrain.convert.facts import facts_of
@@ -252,6 +253,8 @@ def _system_failures_explained(checkpointer: RunCheckpointer) -> Iterator[None]:
         ) from error
     except RuntimeError as error:  # PyTorch's texts; a signal handler may raise it anywhere
         text = " ".join(str(error).split())
+        if isinstance(error, dist.DistError):  # NCCL has shared memory as well
+            raise
         if "shared memory" in text:
             raise UserError(
                 "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)

@@ -17,6 +17,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.evaluation.accuracy import accuracy_of
 from region_pretrain.evaluation.features import model_reader, read_regions, with_boxes
 from region_pretrain.evaluation.knn import knn_classify
+from region_pretrain.modeling.norms import broadcast_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class KNNProbeHook(HookBase):
         """Top-1 accuracies in [0, 1] by metric name, the same on all processes."""
         if isinstance(model, DistributedDataParallel):
             model = model.module
+        broadcast_statistics(model)
         reader = model_reader(model)
         sets = [read_regions(model, reader, dicts, **self._reading) for dicts in self._dicts]
         result = {}

@@ -67,7 +67,7 @@ class Detector:
             raise UserError("not a detector: it has no backbone or no pixel_mean")
         self.detector = detector
         self.is_built = isinstance(detector, nn.Module)
-        self.backbone: Part = detector.backbone
+        self.backbone: Part = self._own(detector.backbone)
         self._backbone = _built(self.backbone)
 
     @property
@@ -143,10 +143,19 @@ class Detector:
         """Names of the maps that regions are pooled from, finest first.
 
         Those of the detector's box head; for a one-stage detector those of its pyramid.
+
+        Raises:
+            UserError: it has neither.
         """
         heads = _get(self.detector, "roi_heads")
-        names = _get(heads, "box_in_features") or _get(heads, "in_features")
-        return list(names or self.levels)
+        names = _get(heads, "box_in_features") or _get(heads, "in_features") or self.levels
+        if not names:
+            raise UserError(
+                f"the pyramid of {type(self._backbone).__name__} is neither an FPN nor a "
+                "SimpleFeaturePyramid of Detectron2, and no box head names the maps that regions "
+                "are pooled from: use moco, byol or point_region"
+            )
+        return list(names)
 
     @cached_property
     def strides(self) -> list[int]:
@@ -178,7 +187,8 @@ class Detector:
     @cached_property
     def res5(self) -> Part | None:
         """The last stage of a C4 detector."""
-        return _get(_get(self.detector, "roi_heads"), "res5")
+        found = _get(_get(self.detector, "roi_heads"), "res5")
+        return None if found is None else self._own(found)
 
     @property
     def res5_channels(self) -> int:

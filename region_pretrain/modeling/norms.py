@@ -271,6 +271,21 @@ def use_local_batchnorm(model: nn.Module) -> nn.Module:
     return _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
 
 
+def broadcast_statistics(network: nn.Module) -> None:
+    """Give every process the batch norms' running statistics of the first one.
+
+    They differ where norms do not communicate, or see differently padded images. Checkpoints have
+    those of the first process; an evaluation that several processes share needs the same network
+    on each. All processes call this together.
+    """
+    if comm.get_world_size() == 1:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, 0)
+
+
 def _turn_sync_batchnorms_into(cls: type[nn.BatchNorm2d], model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):

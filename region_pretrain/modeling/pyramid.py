@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.modeling.backbone import FPN, Backbone, SimpleFeaturePyramid
 from torch import Tensor, nn
+
+from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,7 @@ def trunk_and_pyramid_features(
     """
     maps = trunk_of(backbone)(images)
     names = pyramid_names(backbone) if names is None else names
-    return maps, _levels(backbone, maps, dict.fromkeys(names, slice(0, len(images))))
+    return maps, _levels(backbone, images, maps, dict.fromkeys(names, slice(0, len(images))))
 
 
 def pyramid_maps(
@@ -70,7 +73,8 @@ def pyramid_maps(
     feature pyramid do not depend on each other.
 
     Args:
-        backbone: the detector's. One that is neither of the two runs completely.
+        backbone: the detector's. One that is neither of the two, or a subclass of them with a
+            ``forward`` of its own, runs completely.
         images: ``(B, 3, H, W)``, normalised. Sides need not be divisible by the FPN's size
             divisibility, see :func:`pyramid_features`.
         reads: map name -> images to return, a slice with bounds and step 1. Maps of a top block
@@ -79,7 +83,7 @@ def pyramid_maps(
     Returns:
         For each name in ``reads`` the map of ``images[reads[name]]``.
     """
-    return _levels(backbone, trunk_of(backbone)(images), reads)
+    return _levels(backbone, images, trunk_of(backbone)(images), reads)
 
 
 def trunk_of(backbone: nn.Module) -> nn.Module:
@@ -96,8 +100,14 @@ def trunk_name(backbone: nn.Module) -> str:
 
 
 def _levels(
-    backbone: nn.Module, trunk: Mapping[str, Tensor], reads: Mapping[str, slice]
+    backbone: nn.Module,
+    images: Tensor,
+    trunk: Mapping[str, Tensor],
+    reads: Mapping[str, slice],
 ) -> dict[str, Tensor]:
+    if _has_own_forward(backbone):
+        maps = _complete(backbone, images, trunk)
+        return {name: maps[name][span] for name, span in reads.items()}
     if isinstance(backbone, FPN):
         return _top_down(backbone, trunk, reads)
     if isinstance(backbone, SimpleFeaturePyramid):
@@ -105,6 +115,50 @@ def _levels(
         source = trunk[backbone.in_feature]
         return {name: stages[name](source[span]) for name, span in reads.items()}
     return {name: trunk[name][span] for name, span in reads.items()}
+
+
+def _has_own_forward(backbone: nn.Module) -> bool:
+    """Whether a subclass of Detectron2's pyramids computes more, or something else."""
+    return any(
+        isinstance(backbone, kind) and type(backbone).forward is not kind.forward
+        for kind in (FPN, SimpleFeaturePyramid)
+    )
+
+
+class _Given(nn.Module):
+    """In place of a trunk: returns maps that have been computed."""
+
+    def __init__(self, trunk: nn.Module, maps: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_trunk"] = trunk  # not as a submodule
+        self._maps = maps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+    def forward(self, _: object) -> Mapping[str, Tensor]:
+        return self._maps
+
+
+def _complete(
+    backbone: nn.Module, images: Tensor, trunk: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """All maps of a pyramid with a ``forward`` of its own, as it computes them itself."""
+    if isinstance(backbone, FPN):
+        sides = [trunk[name].shape[-2:] for name in backbone.in_features]
+        for fine, coarse in zip(sides, sides[1:], strict=False):
+            if any(a != 2 * b for a, b in zip(fine, coarse, strict=True)):
+                raise UserError(
+                    f"{type(backbone).__name__} has a forward of its own, which needs views whose "
+                    f"sides are multiples of {backbone.size_divisibility} pixels: change the "
+                    "method's view sizes"
+                )
+    name, network = trunk_name(backbone), trunk_of(backbone)
+    setattr(backbone, name, _Given(network, trunk))
+    try:
+        return backbone(images)
+    finally:
+        setattr(backbone, name, network)
 
 
 def _top_down(

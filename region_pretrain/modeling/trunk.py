@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
+from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
@@ -88,14 +92,32 @@ def read_map(network: Mapping[str, nn.Module], images: Tensor, feature: str) -> 
     return network["res5"](maps) if "res5" in network else maps
 
 
+def use_plain_checkpoints(model: nn.Module) -> None:
+    """Recompute activations in the backward pass itself, as PyTorch recommends.
+
+    Detectron2's Swin leaves PyTorch's old default, in which each part runs a backward pass of its
+    own: DDP then fails if a network is called twice in a step, as most methods do. The files in
+    question import ``torch.utils.checkpoint`` under the name ``checkpoint``.
+    """
+    plain = partial(checkpoint.checkpoint, use_reentrant=False)
+    for module in model.modules():
+        if getattr(module, "use_checkpoint", None) is True:
+            names = type(module).forward.__globals__
+            if names.get("checkpoint") is checkpoint:
+                names["checkpoint"] = SimpleNamespace(**{**vars(checkpoint), "checkpoint": plain})
+
+
 def compile_trunks(model: nn.Module) -> None:
     """``torch.compile`` the trunks of a model in place, without renaming its state dict's entries.
 
     They do nearly all the work and their shapes hardly ever change, while the code around them
     (which box is pooled from which level, which pairs match) depends on the batch. A model without
     a Detectron2 backbone is compiled completely.
+
+    With several processes each shape is compiled on its own: the norms that communicate have no
+    kernels for shapes that are symbols.
     """
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
     outer = {b for b in backbones for c in b.modules() if c is not b and isinstance(c, Backbone)}
     for module in [b for b in backbones if b not in outer] or [model]:
-        module.compile()
+        module.compile(dynamic=False if comm.get_world_size() > 1 else None)

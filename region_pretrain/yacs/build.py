@@ -56,6 +56,7 @@ def as_cfg_node(values: Mapping[str, Any]) -> CfgNode:
     if isinstance(values, DictConfig):
         values = OmegaConf.to_container(values, resolve=True)
     cfg = get_cfg()
+    cfg.set_new_allowed(True)  # keys of the user's own fork, for its own modules
     cfg.merge_from_other_cfg(CfgNode(values))
     cfg.MODEL.DEVICE = str(torch.empty(0).device)  # the current default: the CPU, or meta
     return cfg

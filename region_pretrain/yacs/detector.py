@@ -10,6 +10,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from omegaconf import DictConfig
@@ -23,6 +24,7 @@ _RESNETS = (
     "build_retinanet_resnet_fpn_backbone",
 )
 _ROI_HEADS = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
+_BOX_HEADS = ("FastRCNNConvFCHead", "")  # a C4 detector has none
 
 
 def lazy_detector(cfg: CfgNode) -> DictConfig:
@@ -46,9 +48,14 @@ def lazy_detector(cfg: CfgNode) -> DictConfig:
         pixel_std=list(cfg.MODEL.PIXEL_STD),
         input_format=cfg.INPUT.FORMAT,
     )
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+    name = cfg.MODEL.META_ARCHITECTURE
+    # That of a fork may be a subclass. Its own heads are not known, but its trunk is.
+    kind = dict(iter(META_ARCH_REGISTRY)).get(name)
+    kind = kind if isinstance(kind, type) else type(None)
+    known = cfg.MODEL.ROI_HEADS.NAME in _ROI_HEADS and cfg.MODEL.ROI_BOX_HEAD.NAME in _BOX_HEADS
+    if name in ("GeneralizedRCNN", "PanopticFPN") or known and issubclass(kind, GeneralizedRCNN):
         detector["roi_heads"] = _roi_heads(cfg)
-    elif cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+    elif issubclass(kind, RetinaNet):
         part = {key: plain(cfg.MODEL[key]) for key in ("RETINANET", "ANCHOR_GENERATOR", "FPN")}
         detector["head"] = L(build_retinanet_head)(cfg={"MODEL": part})
     return DictConfig(detector, flags={"allow_objects": True})

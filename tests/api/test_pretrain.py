@@ -18,6 +18,8 @@ from narrow import SMALL, narrow_config
 from PIL import Image
 
 import region_pretrain as rp
+from region_pretrain.api.detectors import detection_config
+from region_pretrain.api.pretraining import compose
 from region_pretrain.config import changed_keys, load_file
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.methods import load_method
@@ -312,6 +314,15 @@ def test_yacs_configs_are_detectors(region_folder, tmp_path):
     cfg.MODEL.RESNETS.NORM = "BN"
     composed = rp.pretrain_config("moco", images=region_folder.images, detector=cfg)
     assert composed.model.res5.norm == "BN"
+    # The defaults have no data sets; those of a fine-tuning come from its own arguments.
+    upper = ["MODEL.RESNETS.STEM_OUT_CHANNELS=32", "MODEL.RESNETS.NORM=SyncBN"]
+    for detector in (cfg, "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"):
+        given = {"detector": detector, "overrides": [*upper, "MODEL.BACKBONE.FREEZE_AT=0"]}
+        composed = compose("moco", images=region_folder.images, **given)
+        described = detection_config(composed.detector).model.cfg.MODEL
+        assert (described.RESNETS.STEM_OUT_CHANNELS, described.RESNETS.NORM) == (32, "SyncBN")
+        assert described.BACKBONE.FREEZE_AT == 0 and composed.cfg.model.res5.norm == "SyncBN"
+    assert cfg.MODEL.RESNETS.NORM == "BN"
     with pytest.raises(rp.UserError, match="the detector: MODEL.BACKBONE.NAME=x"):
         cfg.MODEL.BACKBONE.NAME = "x"
         rp.pretrain_config("moco", detector=cfg)
@@ -338,6 +349,22 @@ BAD = [
     ({"method": rp.get_config("detection/mask_rcnn_r18_fpn_shapes.py"), "detector": None,
       "overrides": []}, "not a pre-training config"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 13}, "12 images, fewer than one batch: lower batch_size=13"),
+        ({"init": "r5O.pth"}, "cannot read the checkpoint r5O.pth: no such file"),
+        ({"overrides": ["train.writers=[console,jso]"]}, "there is no writer 'jso'"),
+    ],
+)
+def test_no_error_comes_after_the_search_for_regions(region_folder, tmp_path, changes, message):
+    given = arguments(region_folder, tmp_path / "a", regions=None) | changes
+    given["overrides"] = [*SMALL, *changes.get("overrides", [])]
+    with pytest.raises(rp.UserError, match=message):
+        rp.pretrain("soco", **given)
+    assert not list(tmp_path.glob("a/regions-*"))
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD)

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import LazyConfig
 from tiny_run import make_config
 
-from region_pretrain.config import complete_train
+from region_pretrain.config import complete_train, load_config
 from region_pretrain.engine import output_dir
 from region_pretrain.engine.output_dir import holds_run, logging_kept
 from region_pretrain.engine.run import start_run
@@ -43,6 +43,39 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+def test_a_run_of_a_yacs_config_resumes_with_keys_of_its_own(tmp_path):
+    zoo = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+
+    def begin(resume, *more):
+        with start_run(load_config(zoo, [*more, f"train.output_dir={tmp_path}"]), resume):
+            pass
+
+    begin(False)
+    make_progress(tmp_path)
+    begin(True, "DATALOADER.NUM_WORKERS=8", "TEST.EVAL_PERIOD=1000", "MODEL.DEVICE=cpu")
+    for change, message in (
+        ("SOLVER.MAX_ITER=180000", "train.max_iter: 90000 -> 180000.*train.allow_new_length=True"),
+        ("SOLVER.BASE_LR=0.5", "optimizer.lr: 0.02 -> 0.5"),
+        ("MODEL.RPN.NMS_THRESH=0.5", "model.cfg.MODEL.RPN.NMS_THRESH: 0.7 -> 0.5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            begin(True, change)
+    begin(True, "SOLVER.MAX_ITER=180000", "train.allow_new_length=True")
+
+
+def test_a_run_of_an_earlier_version_resumes(tmp_path):
+    """Its config lacks keys that have been added since, which stand for their defaults."""
+    begin(tmp_path)
+    make_progress(tmp_path)
+    saved = LazyConfig.load(str(tmp_path / "config.yaml"))
+    for key in ("refresh_regions", "max_unreadable", "freeze", "pictures"):
+        del saved.train[key]
+    LazyConfig.save(saved, str(tmp_path / "config.yaml"))
+    begin(tmp_path, resume=True)
+    with pytest.raises(UserError, match=r"train.freeze: \[\] -> \['backbone'\]"):
+        begin(tmp_path, resume=True, freeze=["backbone"])
+
+
 @pytest.mark.parametrize(
     "train",
     [
@@ -52,6 +85,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
         {"eval_period": 7},
         {"device": None},
         {"compile": True},
+        {"max_unreadable": 0.5},
     ],
 )
 def test_resume_accepts_the_same_config_and_harmless_changes(tmp_path, train):

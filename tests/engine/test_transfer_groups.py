@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
+from detectron2.config import instantiate
 from detectron2.modeling.backbone import ViT
 from narrow_detector import PRETRAINED, build, save, state
 from torch import nn
 
+from region_pretrain.config import get_config
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 
@@ -87,3 +90,24 @@ def test_layers_that_a_transformer_lacks_are_refused(tmp_path, layer):
     torch.save(file | {layer: torch.ones(16)}, tmp_path / "b.pth")
     with pytest.raises(UserError, match=f"has others there, such as {layer}"):
         load_pretrained(model, str(tmp_path / "b.pth"))
+
+
+@pytest.mark.parametrize("source", ["FPN", "torchvision"])
+def test_a_trunk_fills_the_c4_detector_of_voc(tmp_path, source):
+    """MoCo's detector for VOC has a norm after res5, which no trunk has."""
+    model = instantiate(get_config("detection/faster_rcnn_r50_c4_voc.py").model)
+    if source == "torchvision":
+        weights = torchvision.models.resnet50(weights=None).state_dict()
+        expected = weights["layer4.2.conv3.weight"]
+    else:
+        trunk = get_config("detection/mask_rcnn_r50_fpn_moco.py").model.backbone.bottom_up
+        trunk = instantiate(trunk).state_dict()
+        weights = {"model": {f"backbone.bottom_up.{name}": v for name, v in trunk.items()}}
+        expected = trunk["res5.2.conv3.weight"]
+    report = load_pretrained(model, save(tmp_path, weights))
+    left = [n for n in report.missing if n.startswith(("backbone.", "roi_heads.res5."))]
+    parts = ("weight", "bias", "running_mean", "running_var")
+    assert [n for n in left if "num_batches" not in n] == [
+        f"roi_heads.res5.norm.{p}" for p in parts
+    ]
+    assert torch.equal(model.roi_heads.res5[2].conv3.weight, expected)

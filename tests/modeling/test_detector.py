@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import build_model
-from detectron2.modeling.backbone import SwinTransformer
+from detectron2.modeling.backbone import Backbone, SwinTransformer
 from omegaconf import DictConfig
 
 from region_pretrain.config import get_config
@@ -120,10 +120,35 @@ def test_parts_may_refer_to_other_parts_of_the_detector():
     model = get_config("common/models/mask_rcnn_fpn_small.py").model
     model.roi_heads.box_head.input_shape.channels = "${....backbone.out_channels}"
     model.roi_heads.box_pooler.output_size = "${..box_head.input_shape.height}"
-    parts = Detector(model)
+    model.norm, model.backbone.norm = "BN", "${model.norm}"
+    model.backbone.in_features = ["res2", "res3", "res4", "res5"]
+    model.backbone.bottom_up.out_features = "${..in_features}"
+    cfg = DictConfig({"model": model}, flags={"allow_objects": True})
+    parts = Detector(cfg)
+    assert instantiate(parts.trunk).output_shape().keys() == set(model.backbone.in_features)
     head = instantiate(parts.head.part)
     assert next(head.parameters()).shape[1] == model.backbone.out_channels  # a convolution
     assert instantiate(parts.pooler).output_size == (7, 7)
+
+
+class OtherPyramid(Backbone):
+    """A feature pyramid that is no subclass of Detectron2's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, 8, 1)
+        self._out_features, self._out_feature_channels = ["p3"], {"p3": 8}
+        self._out_feature_strides = {"p3": 8}
+
+    def forward(self, x):
+        return {"p3": self.conv(x)}
+
+
+def test_a_one_stage_detector_with_another_pyramid_is_refused():
+    model = DETECTORS["RetinaNet"]()
+    model.backbone = LazyCall(OtherPyramid)()
+    with pytest.raises(UserError, match="OtherPyramid is neither an FPN nor a .*: use moco, byol"):
+        _ = Detector(model).head.channels
 
 
 def test_towers_with_a_norm_per_level_are_refused():

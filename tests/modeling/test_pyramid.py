@@ -2,17 +2,22 @@
 
 import copy
 import logging
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.config import instantiate
+from detectron2.config import LazyCall, instantiate
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.backbone import FPN, Backbone, SwinTransformer
+from omegaconf import DictConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from region_pretrain.config import get_config
+from region_pretrain.engine.build import build_model
+from region_pretrain.errors import UserError
 from region_pretrain.modeling.pyramid import _top_down, freeze_unread, pyramid_maps, pyramid_names
 
 
@@ -52,6 +57,68 @@ def test_unread_maps_are_not_computed(fpn):
     with torch.no_grad():
         pyramid_maps(fpn, torch.randn(6, 3, 64, 64), {"p5": slice(0, 4), "p4": slice(4, 6)})
     assert calls == {"fpn_lateral5": 6, "fpn_output5": 4, "fpn_lateral4": 2, "fpn_output4": 2}
+
+
+class PathAggregation(FPN):
+    """An FPN with a path from fine to coarse maps, as forks of Detectron2 write it."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.down = nn.ModuleList(nn.Conv2d(32, 32, 3, 2, 1) for _ in self.in_features[1:])
+
+    def forward(self, x):
+        assert x.shape[1] == 3 and self.bottom_up.size_divisibility == 0
+        maps = super().forward(x)
+        finer = maps["p2"]
+        for name, down in zip(("p3", "p4", "p5"), self.down, strict=True):
+            finer = maps[name] = maps[name] + down(finer)
+        return maps
+
+
+def test_a_pyramid_with_a_forward_of_its_own_computes_that(fpn):
+    torch.manual_seed(0)
+    channels = [shape.channels for shape in fpn.bottom_up.output_shape().values()]
+    assert len(channels) == 4
+    path = PathAggregation(
+        bottom_up=fpn.bottom_up, in_features=fpn.in_features, out_channels=32, norm=""
+    ).eval()
+    images = torch.randn(4, 3, 64, 64)
+    reads = {"p5": slice(0, 3), "p3": slice(3, 4)}
+    with torch.no_grad():
+        whole, ours = path(images), pyramid_maps(path, images, reads)
+    assert isinstance(path.bottom_up, type(fpn.bottom_up))
+    for name, span in reads.items():
+        torch.testing.assert_close(ours[name], whole[name][span])
+    assert freeze_unread(path, ["p3"]) == ["fpn_output4", "fpn_output5", "down.1", "down.2"]
+    pyramid_maps(path, images, {"p3": slice(0, 4)})["p3"].sum().backward()
+    assert path.down[0].weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="PathAggregation has a forward .* multiples of 32 pixels"):
+        pyramid_maps(path, torch.randn(1, 3, 112, 112), reads)
+
+
+def count(counts, name, _):
+    counts[name] += 1
+
+
+def test_recomputed_activations_accumulate_each_gradient_once():
+    """DDP fails on a second time, which reentrant checkpoints of a network run twice would be."""
+    cfg = DictConfig({"train": {"seed": 0, "channels_last": False}}, flags={"allow_objects": True})
+    cfg.model = LazyCall(SwinTransformer)(
+        embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4, out_indices=[1]
+    )
+    cfg.model.use_checkpoint = True
+    torch.manual_seed(0)
+    images, found = torch.randn(2, 3, 32, 32), []
+    for recompute in (True, False):
+        cfg.model.use_checkpoint = recompute
+        model, counts = build_model(cfg, torch.device("cpu")), Counter()
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(partial(count, counts, name))
+        maps = [next(iter(model(part).values())) for part in (images, images.flip(-1))]
+        sum(m.square().sum() for m in maps).backward()
+        assert set(counts.values()) == {1}
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*found)
 
 
 def test_a_backbone_without_fpn_runs_completely(fpn):

@@ -8,6 +8,7 @@ from torch.multiprocessing import spawn
 
 from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.modeling.gather import gather_rows, mean_over_ranks
+from region_pretrain.modeling.norms import broadcast_statistics
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.shuffle import ImageShuffle, ShufflingBatchNorm
 
@@ -42,11 +43,21 @@ def per_rank(rank: int) -> dict:
     assert torch.equal(shuffle.unshuffle(received[:, 0, 0]), images.float())
     gathered = gather_rows(torch.tensor([[rank, 5.0], [rank, 6.0]], requires_grad=True))
     assert not gathered.requires_grad
+    norms = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm1d(3, affine=False))
+    for norm in (norms[0], norms[2]):
+        norm.running_mean += 1 + rank
+        norm.running_var += 3 + rank
+    broadcast_statistics(norms)
     enabled, disabled = ShufflingBatchNorm(True, 3), ShufflingBatchNorm(False, 3)
     return {
         "queue": queue.keys[:, 0].tolist(),
         "pointer": int(queue.pointer),
         "shuffled": received[:, 0, 0].tolist(),
+        "statistics": [
+            values.tolist()
+            for norm in (norms[0], norms[2])
+            for values in (norm.running_mean, norm.running_var)
+        ],
         "same": enabled.permutation(BATCH, 8).shuffle(images).tolist(),
         "other": enabled.permutation(BATCH, 9).shuffle(images).tolist(),
         "disabled": disabled.permutation(BATCH, 8).shuffle(images).tolist(),
@@ -102,3 +113,8 @@ def test_norms_are_per_process_only_if_shuffling_is_enabled():
         network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
         assert ShufflingBatchNorm(enabled, None).prepare(network) is network
         assert type(network[1]) is kind
+
+
+def test_statistics_are_those_of_the_first_process(seen):
+    for rank in seen:
+        assert rank["statistics"] == [[1.0] * 2, [4.0] * 2, [1.0] * 3, [4.0] * 3]

@@ -5,14 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2 import model_zoo
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
 from zoo import SMALL
 
 from region_pretrain.config import CONFIG_ROOT, load_config, num_classes_keys, to_yaml
 from region_pretrain.data.other_labels import _stuff_key
+from region_pretrain.engine.methods import load_method
 from region_pretrain.errors import UserError
-from region_pretrain.yacs import find_config_file, is_yacs, read_yacs, split_overrides
+from region_pretrain.yacs import (
+    find_config_file,
+    is_yacs,
+    read_yacs,
+    split_overrides,
+    to_lazy_config,
+)
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 TOOLS = CONFIG_ROOT.parent / "tools"
@@ -169,6 +177,50 @@ def test_a_semantic_segmentor_has_no_classes_of_things():
     cfg = load_config("Misc/semantic_R_50_FPN_1x.yaml", ["MODEL.SEM_SEG_HEAD.NUM_CLASSES=3"])
     assert num_classes_keys(cfg) == []
     assert _stuff_key(cfg) == "model.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+
+
+def test_a_detector_of_a_fork(tmp_path):
+    """Its modules are registered by a file, and its config has keys of its own."""
+    module = tmp_path / "fork.py"
+    module.write_text(
+        "from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNN\n"
+        "from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone\n"
+        "@META_ARCH_REGISTRY.register()\n"
+        "class ForksRCNN(GeneralizedRCNN): pass\n"
+        "@BACKBONE_REGISTRY.register()\n"
+        "def build_forks_backbone(cfg, shape):\n"
+        "    assert shape.channels == 3\n"
+        "    return build_resnet_fpn_backbone(cfg, shape)\n"
+    )
+    config = tmp_path / "fork.yaml"
+    config.write_text(
+        f"_BASE_: {model_zoo.get_config_file(FASTER)}\n"
+        "MODEL: {META_ARCHITECTURE: ForksRCNN, BACKBONE: {NAME: build_forks_backbone, "
+        "FREEZE_AT: 0}, FPN: {NORM: SyncBN}, RESNETS: {NORM: SyncBN}}\n"
+    )
+    with pytest.raises(UserError, match="MODEL.BACKBONE.NAME=build_forks_backbone cannot be conv"):
+        load_method("soco", str(config))
+    cfg = load_method("soco", str(config), [f"train.register=[{module}]"])
+    assert cfg.model.head is not None and cfg.train.register == [str(module)]
+    (tmp_path / "run.yaml").write_text(
+        to_yaml(load_config(str(config), [f"train.register=[{module}]"]))
+    )
+    cfg = load_method("moco", str(tmp_path / "run.yaml"))
+    assert cfg.train.register == [str(module)]  # for other processes
+    for value in ("null", str(module)):
+        with pytest.raises(UserError, match="train.register=.*: must be a list"):
+            load_method("moco", str(config), [f"train.register={value}"])
+    # The trunk needs no head.
+    config.write_text(config.read_text().replace("0}", "0}, ROI_BOX_HEAD: {NAME: ForksHead}"))
+    load_method("moco", str(config))
+    with pytest.raises(UserError, match="ForksHead|box head"):
+        load_method("soco", str(config))
+    config.write_text(config.read_text().replace(", ROI_BOX_HEAD: {NAME: ForksHead}", ""))
+    fork = get_cfg()
+    fork.merge_from_file(str(config))
+    fork.MODEL.FORK_WIDTH = 3
+    with torch.device("meta"):
+        assert type(instantiate(to_lazy_config(fork).model)).__name__ == "ForksRCNN"
 
 
 def test_an_unknown_key_in_a_file_and_yacs_overrides_of_other_configs(tmp_path):
