@@ -5,9 +5,12 @@ Nothing here imports PyTorch.
 
 from __future__ import annotations
 
+import getpass
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
 from multiprocessing.context import BaseContext
 
@@ -25,6 +28,26 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def user_name() -> str:
+    """The user of this process: the name, or the number of one without a name, as in containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):
+        return str(os.getuid())
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [str(i) for i in range(len(re.findall("^GPU ", done.stdout, re.MULTILINE)))]
 
 
 def process_context() -> BaseContext:

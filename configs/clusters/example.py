@@ -26,4 +26,6 @@ cluster = dict(
     array_parallelism=16,
     # Seconds of warning before the time limit: long enough for one step and a checkpoint.
     signal_seconds=120,
+    # What differs for a sweep's jobs without GPU: generating regions, choosing learning rates.
+    cpu=dict(mem_gb=32),  # and e.g. partition="cpu", time=4 * 60
 )

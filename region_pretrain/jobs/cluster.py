@@ -23,7 +23,7 @@ _ALIASES = {
     "time_min": "time",
     "timeout_min": "time",
 }
-_NOT_IN_TEXT = ("kind", "extra", "setup")
+_NOT_IN_TEXT = ("kind", "extra", "setup", "cpu")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -54,6 +54,8 @@ class Cluster:
         array_parallelism: jobs of one array that run at once.
         jobs: ``local`` only: jobs that run at once.
         signal_seconds: seconds of warning before the time limit.
+        cpu: what differs for a sweep's jobs of one process without GPU, under the names above, such
+            as ``{"partition": "cpu", "mem_gb": 16}``.
     """
 
     kind: str = "slurm"
@@ -75,10 +77,11 @@ class Cluster:
     array_parallelism: int = 32
     jobs: int = 1
     signal_seconds: int = 120
+    cpu: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("extra", "setup"):  # a set-up line is code in any case
+            if name not in ("extra", "setup", "cpu"):  # a set-up line is code in any case
                 refuse_control_characters(f"cluster {name}", value)
         for key, value in self.extra.items():
             refuse_control_characters(f"sbatch option {key!r}", value)
@@ -91,6 +94,8 @@ class Cluster:
             if value is not None and value < least:
                 raise UserError(f"cluster {name}={value}: must be at least {least}")
         self._check_tasks()
+        if self.cpu:
+            self.for_one_process()  # checks its values
         if self.time is not None and self.time * 60 <= self.signal_seconds:
             raise UserError(
                 f"cluster time={self.time} minutes is not longer than signal_seconds="
@@ -116,6 +121,13 @@ class Cluster:
             )
         if self.kind != "slurm" and self.nodes > 1:
             raise UserError(f"cluster nodes={self.nodes}: kind={self.kind} has only one node")
+
+    def for_one_process(self) -> Cluster:
+        """The resources of a job that generates regions or chooses a learning rate: no GPU."""
+        one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, "gres": None}
+        if self.mem_gb is not None:
+            one["mem_gb"] = self.mem_gb / self.tasks
+        return dataclasses.replace(self, **{**one, **self.cpu, "cpu": {}})
 
     @property
     def tasks(self) -> int:
@@ -185,12 +197,19 @@ def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
     if "cluster" not in config:
         raise UserError(f"{path} has no dict named cluster; see configs/clusters/example.py")
     settings = OmegaConf.to_container(OmegaConf.create(config["cluster"]), resolve=True)
+    changes = _settings(settings, path)
+    if changes.get("cpu"):
+        changes["cpu"] = _settings(changes["cpu"], f"{path}: cpu")
+    return _override(_replace(Cluster(), changes, path), overrides, path)
+
+
+def _settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     known = [f.name for f in dataclasses.fields(Cluster)]
     changes = {}
     for key, value in settings.items():
-        name = _field(key, known, path)
+        name = _field(key, known, where)
         changes[name] = _value(name, value) if isinstance(value, str) else value
-    return _override(_replace(Cluster(), changes, path), overrides, path)
+    return changes
 
 
 def _override(cluster: Cluster, items: Sequence[str], where: str) -> Cluster:
@@ -269,7 +288,8 @@ def check_cluster(cluster: Cluster) -> None:
         return
     slurm.require_commands()
     partitions = slurm.list_partitions()
-    for name in (cluster.partition or "").split(","):
+    wanted = [cluster.partition, cluster.cpu.get("partition")]
+    for name in ",".join(filter(None, wanted)).split(","):
         if name and name not in partitions:
             near = difflib.get_close_matches(name, partitions, n=3) or partitions
             raise UserError(f"no partition {name!r} in this cluster; there is {', '.join(near)}")

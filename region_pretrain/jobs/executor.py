@@ -149,8 +149,10 @@ def _common_root(jobs: Sequence[ToolJob]) -> str:
 def _for_cluster(job: ToolJob, cluster: Cluster) -> ToolJob:
     environment: dict[str, str | None] = {}
     if cluster.kind == "local":
-        if not cluster.gpus_per_node:  # submitit would hide all GPUs
-            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None or not cluster.gpus_per_node:
+            # submitit would hide all GPUs, or show the first ones.
+            environment["CUDA_VISIBLE_DEVICES"] = visible
         if "OMP_NUM_THREADS" not in os.environ:
             share = len(cores()) // (cluster.jobs * cluster.tasks)
             environment["OMP_NUM_THREADS"] = str(cluster.cpus_per_task or max(1, share))

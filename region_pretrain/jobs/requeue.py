@@ -1,5 +1,8 @@
 """Run by a job's batch script when ``srun`` fails: requeue the job unless it failed by itself.
 
+A job that stopped at its limit is requeued by its first process. Where SLURM did not answer that
+one, it is asked again here, for a minute.
+
 python -m region_pretrain.jobs.requeue FOLDER EXIT_CODE
 """
 
@@ -27,25 +30,27 @@ def main() -> None:
     notes = [read_json(str(path), dict[str, Any], "the job is not requeued") for path in paths]
     # A task that still counts as running was killed itself, before it could write another note.
     killed = [note for note in notes if note["state"] in ("killed", "running")]
+
+    def still_runs() -> bool:
+        return slurm.patiently(lambda: slurm.job_state(job)) == "RUNNING"
+
     if not notes and int(code) > 128 and slurm.restart_count() < MAX_STALLED:
         reason = f"a process was killed by signal {int(code) - 128} before it could start"
     elif killed:
         by = f"by signal {killed[0]['code']}" if killed[0]["code"] else f"(srun exit code {code})"
         reason = f"a process was killed {by}"
-    elif (
-        # SLURM terminated all tasks before they agreed to stop. Either the job was cancelled, or
-        # SLURM gave up its step, as when a node or srun does not answer: then the job still runs.
-        notes
-        and all(note["state"] == "signalled" for note in notes)
-        and slurm.job_state(job) == "RUNNING"
-    ):
+    # SLURM terminated all tasks before they agreed to stop. Either the job was cancelled, or SLURM
+    # gave up its step, as when a node or srun does not answer: then the job still runs.
+    elif notes and all(note["state"] == "signalled" for note in notes) and still_runs():
         reason = f"SLURM ended its step (srun exit code {code})"
+    elif any(note["state"] == "stopped" for note in notes) and still_runs():
+        reason = "it stopped, and could not requeue itself"
     else:
         return
-    if notes:
+    if notes and not any(note["state"] == "stopped" for note in notes):
         end_attempt(notes[0]["output_dir"], "killed")
     print(f"job {job}: {reason}; requeueing", flush=True)
-    slurm.requeue(job)
+    slurm.patiently(lambda: slurm.requeue(job))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SLURM's commands: no other module of the library runs them.
 
-A command that is missing, fails or does not answer in time raises a :class:`UserError`.
+A command that is missing, fails or does not answer in time raises :class:`Unavailable`.
 Nothing here imports PyTorch: it runs in a process beside every training process.
 """
 
@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from region_pretrain.errors import UserError
+
+T = TypeVar("T")
 
 #: Variables that a user sets for SLURM's commands, as opposed to those that describe a job.
 _SETTINGS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
@@ -23,6 +27,40 @@ _ALLOCATION += ("SUBMITIT_", "PMI_", "PMIX_")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: The states of a job that has not started, or that waits to be started again.
 WAITING_STATES = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+class Unavailable(UserError):
+    """SLURM does not answer, or one of its commands fails."""
+
+
+def patiently(
+    ask: Callable[[], T],
+    say: Callable[[str], None] = print,
+    seconds: float = 10,
+    times: int | None = 6,
+) -> T:
+    """Ask SLURM again while it is unavailable, such as while its controller restarts.
+
+    Args:
+        ask: calls functions of this module.
+        say: receives the first error.
+        seconds: between two attempts.
+        times: number of attempts; None for any number.
+
+    Raises:
+        Unavailable: that of the last attempt.
+    """
+    done = 0
+    while True:
+        try:
+            return ask()
+        except Unavailable as error:
+            done += 1
+            if done == times:
+                raise
+            if done == 1:
+                say(f"{error}; asking again every {seconds:g} s")
+            time.sleep(seconds)
 
 
 def require_commands() -> None:
@@ -40,12 +78,16 @@ def list_partitions() -> list[str]:
     return list(dict.fromkeys(_run("sinfo", "--noheader", "--format=%R").split()))
 
 
-def my_jobs() -> dict[str, str]:
-    """The user's jobs in the queue: id -> state, e.g. ``{"7_0": "RUNNING"}``.
+def jobs_of(user: str = "") -> dict[str, str]:
+    """A user's jobs in the queue: id -> state, e.g. ``{"7_0": "RUNNING"}``.
 
     Each task of an array counts as a job.
+
+    Args:
+        user: a name; empty for the user of this process.
     """
-    lines = _run("squeue", "--me", "--noheader", "--array", "--format=%i %T").splitlines()
+    whose = f"--user={user}" if user else "--me"
+    lines = _run("squeue", whose, "--noheader", "--array", "--format=%i %T").splitlines()
     return dict(line.split() for line in lines if line.strip())
 
 
@@ -53,7 +95,7 @@ def job_state(job_id: str) -> str:
     """The state of a job, e.g. ``RUNNING``; "" if it has left the queue."""
     try:
         return _run("squeue", "--noheader", "--format=%T", f"--jobs={job_id}", seconds=30).strip()
-    except UserError as error:
+    except Unavailable as error:
         if "Invalid job id" in str(error):
             return ""
         raise
@@ -103,11 +145,11 @@ def _run(*command: str, seconds: float = 60) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        raise UserError(
+        raise Unavailable(
             f"{command[0]} does not answer within {seconds} s: is slurmctld running?"
         ) from None
     except OSError as error:
-        raise UserError(f"{command[0]} does not run: {error.strerror}") from error
+        raise Unavailable(f"{command[0]} does not run: {error.strerror}") from error
     if done.returncode:
-        raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise Unavailable(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

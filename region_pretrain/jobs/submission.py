@@ -68,7 +68,7 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
         )
     cluster = _cluster(args)
     cfg = config_of(args)
-    _check_batch(cfg, cluster)
+    check_batch(cfg, cluster)
     text = to_yaml(cfg)
     output_dir = cfg.train.output_dir
     if not args.resume and not args.eval_only:
@@ -155,7 +155,12 @@ def _submit(
     print(f"submitted {shown}; log: {submitted[0].paths.stdout}\ncode: {root}")
 
 
-def _check_batch(cfg: DictConfig, cluster: Cluster) -> None:
+def check_batch(cfg: DictConfig, cluster: Cluster) -> None:
+    """Refuse a batch that a job's processes cannot share.
+
+    Raises:
+        UserError: ``dataloader.train.total_batch_size`` is no multiple of their number.
+    """
     total = cfg.get("dataloader", {}).get("train", {}).get("total_batch_size")
     ranks = cluster.nodes * cluster.tasks
     if isinstance(total, int) and total % ranks:
@@ -171,7 +176,7 @@ def _refuse_queued(folder: str, output: str) -> None:
     ids = {match[1] for name in names if (match := re.match(r"(\d+)(_\d+)?_submitted\.pkl$", name))}
     if not ids:
         return
-    if queued := sorted(ids.intersection(job.partition("_")[0] for job in slurm.my_jobs())):
+    if queued := sorted(ids.intersection(job.partition("_")[0] for job in slurm.jobs_of())):
         raise UserError(
             f"job {queued[0]} for {output} is still in the queue: wait for it, or run "
             f"scancel {queued[0]}"

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from region_pretrain.config import load_config, override_config
+from region_pretrain.config import load_config, override_config, to_yaml
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local
+from region_pretrain.files import is_local, write_text_atomic
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.regions import RegionStore
 from region_pretrain.shipped import find_shipped
-from region_pretrain.yacs import find_config_file, split_overrides
+from region_pretrain.yacs import find_config_file, is_yacs, read_yacs, split_overrides
 
 
 @functools.cache
@@ -51,6 +52,30 @@ def for_jobs(path: str) -> str:
     found, shipped = find_config_file(path), find_shipped(path)
     own = found == path and not (shipped and os.path.samefile(found, shipped))
     return os.path.abspath(path) if own and is_local(path) else path
+
+
+def freeze(paths: Iterable[str], folder: str) -> dict[str, str]:
+    """Write copies of configs that jobs may read days later, when the user has edited the files.
+
+    Shipped configs need none: the snapshot of the code has them. Python files that a config names
+    in ``train.register`` are not copied.
+
+    Args:
+        paths: results of :func:`for_jobs`.
+        folder: where to write; a copy's name contains a digest of its content.
+
+    Returns:
+        Path -> its copy, for each file of the user's own.
+    """
+    found = {}
+    for path in sorted({path for path in paths if os.path.isabs(path)}):
+        text = read_yacs(path).dump() if is_yacs(path) else to_yaml(load_config(path))
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{os.path.splitext(os.path.basename(path))[0]}-{digest}.yaml"
+        found[path] = os.path.join(folder, name)
+        os.makedirs(folder, exist_ok=True)
+        write_text_atomic(found[path], text)
+    return found
 
 
 #: Overrides that do not affect whether a config builds.
@@ -144,7 +169,8 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     Args:
         cfg: the config; not modified.
         without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``. What
-            only affects metrics' destinations and pictures is ignored as well.
+            only affects metrics' destinations and pictures, or whether a run may resume with
+            another number of processes, is ignored as well.
 
     Raises:
         UserError: the config contains a lambda or a local function, which cannot be saved.
@@ -155,6 +181,7 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
         for part in path:
             node = node[part]
         node[last] = None
+    values["train"]["allow_world_size_change"] = False
     for key in ("writers", "tracking", "pictures"):
         values["train"].pop(key, None)
     return json.dumps(values, default=_named, sort_keys=True)

@@ -10,7 +10,7 @@ from region_pretrain.config import changed_keys, read_saved
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError
 from region_pretrain.sweeps.configs import load
-from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
+from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
 
 #: Keys that do not make a run another one, or whose values are paths that the sweep chooses.
 _NOT_SETTINGS = (
@@ -64,7 +64,7 @@ def _earlier_runs(plan: Plan) -> Iterator[tuple[Run, str]]:
 def _changes(run: Run, folder: str) -> str:
     """``key: old -> new`` of the settings that differ from a run's saved config."""
     arguments = [word for word in run.tasks[0] if not word.startswith("@")]
-    at = arguments.index("--config-file") + 1
+    at = arguments.index(CONFIG) + 1
     try:
         saved = read_saved(os.path.join(folder, "config.yaml"))
     except UserError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REGIONS, PRETRAIN, TRIAL, CHOICE, FINETUNE = "regions", "pretrain", "trial", "choice", "finetune"
+CONFIG = "--config-file"  # precedes a config among the arguments of a command line
 
 
 @dataclass(frozen=True)

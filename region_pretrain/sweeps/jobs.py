@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
@@ -15,11 +14,9 @@ from region_pretrain.jobs.job import ToolJob
 from region_pretrain.lease import PREFIX, holder_of
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.graph import CHOICE, REGIONS, Plan, Run
+from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
 from region_pretrain.sweeps.state import Record, SweepFile
-from region_pretrain.system import command_lines
-
-_CONFIG = "--config-file"
+from region_pretrain.system import command_lines, user_name
 
 
 def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
@@ -31,10 +28,10 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
     jobs = []
     for i, task in enumerate(tasks):
         arguments = list(task)
-        if _CONFIG in arguments:
-            at = arguments.index(_CONFIG) + 1
-            # The snapshot may lack a config that the user keeps elsewhere; neither contains those
-            # of Detectron2's model zoo, which have a name instead of a path.
+        if CONFIG in arguments:
+            at = arguments.index(CONFIG) + 1
+            arguments[at] = sweep.configs.get(arguments[at], arguments[at])
+            # Those of Detectron2's model zoo are in neither place.
             for root in (sweep.root, ROOT):
                 if os.path.isfile(path := os.path.join(root, arguments[at])):
                     arguments[at] = path
@@ -49,10 +46,7 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
 
 def cluster_for(run: Run, cluster: Cluster) -> Cluster:
     """A run's resources: region generation and choices are one process each, without a GPU."""
-    if run.kind not in (REGIONS, CHOICE):
-        return cluster
-    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, "gres": None}
-    return dataclasses.replace(cluster, **one)
+    return cluster.for_one_process() if run.kind in (REGIONS, CHOICE) else cluster
 
 
 def submit_runs(
@@ -84,12 +78,13 @@ def submit_runs(
     return found
 
 
-def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
-    """The jobs that are queued or running: on SLURM all of the user's, elsewhere the sweep's.
+def live_jobs(cluster: Cluster, folder: str, user: str = "") -> dict[str, str]:
+    """The jobs that are queued or running: on SLURM all of a user's, elsewhere the sweep's.
 
     Args:
         cluster: where the sweep's jobs run.
         folder: the sweep's folder.
+        user: who started it; empty for the user of this process.
 
     Returns:
         Job id -> ``queued`` or ``running``.
@@ -100,7 +95,7 @@ def live_jobs(cluster: Cluster, folder: str) -> dict[str, str]:
     if cluster.kind == "slurm":
         return {
             job: state.QUEUED if word in slurm.WAITING_STATES else state.RUNNING
-            for job, word in slurm.my_jobs().items()
+            for job, word in slurm.jobs_of("" if user == user_name() else user).items()
         }
     holder = holder_of(folder)
     if holder is not None and not holder.is_here():
@@ -127,7 +122,7 @@ def states_now(sweep: SweepFile, folder: str) -> dict[str, str]:
     Raises:
         UserError: see :func:`live_jobs`.
     """
-    return states(sweep.plan, lambda: live_jobs(sweep.cluster, folder))
+    return states(sweep.plan, lambda: live_jobs(sweep.cluster, folder, sweep.user))
 
 
 def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]:

@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
-from submitit.core.utils import JobPaths
+from submitit.core.utils import JobPaths, environment_variables
 
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.jobs.attempts import read_attempts, start_attempt, vanished
@@ -23,6 +24,7 @@ from region_pretrain.lease import InUse, hold, holder_of
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.graph import Run
 from region_pretrain.sweeps.state import Record, SweepFile
+from region_pretrain.system import gpus
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ def _startable(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 def _work(folder: str) -> None:
     seen: dict[str, str] = {}
     mine: list = []  # polled with done(), which reaps finished child processes
+    devices, on = gpus(), {}
     while True:
         sweep = state.read_sweep(folder)
         runs = sweep.plan.runs
@@ -100,14 +103,35 @@ def _work(folder: str) -> None:
         for name, word in now.items():
             if word not in (state.WAITING, seen.get(name)):
                 logger.info("%s: %s", runs[name].name, word)
-        seen = now
+        seen = dict(now)
         running = sum(word == state.RUNNING for word in now.values())
         ready = _startable(sweep, now)
         if not running and not ready:
             return
         for name in ready[: max(0, sweep.cluster.jobs - running)]:
-            mine += jobs.submit_runs([runs[name]], sweep, folder, runs[name].name)[name]
+            busy = [on[n] for n, word in now.items() if word == state.RUNNING and n in on]
+            with _on_free_gpus(devices, sweep.cluster.tasks, busy) as on[name]:
+                mine += jobs.submit_runs([runs[name]], sweep, folder, runs[name].name)[name]
+            now[name] = state.RUNNING
         time.sleep(_POLL_SECONDS)
+
+
+@contextmanager
+def _on_free_gpus(devices: Sequence[str], count: int, busy: Sequence[str]) -> Iterator[str]:
+    """Let a job see only the GPUs that the fewest running jobs use.
+
+    Args:
+        devices: the machine's.
+        count: GPUs per job.
+        busy: what this has yielded for each running job.
+
+    Yields:
+        Their value of ``CUDA_VISIBLE_DEVICES``. With a single group of GPUs nothing changes.
+    """
+    groups = [",".join(devices[i : i + count]) for i in range(0, len(devices) - count + 1, count)]
+    group = min(groups, key=busy.count, default="")
+    with environment_variables(CUDA_VISIBLE_DEVICES=group) if len(groups) > 1 else nullcontext():
+        yield group
 
 
 def _was_killed(run: Run, folder: str) -> bool:

@@ -17,6 +17,7 @@ from region_pretrain.sweeps.configs import checked_config, content, for_jobs
 from region_pretrain.sweeps.definition import FINAL, Finetune, Sweep
 from region_pretrain.sweeps.graph import (
     CHOICE,
+    CONFIG,
     FINETUNE,
     PRETRAIN,
     REGIONS,
@@ -115,7 +116,7 @@ class _Planner:
         data = [o for o in overrides if o.lstrip("+").startswith(f"{_DATASET}.")]
 
         def tasks(folder: str) -> list[list[str]]:
-            common = ["--config-file", for_jobs(entry.config), *generation.arguments]
+            common = [CONFIG, for_jobs(entry.config), *generation.arguments]
             common += ["--out", os.path.join(folder, "regions.arrow")]
             if generation.shards == 1:
                 return [[*common, *data]]
@@ -290,11 +291,13 @@ class _Planner:
             f"+{_DATASET}.seed={seed}",
             *([f"+{_DATASET}.split={entry.label_split}"] if entry.label_split else []),
         ]
+        named = [f"train.init_checkpoint={weights}"]
         overrides = [
+            *([] if weights else named),  # instead of those that the config has
             *entry.overrides,
             *self._sweep.finetune_overrides,
             *source.finetune_overrides,
-            *([f"train.init_checkpoint={weights}"] if weights else []),
+            *(named if weights else []),
             *(subset if fraction < 1 else []),
             f"train.seed={seed}",
             *more,
@@ -316,4 +319,4 @@ class _Planner:
 
 
 def _command(config: str, overrides: Sequence[str], folder: str) -> list[str]:
-    return ["--config-file", for_jobs(config), *overrides, f"train.output_dir={folder}"]
+    return [CONFIG, for_jobs(config), *overrides, f"train.output_dir={folder}"]

@@ -20,7 +20,7 @@ from region_pretrain.evaluation.probe import PROBE_FILE, do_probe
 from region_pretrain.json_files import read_json
 from region_pretrain.metrics import read_results
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.graph import FINETUNE, Run
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Run
 from region_pretrain.sweeps.results import logged, step_minutes
 from region_pretrain.sweeps.rows import METRICS
 from region_pretrain.sweeps.state import SweepFile
@@ -79,7 +79,7 @@ def probe_checkpoints(
     found = []
     for labels, (run, ap) in tqdm(measured.items(), desc="probes", unit="checkpoint"):
         checkpoint = ProbedCheckpoint(labels, ap)
-        _add_probe(checkpoint, _probe(run, folder))
+        _add_probe(checkpoint, _probe(run, folder, sweep.configs))
         for other in names:
             others = groups.get((other, labels), []) if other != finetune else []
             value = _mean(others, metric)
@@ -157,16 +157,17 @@ def _mean(runs: Sequence[Run], metric: str) -> float | None:
     )
 
 
-def _probe(run: Run, sweep: str) -> Mapping[str, Any]:
+def _probe(run: Run, sweep: str, copies: Mapping[str, str]) -> Mapping[str, Any]:
     """The probe of the weights and data of a fine-tuning, made once."""
     folder = os.path.join(sweep, "probes", os.path.basename(run.folder))
     path = os.path.join(folder, PROBE_FILE)
     if os.path.exists(path):
         return read_json(path, dict, "delete it to probe again")
     (task,) = run.tasks
-    config, *overrides = task[task.index("--config-file") + 1 :]
+    config, *overrides = task[task.index(CONFIG) + 1 :]
     # The file with the chosen learning rate does not matter here.
     overrides = [text for text in overrides if not text.startswith("@")]
+    config = copies.get(config, config)
     return do_probe(load_config(config, [*overrides, f"train.output_dir={folder}"]))
 
 

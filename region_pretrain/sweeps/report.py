@@ -151,7 +151,7 @@ def _failures(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
         held = [runs[b].name for b, cause in blocked.items() if cause == name]
         waits = f" These runs depend on it: {', '.join(held)}." if held else ""
         blocks.append(report.text(f"{runs[name].name} failed.{waits} Its log ends with:"))
-        blocks.append(report.preformatted(state.failure(state.read_record(runs[name]))))
+        blocks.append(report.preformatted(state.failure(runs[name])))
     return blocks
 
 

@@ -66,6 +66,8 @@ class SweepFile:
         pictures: number of images per picture of the report; 0: no pictures.
         methods: pre-training -> the name of its curve in figures against the images seen.
         notes: text beside the results.
+        user: who started it last.
+        configs: path of a config of the user's own -> its copy, which jobs read.
         version: of this format.
     """
 
@@ -81,6 +83,8 @@ class SweepFile:
     pictures: int = 0
     methods: dict[str, str] = field(default_factory=dict)
     notes: str = ""
+    user: str = ""
+    configs: dict[str, str] = field(default_factory=dict)
     version: int = _VERSION
 
 
@@ -148,6 +152,19 @@ def read_record(run: Run) -> Record | None:
         return None
 
 
+def all_records(folder: str) -> dict[str, Record]:
+    """The records of a sweep's folder, also those of runs that have left its plan, by run folder.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    found = {}
+    for path in sorted(glob(os.path.join(escape(folder), "runs", "*", _RUN))):
+        fix = "delete it, and its run counts as never submitted"
+        found[os.path.dirname(path)] = read_json(path, Record, fix)
+    return found
+
+
 def write_record(run: Run, record: Record) -> None:
     """Write a run's record."""
     os.makedirs(run.folder, exist_ok=True)
@@ -196,17 +213,29 @@ def tail(path: str, count: int = 15) -> list[str]:
     return list(deque((line for line in lines if line), maxlen=count))
 
 
-def failure(record: Record | None, count: int = 15) -> list[str]:
-    """The cause of a failure: the tool's error message on bad input, otherwise its log's tail."""
-    for path in record.logs if record else []:
+def failure(run: Run, count: int = 15) -> list[str]:
+    """The cause of a failure: the tool's error message on bad input, otherwise its log's tail.
+
+    That of the newest attempt of the latest submission that failed, which may be any process of any
+    shard; otherwise the first log.
+    """
+    record = read_record(run) or Record()
+    failed = [a for a in attempts(run) if a.get("error") and a["job"] in record.job_ids]
+    if failed:
+        newest = max(failed, key=lambda attempt: attempt.get("ended") or attempt["started"])
+        return _cause(newest["error"].splitlines(), count)
+    for path in record.logs:
         lines = tail(path, 200)
         ends = [i for i, line in enumerate(lines) if line.startswith(_SUBMITIT)]
         lines = lines[: ends[0]] if ends else lines
-        if lines and lines[-1].startswith("error: "):
-            return lines[-1:]
         if lines:
-            return lines[-count:]
+            return _cause(lines, count)
     return []
+
+
+def _cause(lines: list[str], count: int) -> list[str]:
+    last = lines[-1].strip() if lines else ""
+    return [last] if last.startswith("error: ") else lines[-count:]
 
 
 def progress(run: Run) -> Progress | None:

@@ -14,6 +14,7 @@ from math import isnan, nan
 from tabulate import tabulate
 
 from region_pretrain.files import now_at
+from region_pretrain.jobs import slurm
 from region_pretrain.metrics import newest_metrics
 from region_pretrain.progress import Progress
 from region_pretrain.sweeps import jobs, local, state
@@ -24,6 +25,7 @@ HEADER = ["run", "state", "progress", "ETA", "last", "attempts", "job"]
 
 #: Seconds between two checks of the runs; each check of SLURM's queue loads its controller.
 _POLL_LOCAL, _POLL_SLURM = 1.0, 5.0
+_SILENT_SECONDS = 60.0  # between two attempts while SLURM does not answer
 _QUIET_SECONDS = 60.0  # without progress, before the table says so
 
 _print = functools.partial(print, flush=True)  # a pipe would buffer the lines
@@ -98,28 +100,47 @@ def status_text(folder: str) -> tuple[str, bool]:
         UserError: the folder contains no sweep.
     """
     sweep = state.read_sweep(folder)
-    now, going = _look(sweep, folder)
+    return _text(sweep, *_look(sweep, folder))
+
+
+def _text(sweep: SweepFile, now: dict[str, str], going: bool) -> tuple[str, bool]:
     parts = [tabulate(status_rows(sweep, now), HEADER, disable_numparse=True)]
     failed = (run for run in sweep.plan.runs.values() if now[run.id] == state.FAILED)
     parts += [f"{run.name} {_failure(sweep, now, run)}" for run in failed]
-    return "\n\n".join([*parts, _summary(now, going)]), going
+    return "\n\n".join([*parts, _summary(now, going, _is_here(sweep))]), going
+
+
+def _is_here(sweep: SweepFile) -> bool:
+    return sweep.cluster.kind == "local"
 
 
 def _look(sweep: SweepFile, folder: str) -> tuple[dict[str, str], bool]:
     """Run id -> state, and whether the sweep is still running."""
     # In this order: a coordinator that has just ended normally must not look killed.
-    here = sweep.cluster.kind == "local"
+    here = _is_here(sweep)
     alone = here and local.coordinator_pid(folder) is None
     now = jobs.states_now(sweep, folder)
-    # As long as it runs, the coordinator may start a run again whose process was killed.
-    ended = set(state.ENDED) - ({state.FAILED} if here else set())
+    ended = set(state.ENDED)
+    if here:  # as long as it runs, the coordinator may start a run again whose process was killed
+        ended.remove(state.FAILED)
+    elif sweep.cluster.kind == "slurm":  # only another start submits what was not submitted
+        ended.add(state.WAITING)
     return now, not alone and any(word not in ended for word in now.values())
 
 
-def _summary(now: dict[str, str], going: bool) -> str:
+def _look_patiently(
+    sweep: SweepFile, folder: str, say: Callable[[str], None]
+) -> tuple[dict[str, str], bool]:
+    """Like :func:`_look`, for as long as SLURM does not answer."""
+    look = functools.partial(_look, sweep, folder)
+    return slurm.patiently(look, say, seconds=_SILENT_SECONDS, times=None)
+
+
+def _summary(now: dict[str, str], going: bool, here: bool) -> str:
     text = state.counted(now)
     if not going and any(word not in state.ENDED for word in now.values()):
-        text += "\n\nthe sweep's process was killed: start the sweep again to resume it"
+        cause = "the sweep's process was killed" if here else "some runs were not submitted"
+        text += f"\n\n{cause}: start the sweep again to resume it"
     return text
 
 
@@ -129,7 +150,7 @@ def _failure(sweep: SweepFile, now: dict[str, str], run: Run) -> str:
     blocked = state.blocked_by(sweep.plan, {i for i, word in now.items() if word == state.FAILED})
     held = [runs[b].name for b, cause in blocked.items() if cause == run.id]
     blocks = f"; these runs depend on it: {', '.join(held)}" if held else ""
-    return "\n  ".join([f"failed{blocks}", *state.failure(state.read_record(run))])
+    return "\n  ".join([f"failed{blocks}", *state.failure(run)])
 
 
 def all_finished(folder: str) -> bool:
@@ -155,9 +176,9 @@ def wait(folder: str, say: Callable[[str], None] = _print, every: float = 5.0) -
 
 def _table(folder: str, say: Callable[[str], None]) -> Iterator[bool]:
     """Redraw the table at each step; yield whether the sweep is still running."""
-    lines, shown = 0, ""
+    sweep, lines, shown = state.read_sweep(folder), 0, ""
     while True:
-        text, going = status_text(folder)
+        text, going = _text(sweep, *_look_patiently(sweep, folder, say))
         if text != shown:
             say(f"\x1b[{lines}A\x1b[J{text}" if lines else text)
             lines, shown = text.count("\n") + 1, text
@@ -172,7 +193,7 @@ def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bo
     printed: dict[str, str] = {}  # run id -> its newest progress line, oldest first
     due = time.monotonic() + every
     while True:
-        now, going = _look(sweep, folder)
+        now, going = _look_patiently(sweep, folder, say)
         count = f"[{sum(word == state.FINISHED for word in now.values())}/{len(now)}]"
         for run in runs:
             if now[run.id] != before[run.id] and (event := _event(sweep, now, run)):
@@ -190,7 +211,7 @@ def _lines(folder: str, say: Callable[[str], None], every: float) -> Iterator[bo
                     due = time.monotonic() + every
                     break
         if not going:
-            say(f"\n{_summary(now, going)}")
+            say(f"\n{_summary(now, going, _is_here(sweep))}")
         yield going
 
 

@@ -5,26 +5,32 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import time
 from collections.abc import Callable, Sequence
 
 from submitit.core.utils import environment_variables
 
+from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import sbatch_text
 from region_pretrain.jobs.snapshot import take_snapshot
+from region_pretrain.jobs.submission import check_batch
 from region_pretrain.lease import PREFIX, hold
 from region_pretrain.shipped import ROOT
-from region_pretrain.sweeps import jobs, local, state
+from region_pretrain.sweeps import configs, jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
 from region_pretrain.sweeps.earlier import describe_earlier
-from region_pretrain.sweeps.graph import Plan, Run
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, TRIAL, Plan, Run
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.state import Record, SweepFile
+from region_pretrain.system import user_name
 
 Group = tuple[list[Run], list[Run]]
 
 _PATIENCE_SECONDS = 60.0  # another start of the same sweep takes seconds
+_POLL_SECONDS = 5.0  # each look at SLURM's queue loads its controller
+_ENDING_SECONDS = 150.0  # a cancelled job may save a checkpoint before it ends
 
 
 def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
@@ -38,6 +44,9 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
     Raises:
         UserError: a config does not build, or a value does not fit.
     """
+    plan = make_plan(sweep)
+    if cluster.nodes * cluster.tasks > 1:
+        _check_batches(plan, cluster)
     own_length = any(entry.images_seen is not None for entry in sweep.pretrain.values())
     return SweepFile(
         name=sweep.name,
@@ -48,11 +57,23 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         cwd=os.getcwd(),
         labels=sweep.labels,
         images_seen=None if own_length else sweep.images_seen,
-        plan=make_plan(sweep),
+        plan=plan,
         pictures=sweep.pictures,
         methods=sweep.methods,
         notes=sweep.notes,
+        user=user_name(),
     )
+
+
+def _check_batches(plan: Plan, cluster: Cluster) -> None:
+    for run in plan.runs.values():
+        if run.kind in (PRETRAIN, TRIAL, FINETUNE):
+            (task,) = run.tasks
+            path, *rest = task[task.index(CONFIG) + 1 :]
+            try:
+                check_batch(configs.load(path, [a for a in rest if a[0] != "@"]), cluster)
+            except UserError as error:
+                raise UserError(f"{run.name}: {error}") from None
 
 
 def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> None:
@@ -64,7 +85,8 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
         say: receives the lines to print.
 
     Raises:
-        UserError: the folder belongs to another sweep, or the cluster settings do not fit SLURM.
+        UserError: the folder belongs to another sweep, the cluster settings do not fit SLURM, or
+            jobs of an earlier start still run elsewhere, or for another user.
     """
     folder = os.path.abspath(folder)
     check_cluster(sweep.cluster)
@@ -74,16 +96,28 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
 
 
 def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
+    _refuse_jobs_elsewhere(sweep, folder)
+    if sweep.cluster.kind == "slurm":
+        _wait_for_cancelled(sweep, folder, say)
     now = jobs.states_now(sweep, folder)
     for run in sweep.plan.runs.values():
         if now[run.id] in (state.FAILED, state.CANCELLED):
             state.write_record(run, Record(state.read_record(run).submitted))
     now = jobs.states_now(sweep, folder)
-    # Later edits of the code do not affect the runs that wait.
-    sweep = dataclasses.replace(sweep, root=take_snapshot(folder))
+    # Later edits of the code and of configs do not affect the runs that wait.
+    tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
+    used = [task[task.index(CONFIG) + 1] for task in tasks if CONFIG in task]
+    copies = configs.freeze(used, os.path.join(folder, "configs"))
+    sweep = dataclasses.replace(sweep, root=take_snapshot(folder), configs=copies)
     state.write_sweep(folder, sweep)
     for line in describe_earlier(sweep.plan):
         say(line)
+    if left := _left_behind(sweep, folder):
+        names = ", ".join(os.path.basename(path) for path in left)
+        say(
+            f"still queued or running, though the sweep no longer contains them: {names}; to stop "
+            f"them as well, cancel the sweep: tools/sweep.py cancel {folder}"
+        )
     say(f"{folder}: {len(now)} runs: {state.counted(now)}")
     if sweep.cluster.kind == "slurm":
         _submit_slurm(sweep, folder, now)
@@ -91,6 +125,71 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
         _run_here(sweep, folder, say)
     elif any(word != state.FINISHED for word in now.values()):
         local.start_coordinator(folder)
+
+
+def _refuse_jobs_elsewhere(sweep: SweepFile, folder: str) -> None:
+    """A start must not run what the jobs of an earlier one run, somewhere else or for another."""
+    path = os.path.join(folder, "sweep.json")
+    before = state.read_sweep(folder) if os.path.exists(path) else sweep
+    if before.cluster.kind == sweep.cluster.kind and before.user in ("", sweep.user):
+        return
+    unfinished = [run for run in before.plan.runs.values() if not state.is_finished(run)]
+    records = {run.name: state.read_record(run) for run in unfinished}
+    ids = {job: name for name, record in records.items() if record for job in record.job_ids}
+    if not ids:
+        return
+    where = f"cluster={before.cluster.kind}, user={before.user or 'unknown'}"
+    try:
+        live = jobs.live_jobs(before.cluster, folder, before.user)
+    except slurm.Unavailable as error:
+        raise UserError(
+            f"the sweep in {folder} was started with {where}, and whether its jobs still run is "
+            f"unknown here: {error}; start it there, or delete {path} if they do not"
+        ) from error
+    names = sorted({ids[job] for job in live if job in ids})
+    if not names and before.cluster.kind == "local" and local.coordinator_pid(folder) is not None:
+        names = [run.name for run in unfinished]  # between two jobs
+    if names:
+        raise UserError(
+            f"jobs of the sweep in {folder}, started with {where}, are queued or running: "
+            f"{', '.join(names)}; start it in the same way, or cancel it first"
+        )
+
+
+def _left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
+    """Folders of runs that have left the plan -> their jobs in SLURM's queue."""
+    if sweep.cluster.kind != "slurm":
+        return {}  # the coordinator of a local sweep ends them
+    planned = {os.path.basename(run.folder) for run in sweep.plan.runs.values()}
+    records = state.all_records(folder)
+    live = jobs.live_jobs(sweep.cluster, folder, sweep.user)
+    found = {
+        path: [job for job in record.job_ids if job in live]
+        for path, record in records.items()
+        if os.path.basename(path) not in planned
+    }
+    return {path: ids for path, ids in found.items() if ids}
+
+
+def _wait_for_cancelled(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
+    """Wait until cancelled jobs have ended: until then they hold their runs' folders.
+
+    Raises:
+        UserError: they do not end.
+    """
+    records = filter(None, map(state.read_record, sweep.plan.runs.values()))
+    ids = {job for record in records if record.cancelled for job in record.job_ids}
+    deadline, said = time.monotonic() + _ENDING_SECONDS, False
+    while ids and (still := ids & jobs.live_jobs(sweep.cluster, folder, sweep.user).keys()):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"cancelled jobs of the sweep in {folder} have not ended: "
+                f"{', '.join(sorted(still))}; start it again when squeue no longer shows them"
+            )
+        if not said:
+            say(f"waiting for {len(still)} cancelled jobs to end")
+            said = True
+        time.sleep(_POLL_SECONDS)
 
 
 def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
@@ -117,9 +216,17 @@ def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
 
 
 def _submit_slurm(sweep: SweepFile, folder: str, now: dict[str, str]) -> None:
-    for runs, after in missing(sweep.plan, now):
+    groups = missing(sweep.plan, now)
+    for i, (runs, after) in enumerate(groups):
         ids = [job for run in after for job in state.read_record(run).job_ids]
-        jobs.submit_runs(runs, sweep, folder, _group_name(sweep, runs), ids)
+        try:
+            jobs.submit_runs(runs, sweep, folder, _group_name(sweep, runs), ids)
+        except UserError as error:
+            counts = [len(runs) for runs, _ in groups]
+            raise UserError(
+                f"{error}; {sum(counts[:i])} of {sum(counts)} runs have been submitted: start the "
+                "sweep again to submit the others"
+            ) from error
 
 
 def _group_name(sweep: SweepFile, runs: Sequence[Run]) -> str:
@@ -182,16 +289,17 @@ def cancel(folder: str) -> list[str]:
     sweep = state.read_sweep(folder)
     if sweep.cluster.kind != "slurm":
         return local.cancel_local(folder)
-    live = jobs.live_jobs(sweep.cluster, folder)
-    stopped, ids = [], []
+    live = jobs.live_jobs(sweep.cluster, folder, sweep.user)
+    mine = []
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
-        mine = [job for job in record.job_ids if job in live] if record else []
-        if mine:
-            ids += mine
-            stopped.append(run.name)
-            record.cancelled = True
-            state.write_record(run, record)
+        if record and any(job in live for job in record.job_ids):
+            mine.append((run, record))
+    others = _left_behind(sweep, folder)
+    ids = [job for _, record in mine for job in record.job_ids if job in live]
+    ids += [job for left in others.values() for job in left]
     if ids:
         slurm.cancel(ids)
-    return stopped
+    for run, record in mine:
+        state.write_record(run, dataclasses.replace(record, cancelled=True))
+    return [run.name for run, _ in mine] + [os.path.basename(path) for path in others]

@@ -22,7 +22,7 @@ from region_pretrain.reporting.environment import versions
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.graph import FINETUNE, Run
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Run
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
@@ -96,7 +96,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
 def _config_of(sweep: SweepFile, run: Run) -> str:
     """A run's config, relative to the checkout if it is in there."""
     task = run.tasks[0]
-    path = Path(task[task.index("--config-file") + 1])
+    path = Path(task[task.index(CONFIG) + 1])
     for root in (sweep.root, ROOT):
         if path.is_relative_to(root):
             return path.relative_to(root).as_posix()

@@ -258,7 +258,9 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
         (["signalled", "signalled"], "RUNNING", "SLURM ended its step (srun exit code 143)"),
         (["signalled", "signalled"], "COMPLETING", None),  # cancelled
         (["signalled", "signalled"], "", None),  # no longer in the queue
-        (["stopped", "signalled"], "RUNNING", None),  # rank 0 has requeued it
+        (["stopped", "signalled"], "COMPLETING", None),  # rank 0 has requeued it
+        # SLURM did not answer rank 0.
+        (["stopped", "signalled"], "RUNNING", "it stopped, and could not requeue itself"),
         (["signalled", "failed"], "RUNNING", None),
         # SLURM terminates the other tasks of the step.
         (["signalled", "killed"], "COMPLETING", "a process was killed by signal 9"),
@@ -290,7 +292,7 @@ def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, m
     ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
     assert ran == ("requeue 7_2\n" if reason else "")
     assert [a.get("outcome") for a in read_attempts(str(tmp_path / "run"))] == [
-        "killed" if reason and states else None
+        "killed" if reason and states and "stopped" not in states else None
     ]
     assert capsys.readouterr().out == (f"job 7_2: {reason}; requeueing\n" if reason else "")
 

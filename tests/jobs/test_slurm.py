@@ -37,7 +37,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_answers(fake, tmp_path):
     fake("squeue", "echo '7_0 RUNNING'; echo; echo '9 PENDING'")
-    assert slurm.my_jobs() == {"7_0": "RUNNING", "9": "PENDING"}
+    assert slurm.jobs_of() == {"7_0": "RUNNING", "9": "PENDING"}
     fake("sinfo", "echo gpu; echo cpu; echo gpu")
     assert slurm.list_partitions() == ["gpu", "cpu"]
     fake("squeue", "[ $3 = --jobs=7_2 ] && echo COMPLETING")
@@ -57,7 +57,7 @@ def test_answers(fake, tmp_path):
 @pytest.mark.parametrize(
     ("call", "command"),
     [
-        (slurm.my_jobs, "squeue"),
+        (slurm.jobs_of, "squeue"),
         (lambda: slurm.job_state("7"), "squeue"),
         (slurm.list_partitions, "sinfo"),
         (lambda: slurm.requeue("7"), "scontrol"),
@@ -196,3 +196,16 @@ def test_the_search_finds_commands(tmp_path):
     path.write_text("subprocess.run('squeue --me', shell=True)\nx = ['scancel', job]\n'an srun'\n")
     assert commands_in(path) == {"squeue", "scancel"}
     assert commands_in(ROOT / "region_pretrain/jobs/slurm.py") >= {"squeue", "scontrol", "sinfo"}
+
+
+def test_slurm_is_asked_again_while_it_does_not_answer(fake, tmp_path):
+    fake(
+        "squeue", f"echo x >>{tmp_path}/n; [ $(wc -l <{tmp_path}/n) -lt 3 ] && exit 1; echo RUNNING"
+    )
+    said = []
+    ask = lambda: slurm.job_state("7")  # noqa: E731
+    assert slurm.patiently(ask, said.append, seconds=0.01) == "RUNNING"
+    assert said == ["squeue failed: ; asking again every 0.01 s"]
+    fake("squeue", "echo no controller >&2; exit 1")
+    with pytest.raises(slurm.Unavailable, match="no controller"):
+        slurm.patiently(ask, said.append, seconds=0.01, times=2)

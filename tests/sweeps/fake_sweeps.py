@@ -20,7 +20,8 @@ product, events, word = sys.argv[-3:]
 def note(what):
     threads = os.environ.get("OMP_NUM_THREADS")
     with open(events, "a") as f:
-        f.write(json.dumps([what, product, time.time(), threads]) + chr(10))
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        f.write(json.dumps([what, product, time.time(), threads, devices]) + chr(10))
 note("start")
 if word.startswith("wait:"):
     while not os.path.exists(word[5:]):
@@ -83,10 +84,11 @@ class Sweeps:
         cluster = Cluster(kind="local")
         return jobs.states(self.plan, lambda: jobs.live_jobs(cluster, str(self.folder)))
 
-    def noted(self) -> list[tuple[str, str, float, str]]:
+    def noted(self) -> list[tuple]:
+        """What ran: start or end, run, time, threads and GPUs."""
         lines = self.events.read_text().splitlines() if self.events.exists() else []
         rows = [json.loads(line) for line in lines]
-        return [(what, Path(product).parent.name, at, cores) for what, product, at, cores in rows]
+        return [(what, Path(product).parent.name, *rest) for what, product, *rest in rows]
 
     def until(self, condition, seconds: float = 30) -> None:
         end = time.monotonic() + seconds

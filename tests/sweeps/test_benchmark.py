@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, load_config
 from region_pretrain.sweeps import state
@@ -94,6 +95,27 @@ def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path
     assert tests[0].split == tests[1].split == "val" and tests[0].size == tests[1].size
     assert tests[0].seed != tests[1].seed
     assert first.lr_multiplier.steps[-1] < first.lr_multiplier.max_iter == first.train.max_iter
+
+
+def test_the_full_size_is_adapted_as_the_small_detectors_configs(tmp_path):
+    def pretrained(size):
+        changes = ["sweep.seeds=[0]", f"sweep.output_dir={tmp_path / size}"]
+        plan = make_plan(load_sweep(str(ROOT / f"configs/sweeps/shapes_{size}.py"), changes))
+        entries = (e for e in plan.entries if e["kind"] == PRETRAIN)
+        return {e["init"]: config(plan.runs[e["run"]]).model for e in entries}
+
+    small, full = pretrained("quick"), pretrained("full")
+    heads = ("head", "image_head", "region_head")
+    keys = (
+        "temperature",
+        "zero_init",
+        "momentum",
+        *(f"{h}.{k}" for h in heads for k in ("norm", "init_std")),
+    )
+    for init in ("moco", "byol", "ccop", "point"):
+        for key in keys:
+            ours, theirs = (OmegaConf.select(models[init], key) for models in (full, small))
+            assert ours == theirs, (init, key)
 
 
 def test_the_ablation_shares_its_full_method_with_the_benchmark(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -337,6 +338,7 @@ def test_a_stopped_sweep_resumes_and_its_minutes_add_up(demo):
     folder, out = demo[0], demo[0] / "stopped"
     only = ["sweep.finetune.detector=null"]
     long = ["train.max_iter=40", "train.checkpointer.period=1"]
+    shutil.copytree(folder / "demo/runs", out / "runs")  # the regions need not run again
     assert run(folder, *only, pretrain=long, output="stopped").returncode == 0
     (mine,) = (r for r in state.read_sweep(str(out)).plan.runs.values() if r.kind == PRETRAIN)
     end = time.monotonic() + 120
@@ -366,6 +368,7 @@ def test_a_stopped_sweep_resumes_and_its_minutes_add_up(demo):
 def test_a_failure_is_reported_with_the_tail_of_its_log(demo):
     folder, out = demo[0], demo[0] / "failed"
     absent = ["train.init_checkpoint=absent.pth"]
+    shutil.copytree(folder / "demo/runs", out / "runs")  # only the pre-training runs
     done = run(folder, "--wait", pretrain=absent, output="failed")
     assert done.returncode == 1
     error = "error: cannot read the checkpoint absent.pth"

@@ -37,12 +37,24 @@ def test_order_and_cores(sweeps):
     sweeps.start(2)
     assert set(sweeps.wait().values()) == {state.FINISHED}
     noted = sweeps.noted()
-    at = {(what, name): time for what, name, time, _ in noted}
+    at = {(what, name): time for what, name, time, *_ in noted}
     assert len(noted) == len(at) == 8  # each ran once
     assert at["start", "c"] > at["end", "a"]
     assert at["start", "d"] > max(at["end", "a"], at["end", "b"])
     cores = len(os.sched_getaffinity(0))
     assert {row[3] for row in noted} == {str(max(1, cores // 2))}
+
+
+def test_jobs_that_run_at_once_use_different_gpus(sweeps, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-7")
+    for name in "abcd":
+        sweeps.add(name, word=f"wait:{tmp_path / 'go'}")
+    sweeps.start(4)
+    sweeps.until(lambda: len(sweeps.noted()) == 4)
+    used = sorted(row[4] for row in sweeps.noted())
+    assert used in [sorted(["3", "5", "GPU-7", extra]) for extra in ("3", "5", "GPU-7")]
+    (tmp_path / "go").touch()
+    assert set(sweeps.wait().values()) == {state.FINISHED}
 
 
 def test_a_failure_blocks_only_its_dependants_and_can_be_started_again(sweeps, tmp_path):

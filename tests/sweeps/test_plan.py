@@ -72,7 +72,7 @@ def test_what_depends_on_what(plan):
         assert "dataloader.test.dataset.names.seed" not in overrides(run)
         assert run.tasks[0][-1] == f"@{choice.product}"
     for run in entries(plan, FINETUNE, init="random"):
-        assert "train.init_checkpoint" not in overrides(run)
+        assert overrides(run)["train.init_checkpoint"] == ""
     order = list(plan.runs)
     assert all(order.index(p) < order.index(r.id) for r in plan.runs.values() for p in r.parents)
     # regions, 2 pre-trainings; for each of 2 initialisations: 2 trials, a choice, 2 seeds
@@ -191,6 +191,15 @@ def test_a_detector_of_detectron2s_model_zoo(tmp_path):
     cfg = load_config(zoo, job.arguments[2:])
     assert (cfg.optimizer.lr, cfg.model.cfg.SOLVER.BASE_LR) == (0.5, 0.1)
     assert cfg.train.init_checkpoint.endswith("model_final.pth")
+    found = make_plan(sweep(tmp_path, finetune={"det": entry}, baselines={"random": {}}))
+    (run,) = entries(found, FINETUNE, init="random")
+    (job,) = jobs.tool_jobs(run, dataclasses.replace(made, plan=found))
+    assert load_config(zoo, []).train.init_checkpoint.endswith("R-50.pkl")
+    assert load_config(zoo, job.arguments[2:]).train.init_checkpoint == ""
+    entry["overrides"].append("train.init_checkpoint=mine.pth")  # on purpose
+    (run,) = entries(make_plan(sweep(tmp_path, finetune={"det": entry}, baselines={"random": {}})),
+                     FINETUNE, init="random")  # fmt: skip
+    assert load_config(zoo, run.tasks[0][2:]).train.init_checkpoint == "mine.pth"
     with pytest.raises(UserError, match="no key 'MODEL.MASK'"):
         make_plan(sweep(tmp_path, finetune={"det": {**entry, "overrides": ["MODEL.MASK=1"]}}))
 

@@ -1,0 +1,253 @@
+"""Starting, cancelling and following a sweep on SLURM, according to what its queue contains."""
+
+import dataclasses
+
+import pytest
+from sweep_plans import DETECTOR, entries, sweep
+
+from region_pretrain.config import load_config
+from region_pretrain.errors import UserError
+from region_pretrain.jobs import slurm
+from region_pretrain.jobs.attempts import end_attempt, start_attempt
+from region_pretrain.jobs.cluster import Cluster, load_cluster
+from region_pretrain.shipped import ROOT
+from region_pretrain.sweeps import jobs, state, status, submission
+from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.plan import make_plan
+from region_pretrain.system import user_name
+
+
+class Queue:
+    """A queue of SLURM: job id -> state, by user. Submissions are recorded."""
+
+    def __init__(self) -> None:
+        self.users: dict[str, dict[str, str]] = {"": {}}
+        self.submitted: list[str] = []
+        self.cancelled: list[str] = []
+        self.room = 99
+        self.silent = 0
+
+    def jobs_of(self, user: str = "") -> dict[str, str]:
+        if self.silent:
+            self.silent -= 1
+            raise slurm.Unavailable("squeue failed: Socket timed out")
+        return dict(self.users.get(user, {}))
+
+    def submit(self, runs, sweep, folder, name, after=()) -> None:
+        if self.room < len(runs):
+            raise UserError(f"sbatch refuses the job {name}: QOSMaxSubmitJobPerUserLimit")
+        for run in runs:
+            self.room -= 1
+            self.submitted.append(run.name)
+            job = str(len(self.submitted))
+            self.users[""][job] = "PENDING"
+            state.write_record(run, state.Record(1, [job]))
+
+
+@pytest.fixture
+def queue(monkeypatch) -> Queue:
+    made = Queue()
+    monkeypatch.setattr(slurm, "jobs_of", made.jobs_of)
+    monkeypatch.setattr(slurm, "cancel", made.cancelled.extend)
+    monkeypatch.setattr(jobs, "submit_runs", made.submit)
+    monkeypatch.setattr(submission, "check_cluster", lambda cluster: None)
+    monkeypatch.setattr(submission, "take_snapshot", lambda folder: "/code")
+    monkeypatch.setattr(submission, "_POLL_SECONDS", 0.01)
+    return made
+
+
+@pytest.fixture
+def start(sweeps, queue):
+    """Starts the sweep on SLURM; returns what it says."""
+    sweeps.add("pre")
+    sweeps.add("det", "pre")
+
+    def run(user="", **cluster) -> list[str]:
+        said: list[str] = []
+        made = Cluster(**{"kind": "slurm", **cluster})
+        file = dataclasses.replace(sweeps.file(), cluster=made, user=user or user_name())
+        submission.start(file, str(sweeps.folder), said.append)
+        return said
+
+    return run
+
+
+def test_jobs_of_an_earlier_start_are_not_run_again_elsewhere(start, queue, sweeps):
+    start(user="alice")
+    assert queue.submitted == ["pre", "det"]
+    queue.users = {"": {}, "alice": queue.users[""]}
+    message = "cluster=slurm, user=alice, are queued or running: det, pre; start it in the same way"
+    with pytest.raises(UserError, match=message):
+        start()
+    with pytest.raises(UserError, match=message):
+        start(kind="local", user="alice")
+    queue.silent = 1
+    with pytest.raises(UserError, match="whether its jobs still run is unknown here: squeue faile"):
+        start(kind="local")
+    assert status.status_text(str(sweeps.folder))[1]  # alice's are seen by all
+    assert queue.submitted == ["pre", "det"]
+    users, queue.users["alice"] = dict(queue.users["alice"]), {}  # they have ended
+    for name in ("pre", "det"):
+        (sweeps.folder / f"runs/{name}/product").touch()
+    queue.silent = 1
+    start(kind="local", user="alice")  # a finished sweep needs no queue
+    assert queue.silent == 1 and users
+    queue.silent = 0
+    for name in ("pre", "det"):
+        (sweeps.folder / f"runs/{name}/product").unlink()
+    start()
+    assert queue.submitted == ["pre", "det", "pre", "det"]
+    assert state.read_sweep(str(sweeps.folder)).user == user_name()
+
+
+def test_a_start_waits_for_the_jobs_that_were_cancelled(start, queue, sweeps, monkeypatch):
+    start()
+    assert submission.cancel(str(sweeps.folder)) == ["pre", "det"]
+    assert queue.cancelled == ["1", "2"]
+    queue.users[""] = {"1": "COMPLETING"}
+    monkeypatch.setattr(submission, "_ENDING_SECONDS", 0.05)
+    with pytest.raises(UserError, match="cancelled jobs of .* have not ended: 1; start it again"):
+        start()
+    looks = [{"1": "COMPLETING"}] * 4
+
+    def jobs_of(user=""):
+        if looks:
+            return looks.pop()
+        return queue.users[""] if len(queue.submitted) > 2 else {}
+
+    monkeypatch.setattr(submission, "_ENDING_SECONDS", 60)
+    monkeypatch.setattr(slurm, "jobs_of", jobs_of)
+    assert start()[0] == "waiting for 1 cancelled jobs to end" and not looks
+    assert queue.submitted == ["pre", "det"] * 2
+
+
+def test_jobs_that_have_left_the_plan_are_named_and_cancelled(start, queue, sweeps):
+    start()
+    sweeps.plan.runs.pop("det")
+    assert any("no longer contains them: det; to stop them" in line for line in start())
+    assert submission.cancel(str(sweeps.folder)) == ["pre", "det"]
+    assert sorted(queue.cancelled) == ["1", "2"]
+
+
+def test_a_refused_submission_says_how_to_go_on(start, queue, sweeps):
+    queue.room = 1
+    with pytest.raises(UserError, match="QOSMaxSubmit.*; 1 of 2 runs have been submitted: start"):
+        start()
+    queue.users[""] = {}
+    text, going = status.status_text(str(sweeps.folder))
+    assert "pre" in text and not going  # its job is gone
+    queue.users[""] = {"1": "RUNNING"}
+    assert status.status_text(str(sweeps.folder))[1]
+    (sweeps.folder / "runs/pre/product").touch()
+    text, going = status.status_text(str(sweeps.folder))
+    assert not going and text.endswith("some runs were not submitted: start the sweep again to re"
+                                       "sume it")  # fmt: skip
+    queue.room = 1
+    start()
+    assert queue.submitted == ["pre", "det"]
+
+
+def test_following_goes_on_while_slurm_does_not_answer(start, queue, sweeps, monkeypatch):
+    start()
+    for name in ("pre", "det"):
+        (sweeps.folder / f"runs/{name}/product").touch()
+    monkeypatch.setattr(status, "_SILENT_SECONDS", 0.01)
+    queue.silent = 20
+    said: list[str] = []
+    status.wait(str(sweeps.folder), said.append)
+    assert said[0] == "squeue failed: Socket timed out; asking again every 0.01 s"
+    assert said[-1] == "\n2 finished" and queue.silent == 0
+
+
+def test_the_cause_of_a_failure_is_that_of_the_process_that_failed(sweeps):
+    sweeps.add("regions")
+    (run,) = sweeps.plan.runs.values()
+    logs = [sweeps.folder / f"{i}.log" for i in range(2)]
+    for i, path in enumerate(logs):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"shard {i} ends\n")
+    state.write_record(run, state.Record(1, ["1", "2"], list(map(str, logs))))
+    assert state.failure(run) == ["shard 0 ends"]
+    start_attempt(f"{run.folder}/shard1", "2", 0, "n1")
+    end_attempt(f"{run.folder}/shard1", "failed", "rank 5 of 8 failed\nerror: the disk broke")
+    assert state.failure(run) == ["error: the disk broke"]
+    state.write_record(run, state.Record(2, ["3", "4"], list(map(str, logs))))
+    assert state.failure(run) == ["shard 0 ends"]  # of the next submission
+
+
+def test_jobs_of_one_process_have_resources_of_their_own(sweeps, tmp_path):
+    sweeps.add("x")
+    (run,) = sweeps.plan.runs.values()
+    of = {kind: dataclasses.replace(run, kind=kind) for kind in (REGIONS, CHOICE, FINETUNE)}
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "cluster = dict(kind='slurm', partition='gpu', gpus_per_node=8, mem_gb=480, time=1440,"
+        " cpu=dict(partition='cpu', time='2:00:00'))"
+    )
+    cluster = load_cluster(str(path))
+    for kind in (REGIONS, CHOICE):
+        one = jobs.cluster_for(of[kind], cluster)
+        assert (one.partition, one.time, one.mem_gb) == ("cpu", 120, 60)
+        assert (one.gpus_per_node, one.tasks, one.nodes) == (None, 1, 1)
+    assert jobs.cluster_for(of[FINETUNE], cluster) is cluster
+    for cpu, message in (("partitoin='x'", "cpu: no setting 'partitoin'"),
+                         ("cpus_per_task=0", "cpus_per_task=0: must be at least 1")):  # fmt: skip
+        path.write_text(f"cluster = dict(kind='slurm', cpu=dict({cpu}))")
+        with pytest.raises(UserError, match=message):
+            load_cluster(str(path))
+
+
+def test_later_edits_of_own_configs_do_not_affect_the_jobs(queue, tmp_path):
+    own, yacs = tmp_path / "my_det.py", tmp_path / "my_det.yaml"
+    own.write_text(
+        "from region_pretrain.config import get_config\n"
+        f"cfg = get_config('{DETECTOR.removeprefix('configs/')}')\n"
+        "model, dataloader, optimizer = cfg.model, cfg.dataloader, cfg.optimizer\n"
+        "lr_multiplier, train = cfg.lr_multiplier, cfg.train\n"
+        "model.roi_heads.box_head.fc_dims = [32]\n"
+    )
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "SOLVER: {BASE_LR: 0.5}\nDATASETS: {TRAIN: [coco_2017_val], TEST: [coco_2017_val]}\n"
+    )
+    yacs.write_text("_BASE_: base.yaml\nMODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n")
+    finetune = {
+        "lazy": {"config": str(own)},
+        "yacs": {"config": str(yacs), "overrides": ["MODEL.RPN.POST_NMS_TOPK_TEST=7"]},
+        "shipped": {"config": DETECTOR},
+    }
+    changes = {"pretrain": {}, "baselines": {"random": {}}, "finetune": finetune, "seeds": [0]}
+    file = submission.describe(sweep(tmp_path / "out", **changes), Cluster(), "")
+    submission.start(file, str(tmp_path / "out"), lambda line: None)
+    own.write_text("raise RuntimeError")
+    base.unlink()
+    file = state.read_sweep(str(tmp_path / "out"))
+    found = {}
+    for run in file.plan.runs.values():
+        (job,) = jobs.tool_jobs(run, file)
+        found[run.name] = job.arguments[1], load_config(job.arguments[1], job.arguments[2:])
+    path, cfg = found["lazy_random_seed0_det"]
+    assert path.startswith(str(tmp_path / "out/configs/my_det-"))
+    assert list(cfg.model.roi_heads.box_head.fc_dims) == [32] and cfg.train.seed == 0
+    path, cfg = found["yacs_random_seed0_det"]
+    assert path.startswith(str(tmp_path / "out/configs/my_det-"))
+    assert (cfg.optimizer.lr, cfg.model.cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (0.5, 7)
+    assert found["shipped_random_seed0_det"][0] == str(ROOT / DETECTOR)
+
+
+def test_batches_must_fit_the_processes_of_every_job(tmp_path):
+    made = sweep(tmp_path, pretrain={}, baselines={"random": {}}, seeds=[0])
+    submission.describe(made, Cluster(gpus_per_node=4), "")
+    with pytest.raises(
+        UserError, match=r"^random_lr0.05: .*total_batch_size=8 must be a multiple of"
+    ):
+        submission.describe(made, Cluster(gpus_per_node=16), "")
+
+
+def test_another_number_of_processes_is_the_same_run(tmp_path):
+    """A run may be told to resume with another one, without being computed again."""
+    allowed = {"pretrain_overrides": ["train.allow_world_size_change=True"]}
+    plans = [make_plan(sweep(tmp_path, **changes)) for changes in ({}, allowed)]
+    assert set(plans[0].runs) == set(plans[1].runs)
+    commands = [entries(plan, PRETRAIN)[0].tasks[0] for plan in plans]
+    assert set(commands[1]) - set(commands[0]) == set(allowed["pretrain_overrides"])
