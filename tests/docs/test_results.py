@@ -179,13 +179,13 @@ def test_settings():
     header, _, *lines = table(page, "method", "own settings")
     suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated"]
     shown = 0
-    for name, line in zip(("ccop", "point"), lines, strict=True):
+    for name, line in zip(("ccop", "point", "byol", "moco"), lines, strict=True):
         for suffix, cell in zip(suffixes, line[1:], strict=True):
             values = rows.get(name + suffix, {})
             aps = [f"{values[seed, 1000]:.1f}" for seed in (0, 1) if (seed, 1000) in values]
             assert cell == (", ".join(aps) or "–"), name + suffix
             shown += len(aps)
-    assert shown == sum(len(values) for values in rows.values()) == 18
+    assert shown == sum(len(values) for values in rows.values()) == 29
     page, (chosen,) = " ".join(page.split()), read_csv(str(CHOSEN))
     long = {row.init: row for row in read_csv(str(CSV))}
     assert len(chosen.by_seeds) == 9
@@ -211,6 +211,13 @@ def test_settings():
     assert f"{min(below):.1f} to {max(below):.1f} below its own settings" in page
     assert f"annotated boxes are {means['ccop_annotated'] - means['ccop']:.1f} above" in page
     assert f"by {means['point_warm'] - means['point']:.1f} on average" in page
+    gain = means["byol_twice"] - means["byol"]
+    assert f"BYOL is better with twice its learning rate for both seeds, by {gain:.1f} on" in page
+    assert f"then {means['ccop'] - means['byol_twice']:.1f} below CCOP's own settings" in page
+    assert all(rows["byol_twice"][at] > rows["byol"][at] for at in rows["byol"])
+    apart = rows["moco"][1, 1000] - rows["moco"][0, 1000]
+    assert f"MoCo v2 differ by {apart:.1f} with its own settings" in page
+    assert f"gains {gain:.1f} box AP" in " ".join((ROOT / "README.md").read_text().split())
     for init, values in rows.items():
         if init.startswith("ccop_"):
             assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init
