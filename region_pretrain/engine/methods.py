@@ -23,7 +23,7 @@ from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.overrides import apply_overrides
-from region_pretrain.registration import execute
+from region_pretrain.registration import absolute, execute
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import lazy_detector, override_yacs, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
@@ -84,7 +84,7 @@ def load_method(
     if Detector(around).has_layer_norms:
         _use_adamw(cfg)
     override_config(complete_train(cfg), overrides, str(path))
-    cfg.train.register = list(dict.fromkeys([*entries, *cfg.train.register]))
+    cfg.train.register = list(dict.fromkeys([*map(absolute, entries), *cfg.train.register]))
     if is_built:
         return cfg
     with on_meta_device():

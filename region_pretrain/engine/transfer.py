@@ -32,7 +32,7 @@ _BESIDE_STEM = re.compile(r"stem\.(conv1\.bias|fc\.(weight|bias))")
 #: Parameters that detectors add to a trunk, where they start at the identity.
 _ADDED = re.compile(
     r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.|\.conv2_offset\.(weight|bias)$"
-    r"|^roi_heads\.res5\.norm\."  # of MoCo's C4 detector
+    r"|^roi_heads\.res5\.norm\."  # of C4 detectors with such a norm
 )
 
 

@@ -94,6 +94,9 @@ class Cluster:
             if value is not None and value < least:
                 raise UserError(f"cluster {name}={value}: must be at least {least}")
         self._check_tasks()
+        for name in self.cpu:
+            if name in ("kind", "nodes", "tasks_per_node", "gpus_per_node", "jobs", "cpu"):
+                raise UserError(f"cluster cpu has {name}: its jobs are one process without GPU")
         if self.cpu:
             self.for_one_process()  # checks its values
         if self.time is not None and self.time * 60 <= self.signal_seconds:
@@ -198,6 +201,8 @@ def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
         raise UserError(f"{path} has no dict named cluster; see configs/clusters/example.py")
     settings = OmegaConf.to_container(OmegaConf.create(config["cluster"]), resolve=True)
     changes = _settings(settings, path)
+    if not isinstance(changes.get("cpu", {}), dict):
+        raise UserError(f"{path}: cpu={changes['cpu']!r} must be a dict of settings")
     if changes.get("cpu"):
         changes["cpu"] = _settings(changes["cpu"], f"{path}: cpu")
     return _override(_replace(Cluster(), changes, path), overrides, path)

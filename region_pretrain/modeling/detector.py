@@ -153,7 +153,7 @@ class Detector:
             raise UserError(
                 f"the pyramid of {type(self._backbone).__name__} is neither an FPN nor a "
                 "SimpleFeaturePyramid of Detectron2, and no box head names the maps that regions "
-                "are pooled from: use moco, byol or point_region"
+                "are pooled from: use a method that trains the trunk only"
             )
         return list(names)
 

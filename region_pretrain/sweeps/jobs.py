@@ -106,6 +106,23 @@ def live_jobs(cluster: Cluster, folder: str, user: str = "") -> dict[str, str]:
     return dict.fromkeys(_local_jobs(os.path.join(folder, "jobs")), state.RUNNING)
 
 
+def left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
+    """Folders of runs that have left the plan -> their jobs that are queued or running.
+
+    Raises:
+        UserError: see :func:`live_jobs`.
+    """
+    planned = {os.path.basename(run.folder) for run in sweep.plan.runs.values()}
+    records = state.all_records(folder)
+    live = live_jobs(sweep.cluster, folder, sweep.user)
+    found = {
+        path: [job for job in record.job_ids if job in live]
+        for path, record in records.items()
+        if os.path.basename(path) not in planned
+    }
+    return {path: ids for path, ids in found.items() if ids}
+
+
 def _local_jobs(folder: str) -> list[str]:
     """Process ids of the submitit controllers whose jobs are in a folder, by any of its paths."""
     folder, found = os.path.realpath(folder), []

@@ -161,7 +161,10 @@ def cancel_local(folder: str) -> list[str]:
         os.kill(pid, signal.SIGTERM)
         _wait_until(lambda: coordinator_pid(folder) is None)
     live = jobs.live_jobs(sweep.cluster, folder)
-    stopped = []
+    others = jobs.left_behind(sweep, folder)
+    stopped = [os.path.basename(path) for path in others]
+    for job in (int(job) for left in others.values() for job in left):
+        os.kill(job, signal.SIGINT)
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
         pids = [int(j) for j in record.job_ids if j in live] if record else []

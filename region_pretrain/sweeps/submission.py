@@ -71,7 +71,7 @@ def _check_batches(plan: Plan, cluster: Cluster) -> None:
             (task,) = run.tasks
             path, *rest = task[task.index(CONFIG) + 1 :]
             try:
-                check_batch(configs.load(path, [a for a in rest if a[0] != "@"]), cluster)
+                check_batch(configs.load(path, [a for a in rest if not a.startswith("@")]), cluster)
             except UserError as error:
                 raise UserError(f"{run.name}: {error}") from None
 
@@ -112,7 +112,7 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     state.write_sweep(folder, sweep)
     for line in describe_earlier(sweep.plan):
         say(line)
-    if left := _left_behind(sweep, folder):
+    if left := jobs.left_behind(sweep, folder):
         names = ", ".join(os.path.basename(path) for path in left)
         say(
             f"still queued or running, though the sweep no longer contains them: {names}; to stop "
@@ -154,21 +154,6 @@ def _refuse_jobs_elsewhere(sweep: SweepFile, folder: str) -> None:
             f"jobs of the sweep in {folder}, started with {where}, are queued or running: "
             f"{', '.join(names)}; start it in the same way, or cancel it first"
         )
-
-
-def _left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
-    """Folders of runs that have left the plan -> their jobs in SLURM's queue."""
-    if sweep.cluster.kind != "slurm":
-        return {}  # the coordinator of a local sweep ends them
-    planned = {os.path.basename(run.folder) for run in sweep.plan.runs.values()}
-    records = state.all_records(folder)
-    live = jobs.live_jobs(sweep.cluster, folder, sweep.user)
-    found = {
-        path: [job for job in record.job_ids if job in live]
-        for path, record in records.items()
-        if os.path.basename(path) not in planned
-    }
-    return {path: ids for path, ids in found.items() if ids}
 
 
 def _wait_for_cancelled(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
@@ -295,7 +280,7 @@ def cancel(folder: str) -> list[str]:
         record = state.read_record(run)
         if record and any(job in live for job in record.job_ids):
             mine.append((run, record))
-    others = _left_behind(sweep, folder)
+    others = jobs.left_behind(sweep, folder)
     ids = [job for _, record in mine for job in record.job_ids if job in live]
     ids += [job for left in others.values() for job in left]
     if ids:

@@ -2,12 +2,15 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import get_detection_dataset_dicts as get_dicts
+from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.model_zoo import get_config as get_detectron2_config
+from detectron2.utils import comm
 from omegaconf import OmegaConf
 from tiny_run import NoisyMapper
 
@@ -233,3 +236,19 @@ def test_classes_of_a_yacs_detector(data, config, key):
     with pytest.raises(UserError, match=message):
         check_labelled_data(load_config(config, [*sets, f"{key}=7"]), training=True)
     assert check_labelled_data(load_config(config, [*sets, f"{key}=3"]), True).followed == []
+
+
+def test_cityscapes_is_evaluated_on_one_machine(data, monkeypatch):
+    """Detectron2 asserts it at the end of the training."""
+    cfg = make_config(data(), data(), None)
+    cfg.dataloader.evaluator = L(CityscapesInstanceEvaluator)(
+        dataset_name="${..test.dataset.names}"
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 4)
+    for here in (4, 2):
+        monkeypatch.setattr(comm, "get_local_size", lambda here=here: here)
+        with (
+            nullcontext() if here == 4 else pytest.raises(UserError, match="on one machine: train")
+        ):
+            check_labelled_data(cfg, training=True)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import Loader, make_config
+from torch import distributed as dist
 
 from region_pretrain.engine import memory
 from region_pretrain.engine.memory import check_shared_memory
@@ -91,4 +92,16 @@ def test_shared_memory_that_fills_up_later_ends_the_run_in_one_line(tmp_path, mo
 
     monkeypatch.setattr(Loader, "iterate", iterate)
     with pytest.raises(UserError, match="workers ran out of shared memory: lower .*num_workers"):
+        do_pretrain(make_config(tmp_path))
+
+
+def test_a_failure_of_nccl_is_not_blamed_on_the_loader(tmp_path, monkeypatch):
+    def iterate(self, start, stop):
+        raise dist.DistBackendError(
+            "NCCL error: while creating shared memory segment /dev/shm/nccl"
+        )
+        yield
+
+    monkeypatch.setattr(Loader, "iterate", iterate)
+    with pytest.raises(dist.DistBackendError, match="while creating shared memory segment"):
         do_pretrain(make_config(tmp_path))

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import time
+from functools import partial
 
 import pytest
 from forked import Process, fork_processes
@@ -110,6 +111,30 @@ def test_processes_of_a_scheduler_wait_too(tmp_path, address):
     text = (tmp_path / "out").read_text()
     assert "rank 1 of 2 is waiting" in text and "error: rank 0 of 2 did not connect" in text
     assert "Traceback" not in text
+
+
+def test_machines_with_different_numbers_of_processes_are_refused(tmp_path, address, monkeypatch):
+    monkeypatch.setattr(roll_call, "_PATIENCE_SECONDS", 10.0)
+    host, port = address.split(":")
+
+    def run(rank, local_rank, local_size):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(local_rank)}
+        os.environ |= {
+            "LOCAL_WORLD_SIZE": str(local_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }
+        exit_on_user_error(launch)(write_ranks, 1, device="cpu", args=(str(tmp_path),))
+
+    started = [
+        Process(partial(run, *ranks), tmp_path / f"out{i}")
+        for i, ranks in enumerate([(0, 0, 1), (1, 0, 2), (2, 1, 2)])
+    ]
+    assert [process.wait(60) for process in started] == [2, 2, 2]
+    for i in range(3):
+        text = (tmp_path / f"out{i}").read_text()
+        assert text.count("error: machines with 1 and 2 processes: all must have as many") == 1
+        assert "Traceback" not in text
 
 
 def test_names_of_ranks():

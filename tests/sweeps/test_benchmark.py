@@ -97,12 +97,10 @@ def test_every_method_has_the_same_budget_data_and_protocol(size, side, tmp_path
     assert first.lr_multiplier.steps[-1] < first.lr_multiplier.max_iter == first.train.max_iter
 
 
-def test_the_full_size_is_adapted_as_the_small_detectors_configs(tmp_path):
+def test_the_full_size_is_adapted_as_the_small_detectors_configs():
     def pretrained(size):
-        changes = ["sweep.seeds=[0]", f"sweep.output_dir={tmp_path / size}"]
-        plan = make_plan(load_sweep(str(ROOT / f"configs/sweeps/shapes_{size}.py"), changes))
-        entries = (e for e in plan.entries if e["kind"] == PRETRAIN)
-        return {e["init"]: config(plan.runs[e["run"]]).model for e in entries}
+        sweep = load_sweep(str(ROOT / f"configs/sweeps/shapes_{size}.py"), [])
+        return {k: load_config(e.config, e.overrides).model for k, e in sweep.pretrain.items()}
 
     small, full = pretrained("quick"), pretrained("full")
     heads = ("head", "image_head", "region_head")

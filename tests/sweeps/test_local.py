@@ -171,3 +171,16 @@ def test_runs_that_slurm_cancelled_after_a_failure_are_blocked(sweeps):
     assert sweeps.states() == {"a": state.FAILED, "b": state.BLOCKED, "c": state.BLOCKED}
     Path(sweeps.plan.runs["a"].product).touch()
     assert sweeps.states() == {"a": state.FINISHED, "b": state.FAILED, "c": state.BLOCKED}
+
+
+def test_jobs_that_have_left_the_plan_are_named_and_stopped(sweeps, tmp_path):
+    for name in "ab":
+        sweeps.add(name, word=f"wait:{tmp_path / 'never'}")
+    sweeps.start(2)
+    sweeps.until(lambda: len(sweeps.noted()) == 2)
+    sweeps.plan.runs.pop("b")
+    said: list[str] = []
+    submission.start(sweeps.file(2), str(sweeps.folder), said.append)
+    assert any("no longer contains them: b; to stop them" in line for line in said)
+    assert sorted(submission.cancel(str(sweeps.folder))) == ["a", "b"]
+    assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))

@@ -190,9 +190,13 @@ def test_jobs_of_one_process_have_resources_of_their_own(sweeps, tmp_path):
         assert (one.partition, one.time, one.mem_gb) == ("cpu", 120, 60)
         assert (one.gpus_per_node, one.tasks, one.nodes) == (None, 1, 1)
     assert jobs.cluster_for(of[FINETUNE], cluster) is cluster
-    for cpu, message in (("partitoin='x'", "cpu: no setting 'partitoin'"),
-                         ("cpus_per_task=0", "cpus_per_task=0: must be at least 1")):  # fmt: skip
-        path.write_text(f"cluster = dict(kind='slurm', cpu=dict({cpu}))")
+    for cpu, message in (
+        ("dict(partitoin='x')", "cpu: no setting 'partitoin'"),
+        ("dict(cpus_per_task=0)", "cpus_per_task=0: must be at least 1"),
+        ("dict(gpus_per_node=1)", "cpu has gpus_per_node: its jobs are one process without GPU"),
+        ("'cpu'", "cpu='cpu' must be a dict of settings"),
+    ):
+        path.write_text(f"cluster = dict(kind='slurm', cpu={cpu})")
         with pytest.raises(UserError, match=message):
             load_cluster(str(path))
 
