@@ -1,4 +1,4 @@
-"""Results of the setting that shapes_settings.py chose, in the protocol of shapes_long.py.
+"""Results of the settings that shapes_settings.py chose, in the protocol of shapes_long.py.
 
     python tools/sweep.py --config configs/sweeps/shapes_chosen.py --jobs 2
 
@@ -13,7 +13,7 @@ sweep = benchmark(
     **{
         **ONE_EACH,
         "title": "Shapes benchmark: chosen settings",
-        "methods": {"point_warm": SETTINGS["point_warm"]},
+        "methods": {name: SETTINGS[name] for name in ("point_warm", "byol_twice")},
         "finetune_seeds": LONG["finetune_seeds"],
     }
 )
