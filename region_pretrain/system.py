@@ -12,6 +12,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
 try:
@@ -57,6 +59,24 @@ def process_context() -> BaseContext:
     """
     by_fork = sys.platform == "linux" and hasattr(os, "fork")
     return multiprocessing.get_context("fork" if by_fork else None)
+
+
+@contextmanager
+def one_opencv_thread() -> Iterator[None]:
+    """Let OpenCV use the calling thread only within the context.
+
+    Not by ``cv2.setNumThreads(1)``, which waits for the end of OpenCV's other threads: for ever in
+    a process that was forked while they existed.
+    """
+    import cv2  # not needed by the commands that only look at runs
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            cv2.setNumThreads(threads)
 
 
 def process_start(pid: int) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -74,6 +75,7 @@ class Process:
 
     def __init__(self, function: Callable, output: Path, errors: Path | None = None) -> None:
         self.returncode: int | None = None
+        self._errors = errors or output
         gc.collect()
         self.pid = os.fork()
         if self.pid:
@@ -81,9 +83,10 @@ class Process:
         code = 1
         try:
             os.setsid()
-            for stream, path in ((1, output), (2, errors or output)):
+            for stream, path in ((1, output), (2, self._errors)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            faulthandler.register(signal.SIGUSR1, sys.stderr)
             ignore_library_warnings()
             default_signals()
             forget_handlers()
@@ -107,9 +110,17 @@ class Process:
         return self.returncode
 
     def wait(self, seconds: float) -> int:
+        """Its exit code; if it takes longer, it is killed, and the error says what it did."""
         deadline = time.monotonic() + seconds
         while self.poll() is None:
-            assert time.monotonic() < deadline
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGUSR1)
+                time.sleep(1)
+                os.killpg(self.pid, signal.SIGKILL)
+                _, status = os.waitpid(self.pid, 0)
+                self.returncode = os.waitstatus_to_exitcode(status)
+                text = self._errors.read_text()[-5000:]
+                raise AssertionError(f"runs for more than {seconds} s:\n{text}")
             time.sleep(0.01)
         return self.returncode
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from region_pretrain.benchmark.timing import interleaved
 from region_pretrain.data.dataset import PretrainDataset
-from region_pretrain.system import resident_mib
+from region_pretrain.system import one_opencv_thread, resident_mib
 
 _DISTINCT = 256  # files that are cycled through, so that they stay in the page cache
 
@@ -82,11 +82,9 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
         "linear": batches(False),
         "antialiased": batches(True),
     }
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
     memory: list[float] = []
     try:
-        with tqdm(desc="loader", unit=" rounds", leave=False) as progress:
+        with one_opencv_thread(), tqdm(desc="loader", unit=" rounds", leave=False) as progress:
 
             def after_round() -> None:
                 memory.append(resident_mib())
@@ -95,7 +93,6 @@ def benchmark_loader(dataset: PretrainDataset, batch_size: int, seconds: float) 
             per_call = interleaved(functions, seconds * len(functions), after_round)
     finally:
         dataset.antialias = before
-        cv2.setNumThreads(threads)
     total = per_call["antialiased"]
     decode, draw = per_call["decode as drawn"], per_call["draw"]
     sizes = [(*file.size, len(file.encoded.data) / 1000) for file in files]

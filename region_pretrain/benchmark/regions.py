@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -17,6 +16,7 @@ from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
 from region_pretrain.regions.summary import RECALL_IOUS, Hits, count_hits
+from region_pretrain.system import one_opencv_thread
 
 
 @dataclass
@@ -57,9 +57,7 @@ def compare_recipes(
     seconds = np.zeros(len(recipes))
     boxes_found = np.zeros(len(recipes))
     hits = [Hits() for _ in recipes]
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(0)
-    try:
+    with one_opencv_thread():
         for record in tqdm(records, desc="recipes", unit="img"):
             image = read_record(record)
             objects = ground_truth_boxes(record, image.shape[1], image.shape[0])
@@ -70,8 +68,6 @@ def compare_recipes(
                 seconds[r] += time.perf_counter() - started
                 boxes_found[r] += len(boxes)
                 hits[r] += count_hits(boxes, objects)
-    finally:
-        cv2.setNumThreads(threads)
     if not any(hit.objects for hit in hits):
         raise UserError("no image has an annotated object: recall needs ground truth")
     return [

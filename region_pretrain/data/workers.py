@@ -15,7 +15,7 @@ import cv2
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from region_pretrain.system import USR2
+from region_pretrain.system import USR2, one_opencv_thread
 
 _PREFETCH_FACTOR = 2  # DataLoader's default: batches that each worker prepares ahead
 T = TypeVar("T")
@@ -87,12 +87,8 @@ def prefetched_bytes(load_one: Callable[[], Any], batch_size: int, num_workers: 
     """
     if not num_workers:
         return 0
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # a forked worker would wait for OpenCV threads that it does not have
-    try:
+    with one_opencv_thread():  # as in a worker, which is forked without OpenCV's other threads
         size = sum(t.numel() * t.element_size() for t in _tensors(load_one()))
-    finally:
-        cv2.setNumThreads(threads)
     return size * batch_size * (_PREFETCH_FACTOR * num_workers + 1)
 
 

@@ -29,7 +29,7 @@ from region_pretrain.regions.recipes import Recipe, get_recipe
 from region_pretrain.regions.sources import ground_truth_boxes
 from region_pretrain.regions.store import key_hash
 from region_pretrain.regions.summary import Hits, count_hits
-from region_pretrain.system import cores, process_context
+from region_pretrain.system import cores, one_opencv_thread, process_context
 
 logger = logging.getLogger(__name__)
 
@@ -195,13 +195,9 @@ def _process_all(
 ) -> Iterator[ImageResult]:
     """Results in the order of the records; at most ``ahead`` images wait in the workers' queue."""
     if workers == 1:
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)
-        try:
+        with one_opencv_thread():
             for record in records:
                 yield _process(recipe, record)
-        finally:
-            cv2.setNumThreads(threads)
         return
 
     queue: deque[Future[ImageResult]] = deque()
