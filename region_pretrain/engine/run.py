@@ -37,6 +37,7 @@ from region_pretrain.engine.build import (
 )
 from region_pretrain.engine.checkpoint import RunCheckpointer
 from region_pretrain.engine.checkpoint_file import check_free_space
+from region_pretrain.engine.environment import write_environment
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.hooks import (
     CheckpointHook,
@@ -102,6 +103,7 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
         logger.info("environment:\n%s", collect_env_info().split("PyTorch built with")[0])
         logger.info("config: %s", os.path.join(folder, "config.yaml"))
         if comm.is_main_process():
+            write_environment(folder, cfg.train.device)
             for place, state in git_state().items():
                 changed = ", with uncommitted changes" if state["dirty"] else ""
                 logger.info("commit of %s: %s%s", place, state["commit"], changed)

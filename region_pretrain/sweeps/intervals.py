@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
-#: Seed of the pre-training (None without one) and of the fine-tuning.
-Seeds = tuple[int | None, int]
+#: Seed of the pre-training (None without one) and of the fine-tuning, and its machine if known.
+Seeds = tuple[int | None, int] | tuple[int | None, int, str]
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,42 @@ class Difference:
         return f"{self.mean:+.1f} ± {self.standard_error:.1f} {interval}"
 
 
+def _partners(
+    values: Mapping[Seeds, float | None], reference: Mapping[Seeds, float | None]
+) -> dict[tuple[int | None, int], tuple[Seeds, Seeds]]:
+    found: dict[tuple[int | None, int], tuple[Seeds, Seeds]] = {}
+    for seeds, others in itertools.product(values, reference):
+        (pretrain, finetune, *machine), (other, same, *where) = seeds, others
+        if finetune == same and (pretrain == other or None in (pretrain, other)):
+            key = other if pretrain is None else pretrain, finetune
+            if key not in found or (machine == where and found[key][0][2:] != found[key][1][2:]):
+                found[key] = seeds, others
+    return found
+
+
 def pair(
     values: Mapping[Seeds, float | None], reference: Mapping[Seeds, float | None]
-) -> dict[Seeds, float | None]:
+) -> dict[tuple[int | None, int], float | None]:
     """Differences of the runs with equal fine-tuning seeds.
 
     Pre-training seeds must be equal as well, but a run without pre-training is paired with the runs
-    of every pre-training seed.
+    of every pre-training seed. If a run has partners on several machines, it is paired with that on
+    its own: with the same seeds, rounding alone makes fine-tunings on two processors differ.
 
     Returns:
         Seeds -> value - reference; None if one of them is undefined.
     """
-    pairs: dict[Seeds, float | None] = {}
-    for (pretrain, finetune), a in values.items():
-        for (other, same), b in reference.items():
-            if finetune == same and (pretrain == other or None in (pretrain, other)):
-                seed = other if pretrain is None else pretrain
-                pairs[seed, finetune] = None if None in (a, b) else a - b
+    pairs: dict[tuple[int | None, int], float | None] = {}
+    for key, (seeds, others) in _partners(values, reference).items():
+        a, b = values[seeds], reference[others]
+        pairs[key] = None if None in (a, b) else a - b
     return pairs
+
+
+def pairs_of_two_machines(values: Mapping[Seeds, Any], reference: Mapping[Seeds, Any]) -> int:
+    """How many of the pairs of :func:`pair` are known to compare runs of different machines."""
+    partners = _partners(values, reference).values()
+    return sum(len(a) == len(b) == 3 and a[2] != b[2] for a, b in partners)
 
 
 def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from region_pretrain.engine.environment import machine, versions
 from region_pretrain.files import make_writable, write_atomic, write_text_atomic
 from region_pretrain.reporting import html as report
-from region_pretrain.reporting.environment import machine, versions
 from region_pretrain.reporting.plots import metric_curve, plot_curves
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.figures import figures

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from region_pretrain.config import load_file
 from region_pretrain.data.few_label import SUBSET_FILE
 from region_pretrain.data.sources import register_named
+from region_pretrain.engine.environment import read_machine
 from region_pretrain.errors import UserError
 from region_pretrain.json_files import read_json
 from region_pretrain.metrics import read_metrics, read_results
@@ -130,7 +131,10 @@ def _fill(
     if not any(entry["kind"] == CHOICE for entry in entries):
         row.learning_rate = _configured_learning_rate(list(finetunings.values()))
     finished = {seeds: run for seeds, run in finetunings.items() if state.is_finished(run)}
-    row.by_seeds = {s: {key: _value(run, key) for key in METRICS} for s, run in finished.items()}
+    for seeds, run in finished.items():
+        machine = read_machine(run.folder)
+        at = seeds if machine is None else (*seeds, machine)
+        row.by_seeds[at] = {key: _value(run, key) for key in METRICS}
     row.wanted = len(finetunings)
     row.test_data = next((name for run in finished.values() if (name := _test_data(run))), None)
     row.labels = next((n for run in finished.values() if (n := _labelled_images(run, known))), None)

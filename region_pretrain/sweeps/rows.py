@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -57,8 +58,8 @@ class Row:
         learning_rate: the chosen or configured learning rate as text; None if not known yet.
         test_data: what names the test data in the config; None if unknown.
         trials: learning rate -> mean metric on the held-out split over its finished trials.
-        by_seeds: seeds -> key of :data:`METRICS` -> value, None if the detector found nothing; only
-            finished fine-tunings.
+        by_seeds: seeds, and the machine of the fine-tuning if known -> key of :data:`METRICS` ->
+            value, None if the detector found nothing; only finished fine-tunings.
         curves: key of :data:`METRICS` -> mean by iteration, at the points that all seeds have: of
             the finished fine-tunings, or while there are none, of those that have logged it.
         costs: seed -> cost of the finished pre-training.
@@ -91,7 +92,7 @@ class Row:
     @property
     def pretrained(self) -> bool:
         """Whether the sweep pre-trains this initialisation, as far as finished runs tell."""
-        return any(pretrain is not None for pretrain, _ in self.by_seeds)
+        return any(pretrain is not None for pretrain, *_ in self.by_seeds)
 
     @property
     def cost(self) -> Cost:
@@ -128,10 +129,10 @@ def by_labels(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 _ROW = ("label", "method", "finetune", "labels", "label_fraction", "checkpoint")
 _ROW += ("images_seen", "learning_rate", "test_data")
-_OPTIONAL = {"test_data"}  # files of earlier versions do not have it
+_OPTIONAL = {"test_data", "machine", "planned"}  # files of earlier versions do not have them
 _COSTS = tuple(part.name for part in fields(Cost))
 COLUMNS = ("sweep", "initialisation", "pretrain_seed", "finetune_seed", *_ROW)
-COLUMNS += (*_METRIC_COLUMNS.values(), *_COSTS)
+COLUMNS += ("planned", "machine", *_METRIC_COLUMNS.values(), *_COSTS)
 
 
 def results_csv(rows: Sequence[Row], sweep: str) -> str:
@@ -140,7 +141,7 @@ def results_csv(rows: Sequence[Row], sweep: str) -> str:
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        for (pretrain, finetune), values in row.by_seeds.items():
+        for (pretrain, finetune, *machine), values in row.by_seeds.items():
             writer.writerow(
                 {
                     "sweep": sweep,
@@ -148,6 +149,8 @@ def results_csv(rows: Sequence[Row], sweep: str) -> str:
                     "pretrain_seed": pretrain,
                     "finetune_seed": finetune,
                     **{name: getattr(row, name) for name in _ROW},
+                    "planned": row.wanted,
+                    "machine": "".join(machine),
                     **{name: values[key] for key, name in _METRIC_COLUMNS.items()},
                     **asdict(row.costs.get(pretrain, Cost())),
                 }
@@ -159,8 +162,8 @@ def read_csv(path: str) -> list[Row]:
     """The rows that :func:`results_csv` wrote, without trials and curves.
 
     Raises:
-        UserError: there is no such file, it is not UTF-8 or no CSV, it lacks a column, or a value
-            is not a number.
+        UserError: there is no such file, it is not UTF-8 or no CSV, it lacks a column, a value is
+            not a number, or lines that would be compared do not belong together.
     """
     if not os.path.isfile(path):
         raise UserError(f"there is no {path}: expected the results.csv of a sweep")
@@ -189,33 +192,48 @@ def read_csv(path: str) -> list[Row]:
 def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
     if None in line.values() or None in line:
         raise ValueError("a line has not as many values as the first line has columns")
+    if rows and line["sweep"] != (sweep := next(iter(rows))[0]):
+        raise ValueError(
+            f"sweep {line['sweep']}, but the lines before are of {sweep}: make tables of each "
+            "alone, or give both one name if they share the protocol"
+        )
     names = ("sweep", "initialisation", "finetune", "label_fraction", "checkpoint")
     key = tuple(line[name] for name in names)
-    row = rows.get(key)
-    if row is None:
-        checkpoint = line["checkpoint"]
-        row = rows[key] = Row(
-            line["initialisation"],
-            line["label"],
-            line["method"],
-            line["finetune"],
-            float(line["label_fraction"]),
-            FINAL if checkpoint == FINAL else int(checkpoint),
-            _number(line["labels"], int),
-            _number(line["images_seen"], int),
-            learning_rate=line["learning_rate"] or None,
-            test_data=line.get("test_data") or None,
-        )
+    checkpoint = line["checkpoint"]
+    new = Row(
+        line["initialisation"],
+        line["label"],
+        line["method"],
+        line["finetune"],
+        float(line["label_fraction"]),
+        FINAL if checkpoint == FINAL else int(checkpoint),
+        _number(line["labels"], int),
+        _number(line["images_seen"], int),
+        learning_rate=line["learning_rate"] or None,
+        test_data=line.get("test_data") or None,
+    )
+    row = rows.setdefault(key, new)
+    for name in _ROW:
+        if getattr(new, name) != getattr(row, name):
+            raise ValueError(
+                f"{name} {getattr(new, name)}, but {getattr(row, name)} in an earlier line of "
+                f"{' '.join(key)}: they are averaged, so give one of them another initialisation"
+            )
     pretrain = _number(line["pretrain_seed"], int)
     seeds = pretrain, int(line["finetune_seed"])
-    if seeds in row.by_seeds:
-        raise ValueError(f"a second line of {' '.join(key)} with seeds {seeds}")
+    # Baselines may be repeated on each machine that compares others with them.
+    if machine := line.get("machine"):
+        seeds += (machine,)
+    if seeds in row.by_seeds or pretrain is not None and seeds[:2] in {s[:2] for s in row.by_seeds}:
+        raise ValueError(f"a second line of {' '.join(key)} with seeds {seeds[:2]}")
     row.by_seeds[seeds] = {k: _number(line[name], float) for k, name in _METRIC_COLUMNS.items()}
-    row.wanted += 1
+    row.wanted = max(_number(line.get("planned") or "", int) or 0, len(row.by_seeds))
     cost = Cost(*(_number(line[name], float) for name in _COSTS))
     if cost != Cost():
         row.costs[pretrain] = cost
 
 
 def _number(text: str, kind: type[int] | type[float]) -> int | float | None:
-    return kind(text) if text else None
+    if text and not math.isfinite(value := kind(text)):
+        raise ValueError(f"{text} is not finite: leave the value of a detector without AP empty")
+    return value if text else None

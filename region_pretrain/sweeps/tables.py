@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from region_pretrain.errors import UserError
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.intervals import Difference, difference, pair
+from region_pretrain.sweeps.intervals import (
+    Difference,
+    difference,
+    pair,
+    pairs_of_two_machines,
+)
 from region_pretrain.sweeps.rows import METRICS, Row, Statistics, by_labels
 
 _AP = "bbox/AP", "segm/AP"
@@ -25,8 +30,13 @@ _COST = (
 )
 _DIFFERENCES = (
     "Difference to {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
-    "interval], which include the variance between the seeds of pre-training and of fine-tuning."
+    "interval], which include the variance between the seeds of pre-training, where there are "
+    "several, and of fine-tuning."
 )
+_TWO_MACHINES = (
+    " With equal seeds, fine-tunings still differ between machines; pairs of two machines: {}."
+)
+_OTHER_TEST_DATA = " Tested on other data and not compared: {}."
 _AGAINST_LABELS = "By number of labelled images: {}, mean ± sample standard deviation."
 _WORTH = (
     "Labelled images that {} would need for the same {}, and their ratio: interpolated on a "
@@ -129,12 +139,19 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
     columns, metrics = varying(rows), _metrics(brief)
     bases = {(r.finetune, r.label_fraction, r.checkpoint): r for r in rows if r.init == reference}
     body, label = [], ""
+    apart: dict[str, int] = {}
+    elsewhere: list[str] = []
     for row in rows:
         how = row.finetune, row.label_fraction
         base = bases.get((*how, row.checkpoint), bases.get((*how, FINAL)))
         if base is None or row.init == reference:
             continue
         label = base.label
+        if row.by_seeds and base.by_seeds and row.test_data != base.test_data:
+            elsewhere.append(row.label)
+            continue
+        if count := pairs_of_two_machines(row.by_seeds, base.by_seeds):
+            apart[row.label] = apart.get(row.label, 0) + count
         pairs = {key: pair(row.values(key), base.values(key)) for key in metrics}
         if count := len(next(iter(pairs.values()))):
             found = [difference(values) for values in pairs.values()]
@@ -145,7 +162,12 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
             n = f"{count}/{wanted}" if missing else f"{count}"
             body.append([*row_name(row, columns), n, *cells])
     header = ["initialisation", *columns.values(), "n", *metrics.values()]
-    return Table(_DIFFERENCES.format(label), header, body)
+    caption = _DIFFERENCES.format(label)
+    if apart:
+        caption += _TWO_MACHINES.format(", ".join(f"{n} of {of}" for of, n in apart.items()))
+    if elsewhere:
+        caption += _OTHER_TEST_DATA.format(", ".join(dict.fromkeys(elsewhere)))
+    return Table(caption, header, body)
 
 
 def _against_labels(rows: Sequence[Row]) -> list[Table]:

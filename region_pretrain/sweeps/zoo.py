@@ -16,9 +16,9 @@ from region_pretrain.config import load_file
 from region_pretrain.convert.export import write_export
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
+from region_pretrain.engine.environment import versions
 from region_pretrain.errors import UserError
 from region_pretrain.files import make_writable, sha256_of
-from region_pretrain.reporting.environment import versions
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL

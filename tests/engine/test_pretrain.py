@@ -22,6 +22,7 @@ from tiny_run import (
 )
 from torch import nn
 
+from region_pretrain.engine.environment import read_machine
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
@@ -107,6 +108,7 @@ def test_the_output_folder_contains_what_is_documented(tmp_path):
     assert [n for n in names if not n.startswith("events.")] == [
         ".lease",
         "config.yaml",
+        "environment.json",
         "last_checkpoint",
         "log.txt",
         "metrics.json",
@@ -119,6 +121,9 @@ def test_the_output_folder_contains_what_is_documented(tmp_path):
     assert (progress.done, progress.total, progress.seconds_left) == (20, 20, 0.0)
     assert 0 <= time.time() - progress.updated < 60
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    machine = read_machine(str(tmp_path))
+    assert machine.endswith(f", PyTorch {torch.__version__}")
+    assert f", {torch.backends.cpu.get_cpu_capability()}, " in machine
 
 
 def test_resuming_a_finished_run_returns_its_metrics(tmp_path):

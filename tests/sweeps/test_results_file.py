@@ -53,15 +53,20 @@ def test_rows_are_read_back(tmp_path):
     first, *others = (tmp_path / "a.csv").read_text().splitlines()
     assert first == (
         "sweep,initialisation,pretrain_seed,finetune_seed,label,method,finetune,labels,"
-        "label_fraction,checkpoint,images_seen,learning_rate,test_data,box_ap,box_ap50,box_ap75,mask_ap,"
-        "mask_ap50,mask_ap75,images_per_second,memory_mib,minutes"
+        "label_fraction,checkpoint,images_seen,learning_rate,test_data,planned,machine,box_ap,"
+        "box_ap50,box_ap75,mask_ap,mask_ap50,mask_ap75,images_per_second,memory_mib,minutes"
     )
-    # Files of earlier versions do not name the test data; spreadsheets begin with a mark.
-    earlier = [",".join(line.split(",")[:12] + line.split(",")[13:]) for line in (first, *others)]
+    # Files of earlier versions do not name test data or machine; spreadsheets begin with a mark.
+    earlier = [",".join(line.split(",")[:12] + line.split(",")[15:]) for line in (first, *others)]
     (tmp_path / "b.csv").write_text("\n".join(earlier), encoding="utf-8-sig")
     assert "test_data" not in earlier[0] and read_csv(str(tmp_path / "b.csv")) == rows
     for row in rows:
         row.test_data = f"shapes(split=val, size={row.labels})"
+    assert read_csv(write(tmp_path / "a.csv", rows)) == rows
+    for row in rows:
+        row.wanted += 3
+        values = row.by_seeds.items()
+        row.by_seeds = {(*seeds, f"CPU {seeds[1]}, PyTorch 2"): found for seeds, found in values}
     assert read_csv(write(tmp_path / "a.csv", rows)) == rows
     rows[1].checkpoint = 400
     assert read_csv(write(tmp_path / "a.csv", rows))[1].checkpoint == 400
@@ -140,6 +145,66 @@ def test_tables_and_figures_by_one_command(tmp_path):
             assert line[3:] == expected
     with pytest.raises(UserError, match="no initialisation is called byol: choose from random, "):
         tables(rows, {}, ["byol"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("s,soco,2,2,", "other,soco,2,2,", "sweep other, but the lines before are of s: make"),
+        (",0.05,", ",0.1,", "learning_rate 0.1, but 0.05 in an earlier line of s soco det 1.0"),
+        (",val,", ",test,", "test_data test, but val in an earlier line of s soco det 1.0 final"),
+        (",100,1.0,", ",25,1.0,", "labels 25, but 100 in an earlier line"),
+        ("val,9,A,", "val,9,A,nan", "nan.* is not finite: leave the value"),
+        ("soco,2,2,", "soco,2,1,", r"a second line of s soco det 1.0 final with seeds \(2, 1\)"),
+    ],
+)
+def test_lines_that_do_not_belong_together(tmp_path, old, new, message):
+    rows = rows_of(counts=(100,))
+    for row in rows:
+        row.test_data = "val"
+        row.by_seeds = {(*seeds, "A"): values for seeds, values in row.by_seeds.items()}
+    path = Path(write(tmp_path / "a.csv", rows))
+    *lines, last = path.read_text().splitlines()
+    assert old in last
+    replaced = last.replace(old, new, 1)
+    if "nan" in new:
+        replaced = re.sub(r"nan[\d.]+", "nan", replaced)
+    path.write_text("\n".join([*lines, replaced]) + "\n")
+    with pytest.raises(UserError, match=rf"a\.csv, line 22: {message}"):
+        read_csv(str(path))
+
+
+def test_a_baseline_on_two_machines(tmp_path):
+    """Each run is compared with the baseline's on its own machine."""
+    random, _, soco = rows_of(counts=(100,))
+
+    def runs(row, values):
+        keys = METRICS.keys()
+        row.by_seeds = {seeds: dict.fromkeys(keys, value) for seeds, value in values.items()}
+        row.wanted = len(values)
+
+    runs(random, {(None, f, m): 10.0 * f + (m == "B") for f in (0, 1) for m in "AB"})
+    runs(soco, {(p, f, "AB"[p]): 10.0 * f + 5 + p for p in (0, 1) for f in (0, 1)})
+    path = write(tmp_path / "a.csv", [random, soco])
+    results, differences = tables(read_csv(path), {}, ["random"])
+    assert results.rows[0][1] == "4" and results.rows[1][1] == "4"
+    assert differences.rows == [["SoCo", "4", *["+5.0 ± 0.0 [+5.0, +5.0]"] * 6]]
+    assert "two machines" not in differences.caption
+    runs(soco, {(p, f, "AC"[p]): 10.0 * f + 5 + p for p in (0, 1) for f in (0, 1)})
+    caption = tables([random, soco], {}, ["random"])[1].caption
+    assert caption.endswith("pairs of two machines: 2 of SoCo.")
+    soco.test_data = "val"
+    random.test_data = "other"
+    assert len(tables([random, soco], {}, ["random"])) == 1
+
+
+def test_missing_runs_are_counted_from_the_file_alone(tmp_path):
+    path = Path(write(tmp_path / "a.csv", rows_of(counts=(100,))))
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    results, differences = tables(read_csv(str(path)), {}, ["random"])
+    assert [line[1] for line in results.rows] == ["3", "9", "8/9"]
+    assert [line[1] for line in differences.rows] == ["9", "8/9"]
+    assert "[" not in differences.rows[1][2]
 
 
 def test_a_file_that_was_cut_is_named(tmp_path):
