@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +36,13 @@ class DataSets:
     def __init__(self) -> None:
         self.given: dict[str, tuple[Sequence[dict], Sequence[str]]] = {}
 
-    def name(self, argument: str, data: Data, classes: Sequence[str] = ()) -> Any:
+    def name(self, argument: str, data: Data, classes: Sequence[str] | None = None) -> Any:
         """The value of ``names`` in a config.
 
         Args:
             argument: name of the argument, for error messages.
             data: see :data:`Data`.
-            classes: class names of records.
+            classes: class names of records; None if their labels are not used.
 
         Raises:
             UserError: it is none of these.
@@ -67,13 +67,20 @@ class DataSets:
             "of data sets, or a list of Detectron2 dicts"
         )
 
-    def _records(self, argument: str, records: list[dict], classes: Sequence[str]) -> str:
-        if any("annotations" in record for record in records) and not classes:
+    def _records(self, argument: str, records: list[dict], classes: Sequence[str] | None) -> str:
+        labelled = classes is not None and any("annotations" in record for record in records)
+        if labelled and not classes:
             raise UserError(f"{argument}: records with annotations need classes=[...], their names")
-        facts = (records, list(classes))
-        name = f"records-{hashlib.sha256(pickle.dumps(facts)).hexdigest()[:10]}"
+        facts = (records, list(classes or ()))
+        # The same for equal records in another process, e.g. in order to resume.
+        text = json.dumps(facts, sort_keys=True, default=_plain)
+        name = f"records-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         self.given[name] = facts
         return name
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _named(argument: str, name: str) -> str:

@@ -100,16 +100,24 @@ def _with_data(cfg: CfgNode) -> CfgNode:
 def _around(model: DictConfig | nn.Module) -> DictConfig:
     if isinstance(model, nn.Module):
         facts = as_lazy_detector(model)  # refuses other modules
-        has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
+        heads = getattr(model, "roi_heads", None)
+        has_masks = bool(getattr(heads, "mask_on", False))
+        has_keypoints = bool(getattr(heads, "keypoint_on", False))
         lazy, image_format = L(given_part)(detector=refer_to(model)), facts.input_format
     else:
         lazy = copy.deepcopy(model)
         has_masks = OmegaConf.select(model, "roi_heads.mask_head") is not None
+        has_keypoints = OmegaConf.select(model, "roi_heads.keypoint_head") is not None
         image_format = model.get("input_format") or "BGR"
+    if has_keypoints:
+        raise UserError(
+            "the detector has a keypoint head: pass its complete config, whose mapper says which "
+            "keypoints a horizontal flip exchanges"
+        )
     dataloader = get_config("common/data/coco.py").dataloader
     dataloader.train.mapper.update(image_format=image_format, use_instance_mask=has_masks)
     train = get_config("common/train.py").train
-    train.max_iter = 90_000
+    train.max_iter, train.base_batch_size = 90_000, 16
     return DictConfig(
         dict(
             model=lazy,

@@ -24,10 +24,10 @@ from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys, override_config
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan
-from region_pretrain.engine.labelled_data import check_labelled_data
+from region_pretrain.engine.labelled_data import check_labelled_data, difference_of
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import Results, newest_metrics
-from region_pretrain.modeling.given import modes_kept
+from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.yacs import split_overrides
 
 _NAMES = "dataloader.{}.dataset.names"
@@ -66,8 +66,8 @@ def finetune(
         steps, epochs, output_dir, callbacks, resume, verbose: see
             :func:`~region_pretrain.api.pretraining.pretrain`.
         batch_size: images per iteration.
-        lr: the learning rate; unlike in pre-training, it is not scaled with the batch size, unless
-            the config has ``train.base_batch_size``.
+        lr: the learning rate at this batch size. None: the config's, which is scaled with the batch
+            size if the config has ``train.base_batch_size``, as Detectron2's 1x schedule does here.
         overrides: ``key=value``, applied before all other arguments.
 
     Returns:
@@ -96,17 +96,17 @@ def finetune(
     if batch_size is not None:
         cfg.dataloader.train.total_batch_size = batch_size
     if lr is not None:
-        cfg.optimizer.lr = lr
+        cfg.optimizer.lr, cfg.train.base_batch_size = lr, None
     make_names_absolute(cfg)
 
-    keep = KeepModel()
+    keep, built = KeepModel(), detector_in(cfg)
     with ExitStack() as stack:
         stack.enter_context(isolated(data.given, verbose))
-        names = _check_classes(cfg, classes, detector)
-        if isinstance(detector, nn.Module):
-            stack.enter_context(modes_kept(detector))
+        names = _check_classes(cfg, classes, built)
+        if built is not None:
+            stack.enter_context(modes_kept(built))
         results = without_nan(do_train(cfg, resume, hooks=[keep, *hooks]))
-    model = keep.model if isinstance(detector, nn.Module) else keep.model.eval()
+    model = keep.model if built is not None else keep.model.eval()
     folder = cfg.train.output_dir
     return Finetuned(
         model, newest_metrics(folder), folder, cfg, detector, data.given, results, names
@@ -157,17 +157,20 @@ def _set_names(cfg: DictConfig, split: str, names: Any) -> None:
     if OmegaConf.select(cfg, key.rpartition(".")[0]) is None:
         raise UserError(f"the detector's config has no {key}, which train= and val= replace")
     OmegaConf.update(cfg, key, names, merge=False)
+    evaluator = cfg.dataloader.get("evaluator") if split == "test" else None
+    if isinstance(evaluator, DictConfig) and "dataset_name" in evaluator:
+        evaluator.dataset_name = "${..test.dataset.names}"  # in an own config, a literal name
 
 
 def _check_classes(
-    cfg: DictConfig, classes: Sequence[str], detector: AnyDetector, training: bool = True
+    cfg: DictConfig, classes: Sequence[str], detector: nn.Module | None, training: bool = True
 ) -> list[str]:
     """The names of the data's classes, once they agree with the argument and a built detector."""
     names = check_labelled_data(copy.deepcopy(cfg), training=training, fix=False).names
     if classes and list(classes) != names:
         raise UserError(f"classes={list(classes)}, but the data's are {names}")
     count = getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
-    if isinstance(detector, nn.Module) and isinstance(count, int) and count != len(names):
+    if isinstance(count, int) and count != len(names):
         raise UserError(
             f"the detector predicts {count} classes, but the data have {len(names)} "
             f"({', '.join(names)}): build it with {len(names)}, or pass its config"
@@ -194,8 +197,9 @@ def evaluate(
             fine-tuning.
         classes: see :func:`finetune`.
         config: the detector's config; None: that of the fine-tuning.
-        output_dir: where ``results_eval.json`` is written; None: the folder of the fine-tuning.
-        overrides: ``key=value`` of the config.
+        output_dir: where ``results_eval.json`` is written; None: the folder of the fine-tuning, or
+            of ``config``; of a built detector, ``train.output_dir`` of the default config.
+        overrides: ``key=value`` of the config; those of ``model`` need a checkpoint or a folder.
         verbose: see :func:`~region_pretrain.api.pretraining.pretrain`.
 
     Returns:
@@ -209,20 +213,34 @@ def evaluate(
     is_module = isinstance(detector, nn.Module)
     if is_module and data is None:
         raise UserError("data= is needed to evaluate a built detector")
+    if isinstance(detector, Run) and not isinstance(detector, Finetuned):
+        raise UserError(
+            f"{detector.output_dir} is a pre-training, not a detector: fine-tune it first"
+        )
     cfg = _with_overrides(detection_config(config or _detector_of(detector)), overrides)
     model = detector if is_module else None
-    if isinstance(detector, Run):
+    if isinstance(detector, Finetuned):
         model, sets.given = detector.model, dict(detector.given)
     elif not is_module:
         path = cfg.train.init_checkpoint = weights_of(detector)
         # The run's own folder, also if it was moved or the call is from another one.
         if config is None and os.path.isfile(path):
             cfg.train.output_dir = os.path.dirname(os.path.abspath(path))
+    changed = [text for text in overrides if text.lstrip("+~").startswith("model.")]
+    if model is not None and changed:
+        raise UserError(
+            f"override {changed[0]!r} would not change the detector, which is built already: give "
+            "its checkpoint or the folder of its run instead"
+        )
     if data is not None:
         _set_names(cfg, "test", sets.name("data", data, classes))
     if output_dir is not None:
         cfg.train.output_dir = os.fspath(output_dir)
     make_names_absolute(complete_train(cfg))
     with isolated(sets.given, verbose):
-        _check_classes(cfg, classes, detector, training=False)
+        names = _check_classes(cfg, classes, model, training=False)
+        if isinstance(detector, Finetuned) and (
+            difference := difference_of(detector.classes, names)
+        ):
+            raise UserError(f"data: other classes than those of the fine-tuning: {difference}")
         return without_nan(do_evaluate(cfg, model))

@@ -40,7 +40,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local, write_text_atomic
-from region_pretrain.modeling.given import modes_kept, weights_kept
+from region_pretrain.modeling.given import detector_in, modes_kept, weights_kept
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 #: Beginnings of the overrides that change the detector itself.
 _OF_DETECTOR = ("model.backbone.", "model.pixel_")
+_REGIONS = "dataloader.train.dataset.regions"
 
 #: Weights: a run, or what ``train.init_checkpoint`` accepts; also a run's folder.
 Weights = Run | str | os.PathLike
@@ -119,8 +120,11 @@ def pretrain(
     text = to_yaml(described) if isinstance(described, DictConfig) else ""
 
     def save_detector() -> None:
+        path = os.path.join(cfg.train.output_dir, DETECTOR_FILE)
         if text:
-            write_text_atomic(os.path.join(cfg.train.output_dir, DETECTOR_FILE), text)
+            write_text_atomic(path, text)
+        elif os.path.exists(path):  # of an attempt that ended before it had results
+            os.remove(path)
 
     keep, is_built = KeepModel(save_detector), isinstance(detector, nn.Module)
     with ExitStack() as stack:
@@ -192,7 +196,11 @@ def compose(
         dataset.regions, dataset.recipe = regions.path, regions.manifest["recipe"]
     elif regions is not None:
         dataset.regions = os.path.expanduser(os.fspath(regions))
-    elif images is not None and dataset.get("regions") is not None:
+    elif (
+        images is not None
+        and dataset.get("regions") is not None
+        and not any(text.lstrip("+").startswith(f"{_REGIONS}=") for text in overrides)
+    ):
         dataset.regions = _own_regions(cfg)
     return Composed(complete_train(cfg), data.given, detector)
 
@@ -222,7 +230,7 @@ def _load(
     else:
         cfg = override_config(complete_train(copy.deepcopy(method)), overrides, "")
     check_pretraining(cfg)
-    return cfg, None
+    return cfg, detector_in(cfg)
 
 
 def set_run(

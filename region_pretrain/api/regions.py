@@ -100,7 +100,7 @@ def make_regions(
     with isolated(data.given):
         records = records_of(names, annotations=isinstance(recipe, GroundTruthRecipe))
         records = records if given is None else attach(records, given)
-        path = os.fspath(out) if out is not None else _default_path(names, recipe)
+        path = _default_path(names, recipe) if out is None else os.path.expanduser(os.fspath(out))
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         summary = generate.make_regions(
             records, path, recipe, workers=workers, max_unreadable=max_unreadable

@@ -20,7 +20,7 @@ from region_pretrain.convert.heads import background_first, swap_anchor_axes
 from region_pretrain.convert.layout import is_bottleneck, numbered, rows, trunk_kind
 from region_pretrain.convert.names import common_name, timm_name
 from region_pretrain.convert.recognise import Weights, read_weights
-from region_pretrain.convert.timm_target import own_lines
+from region_pretrain.convert.timm_target import check_plain_resnet, own_lines
 from region_pretrain.convert.trunk_names import RESNET, SWIN_TIMM, VIT, Rule, translate
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local, make_writable, write_atomic
@@ -165,6 +165,8 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
     own.pop(None, None)
     if to == "timm" and own:
         return _to_timm(weights, own)
+    if weights.facts.timm is not None:
+        check_plain_resnet(path, weights.facts.timm, to)
     kind = trunk_kind(tensors)
     if kind is None or (kind != "ResNet" and to != "timm"):
         known = "ResNet, Swin or ViT" if to == "timm" else "ResNet"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from region_pretrain.convert.facts import Facts
 from region_pretrain.convert.layout import ResNetLayout, numbered, trunk_kind
 from region_pretrain.convert.lines import pixel_lines, stride_lines
+from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.timm_backbone import create_timm_model
 
@@ -35,6 +37,45 @@ def own_lines(facts: Facts, state: Sequence[str]) -> list[str]:
         f"model = timm.create_model({', '.join(arguments)}, num_classes=0)",
         *not_filled,
     ]
+
+
+def check_plain_resnet(path: str, arguments: Mapping[str, Any], to: str) -> None:
+    """Refuse a network of timm that other libraries would compute differently under equal names.
+
+    Pooling against aliasing, average pooling in shortcuts, attention and dilation have no tensors
+    that show them, or tensors that would be left out.
+
+    Args:
+        path: the file, for the message.
+        arguments: of ``timm.create_model``.
+        to: the other library.
+
+    Raises:
+        UserError: it is not a plain ResNet or ResNeXt.
+    """
+    options = dict(arguments)
+    name = options.pop("name")
+    with on_meta_device():
+        model = create_timm_model(name, **options)
+    kinds = {type(module).__name__ for module in model.modules()}
+    kinds -= {"DropBlock2d", "DropPath", "Identity", "Sequential", "SelectAdaptivePool2d"}
+    kinds -= {
+        "AdaptiveAvgPool2d",
+        "BatchNorm2d",
+        "Conv2d",
+        "Flatten",
+        "FastAdaptiveAvgPool",
+        "MaxPool2d",
+        "ReLU",
+    }
+    others = sorted(kinds - {"ResNet", "BasicBlock", "Bottleneck"})
+    strided = any(c.dilation != (1, 1) for c in model.modules() if isinstance(c, nn.Conv2d))
+    if others or strided or "ResNet" not in kinds:
+        reason = ", ".join(others) or ("dilation" if strided else "no ResNet")
+        raise UserError(
+            f"{path} is timm's {name} ({reason}), which {to} does not have: its features would be "
+            "wrong. Use --to timm"
+        )
 
 
 def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import logging
@@ -43,7 +44,7 @@ from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.files import make_writable, write_text_atomic
 from region_pretrain.metrics import Results
-from region_pretrain.modeling.given import modes_kept
+from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.modeling.norms import broadcast_statistics
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,10 @@ def _trained(cfg: DictConfig, classes: Classes) -> nn.Module:
         raise UserError("no weights to evaluate: set train.init_checkpoint=PATH")
     if cfg.train.seed is None:
         cfg.train.seed = 0
-    model = build_model(cfg, resolve_device(cfg.train.device)).eval()
+    model = build_model(cfg, resolve_device(cfg.train.device))
+    if detector_in(cfg) is not None:
+        model = copy.deepcopy(model)  # the caller's own detector keeps its weights
+    model.eval()
     report = load_pretrained(model, cfg.train.init_checkpoint, cfg.train.init_partial)
     compare_with_checkpoint(report, classes, training=False)
     unfilled = [name for name, count in report.modules.items() if not count.loaded_tensors]

@@ -90,7 +90,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
         classes = {split: _classes(f"dataloader.{split}", names[split]) for split in splits}
     first = splits[0]
     own = _maps_classes(cfg)
-    if training and (difference := _difference(classes["train"], classes["test"])):
+    if training and (difference := difference_of(classes["train"], classes["test"])):
         _refuse(
             f"the classes of {_shown(names['train'])} (training) and {_shown(names['test'])} "
             f"(test) differ: {difference}",
@@ -129,7 +129,7 @@ def compare_with_checkpoint(report: TransferReport, classes: Classes, training: 
     predicts = any(layer in name for name in report.matched for layer in CLASS_LAYERS)
     if training and not (predicts and len(report.classes) == len(classes.names)):
         return
-    if difference := _difference(report.classes, classes.names):
+    if difference := difference_of(report.classes, classes.names):
         _refuse(
             f"{report.path} was trained on other classes than those of "
             f"{_shown(classes.datasets)}: {difference}",
@@ -192,7 +192,7 @@ def _classes(key: str, names: Sequence[str]) -> list[str]:
     """The class names that all data sets have; empty if they have none."""
     found = [list(MetadataCatalog.get(name).get("thing_classes") or _load(name)) for name in names]
     for name, classes in zip(names[1:], found[1:], strict=True):
-        if difference := _difference(found[0], classes):
+        if difference := difference_of(found[0], classes):
             raise UserError(f"{key}: the classes of {names[0]} and {name} differ: {difference}")
     return next(filter(None, found), [])
 
@@ -203,7 +203,7 @@ def _load(name: str) -> list[str]:
     return list(MetadataCatalog.get(name).get("thing_classes", ()))
 
 
-def _difference(one: Sequence[str], other: Sequence[str]) -> str:
+def difference_of(one: Sequence[str], other: Sequence[str]) -> str:
     """The first difference of two lists of classes; empty if one is unknown."""
     if not one or not other or list(one) == list(other):
         return ""

@@ -101,6 +101,10 @@ class TransferReport:
         return "\n".join(lines)
 
 
+#: Stages of hierarchical networks: a detector may lack the last ones, unlike the blocks of a ViT.
+_STAGE = r"(?:layers|stages)\.\d+"
+
+
 def module_of(name: str) -> str:
     """The module of a detector that a tensor belongs to, e.g. ``"roi_heads.box_head"``.
 
@@ -141,7 +145,8 @@ def group_of(name: str) -> str:
         stage = re.match(r"(?:layers|blocks|stages)\.\d+|[^.]+", common_name(name))[0]
         return f"{module}.{stage}"
     layer = re.match(r"roi_heads\.box_head\.(conv|fc)\d", name)
-    return f"{module}.{layer[1]}" if layer else module
+    stage = re.match(_STAGE, name)  # in common names
+    return f"{module}.{layer[1]}" if layer else stage[0] if stage else module
 
 
 def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> TransferReport:
@@ -267,11 +272,15 @@ def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> No
         own = name.removeprefix(weights.prefix)
         if stage := re.match(r"(?:body\.)?layer([1-4])\.", own):
             surplus[f"res{int(stage[1]) + 1}"].append(name)
-        elif stage := re.match(r"(blocks|layers)\.\d+\.", own):  # of a transformer
-            surplus[stage[1]].append(name)
+        elif stage := re.match(rf"{_STAGE}|blocks", own):  # of a transformer
+            surplus[stage[0]].append(name)
     for common, name in weights.names.items():
-        if name in left and not (weights.by_suffix and _BESIDE_STEM.fullmatch(common)):
-            surplus[group_of(common)].append(name)
+        if name not in left or (weights.by_suffix and _BESIDE_STEM.fullmatch(common)):
+            continue
+        before = re.match(r"layers\.(\d+)\.downsample\.", common)  # computes the next stage's input
+        if before and f"layers.{int(before[1]) + 1}" not in groups.values():
+            continue
+        surplus[group_of(common)].append(name)
     trunks = {module_of(name) for name in report.matched if is_trunk(name)}
     for group, names in missing.items():
         if group not in groups and module_of(names[0]) in trunks and is_trunk(names[0]):

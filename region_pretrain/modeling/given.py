@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
 from detectron2.config import LazyCall as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
@@ -34,6 +35,31 @@ def given_part(detector: str, name: str = "") -> nn.Module:
             "detector's config instead"
         )
     return _modules[detector].get_submodule(name)
+
+
+#: The function in a config, which is its name once the config was saved.
+_TARGETS = (given_part, f"{given_part.__module__}.{given_part.__name__}")
+
+
+def detector_in(cfg: DictConfig) -> nn.Module | None:
+    """The built detector of this process whose modules a config refers to, if it does."""
+
+    def keys(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if node.get("_target_") in _TARGETS:
+                yield node["detector"]
+            node = list(node.values())
+        if isinstance(node, list):
+            for value in node:
+                yield from keys(value)
+
+    model = OmegaConf.to_container(cfg)["model"] if "model" in cfg else None
+    return next((given_part(key) for key in keys(model)), None)
+
+
+def without_numbers(key: str) -> str:
+    """The key that :func:`refer_to` gives a detector if no other one has its shapes."""
+    return re.sub(r"(-[0-9a-f]{8})-\d+$", r"\1", key)
 
 
 def refer_to(detector: nn.Module) -> str:

@@ -8,7 +8,6 @@ have been added since, the parts are those of the new images, and the store is e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,8 @@ import numpy as np
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import locked, printable, remove_parts, write_text_atomic
-from region_pretrain.images import UnreadableImage, read_record, readings_of
+from region_pretrain.images import readings_of
+from region_pretrain.regions.images import digest_of_keys, file_sizes, readable
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
 from region_pretrain.regions.summary import PRECISION_IOU, RECALL_IOUS, Hits, summarise
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 #: Name of the file in the folder of parts that describes them.
 PLAN = "plan.json"
 _COUNTS = ("given", "dropped", "clipped")
+_SAMPLE = 64  # images whose file sizes are compared with those of a later run
 
 
 class ImageResult(NamedTuple):
@@ -89,9 +90,11 @@ class Parts:
                 )
             keys.add(key)
         self._total = len(records)
-        self._image_list = _digest(records)
+        self._image_list = digest_of_keys(records)
         self._reading = readings_of(records)
+        self._sizes = file_sizes(records[:: -(-len(records) // _SAMPLE) or 1])
         self._base = self._existing()
+        self._refuse_other_files(records)
         self._before = self._base and _content(self._base)
         self.records = self._without_regions(records)
         self._plan = {
@@ -121,7 +124,7 @@ class Parts:
             return False
         unreadable = dict(store.manifest["unreadable"])
         records = self.records_of(part) if unreadable else ()
-        return not any(str(r["image_id"]) in unreadable and _readable(r) for r in records)
+        return not any(str(r["image_id"]) in unreadable and readable(r) for r in records)
 
     def _open(self, part: int) -> RegionStore | None:
         """A part; None if it is missing, or, with a warning, damaged or of another run."""
@@ -145,7 +148,7 @@ class Parts:
         """What a part must have in its manifest."""
         return {
             "recipe": self.recipe.id,
-            "image_list": _digest(self.records_of(part)),
+            "image_list": digest_of_keys(self.records_of(part)),
             "reading": self._reading,
         }
 
@@ -206,6 +209,22 @@ class Parts:
             )
         return store
 
+    def _refuse_other_files(self, records: Sequence[dict]) -> None:
+        """Refuse a store of another data set whose images have the same keys, e.g. 1, 2, 3."""
+        known = {} if self._base is None else self._base.manifest.get("file_sizes", {})
+        mine = [record for record in records if str(record["image_id"]) in known]
+        if not mine:
+            return
+        # A file that could not be read may have been replaced.
+        found = self._base.rows([str(record["image_id"]) for record in mine]) >= 0
+        now = file_sizes([record for record, has in zip(mine, found, strict=True) if has])
+        if changed := [key for key, size in now.items() if size != known[key]]:
+            key = changed[0]
+            raise UserError(
+                f"{self.out} exists: regions of other files with the same keys, e.g. {key!r} had "
+                f"{known[key]} bytes and has {now[key]}; delete it or choose another output file"
+            )
+
     def _without_regions(self, records: Sequence[dict]) -> Sequence[dict]:
         """The records that the existing store lacks."""
         if self._base is None:
@@ -213,7 +232,7 @@ class Parts:
         found = self._base.rows([str(record["image_id"]) for record in records]) >= 0
         if self._base.manifest.get("image_list") == self._image_list:
             missing = [record for record, has in zip(records, found, strict=True) if not has]
-            return missing if any(map(_readable, missing)) else []  # they were unreadable
+            return missing if any(map(readable, missing)) else []  # they were unreadable
         if not found.any():
             raise UserError(
                 f"{self.out} exists: regions of {len(self._base)} images, none of them among these "
@@ -306,6 +325,10 @@ class Parts:
                 "parameters": self.recipe.parameters,
                 "image_list": self._image_list,
                 "reading": self._reading,
+                "file_sizes": {
+                    **(base.manifest.get("file_sizes", {}) if base else {}),
+                    **self._sizes,
+                },
                 "summary": summary,
             }
             merge_stores(paths, self.out, facts)
@@ -338,14 +361,6 @@ class Parts:
             )
 
 
-def _readable(record: dict) -> bool:
-    try:
-        read_record(record)
-    except UnreadableImage:
-        return False
-    return True
-
-
 def _content(store: RegionStore) -> tuple[str | None, int]:
     """What changes when a store is extended."""
     return store.manifest.get("image_list"), len(store)
@@ -354,15 +369,6 @@ def _content(store: RegionStore) -> tuple[str | None, int]:
 def _line(pair: tuple[str, str]) -> str:
     key, error = map(printable, pair)
     return f"{key}\t{error}\n"
-
-
-def _digest(records: Sequence[dict]) -> str:
-    """sha256 of the keys of images, in order."""
-    digest = hashlib.sha256()
-    for record in records:
-        key = str(record["image_id"]).encode()
-        digest.update(len(key).to_bytes(8, "little") + key)
-    return digest.hexdigest()
 
 
 def _as_part(store: RegionStore) -> dict[str, Any]:

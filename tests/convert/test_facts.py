@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
@@ -267,3 +269,12 @@ def test_a_part_is_chosen_by_name(tmp_path):
     assert read_weights(f"{path}?part=model").tensors
     with pytest.raises(UserError, match="has no part studnet"):
         read_weights(f"{path}?part=studnet")
+
+
+@pytest.mark.parametrize("name", ["resnet50_msra-5891d200.pth", "resnet50_caffe-788b5fa3.pth"])
+def test_openmmlabs_copies_of_caffe2s_networks_have_its_pixels_and_strides(tmp_path, name):
+    """Their tensors have torchvision's names, so only the name of the file shows it."""
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / name)
+    assert read_weights(str(tmp_path / name)).facts == MSRA
+    os.rename(tmp_path / name, tmp_path / "resnet50-0676ba61.pth")
+    assert read_weights(str(tmp_path / "resnet50-0676ba61.pth")).facts == IMAGENET

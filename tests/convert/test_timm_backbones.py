@@ -281,6 +281,37 @@ def test_timms_resnet_goes_to_torchvision_too(tmp_path):
     assert not [line for line in lines if "stages" in line or "RESNETS" in line]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("resnetaa50", {}, "AvgPool2d"),
+        ("resnetblur50", {}, "BlurPool2d"),
+        ("seresnet50", {}, "SEModule"),
+        ("resnet50", {"output_stride": 16}, "dilation"),
+    ],
+)
+@pytest.mark.parametrize("to", ["torchvision", "mmdet"])
+def test_other_networks_with_the_names_of_a_resnet_are_refused(tmp_path, name, options, reason, to):
+    model = detector(name, out_features=["res2", "res3", "res4"], **options)
+    path = str(tmp_path / "a.pth")
+    torch.save({"model": model.state_dict(), "detector": facts_of(model).to_dict()}, path)
+    with pytest.raises(UserError, match=rf"timm's {name} \(.*{reason}.*\), which {to} does not"):
+        export_weights(path, to)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_detector_without_the_last_stages(tmp_path, name):
+    """timm's own file has them, as a ResNet's has res5 for a C4 detector."""
+    options = CONVNEXT if "convnext" in name else NETWORKS[name]
+    theirs = randomise(timm.create_model(name, **options)).state_dict()
+    full = detector(name, **options)
+    model = detector(name, out_features=["res2", "res3"], **options)
+    report = load_pretrained(model, saved(tmp_path, theirs))
+    check_trunk_is_loaded(report, model)
+    assert len(report.matched) < len(full.backbone.bottom_up.state_dict())
+    assert any(re.match(r"(stages|layers)[._]3", key) for key in report.unexpected)
+
+
 def test_other_targets_refuse_it_and_name_timm(tmp_path):
     model = detector("convnext_atto")
     torch.save({"model": model.state_dict()}, tmp_path / "w.pth")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_other_images_or_another_recipe_do_not_replace_a_store(tmp_path, records
     with pytest.raises(UserError, match="regions of 11 images, none of them among these 10 images"):
         make_regions(others, out, "grid-v1", workers=1)
     assert contents(out) == before
+
+
+def test_other_files_under_the_same_keys_do_not_get_the_regions(tmp_path, records):
+    """Two data sets whose image ids are 1, 2, 3, or whose files have the same names."""
+    out = str(tmp_path / "r.arrow")
+    make_regions(records, out, "grid-v1", workers=1)
+    others = []
+    for record in records:
+        path = tmp_path / f"other_{os.path.basename(record['file_name'])}"
+        path.write_bytes(Path(record["file_name"]).read_bytes() + b"\0")  # decodes to the same
+        others.append(record | {"file_name": str(path)})
+    with pytest.raises(UserError, match="regions of other files with the same keys, e.g. "):
+        make_regions(others, out, "grid-v1", workers=1)
+    for record, other in zip(records, others, strict=True):
+        os.replace(record["file_name"], other["file_name"])  # the same files, moved
+    assert make_regions(others, out, "grid-v1", workers=1)["images"] == len(records)
 
 
 @pytest.mark.parametrize(
