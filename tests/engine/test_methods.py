@@ -208,6 +208,29 @@ def test_frozen_weights_without_norms_are_noticed():
         load_method("ccop", FPN, frozen)
 
 
+def test_a_mapper_that_reads_another_channel_order_is_refused(tmp_path):
+    path = tmp_path / "rgb.py"
+    path.write_text(
+        "from detectron2.model_zoo import get_config\n"
+        f"_zoo = get_config({LSJ!r})\n"
+        "model, dataloader = _zoo.model, _zoo.dataloader\n"
+        'dataloader.train.mapper.image_format = "RGB"\n'
+    )
+    with pytest.raises(UserError) as error:
+        load_method("soco", str(path))
+    assert str(error.value) == (
+        f"--detector {path}: model.input_format=BGR, but "
+        "dataloader.train.mapper.image_format=RGB: set both to the channel order of "
+        "model.pixel_mean and of the initial weights"
+    )
+    with path.open("a") as file:
+        file.write('model.input_format = "RGB"\n')
+    assert load_method("soco", str(path)).model.input_format == "RGB"
+    with path.open("a") as file:
+        file.write("model.input_format = None\n")
+    assert load_method("soco", str(path)).model.input_format == "RGB"
+
+
 def test_trunks_with_layer_norms_are_trained_with_adamw():
     swin = str(CONFIG_ROOT / "detection/mask_rcnn_swin_t_fpn.py")
     cfg = load_method("soco", swin, ["train.epochs=20", "optimizer.lr=0.001"])
