@@ -28,6 +28,7 @@ from region_pretrain.engine.build import (
     build_optimizer,
     check_batch_size,
     clipping,
+    log_schedule,
     resolve_device,
     resolve_max_iter,
     scale_lr,
@@ -159,7 +160,9 @@ def run_training(
         freeze(model, train.freeze)
         warn_of_single_images(cfg, data, model)
         optimizer = build_optimizer(cfg, model, lr)
-        scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
+        multiplier = instantiate(cfg.lr_multiplier)
+        log_schedule(cfg, multiplier, max_iter)
+        scheduler = LRMultiplier(optimizer, multiplier, max_iter)
         trainer = Trainer(
             wrap_model(cfg, model, device),
             optimizer,
