@@ -23,6 +23,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.modeling.norms import use_sync_batchnorm
+from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import compile_trunks, use_plain_checkpoints
 from region_pretrain.solver.schedules import timeline
 
@@ -165,11 +166,11 @@ def log_schedule(cfg: DictConfig, multiplier: ParamScheduler, max_iter: int) -> 
     itself, but are scaled, cause a warning, too.
     """
     at, lazy = timeline(multiplier, max_iter), cfg.lr_multiplier
-    texts = [f"{at.warmup} iterations of warm-up"] if at.warmup else []
+    texts = [f"warm-up until iteration {at.warmup}"] if at.warmup else []
     texts += [f"drops at {', '.join(map(str, at.drops))}"] if at.drops else []
     if texts:
         logger.info("learning rate: %s", "; ".join(texts))
-    if at.planned is None or max_iter >= at.planned:
+    if at.planned is None or not _WARMUP < max_iter < at.planned:
         return
     least = min(_WARMUP, max_iter // 5)
     if at.warmup_length and at.warmup < least:
@@ -217,6 +218,18 @@ def warn_of_single_images(cfg: DictConfig, data: TrainingData, model: nn.Module)
             "then never change",
             one_image_at_a_time(data.total_batch_size, parts),
         )
+
+
+def warn_of_long_queues(data: TrainingData, model: nn.Module) -> None:
+    """Warn if a queue of images' keys is longer than the data set."""
+    images = (data.iterations_per_epoch or 0) * data.total_batch_size
+    for name, module in model.named_modules():
+        if isinstance(module, KeyQueue) and module.of_images and 0 < images < len(module):
+            logger.warning(
+                "model.%s.length=%d is more than the %d images of an epoch: other views of an "
+                "image are among its own negatives; lower it, e.g. to half of them (%d)",
+                *(name, len(module), images, max(1, images // 2)),
+            )
 
 
 def one_image_at_a_time(total_batch_size: int, accumulate_steps: int) -> str:

@@ -22,10 +22,12 @@ from region_pretrain.engine.build import (
     resolve_device,
     scale_lr,
     use_fast_kernels,
+    warn_of_long_queues,
     wrap_model,
 )
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.queue import KeyQueue
 
 
 def config(**train):
@@ -72,20 +74,21 @@ RELATIVE_STEPS = (
 @pytest.mark.parametrize(
     ("max_iter", "changes", "line", "warnings"),
     [
-        (90_000, {}, "1000 iterations of warm-up; drops at 60000, 80000", []),
-        (900, {}, "10 iterations of warm-up; drops at 600, 800", [SHORT_WARMUP]),
-        (900, {"warmup_iters": 10_000}, "100 iterations of warm-up; drops at 600, 800", []),
+        (90_000, {}, "warm-up until iteration 1000; drops at 60000, 80000", []),
+        (900, {}, "warm-up until iteration 10; drops at 600, 800", [SHORT_WARMUP]),
+        (900, {"warmup_iters": 10_000}, "warm-up until iteration 100; drops at 600, 800", []),
         (900, {"warmup_iters": 0}, "drops at 600, 800", []),
+        (90, {}, "warm-up until iteration 1; drops at 60, 80", []),  # a trial
         (
             900,
             {"steps": [600, 800], "warmup_iters": 10_000},
-            "100 iterations of warm-up; drops at 6, 8",
+            "warm-up until iteration 100; drops at 6, 8",
             [RELATIVE_STEPS],
         ),
         (
             900,
             {"steps": [600, 800], "max_iter": 900, "warmup_iters": 50},
-            "50 iterations of warm-up; drops at 600, 800",
+            "warm-up until iteration 50; drops at 600, 800",
             [],
         ),
     ],
@@ -204,6 +207,23 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(build.comm, "get_world_size", lambda: 3)
     with pytest.raises(UserError, match="total_batch_size=8 must be a multiple of the 3"):
         check_batch_size(config(), Loader(8))
+
+
+class Queues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.queue, self.region_queue = KeyQueue(101, 2), KeyQueue(101, 2)
+        self.region_queue.of_images = False
+
+
+def test_a_queue_that_is_longer_than_the_data_set_is_named(caplog):
+    warn_of_long_queues(Loader(8, num_images=112), Queues())
+    assert caplog.messages == []
+    warn_of_long_queues(Loader(8, num_images=103), Queues())  # 12 full batches
+    assert caplog.messages == [
+        "model.queue.length=101 is more than the 96 images of an epoch: other views of an image "
+        "are among its own negatives; lower it, e.g. to half of them (48)"
+    ]
 
 
 def test_sync_batch_norm_stays_where_one_process_runs():
