@@ -19,7 +19,7 @@ from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.errors import UserError, describe
 from region_pretrain.lazy import load_plain_yaml, load_yaml, refer_to_file, unsaveable
 from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
-from region_pretrain.registration import complete_register, recording
+from region_pretrain.registration import complete_register, path_hint, recording
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import (
     find_config_file,
@@ -84,7 +84,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     of_yacs, overrides = split_overrides(overrides)
     cfg = complete_train(load_file(path, of_yacs))
+    if path.endswith(".py"):
+        _warn_of_two_lengths(cfg, overrides, path)
     return override_config(cfg, overrides, path, of_yacs)
+
+
+def _warn_of_two_lengths(cfg: DictConfig, overrides: Sequence[str], path: str) -> None:
+    """Warn if a file has two lengths, one of them probably of the config that it begins with."""
+    changed = {text.partition("=")[0] for text in overrides}
+    epochs, max_iter = cfg.train.epochs, cfg.train.max_iter
+    if None not in (epochs, max_iter) and changed.isdisjoint({"train.epochs", "train.max_iter"}):
+        logger.warning(
+            "%s: train.max_iter=%s is the length of the run, not train.epochs=%s; to train for "
+            "epochs, set train.max_iter = None in the file",
+            *(path, max_iter, epochs),
+        )
 
 
 def override_config(
@@ -205,7 +219,7 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} cannot be loaded: {describe(error)}") from error
+        raise UserError(f"{path} cannot be loaded: {describe(error)}{path_hint(error)}") from error
 
 
 def _from_yaml(path: str) -> DictConfig:

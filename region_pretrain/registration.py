@@ -110,8 +110,11 @@ def execute(entries: Iterable[str]) -> None:
                 else:
                     importlib.import_module(entry)
         except Exception as error:  # the user's code may raise anything
-            missing = isinstance(error, ModuleNotFoundError)
-            hint = "; is its folder on PYTHONPATH?" if missing else ""
             raise UserError(
-                f"train.register: {entry} failed: {type(error).__name__}: {error}{hint}"
+                f"train.register: {entry} failed: {type(error).__name__}: {error}{path_hint(error)}"
             ) from error
+
+
+def path_hint(error: Exception) -> str:
+    """What a message about the user's code adds if a module was not found."""
+    return "; is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else ""

@@ -15,6 +15,7 @@ from region_pretrain.config import (
 )
 from region_pretrain.engine.build import resolve_max_iter
 from region_pretrain.errors import UserError
+from region_pretrain.shipped import ROOT
 
 
 def make_config():
@@ -72,6 +73,34 @@ def test_the_length_is_the_one_that_was_overridden(tmp_path):
     assert length(zoo, "SOLVER.MAX_ITER=9", "train.epochs=20") == (9, 20)
     cfg = load_config(detector, ["train.epochs=20", f"train.output_dir={tmp_path}"])
     assert resolve_max_iter(cfg.train, 500 // 16) == 620
+
+
+def test_a_file_with_two_lengths_is_pointed_out(tmp_path, caplog):
+    """One of them is probably that of the config it begins with."""
+    path = tmp_path / "mine.py"
+    path.write_text("train = dict(max_iter=90_000)\ntrain['epochs'] = 50\n")
+    load_config(str(path))
+    assert caplog.messages == [
+        f"{path}: train.max_iter=90000 is the length of the run, not train.epochs=50; to train for "
+        "epochs, set train.max_iter = None in the file"
+    ]
+    caplog.clear()
+    assert load_config(str(path), ["train.epochs=60"]).train.max_iter is None
+    load_config(str(path), ["train.max_iter=9"])
+    for shipped in ROOT.glob("projects/*/configs/*_shapes.py"):
+        load_config(str(shipped))
+    assert caplog.messages == []
+
+
+def test_a_module_that_is_not_found_is_probably_not_on_the_path(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from my_package.models import model\n")
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(error.value) == (
+        f"{path} cannot be loaded: ModuleNotFoundError: No module named 'my_package'; is its "
+        "folder on PYTHONPATH?"
+    )
 
 
 def test_missing_keys_take_their_defaults():

@@ -50,6 +50,12 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="local: number of jobs that run at once and share the CPU cores (default: 1)",
     )
     parser.add_argument(
+        "--gpus-per-job",
+        type=int,
+        metavar="N",
+        help="local: GPUs of each training, with one process per GPU (default: 1)",
+    )
+    parser.add_argument(
         "--slurm",
         metavar="KEY=VALUE,...",
         help="partition=...,gpus-per-node=8,... or clusters/mine.py; implies --cluster slurm",
@@ -70,6 +76,7 @@ def _start(argv: list[str], prog: str) -> None:
     from region_pretrain.jobs.cluster import Cluster, parse_slurm
     from region_pretrain.sweeps import status, submission
     from region_pretrain.sweeps.definition import load_sweep
+    from region_pretrain.system import gpus
 
     # submitit's local jobs need POSIX signals and sessions.
     here = "local" if os.name == "posix" else "debug"
@@ -80,9 +87,20 @@ def _start(argv: list[str], prog: str) -> None:
         raise UserError(
             f"--jobs works with --cluster local only; for {kind}, use --slurm array-parallelism=N"
         )
+    if args.gpus_per_job is not None:
+        if kind != "local":
+            raise UserError(
+                f"--gpus-per-job works with --cluster local only; for {kind}, use --slurm "
+                "gpus-per-node=N"
+            )
+        count = len(gpus())
+        if not 1 <= args.gpus_per_job <= count:
+            raise UserError(f"--gpus-per-job {args.gpus_per_job}: this machine has {count} GPUs")
     cluster = parse_slurm(args.slurm) if args.slurm else Cluster(kind=kind)
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)
+    if args.gpus_per_job is not None:
+        cluster = dataclasses.replace(cluster, gpus_per_node=args.gpus_per_job)
     sweep = load_sweep(args.config, args.opts)
     planned = submission.describe(sweep, cluster, f"{prog} {shlex.join(argv)}")
     if args.dry_run:

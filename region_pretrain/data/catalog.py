@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def get_records(
-    names: str | Sequence[str], annotations: bool = True, boxes: bool = False
+    names: str | Sequence[str],
+    annotations: bool = True,
+    boxes: bool = False,
+    unique: bool = True,
 ) -> list[dict]:
     """The images of one or several data sets, concatenated, in a fixed order.
 
@@ -41,13 +44,15 @@ def get_records(
             ids and file names in its json.
         boxes: without ``annotations``, add the boxes that the json of ``coco://`` may have; those
             that are malformed are left out.
+        unique: refuse images of different data sets with the same ``image_id``, which is the key of
+            an image's regions.
 
     Returns:
         Detectron2 dataset dicts.
 
     Raises:
-        UserError: an unknown name, a data set that is missing or has no images, or two images with
-            the same ``image_id``.
+        UserError: an unknown name, a data set that is missing, has no images or is named twice; or,
+            with ``unique``, two images with the same ``image_id``.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -60,7 +65,7 @@ def get_records(
             if "file_name" not in record or "image_id" not in record:
                 raise UserError(f"data set {name!r} has a record without file_name or image_id")
             key = str(record["image_id"])
-            if key in origin:
+            if key in origin and (unique or origin[key] == name):
                 both = f"{origin[key]!r} and {name!r}" if origin[key] != name else f"{name!r} twice"
                 raise UserError(
                     f"image {key!r} is in {both}, but this key of its regions must be unique: "

@@ -124,7 +124,7 @@ class PretrainDataset:
         labels: bool = False,
         allow_ground_truth: bool = False,
     ) -> None:
-        records = get_records(names, annotations=False)
+        records = get_records(names, annotations=False, unique=regions is not None)
         if labels:
             _label(records, names)
         self._last_error: UnreadableImage | None = None

@@ -14,6 +14,7 @@ from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import distributed as dist
 from torch import nn
@@ -22,11 +23,15 @@ from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.modeling.norms import use_sync_batchnorm
+from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import compile_trunks, use_plain_checkpoints
+from region_pretrain.solver.schedules import timeline
 
 logger = logging.getLogger(__name__)
 
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+#: A shorter warm-up of a fine-tuning, in iterations, is probably not meant.
+_WARMUP = 100
 _PRECISIONS = ("highest", "high", "medium")
 
 
@@ -147,8 +152,45 @@ def scale_lr(cfg: DictConfig, data: TrainingData, max_iter: int) -> float:
         text += f", {max_iter} iterations of {data.total_batch_size} images"
         if data.iterations_per_epoch:
             text += f" = {max_iter / data.iterations_per_epoch:.4g} epochs"
+        if base not in (None, data.total_batch_size) and cfg.train.epochs is None:
+            same = round(max_iter * base / data.total_batch_size)
+            text += f"; as many images as at batch size {base}: train.max_iter={same}"
     logger.info("%s", text)
     return lr
+
+
+def log_schedule(cfg: DictConfig, multiplier: ParamScheduler, max_iter: int) -> None:
+    """Log where the learning rate changes; warn if a short run leaves hardly any warm-up.
+
+    Schedules are scaled to the length of the run. Steps that look like iterations of the run
+    itself, but are scaled, cause a warning, too.
+    """
+    at, lazy = timeline(multiplier, max_iter), cfg.lr_multiplier
+    texts = [f"warm-up until iteration {at.warmup}"] if at.warmup else []
+    texts += [f"drops at {', '.join(map(str, at.drops))}"] if at.drops else []
+    if texts:
+        logger.info("learning rate: %s", "; ".join(texts))
+    if at.planned is None or not _WARMUP < max_iter < at.planned:
+        return
+    least = min(_WARMUP, max_iter // 5)
+    if at.warmup_length and at.warmup < least:
+        longer = f"warmup_iters={round(least * at.planned / max_iter)}"
+        if "warmup_length" in lazy:  # Detectron2's own
+            longer = f"warmup_length={least / max_iter:.3g}"
+        new = "" if longer.partition("=")[0] in lazy else "+"
+        logger.warning(
+            "the warm-up of %d of %d iterations has become one of %d of %d: "
+            "%slr_multiplier.%s makes it %d",
+            *(round(at.warmup_length * at.planned), at.planned, at.warmup, max_iter),
+            *(new, longer, least),
+        )
+    if "steps" in lazy and at.steps[-1] < max_iter < 0.9 * at.planned:
+        logger.warning(
+            "lr_multiplier.steps=%s are iterations of a run of lr_multiplier.max_iter=%d: this run "
+            "of %d has its drops at %s; if its own iterations are meant, set "
+            "lr_multiplier.max_iter=%d",
+            *(at.steps, at.planned, max_iter, at.drops, max_iter),
+        )
 
 
 def check_batch_size(cfg: DictConfig, data: TrainingData) -> None:
@@ -176,6 +218,18 @@ def warn_of_single_images(cfg: DictConfig, data: TrainingData, model: nn.Module)
             "then never change",
             one_image_at_a_time(data.total_batch_size, parts),
         )
+
+
+def warn_of_long_queues(data: TrainingData, model: nn.Module) -> None:
+    """Warn if a queue of images' keys is longer than the data set."""
+    images = (data.iterations_per_epoch or 0) * data.total_batch_size
+    for name, module in model.named_modules():
+        if isinstance(module, KeyQueue) and module.of_images and 0 < images < len(module):
+            logger.warning(
+                "model.%s.length=%d is more than the %d images of an epoch: other views of an "
+                "image are among its own negatives; lower it, e.g. to half of them (%d)",
+                *(name, len(module), images, max(1, images // 2)),
+            )
 
 
 def one_image_at_a_time(total_batch_size: int, accumulate_steps: int) -> str:

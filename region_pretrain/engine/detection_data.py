@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from region_pretrain.data.contents import Contents, describe_record
-from region_pretrain.data.few_label import write_subset
+from region_pretrain.data.few_label import ImageSubset, write_subset
 from region_pretrain.data.masks import check_masks
 from region_pretrain.data.other_labels import check_other_labels
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
@@ -258,7 +258,8 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
             evaluation cannot replace them, and would fail after the training.
 
     Raises:
-        UserError: image files do not exist or, with ``read_images``, are broken.
+        UserError: the images are a part of a data set, do not exist or, with ``read_images``, are
+            broken.
     """
     parts = dict(cfg.items())
     if parts.get("mapper") is None:
@@ -266,6 +267,12 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
     parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
     if "dataset" in parts:
         parts["dataset"] = instantiate(parts["dataset"])
+        if isinstance(parts["dataset"], ImageSubset):
+            raise UserError(
+                "dataloader.test.dataset is a part of a data set, but evaluators count the objects "
+                "of all its images as missed: write these images and their boxes to a json of "
+                "their own, and name it (coco://ANN.json?images=DIR)"
+            )
         if isinstance(parts["dataset"], list):
             check_image_files(parts["dataset"], "dataloader.test")
             if read_images:

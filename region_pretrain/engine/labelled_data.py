@@ -23,6 +23,7 @@ from region_pretrain.data.other_labels import check_other_heads
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.detector import check_input_format
 from region_pretrain.yacs.build import build_evaluator, check_packages, evaluator_classes
 
 logger = logging.getLogger(__name__)
@@ -71,14 +72,16 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
 
     Raises:
         UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
-            the classes of the config, the training data and the test data differ; or an evaluator
-            needs a package that is not installed.
+            the classes of the config, the training data and the test data differ; an evaluator
+            needs a package that is not installed; or see
+            :func:`~region_pretrain.modeling.detector.check_input_format`.
     """
     if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
         raise UserError(
             "the config has no dataloader.test, so it is not a detection config "
             "(pre-training configs are for region-pretrain pretrain)"
         )
+    check_input_format(cfg)
     register_named(cfg)
     splits = ("train", "test") if training else ("test",)
     names = {split: _dataset_names(cfg, split) for split in splits}

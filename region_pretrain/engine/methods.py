@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
@@ -17,13 +18,13 @@ from torch import nn
 from region_pretrain.config import complete_train, get_config, load_file, override_config
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 from region_pretrain.modeling.detector import Detector, model_of
 from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.overrides import apply_overrides
-from region_pretrain.registration import absolute, execute
+from region_pretrain.registration import absolute, execute, path_hint, recording
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import lazy_detector, override_yacs, split_overrides
 from region_pretrain.yacs.build import as_cfg_node, build_detector
@@ -37,7 +38,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--method`` and ``--detector``."""
     group = parser.add_argument_group("instead of --config-file")
     group.add_argument(
-        "--method", metavar="NAME", help=f"a folder of projects/: {', '.join(sorted(_folders()))}"
+        "--method",
+        metavar="NAME",
+        help=f"a folder of projects/: {', '.join(sorted(_folders()))}; or the file of a recipe of "
+        "your own (.py)",
     )
     group.add_argument(
         "--detector",
@@ -58,7 +62,7 @@ def load_method(
 
     Args:
         method: the name of a folder in ``projects/`` or of that file; upper and lower case, ``-``
-            and ``_`` do not matter.
+            and ``_`` do not matter. Or the path of such a file (``.py``) of the user's own.
         detector: a detection config, as a file (see :func:`region_pretrain.config.load_file`) or
             loaded, or a built detector, whose own modules the model then contains.
         overrides: those of a yacs detector apply to it, all others to the pre-training config.
@@ -70,9 +74,8 @@ def load_method(
     Raises:
         UserError: there is no such method or detector, or they do not fit.
     """
-    path = _find(method)
     of_yacs, overrides = split_overrides(overrides)
-    pretrain, *parts = LazyConfig.load(str(path), ("pretrain", *_PARTS))
+    path, (pretrain, *parts) = _recipe(method, ("pretrain", *_PARTS))
     # What they register may be the detector's modules.
     execute(_register_of(overrides))
     around, entries = _load_detector(detector, of_yacs)
@@ -106,10 +109,13 @@ def _register_of(overrides: Sequence[str]) -> list[str]:
 def default_recipe(method: str) -> str | None:
     """The id of the region recipe of a method; None if it needs no regions.
 
+    Args:
+        method: see :func:`load_method`.
+
     Raises:
         UserError: there is no such method.
     """
-    return LazyConfig.load(str(_find(method)), ("dataloader",))[0].train.dataset.recipe
+    return _recipe(method, ("dataloader",))[1][0].train.dataset.recipe
 
 
 def _use_adamw(cfg: DictConfig) -> None:
@@ -178,12 +184,43 @@ def _folders() -> dict[str, Path]:
     return {path.parent.name: path for path in (ROOT / "projects").glob("*/configs")}
 
 
+def _recipe(method: str, names: Sequence[str]) -> tuple[Path, Sequence[Any]]:
+    """The file of a method's recipe, and what it calls these names."""
+    path = _find(method)
+    try:
+        with recording(str(path)):
+            return path, LazyConfig.load(str(path), names)
+    except UserError:
+        raise
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(
+            f"method {method} cannot be loaded: {describe(error)}{path_hint(error)}"
+        ) from error
+
+
 def _find(method: str) -> Path:
     """The file with a method's ``pretrain``."""
+    if method.endswith(".py"):
+        path = Path(method).expanduser()
+        if not path.is_file():
+            raise UserError(f"method {method}: no such file")
+        if "pretrain" not in _functions(path):
+            raise UserError(
+                f"method {method}: the file has no function pretrain(detector); a config that "
+                "names its detector is given as --config-file"
+            )
+        return path
     for name, configs in _folders().items():
         for path in sorted((configs / "common").glob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-            if "pretrain" in functions and _plain(method) in (_plain(name), _plain(path.stem)):
+            wanted = _plain(method) in (_plain(name), _plain(path.stem))
+            if wanted and "pretrain" in _functions(path):
                 return path
-    raise UserError(f"method {method}: must be one of {', '.join(sorted(_folders()))}")
+    raise UserError(
+        f"method {method}: must be one of {', '.join(sorted(_folders()))}, or the path of a recipe "
+        "(.py)"
+    )
+
+
+def _functions(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

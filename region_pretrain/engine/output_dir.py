@@ -19,6 +19,7 @@ from region_pretrain.config import changed_keys, read_saved, saved_train_default
 from region_pretrain.engine.fingerprint import HARMLESS_OF_LOADERS
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
+from region_pretrain.lazy import load_plain_yaml
 from region_pretrain.modeling.given import without_numbers
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ HARMLESS = (
     "train.pictures",
     "train.max_unreadable",
 )
+#: Hooks that may be added, changed or removed when a run is resumed, because they only observe it.
+OBSERVERS = ("region_pretrain.evaluation.knn_probe.KNNProbeHook",)
 #: Parts of a converted yacs config that other keys represent.
 _ELSEWHERE = tuple(
     f"model.cfg.{key}"
@@ -124,13 +127,22 @@ def _saved_config(path: str) -> dict[str, Any] | None:
     return None
 
 
+def _without_observers(config: dict[str, Any]) -> dict[str, Any]:
+    """A config in its saved form without :data:`OBSERVERS`."""
+    hooks = config["train"].get("hooks") or []
+    kept = [h for h in hooks if not (isinstance(h, dict) and h.get("_target_") in OBSERVERS)]
+    return {**config, "train": {**config["train"], "hooks": kept}}
+
+
 def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
     allowed = HARMLESS + _ELSEWHERE + (LENGTH if cfg.train.allow_new_length else ())
     # A run of an earlier version lacks keys that have been added since.
     saved = {**saved, "train": {**saved_train_defaults(), **saved["train"]}}
     changed = {
         key: values
-        for key, values in changed_keys(saved, cfg).items()
+        for key, values in changed_keys(
+            _without_observers(saved), _without_observers(load_plain_yaml(to_yaml(cfg)))
+        ).items()
         if key.rsplit(".", 1)[-1] not in HARMLESS_OF_LOADERS
         and not any(key == k or key.startswith(f"{k}.") for k in allowed)
         # A built detector, of which another one of these shapes exists, e.g. in a traceback.

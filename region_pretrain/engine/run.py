@@ -28,10 +28,12 @@ from region_pretrain.engine.build import (
     build_optimizer,
     check_batch_size,
     clipping,
+    log_schedule,
     resolve_device,
     resolve_max_iter,
     scale_lr,
     use_fast_kernels,
+    warn_of_long_queues,
     warn_of_single_images,
     wrap_model,
 )
@@ -158,8 +160,11 @@ def run_training(
         model = build(cfg, device)
         freeze(model, train.freeze)
         warn_of_single_images(cfg, data, model)
+        warn_of_long_queues(data, model)
         optimizer = build_optimizer(cfg, model, lr)
-        scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), max_iter)
+        multiplier = instantiate(cfg.lr_multiplier)
+        log_schedule(cfg, multiplier, max_iter)
+        scheduler = LRMultiplier(optimizer, multiplier, max_iter)
         trainer = Trainer(
             wrap_model(cfg, model, device),
             optimizer,

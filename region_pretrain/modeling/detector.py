@@ -264,12 +264,42 @@ def model_of(cfg: DictConfig) -> DictConfig:
     """``model`` of a detection config, with the input format.
 
     Detectron2's FCOS, which does not know it, has the format of the mapper; the default is BGR.
+
+    Raises:
+        UserError: see :func:`check_input_format`.
     """
+    check_input_format(cfg)
     model = cfg.get("model", DictConfig({}))
-    if "backbone" in model and "input_format" not in model:
+    if "backbone" in model and model.get("input_format") is None:
         model = copy.deepcopy(model)  # the detector itself may not take it
-        model.input_format = OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "BGR"
+        model.input_format = _image_format(cfg, "train") or "BGR"
     return model
+
+
+def check_input_format(cfg: DictConfig) -> None:
+    """Check that the mappers of a detection config read the channel order of its model.
+
+    Pre-training reads images in ``model.input_format``, fine-tuning in ``image_format`` of the
+    mapper.
+
+    Raises:
+        UserError: one is RGB, the other BGR.
+    """
+    model = OmegaConf.select(cfg, "model.input_format")
+    for split in ("train", "test"):
+        mapper = _image_format(cfg, split)
+        if {model, mapper} == {"RGB", "BGR"}:
+            raise UserError(
+                f"model.input_format={model}, but dataloader.{split}.mapper.image_format={mapper}: "
+                "set both to the channel order of model.pixel_mean and of the initial weights"
+            )
+
+
+def _image_format(cfg: DictConfig, split: str) -> str | None:
+    node: Any = cfg
+    for key in ("dataloader", split, "mapper", "image_format"):
+        node = node.get(key) if isinstance(node, DictConfig) else None
+    return node
 
 
 def _trunk_of(backbone: nn.Module) -> Trunk:

@@ -18,6 +18,8 @@ class KeyQueue(nn.Module):
     pointer are buffers, so checkpoints contain them. Nothing here synchronises with the device.
 
     Attributes:
+        of_images: whether each image adds one key, so that a queue longer than the data set has
+            keys of the query's own image among the negatives; a method changes it.
         keys: ``(length, dim)`` float32.
         pointer: ``()`` int64, the position of the next key.
 
@@ -28,6 +30,8 @@ class KeyQueue(nn.Module):
     Raises:
         UserError: a length or dimension below 1.
     """
+
+    of_images = True
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import (
@@ -141,6 +142,45 @@ def warmup_multistep(
         warmup_factor=warmup_factor,
         warmup_length=warmup_iters / max_iter,
     )
+
+
+class Timeline(NamedTuple):
+    """Where a learning-rate multiplier changes in a run.
+
+    Attributes:
+        warmup: iterations of warm-up.
+        warmup_length: the same as a fraction of the run.
+        drops: iterations at which the learning rate drops.
+        steps: the drops as configured, in iterations of a run of ``planned``.
+        planned: the length that ``steps`` refer to; None for schedules without steps.
+    """
+
+    warmup: int
+    warmup_length: float
+    drops: list[int]
+    steps: list[int]
+    planned: int | None
+
+
+def timeline(multiplier: ParamScheduler, max_iter: int) -> Timeline:
+    """The iterations of a run at which Detectron2's schedules, or ours, change.
+
+    Args:
+        multiplier: a learning-rate multiplier; one of another kind has no warm-up and no drops.
+        max_iter: length of the run in iterations.
+    """
+    start, scale, length = 0.0, 1.0, 0.0
+    if isinstance(multiplier, WarmupParamScheduler):
+        length = multiplier._lengths[0]
+        if multiplier._interval_scaling[1] == "rescaled":
+            start, scale = length, 1 - length
+        multiplier = multiplier._schedulers[1]
+    warmup = round(length * max_iter)
+    if not isinstance(multiplier, MultiStepParamScheduler):
+        return Timeline(warmup, length, [], [], None)
+    steps, planned = list(multiplier._milestones), multiplier._num_updates
+    drops = [math.ceil((start + scale * step / planned) * max_iter - 1e-6) for step in steps]
+    return Timeline(warmup, length, drops, steps, planned)
 
 
 def cosine_momentum(start: float, end: float = 1.0) -> ParamScheduler:

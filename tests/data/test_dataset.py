@@ -24,6 +24,17 @@ def test_regions_are_found_by_key(region_folder, soco_views):
         assert size == (64, 64) and image.decode().shape == (64, 64, 3)
 
 
+def test_ids_of_two_data_sets_may_be_equal_where_no_regions_are_looked_up(tmp_path, soco_views):
+    names = [f"folder://{tmp_path / name}" for name in ("a", "b")]
+    for value, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "0.png"), np.full((64, 64, 3), value, np.uint8))
+    data = PretrainDataset(names, soco_views)
+    assert [data.read(i).encoded.decode().max() for i in range(len(data))] == [0, 1]
+    with pytest.raises(UserError, match="image '0.png' is in .*/a' and .*/b'"):
+        PretrainDataset(names, soco_views, str(tmp_path / "regions.arrow"))
+
+
 def test_another_recipe_is_refused(region_folder, soco_views):
     with pytest.raises(UserError, match="'shapes-v1'.*'soco-v1'"):
         PretrainDataset(

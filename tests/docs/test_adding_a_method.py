@@ -1,7 +1,9 @@
 """The method of docs/adding_a_method.md: written to files, trained, loaded into the detector."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.overrides import apply_overrides
 
-PAGE = (Path(__file__).parents[2] / "docs/adding_a_method.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/adding_a_method.md").read_text(encoding="utf-8")
 #: The page's code by the path in the first line of each block.
 FILES = dict(re.findall(r"```python\n# (\S+)\n(.+?)```", PAGE, re.DOTALL))
 PACKAGE = "region_pretrain.projects.region_byol"
@@ -133,6 +136,41 @@ def test_the_checkpoint_has_the_detectors_entries_and_loads_into_it(pretrain):
     assert not set(keys.missing_keys) & set(saved)
     state = detector.state_dict()
     assert all(torch.equal(state[name], value) for name, value in saved.items())
+
+
+OWN = """
+import sys
+from region_pretrain.config import load_config
+from region_pretrain.engine.build import build_pretraining_model
+from region_pretrain.engine.methods import load_method
+import torch
+detector = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
+recipe = load_method(sys.argv[1], detector)
+config = load_config(sys.argv[2])
+for cfg in (recipe, config):
+    model = build_pretraining_model(cfg, torch.device("cpu"))
+    print(type(model).__module__)
+"""
+
+
+def test_in_a_package_of_your_own(tmp_path):
+    """The page's files outside of the repository, found on ``PYTHONPATH``."""
+    for name, text in FILES.items():
+        own = name.replace(CONFIG, "mine/region_byol_shapes.py")
+        own = tmp_path / own.replace("projects/RegionBYOL/region_byol/", "mine/region_byol/")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text(text.replace(PACKAGE, "region_byol"), encoding="utf-8")
+    files = [str(tmp_path / f"mine/region_byol_{name}.py") for name in ("recipe", "shapes")]
+    path = os.pathsep.join([str(tmp_path / "mine"), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-c", OWN, *files],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["region_byol.meta_arch"] * 2
 
 
 def test_the_pages_own_tests_pass(checkout):

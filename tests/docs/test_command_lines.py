@@ -18,7 +18,7 @@ from region_pretrain.commands import cli
 from region_pretrain.config import load_config
 from region_pretrain.engine.command_line import config_of
 from region_pretrain.jobs.cluster import parse_slurm
-from region_pretrain.overrides import dotted_keys
+from region_pretrain.overrides import apply_overrides, dotted_keys
 from region_pretrain.sweeps.definition import load_sweep, parse_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +33,8 @@ PLACEHOLDERS = {
     "DIR": "images",
     "NUMBER_OF_CLASSES": "10",
     "clusters/mine.py": "configs/clusters/example.py",
+    "mine/region_byol_shapes.py": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py",
+    "mine/region_byol_recipe.py": "projects/SoCo/configs/common/soco.py",
 }
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 _COMMAND = re.compile(
@@ -179,6 +181,16 @@ def test_inline_overrides_name_existing_keys(path):
             if match:
                 key = match[2].rpartition(".")[0] if match[1] else match[2]
                 assert key in known, code
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_inline_overrides_are_accepted_as_a_shell_passes_them_on(path):
+    """It takes away the quotes of a list's items unless the whole word is quoted."""
+    for code in _INLINE.findall(split(text_of(path))[1]):
+        if re.match(r"""["']?\+?(train|model|dataloader|optimizer|lr_multiplier)\.[\w.]+=""", code):
+            for word in shlex.split(code):
+                if "=" in word and "..." not in word:
+                    apply_overrides(OmegaConf.create(), ["+" + word.lstrip("+")])
 
 
 def python_blocks() -> list:

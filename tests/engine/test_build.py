@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import instantiate
+from detectron2.model_zoo import get_config as get_detectron2_config
 from tiny_run import Loader, NoisyMapper, make_config, records
 from torch import nn
 
-from region_pretrain.config import complete_train
+from region_pretrain.config import complete_train, get_config
 from region_pretrain.data.loader import PretrainLoader
 from region_pretrain.engine import build
 from region_pretrain.engine.build import (
@@ -16,13 +18,16 @@ from region_pretrain.engine.build import (
     build_optimizer,
     check_batch_size,
     clipping,
+    log_schedule,
     resolve_device,
     scale_lr,
     use_fast_kernels,
+    warn_of_long_queues,
     wrap_model,
 )
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.queue import KeyQueue
 
 
 def config(**train):
@@ -37,6 +42,76 @@ def test_learning_rate_is_linear_in_the_batch(batch, lr, caplog):
         data = Loader(batch, num_images=625 * batch)
         assert scale_lr(cfg, data, max_iter=62500) == lr
     assert f"lr 1 * {batch} / 256 = {lr:g}, 100 epochs * 625 = 62500 iterations" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch", "epochs", "hint"),
+    [
+        (8, None, "; as many images as at batch size 16: train.max_iter=1800"),
+        (16, None, ""),
+        (8, 20, ""),  # of a pre-training, whose base is that of the learning rate only
+    ],
+)
+def test_a_smaller_batch_needs_more_iterations(batch, epochs, hint, caplog):
+    cfg = config(base_batch_size=16, max_iter=900, epochs=epochs)
+    caplog.set_level(logging.INFO)
+    scale_lr(cfg, Loader(batch, num_images=10 * batch), max_iter=900)
+    (line,) = caplog.messages
+    assert line.partition("iterations of ")[2] == f"{batch} images = 90 epochs{hint}"
+
+
+SHORT_WARMUP = (
+    "the warm-up of 1000 of 90000 iterations has become one of 10 of 900: "
+    "+lr_multiplier.warmup_iters=10000 makes it 100"
+)
+RELATIVE_STEPS = (
+    "lr_multiplier.steps=[600, 800] are iterations of a run of lr_multiplier.max_iter=90000: this "
+    "run of 900 has its drops at [6, 8]; if its own iterations are meant, set "
+    "lr_multiplier.max_iter=900"
+)
+
+
+@pytest.mark.parametrize(
+    ("max_iter", "changes", "line", "warnings"),
+    [
+        (90_000, {}, "warm-up until iteration 1000; drops at 60000, 80000", []),
+        (900, {}, "warm-up until iteration 10; drops at 600, 800", [SHORT_WARMUP]),
+        (900, {"warmup_iters": 10_000}, "warm-up until iteration 100; drops at 600, 800", []),
+        (900, {"warmup_iters": 0}, "drops at 600, 800", []),
+        (90, {}, "warm-up until iteration 1; drops at 60, 80", []),  # a trial
+        (
+            900,
+            {"steps": [600, 800], "warmup_iters": 10_000},
+            "warm-up until iteration 100; drops at 6, 8",
+            [RELATIVE_STEPS],
+        ),
+        (
+            900,
+            {"steps": [600, 800], "max_iter": 900, "warmup_iters": 50},
+            "warm-up until iteration 50; drops at 600, 800",
+            [],
+        ),
+    ],
+)
+def test_the_schedule_of_a_short_run_is_logged(max_iter, changes, line, warnings, caplog):
+    cfg = get_config("detection/mask_rcnn_r50_fpn_4conv1fc.py")
+    cfg.lr_multiplier.update(changes)
+    caplog.set_level(logging.INFO)
+    log_schedule(cfg, instantiate(cfg.lr_multiplier), max_iter)
+    assert caplog.messages == [f"learning rate: {line}", *warnings]
+
+
+def test_the_schedule_of_a_short_run_of_a_stock_config(caplog):
+    cfg = get_detectron2_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    log_schedule(cfg, instantiate(cfg.lr_multiplier), 900)
+    assert caplog.messages == [
+        "the warm-up of 1000 of 90000 iterations has become one of 10 of 900: "
+        "lr_multiplier.warmup_length=0.111 makes it 100"
+    ]
+    cfg.lr_multiplier.warmup_length = 0.111
+    caplog.clear()
+    log_schedule(cfg, instantiate(cfg.lr_multiplier), 900)
+    assert caplog.messages == []
 
 
 def test_every_process_builds_the_same_model_then_draws_its_own_numbers(monkeypatch):
@@ -132,6 +207,23 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     monkeypatch.setattr(build.comm, "get_world_size", lambda: 3)
     with pytest.raises(UserError, match="total_batch_size=8 must be a multiple of the 3"):
         check_batch_size(config(), Loader(8))
+
+
+class Queues(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.queue, self.region_queue = KeyQueue(101, 2), KeyQueue(101, 2)
+        self.region_queue.of_images = False
+
+
+def test_a_queue_that_is_longer_than_the_data_set_is_named(caplog):
+    warn_of_long_queues(Loader(8, num_images=112), Queues())
+    assert caplog.messages == []
+    warn_of_long_queues(Loader(8, num_images=103), Queues())  # 12 full batches
+    assert caplog.messages == [
+        "model.queue.length=101 is more than the 96 images of an epoch: other views of an image "
+        "are among its own negatives; lower it, e.g. to half of them (48)"
+    ]
 
 
 def test_sync_batch_norm_stays_where_one_process_runs():

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_run import Loader, NoisyMapper, records
 
+from region_pretrain.data.few_label import ImageSubset
 from region_pretrain.engine.detection_data import (
     DetectionTrainData,
     build_test_loader,
@@ -329,6 +330,19 @@ def test_broken_test_images_are_found_before_the_training(tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):
         build_test_loader(lazy_test(some), read_images=True)
     build_test_loader(lazy_test(some))
+
+
+def test_a_part_of_the_test_data_is_refused(tmp_path):
+    """Detectron2's evaluators compare with all images of the json."""
+    cfg = lazy_test(files(tmp_path))
+    cfg.dataset = L(ImageSubset)(names=["x"], dicts=cfg.dataset, chosen=[0, 2])
+    with pytest.raises(UserError) as error:
+        build_test_loader(cfg)
+    assert str(error.value) == (
+        "dataloader.test.dataset is a part of a data set, but evaluators count the objects of all "
+        "its images as missed: write these images and their boxes to a json of their own, and name "
+        "it (coco://ANN.json?images=DIR)"
+    )
 
 
 def test_a_size_that_contradicts_the_file_ends_the_run(tmp_path):

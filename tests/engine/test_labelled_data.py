@@ -143,6 +143,24 @@ def test_a_test_set_given_as_a_list(data):
         check_labelled_data(cfg, True)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mappers_read_the_channel_order_of_the_model(data, split):
+    cfg = make_config(data(), data(), 3)
+    cfg.model.input_format = "RGB"
+    for loader in (cfg.dataloader.train, cfg.dataloader.test):
+        loader.mapper.image_format = "RGB"
+    check_labelled_data(cfg, True)
+    cfg.dataloader[split].mapper.image_format = "BGR"
+    for training in (True, False):
+        with pytest.raises(UserError) as error:
+            check_labelled_data(cfg, training)
+        assert str(error.value).startswith(
+            f"model.input_format=RGB, but dataloader.{split}.mapper.image_format=BGR: set both to"
+        )
+    cfg.model.input_format = None
+    check_labelled_data(cfg, True)
+
+
 def test_models_and_data_without_these_keys(data):
     cfg = make_config(data(), data(), 3)
     cfg.model = {"backbone": {}}

@@ -16,10 +16,16 @@ from region_pretrain.config import CONFIG_ROOT, changed_keys, load_config, to_ya
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.command_line import argument_parser, config_of
-from region_pretrain.engine.methods import add_method_arguments, load_detector, load_method
+from region_pretrain.engine.methods import (
+    add_method_arguments,
+    default_recipe,
+    load_detector,
+    load_method,
+)
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import submission
+from region_pretrain.projects.soco import SoCo
 from region_pretrain.solver import LARS
 from region_pretrain.yacs import find_config_file, read_yacs
 
@@ -178,6 +184,47 @@ def test_unknown_methods_and_detectors_are_named():
         load_method("soco", FPN, ["MODEL.BACKBONE.NAME=mine"])
 
 
+OWN = """
+from own_method_{0} import pretrain as _pretrain
+
+from region_pretrain.config import get_config
+
+_soco = get_config("projects/SoCo/configs/common/soco.py")
+dataloader, optimizer, lr_multiplier, train = (
+    _soco.dataloader, _soco.optimizer, _soco.lr_multiplier, _soco.train
+)
+train.epochs = 7
+
+
+def pretrain(detector):
+    return _pretrain(detector)
+"""
+
+
+def test_a_recipe_outside_of_the_repository(tmp_path, monkeypatch):
+    name = tmp_path.name.replace("-", "_")
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.format(name))
+    with pytest.raises(UserError) as error:
+        load_method(str(path), LSJ)
+    assert str(error.value) == (
+        f"method {path} cannot be loaded: ModuleNotFoundError: No module named "
+        f"'own_method_{name}'; is its folder on PYTHONPATH?"
+    )
+    (tmp_path / f"own_method_{name}.py").write_text(
+        "from region_pretrain.projects.soco.build import soco as pretrain\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = load_method(str(path), LSJ, ["optimizer.lr=0.5"])
+    assert (cfg.train.epochs, cfg.optimizer.lr) == (7, 0.5)
+    assert cfg.model._target_ is SoCo or cfg.model._target_.endswith(".SoCo")
+    assert default_recipe(str(path)) == "soco-v1"
+    with pytest.raises(UserError, match="method absent.py: no such file"):
+        load_method("absent.py", LSJ)
+    with pytest.raises(UserError, match="no function pretrain.* is given as --config-file"):
+        load_method(str(CONFIG_ROOT / "detection/mask_rcnn_swin_t_fpn.py"), LSJ)
+
+
 def test_frozen_layers_need_weights():
     changes = "MODEL.BACKBONE.FREEZE_AT=0 MODEL.RESNETS.NORM=SyncBN MODEL.FPN.NORM=SyncBN"
     with pytest.raises(UserError, match=f"freezes layers.*: add {changes}, or give"):
@@ -206,6 +253,29 @@ def test_frozen_weights_without_norms_are_noticed():
     frozen = ["MODEL.BACKBONE.FREEZE_AT=3", "MODEL.RESNETS.NORM=GN"]
     with pytest.raises(UserError, match="add MODEL.BACKBONE.FREEZE_AT=0 MODEL.FPN.NORM"):
         load_method("ccop", FPN, frozen)
+
+
+def test_a_mapper_that_reads_another_channel_order_is_refused(tmp_path):
+    path = tmp_path / "rgb.py"
+    path.write_text(
+        "from detectron2.model_zoo import get_config\n"
+        f"_zoo = get_config({LSJ!r})\n"
+        "model, dataloader = _zoo.model, _zoo.dataloader\n"
+        'dataloader.train.mapper.image_format = "RGB"\n'
+    )
+    with pytest.raises(UserError) as error:
+        load_method("soco", str(path))
+    assert str(error.value) == (
+        f"--detector {path}: model.input_format=BGR, but "
+        "dataloader.train.mapper.image_format=RGB: set both to the channel order of "
+        "model.pixel_mean and of the initial weights"
+    )
+    with path.open("a") as file:
+        file.write('model.input_format = "RGB"\n')
+    assert load_method("soco", str(path)).model.input_format == "RGB"
+    with path.open("a") as file:
+        file.write("model.input_format = None\n")
+    assert load_method("soco", str(path)).model.input_format == "RGB"
 
 
 def test_trunks_with_layer_norms_are_trained_with_adamw():

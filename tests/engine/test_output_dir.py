@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig
+from detectron2.engine import HookBase
 from tiny_run import make_config
 
 from region_pretrain.config import complete_train, load_config
@@ -14,6 +16,7 @@ from region_pretrain.engine import output_dir
 from region_pretrain.engine.output_dir import holds_run, logging_kept
 from region_pretrain.engine.run import start_run
 from region_pretrain.errors import UserError
+from region_pretrain.evaluation.knn_probe import KNNProbeHook
 
 
 def begin(folder, resume=False, **train):
@@ -105,6 +108,20 @@ def test_resume_accepts_what_does_not_change_batches(tmp_path, name, before, aft
     cfg.dataloader.train[name] = after
     with start_run(cfg, True):
         pass
+
+
+def test_a_probe_may_be_added_to_a_run_and_removed(tmp_path):
+    """It only observes; a hook of another kind may change what is computed."""
+    begin(tmp_path, hooks=[L(HookBase)()])
+    make_progress(tmp_path)
+    probe = L(KNNProbeHook)(period=500, train_names="shapes_train")
+    for hooks in ([L(HookBase)(), probe], [probe, L(HookBase)()], [L(HookBase)()]):
+        begin(tmp_path, resume=True, hooks=hooks)
+        saved = LazyConfig.load(str(tmp_path / "config.yaml")).train.hooks
+        names = [str(hook._target_).rpartition(".")[2] for hook in saved]
+        assert names == [hook._target_.__name__ for hook in hooks]
+    with pytest.raises(UserError, match=r"train.hooks: \[{'_target_': .*HookBase'}\] -> \[\]\."):
+        begin(tmp_path, resume=True, hooks=[probe])
 
 
 def test_resume_refuses_another_config_and_lists_the_changes(tmp_path):

@@ -5,7 +5,8 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.model_zoo import get_config as get_detectron2_config
-from detectron2.solver import LRMultiplier
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 
 from region_pretrain.config import get_config
@@ -16,6 +17,7 @@ from region_pretrain.solver import (
     warmup_multistep,
     warmup_times_cosine,
 )
+from region_pretrain.solver.schedules import timeline
 
 
 def learning_rates(base_lr, multiplier, max_iter):
@@ -71,6 +73,28 @@ def test_multistep_drops_at_its_steps():
     assert [lrs[t] for t in (0, 5, 10, 59, 60, 79, 80, 99)] == pytest.approx(
         [0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01]
     )
+
+
+def test_timeline_is_where_the_learning_rate_changes():
+    """Also of a run that is shorter than planned, and of Detectron2's schedule."""
+    ours = warmup_multistep(1000, [600, 800], warmup_iters=100)
+    theirs = instantiate(get_detectron2_config("common/coco_schedule.py")["lr_multiplier_1x"])
+    rescaled = WarmupParamScheduler(
+        MultiStepParamScheduler([1, 0.1], 100, [50]), 0.01, 0.2, rescale_interval=True
+    )
+    for multiplier, warmup, steps, planned in (
+        (ours, 0.1, [600, 800], 1000),
+        (theirs, 1 / 90, [60_000, 80_000], 90_000),
+        (rescaled, 0.2, [50], 100),
+    ):
+        for max_iter in (90, 333, 900):
+            at, lrs = timeline(multiplier, max_iter), learning_rates(1.0, multiplier, max_iter)
+            falls = [t for t in range(1, max_iter) if lrs[t] < 0.5 * lrs[t - 1]]
+            assert (at.drops, at.steps, at.planned) == (falls, steps, planned)
+            assert at.warmup == round(warmup * max_iter)
+            assert lrs[at.warmup + 1] == 1 > lrs[max(0, at.warmup - 2)]
+    assert timeline(warmup_cosine(100, 10), 500) == (50, 0.1, [], [], None)
+    assert timeline(warmup_times_cosine(100, 10), 500) == (0, 0.0, [], [], None)
 
 
 def test_ema_momentum_at_the_quarters():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from region_pretrain.commands.sweep import main
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import jobs, local, state, status, submission
@@ -55,6 +56,45 @@ def test_jobs_that_run_at_once_use_different_gpus(sweeps, tmp_path, monkeypatch)
     assert used in [sorted(["3", "5", "GPU-7", extra]) for extra in ("3", "5", "GPU-7")]
     (tmp_path / "go").touch()
     assert set(sweeps.wait().values()) == {state.FINISHED}
+
+
+def test_jobs_of_several_gpus_have_a_process_for_each(sweeps, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7,9")
+    for name in "ab":
+        sweeps.add(name, word=f"wait:{tmp_path / 'go'}")
+    cluster = Cluster(kind="local", jobs=2, gpus_per_node=2)
+    sweep = dataclasses.replace(sweeps.file(), cluster=cluster)
+    submission.start(sweep, str(sweeps.folder), lambda line: None)
+    sweeps.until(lambda: len(sweeps.noted()) == 4)
+    used = [sorted({row[4] for row in sweeps.noted() if row[1] == name}) for name in "ab"]
+    assert sorted(used) == [["3,5"], ["6,7"]]
+    (tmp_path / "go").touch()
+    assert set(sweeps.wait().values()) == {state.FINISHED}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus-per-job 5", "--gpus-per-job 5: this machine has 4 GPUs"),
+        ("--gpus-per-job 0", "--gpus-per-job 0: this machine has 4 GPUs"),
+        (
+            "--gpus-per-job 2 --slurm partition=gpu",
+            "--gpus-per-job works with --cluster local only; for slurm, use --slurm "
+            "gpus-per-node=N",
+        ),
+    ],
+)
+def test_the_number_of_gpus_per_job(words, message, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    described = []
+    monkeypatch.setattr(submission, "describe", lambda _, cluster, __: described.append(cluster))
+    monkeypatch.setattr(submission, "dry_run", lambda *_: "")
+    start = ["--config", "configs/sweeps/demo.py", "--dry-run"]
+    main([*start, "--gpus-per-job", "4", "--jobs", "1"])
+    assert described == [Cluster(kind="local", jobs=1, gpus_per_node=4)]
+    with pytest.raises(SystemExit):
+        main([*start, *words.split()])
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_failure_blocks_only_its_dependants_and_can_be_started_again(sweeps, tmp_path):

@@ -155,6 +155,7 @@ class CCOP(PretrainingModel):
         image_queue.check_head(image_head, "model.image_queue")
         region_queue.check_head(region_head, "model.region_queue")
         self.image_queue, self.region_queue = image_queue, region_queue
+        region_queue.of_images = False
         self.trunk_feature, self.in_features = trunk_feature, list(in_features)
         self.level_scales = list(level_scales)
         self.temperature = temperature

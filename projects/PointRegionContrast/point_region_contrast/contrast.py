@@ -97,6 +97,8 @@ class PointContrast(nn.Module):
         self.pool = pool
         self.log, self.same_view = log, same_view
         self.queue = KeyQueue(queue_length, dim) if others == "queue" else None
+        if self.queue is not None:
+            self.queue.of_images = False
 
     def forward(self, query: Points, key: Points) -> tuple[Tensor, Tensor, Tensor]:
         """Sum the loss over this process's points.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +10,6 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.logger import log_first_n
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -47,7 +45,8 @@ class SoCo(PretrainingModel):
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         level_scales: largest region scale of each level in view pixels
-            (:func:`~region_pretrain.modeling.regions.assign_levels`); unused with a single level.
+            (:func:`~region_pretrain.modeling.regions.assign_levels`); larger ones, which only views
+            above the last scale have, are pooled from the last level. Unused with a single level.
         sources: the view sampler's ``sources``, which determine the pairs of views.
         all_levels: embed each region on every level and keep the assigned one, as released: 4 times
             the head's work, and batch-norm statistics over all levels. ``False`` embeds each region
@@ -133,15 +132,12 @@ class SoCo(PretrainingModel):
             target = [self._embed(self.target, *x) for x in inputs]
 
         first, slots = batch.views[0], batch.views[1].boxes.shape[1]
-        valid = [
-            view.valid & (level != UNASSIGNED)
-            for view, level in zip(batch.views, levels, strict=True)
-        ]
         outputs: dict[str, Tensor] = {}
         for j, group in enumerate(self.groups, start=1):
             own = slice(group * slots, (group + 1) * slots)
+            other = batch.views[j]
             match = matches(
-                first.region_ids[:, own], batch.views[j].region_ids, valid[0][:, own], valid[j]
+                first.region_ids[:, own], other.region_ids, first.valid[:, own], other.valid
             )
             match = to_device(match, online[0].device)
             outputs[f"loss_view{j + 1}"] = matched_cosine_loss(
@@ -155,14 +151,7 @@ class SoCo(PretrainingModel):
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
         levels = assign_levels(view.boxes, self.level_scales)
-        if (view.valid & (levels == UNASSIGNED)).any():
-            log_first_n(
-                logging.WARNING,
-                f"regions above {self.level_scales[-1]:g} pixels are left out: "
-                f"model.level_scales={self.level_scales} should end at the size of the views, "
-                f"{max(view.images.shape[-2:])}",
-            )
-        return levels
+        return levels.where(levels != UNASSIGNED, len(self.in_features) - 1)
 
     def _embed(
         self,
@@ -186,7 +175,7 @@ class SoCo(PretrainingModel):
 
         if self.all_levels:
             everywhere = torch.stack([embed_on(i) for i in range(len(features))])  # (L, B * K, D)
-            chosen = to_device(levels.clamp(min=0), images.device).reshape(1, -1, 1)
+            chosen = to_device(levels, images.device).reshape(1, -1, 1)
             chosen = chosen.expand(1, -1, everywhere.shape[-1])
             embedded = everywhere.gather(0, chosen)[0]
         else:
