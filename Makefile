@@ -35,7 +35,7 @@ zoo: $(STAMP)
 
 # One thread a process: several of two threads on two cores are much slower than one after the other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 30 -n auto --maxprocesses 4 --dist loadfile --ignore=tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 30 -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore=tests/slurm
 
 # The installed wheel, from regions to a sweep; with another Python: make smoke PYTHON=python3.13 VENV=.venv-3.13
 smoke: $(STAMP)

@@ -1,5 +1,7 @@
 """Shared fixtures."""
 
+import functools
+import gc
 import json
 import os
 import shutil
@@ -15,11 +17,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import settings
+import torch
+import torch.utils.cpp_extension  # as each run does: forked processes have it already
+from hypothesis import HealthCheck, settings
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.photometry import Photometry
+from region_pretrain.engine import run as engine_run
 from region_pretrain.projects.soco import SoCoViews
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
@@ -33,10 +38,61 @@ fork_processes()
 # Shells ignore Ctrl-C in what they start in the background, and so would the tests' processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples in every CI run, new ones in every local run.
-settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# A forked process does not have OpenCV's threads, and would wait for them.
+cv2.setNumThreads(0)
+
+# Autograd starts a thread per device in its first backward pass, and then no process can fork. The
+# number of devices is that of now: later, a fake tensor is enough to add one.
+if not torch.cuda.device_count():
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
+@functools.cache
+def _git_state_in(folder: str, found=engine_run.git_state):
+    return found()
+
+
+# What each run logs at its start, and what does not change during the tests: programs tell it.
+engine_run.collect_env_info = functools.cache(engine_run.collect_env_info)
+engine_run.git_state = lambda: _git_state_in(os.getcwd())
+engine_run.collect_env_info(), engine_run.git_state()  # before the first fork
+
+# The same examples in every CI run, new ones in every local run; both also on a busy machine.
+busy = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, **busy)
+settings.register_profile("local", **busy)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+#: Their tests are few and take minutes: they start first, so that no worker is left with them.
+LONGEST = [
+    "device/test_two_processes.py",
+    "sweeps/test_benchmark.py",
+    "device/test_one_process.py",
+    "sweeps/test_demo.py",
+    "faults/test_kill.py",
+    "test_packaging.py",
+    "test_other_machines.py",
+    "faults/test_long_run.py",
+    "benchmark/test_loader.py",
+    "engine/test_own_data.py",
+    "engine/test_refresh.py",
+    "reporting/test_training_pictures.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    place = {folder / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported: each fork collects garbage before
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @dataclass

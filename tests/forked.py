@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.multiprocessing.spawn import start_processes
@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import start_processes
 from region_pretrain.warnings import ignore_library_warnings
 
 TOOLS = Path(__file__).parents[1] / "tools"
+LONG = 600  # seconds after which something hangs, also on a busy machine
 
 
 def default_signals() -> None:
@@ -126,16 +127,22 @@ class Process:
 
 
 def run_tool(
-    name: str, *arguments: object, cwd: str | Path | None = None, seconds: float = 120
+    name: str,
+    *arguments: object,
+    cwd: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    seconds: float = LONG,
 ) -> subprocess.CompletedProcess:
     """What ``subprocess.run([sys.executable, "tools/NAME", ...])`` returns, seconds earlier.
 
-    The tool must not start processes by ``spawn``, which import its main module again.
+    The tool must not start processes by ``spawn``, which import its main module again. The
+    ``environment`` is added to this process's.
     """
     command = [str(TOOLS / name), *map(str, arguments)]
 
     def run() -> None:
         os.chdir(cwd or os.getcwd())
+        os.environ.update(environment or {})
         sys.argv = command
         runpy.run_path(command[0], run_name="__main__")
 

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from forked import Process
+from forked import LONG, Process
 
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.system import one_opencv_thread
@@ -37,4 +37,4 @@ def test_a_forked_process_makes_regions(region_folder, tmp_path, opencv_threads)
         make_regions(records, str(tmp_path / "grid.arrow"), "grid-v1", workers=1)
 
     process = Process(make, tmp_path / "out.txt")
-    assert process.wait(60) == 0, (tmp_path / "out.txt").read_text()
+    assert process.wait(LONG) == 0, (tmp_path / "out.txt").read_text()

@@ -1,8 +1,6 @@
 """Operators, FLOPs and memory of a step on fake tensors."""
 
 import json
-import subprocess
-import sys
 from itertools import repeat
 from pathlib import Path
 
@@ -159,9 +157,7 @@ def test_memory_is_linear_in_the_batch():
 def test_command_line(tmp_path):
     out = tmp_path / "plan.json"
     options = ["--json", out, "dataloader.train.total_batch_size=2"]
-    # In a process of its own: these tests may have started autograd's threads, which end a fork.
-    tool = [sys.executable, ROOT / "tools/benchmark.py", "--plan", CONFIGS[0]]
-    done = subprocess.run([*tool, *options], capture_output=True, text=True)
+    done = run_tool("benchmark.py", "--plan", CONFIGS[0], *options)
     assert done.returncode == 0, done.stderr
     assert f"## {CONFIGS[0].stem}\n\n2 images per step on 1 GPU, float32." in done.stdout
     found = json.loads(out.read_text())

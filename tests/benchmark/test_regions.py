@@ -1,10 +1,9 @@
 """Recipes compared on the same objects."""
 
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
+from forked import run_tool
 
 from region_pretrain.benchmark.regions import compare_recipes
 from region_pretrain.data.catalog import get_records
@@ -13,10 +12,9 @@ from region_pretrain.errors import UserError
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.regions.recipes import get_recipe
 
-TOOL = Path(__file__).parents[2] / "tools/benchmark_regions.py"
 
-
-def test_results_are_those_of_the_stores(tmp_path):
+def test_results_are_those_of_the_stores(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", time.process_time)  # without that of other processes
     records = get_records(shapes(split="val", size=4, side=96, level="easy"))
     names = ["ground_truth-v1", "grid-v1", "shapes-v1"]
     costs = compare_recipes(records, [get_recipe(name) for name in names])
@@ -41,8 +39,8 @@ def test_without_objects_there_is_no_recall(region_folder):
 
 
 def test_command_line():
-    command = [sys.executable, str(TOOL), "--side", "96", "--count", "2", "grid-v1", "shapes-v1"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    arguments = ["--side", 96, "--count", 2, "grid-v1", "shapes-v1"]
+    done = run_tool("benchmark_regions.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["grid-v1", "shapes-v1"]
     assert done.stdout.split("\n")[0].endswith("precision@0.5 (%)")

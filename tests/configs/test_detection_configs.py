@@ -1,5 +1,6 @@
 """Every shipped detection config is complete, can be saved, and follows its protocol."""
 
+import functools
 import re
 
 import pytest
@@ -13,7 +14,10 @@ from detectron2.modeling import FCOS, GeneralizedRCNN, PanopticFPN, RetinaNet
 from detectron2.modeling.roi_heads import Res5ROIHeads, StandardROIHeads
 from torch import nn
 
-from region_pretrain.config import CONFIG_ROOT, changed_keys, get_config
+from region_pretrain import config
+from region_pretrain.config import CONFIG_ROOT, changed_keys
+
+get_config = functools.cache(config.get_config)  # these tests only read them
 
 FPN_2FC = ["mask_rcnn_r50_fpn_moco.py", "mask_rcnn_r50_fpn_moco_2x.py"]
 MINI_COCO = {
@@ -32,20 +36,12 @@ FPN_4CONV1FC = [
     *MINI_COCO,
 ]
 INFOMIN = ["mask_rcnn_r50_fpn_infomin.py"]
-C4 = [
-    "mask_rcnn_r50_c4_moco.py",
-    "mask_rcnn_r50_c4_moco_2x.py",
-    "mask_rcnn_r50_c4_moco_wd2.5e-5.py",
-    "mask_rcnn_r50_c4_moco_wd2.5e-5_2x.py",
-]
+C4 = [f"mask_rcnn_r50_c4_moco{end}.py" for end in ("", "_2x", "_wd2.5e-5", "_wd2.5e-5_2x")]
 VOC_C4 = ["faster_rcnn_r50_c4_voc.py", "faster_rcnn_r50_c4_voc_wd2.5e-5.py"]
 VOC = [*VOC_C4, "faster_rcnn_r50_fpn_voc.py"]
 #: See test_transformer_configs.py.
 TRANSFORMERS = [
-    "mask_rcnn_swin_t_fpn.py",
-    "mask_rcnn_swin_b_fpn.py",
-    "mask_rcnn_convnext_t_fpn.py",
-    "mask_rcnn_vitdet_b.py",
+    f"mask_rcnn_{name}.py" for name in ("swin_t_fpn", "swin_b_fpn", "convnext_t_fpn", "vitdet_b")
 ]
 FPN = FPN_2FC + FPN_4CONV1FC + INFOMIN
 DENSE = ["retinanet_r50_fpn.py", "retinanet_r50_fpn_2x.py", "fcos_r50_fpn.py"]
@@ -62,6 +58,7 @@ SHAPES = "mask_rcnn_r18_fpn_shapes.py"
 BOXES_ONLY[SHAPES] = "faster_rcnn_r18_fpn_shapes.py"
 
 
+@functools.cache
 def build(name: str) -> nn.Module:
     with torch.device("meta"):
         return instantiate(get_config(f"detection/{name}").model)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
-from forked import Process
+from forked import LONG, Process
 from torch.utils.data import DataLoader
 
 from region_pretrain.data.loader import PretrainLoader
@@ -110,11 +110,11 @@ def test_a_worker_is_silent_when_its_reader_leaves(tmp_path, worker):
         assert text == "" if worker else text.count("Traceback") == 2, text
     finally:
         os.kill(process.pid, 9)
-        process.wait(10)
+        process.wait(LONG)
 
 
 def until(read):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + LONG
     while True:
         try:
             if text := read():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from region_pretrain.benchmark.images import make_jpegs
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 #: Every Shapes recipe, relative to the repository.
@@ -17,6 +19,14 @@ CONFIGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("projects/*/configs
 @pytest.fixture(scope="session")
 def configs() -> list[str]:
     return CONFIGS
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> str:
+    """What ``steps.py`` trains on: rendering takes longer than its steps."""
+    folder = str(tmp_path_factory.mktemp("images"))
+    make_jpegs(folder, 4, (128, 96))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
 """Optimiser steps of a config on the CPU and on the simulated device.
 
-    python steps.py FOLDER CONFIG...                      # one process
-    python steps.py FOLDER CONFIG... --rank 0 --world 2   # one of several
+    python steps.py FOLDER IMAGES CONFIG...                      # one process
+    python steps.py FOLDER IMAGES CONFIG... --rank 0 --world 2   # one of several
 
-writes ``FOLDER/RANK.json``: config -> part of the data -> :func:`compare`. With several processes,
+writes ``FOLDER/RANK.json``: config -> part of the data -> :func:`compare`. IMAGES is a folder in
+which ``make_jpegs`` has written as many images as a batch has. With several processes,
 those of a method with regions are run with unequal numbers of regions, and with none in the last.
 """
 
@@ -22,13 +23,12 @@ from detectron2.utils.events import EventStorage
 from simulated import RECORD, Simulation, _pinned, install
 from torch import distributed as dist
 
-from region_pretrain.benchmark.measure import synthetic_batch, use_synthetic_images
+from region_pretrain.benchmark.measure import synthetic_batch, use_images
 from region_pretrain.config import load_config
 from region_pretrain.engine.build import build_model, build_optimizer, clipping
 from region_pretrain.engine.trainer import Trainer
 
 STEPS, BATCH = 2, 4
-IMAGE = (128, 96)
 
 
 class AverageGradients(HookBase):
@@ -48,10 +48,9 @@ class AverageGradients(HookBase):
 
 
 def load(config: str, folder: str):
-    """A recipe that trains on synthetic images, and a batch of it."""
+    """A recipe that trains on the images of ``make_jpegs`` in a folder, and a batch of it."""
     cfg = load_config(config, ["train.amp.enabled=False"])
-    # `make_jpegs` writes the same files for each config.
-    use_synthetic_images(cfg, folder, BATCH, IMAGE)
+    use_images(cfg, f"folder://{folder}/images", f"{folder}/regions.arrow")
     return cfg, synthetic_batch(cfg, BATCH)
 
 
@@ -123,6 +122,7 @@ def fewer_regions(batch):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("images")
     parser.add_argument("configs", nargs="+")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--world", type=int, default=1)
@@ -136,8 +136,7 @@ def main() -> None:
     device = install()
     found = {}
     for config in args.configs:
-        images = args.folder / f"images{args.rank}"
-        cfg, batch = load(config, str(images))
+        cfg, batch = load(config, args.images)
         parts = {"all": batch.chunk(args.world)[args.rank]}
         if group and any(view.valid.shape[1] > 1 for view in batch.views):
             mine = parts.pop("all")

@@ -19,9 +19,9 @@ MOST_KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def found(run_scripts, configs, tmp_path_factory):
+def found(run_scripts, configs, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    run_scripts([["steps.py", str(folder), *configs]])
+    run_scripts([["steps.py", str(folder), images, *configs]])
     return json.loads((folder / "0.json").read_text())
 
 

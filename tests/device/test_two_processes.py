@@ -6,9 +6,9 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def ranks(run_scripts, configs, tmp_path_factory):
+def ranks(run_scripts, configs, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    common = ["steps.py", str(folder), *configs, "--world", "2", "--rank"]
+    common = ["steps.py", str(folder), images, *configs, "--world", "2", "--rank"]
     run_scripts([[*common, "0"], [*common, "1"]])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig, instantiate
-from forked import TOOLS
 from forked import run_tool as run
 from tiny_run import make_config, make_detection_config
 
@@ -54,8 +53,7 @@ def test_fine_tuning_on_two_processes(tmp_path):
     cfg = make_detection_config(tmp_path / "run", max_iter=2)
     cfg.train.precise_bn.enabled = False
     LazyConfig.save(cfg, path)
-    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", path]
-    done = subprocess.run([*command, "--num-gpus", "2"], capture_output=True, text=True)
+    done = run("train_net.py", "--config-file", path, "--num-gpus", 2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "log.txt.rank1").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import LONG, Process
 from tiny_run import (
     CLOCK,
     fail_on_second,
@@ -28,7 +30,7 @@ from torch.multiprocessing import ProcessRaisedException
 from region_pretrain.engine import processes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import launch
-from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.errors import STOPPED, UserError, exit_on_user_error
 
 
 def metrics(folder):
@@ -104,23 +106,14 @@ def test_two_processes_resume_bit_for_bit(tmp_path):
     assert not torch.equal(a["rng"][0]["torch"], a["rng"][1]["torch"])
 
 
-def run_child(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_a_user_error_ends_all_processes_with_one_line():
-    done = run_child(
-        "from tiny_run import refuse\n"
-        "from region_pretrain.engine.processes import launch\n"
-        "if __name__ == '__main__':\n"
-        "    launch(refuse, 2, device='cpu', args=('fix train.x',))\n"
+def test_a_user_error_ends_all_processes_with_one_line(tmp_path):
+    child = Process(
+        lambda: launch(refuse, 2, device="cpu", args=("fix train.x",)), tmp_path / "out"
     )
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if "error" in line.lower()] == [
-        "error: fix train.x"
-    ]
-    assert "Traceback" not in done.stderr
-    assert refuse.__module__ == "tiny_run"
+    assert child.wait(LONG) == 2
+    text = (tmp_path / "out").read_text()
+    assert [line for line in text.splitlines() if "error" in line.lower()] == ["error: fix train.x"]
+    assert "Traceback" not in text
 
 
 def test_the_main_process_decides_for_all(tmp_path):
@@ -154,30 +147,33 @@ def test_a_process_that_fails_since_another_was_stopped_is_not_an_error(times, m
         )
 
 
-def start_as_a_scheduler(function, *args):
-    """Exit codes of two processes that have been started outside ``launch``."""
+def environments():
+    """Those of two processes that are started outside ``launch``."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    for rank in range(2):
+        yield {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+
+
+def start_as_a_scheduler(function, *args):
+    """Exit codes of two such processes."""
     code = (
         f"import sys; from tiny_run import {function}\n"
         "from region_pretrain.engine.processes import launch\n"
         "from region_pretrain.errors import exit_on_user_error\n"
         f"exit_on_user_error(launch)({function}, 1, device='cpu', args=sys.argv[1:])\n"
     )
-    children = []
-    for rank in range(2):
-        env = dict(
-            os.environ,
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE="2",
-            LOCAL_WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        children.append(subprocess.Popen([sys.executable, "-c", code, *args], env=env))
-    return [child.wait(60) for child in children]
+    command = [sys.executable, "-c", code, *args]
+    children = [subprocess.Popen(command, env=os.environ | more) for more in environments()]
+    return [child.wait(LONG) for child in children]
 
 
 def test_signals_reach_only_the_processes_of_the_launch():
@@ -196,10 +192,15 @@ def test_signals_reach_only_the_processes_of_the_launch():
 
 
 def test_processes_that_a_scheduler_started_join(tmp_path):
-    assert start_as_a_scheduler("write_ranks", str(tmp_path)) == [0, 0]
+    def run(more):
+        os.environ |= more
+        exit_on_user_error(launch)(write_ranks, 1, device="cpu", args=(str(tmp_path),))
+
+    out = tmp_path / "out"
+    children = [Process(partial(run, more), out) for more in environments()]
+    assert [child.wait(LONG) for child in children] == [0, 0], out.read_text()
     assert (tmp_path / "0").read_text() == "0/2 local 0 sum 3 gloo"
     assert (tmp_path / "1").read_text() == "1/2 local 1 sum 3 gloo"
-    assert write_ranks.__module__ == "tiny_run"
 
 
 # A gloo thread that frees its last tensor while the interpreter shuts down aborts the process.

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -172,20 +173,26 @@ def test_metrics_come_at_the_log_period_and_at_the_end():
     assert seen[2]["time"] >= seen[2]["data_time"] > 0
 
 
-def test_throughput_counts_images_and_waiting():
-    import time
+def test_throughput_counts_images_and_waiting(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def slow(start, stop):
         for batch in Loader(8).iterate(start, stop):
-            time.sleep(0.05)
+            now[0] += 0.05
             yield batch
+
+    def compute(*_):
+        now[0] += 0.01
 
     recorder = Recorder()
     model = regression()
+    model.register_forward_hook(compute)
     trainer = Trainer(model, torch.optim.SGD(model.parameters(), 0.1), slow, log_period=4)
     trainer.register_hooks([recorder])
     trainer.train(0, 4)  # the first batch is loaded before the clock runs
-    assert 0.0375 <= recorder.seen[3]["data_time"] < 0.06
+    assert recorder.seen[3]["data_time"] == pytest.approx(3 * 0.05 / 4)
+    assert recorder.seen[3]["time"] == pytest.approx(3 * 0.05 / 4 + 0.01)
     assert recorder.seen[3]["img_per_sec"] == pytest.approx(8 / recorder.seen[3]["time"], rel=1e-6)
 
 

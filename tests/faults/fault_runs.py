@@ -21,7 +21,7 @@ from pathlib import Path
 
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
-from forked import Process, fork_processes
+from forked import LONG, Process, fork_processes
 from omegaconf import OmegaConf
 from tiny_run import CLOCK, Loader, make_config, make_detection_config
 
@@ -115,7 +115,7 @@ class Run:
             return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
 
     def finish(self, *changes: str) -> int:
-        return self.start(*changes).wait(120)
+        return self.start(*changes).wait(LONG)
 
     def output(self) -> str:
         return self.out.read_text(errors="replace")
@@ -134,9 +134,12 @@ class Run:
         self.until(lambda: any(r["iteration"] >= iteration for r in self.losses()), process)
 
     def until(self, condition, process: Process | subprocess.Popen) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None and time.monotonic() < deadline, self.output()
+        deadline = time.monotonic() + LONG
+        while True:
+            code = process.poll()  # first: the last thing a process does may be what is awaited
+            if condition():
+                return
+            assert code is None and time.monotonic() < deadline, self.output()
             time.sleep(0.01)
 
 

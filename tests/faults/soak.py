@@ -39,7 +39,7 @@ import torch
 from detectron2.config import LazyConfig
 from equality import equal
 from fault_runs import Run, processes_of
-from forked import Process, fork_processes
+from forked import LONG, Process, fork_processes
 from long_run import assert_flat, describe_flat, tiny_finetuning, tiny_pretraining, watch
 from narrow_detectors import DETECTORS
 from omegaconf import DictConfig
@@ -208,7 +208,7 @@ def kill_once(run: MethodRun, rng: random.Random, startup: float) -> tuple[str, 
     delay = rng.uniform(0, delays[instant])
     target = rng.choice(["all", "main", "child", "child", "TERM main", "TERM all"])
     process = run.start(workers=rng.randrange(3))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG
     while not instants[instant]():
         assert time.monotonic() < deadline, run.output()[-3000:]
         if process.poll() is not None:
@@ -227,7 +227,7 @@ def kill_once(run: MethodRun, rng: random.Random, startup: float) -> tuple[str, 
                 os.kill(rng.choice(children) if target == "child" else process.pid, number)
         except ProcessLookupError:  # the child has just ended
             target = "nothing"
-    code = process.wait(120)
+    code = process.wait(LONG)
     while processes_of(process.pid):  # they notice that their parent is gone
         assert time.monotonic() < deadline, f"left behind: {processes_of(process.pid)}"
         time.sleep(0.01)
@@ -260,7 +260,7 @@ def soak(
             process = reference.start()
             reference.wait_for(0, process)
             startup = time.monotonic() - started
-            assert process.wait(120) == 0, reference.output()[-3000:]
+            assert process.wait(LONG) == 0, reference.output()[-3000:]
             whole[key] = reference, startup
         reference, startup = whole[key]
         run = MethodRun(folder / f"{method}{processes}-{number}", configs[method], processes)
@@ -281,7 +281,7 @@ def soak(
                 f"exit code {code}, {run.done()}/{ITERATIONS} iterations; "
                 f"ETA {datetime.timedelta(seconds=round(left))}"
             )
-        assert run.start().wait(120) == 0, run.output()[-3000:]
+        assert run.start().wait(LONG) == 0, run.output()[-3000:]
         assert run.losses() == reference.losses() and run.done() == ITERATIONS, key
         assert equal(final_checkpoint(run.folder), final_checkpoint(reference.folder)), key
         assert not list(run.folder.glob("*.part*"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
-from forked import Process
+from forked import LONG, Process
 from tiny_run import CLOCK, make_config
 
 from region_pretrain import files, lease
@@ -46,7 +46,7 @@ class JumpingClock(HookBase):
 def trained(folder, hours):
     cfg = make_config(folder, hooks=[L(JumpingClock)(hours=hours)])
     process = Process(lambda: do_pretrain(cfg), folder.with_suffix(".out"))
-    assert process.wait(60) == 0, folder.with_suffix(".out").read_text()
+    assert process.wait(LONG) == 0, folder.with_suffix(".out").read_text()
     return folder
 
 
@@ -65,8 +65,8 @@ def test_a_run_whose_clock_jumps_computes_and_estimates_the_same(tmp_path):
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
     text = jumping.with_suffix(".out").read_text()
     etas = re.findall(r"eta (\d+):(\d\d):(\d\d)", text)
-    assert len(etas) == 20 and max(etas) < ("0", "00", "20")
-    assert all(0 < row["time"] < 5 for row in read_metrics(str(jumping)))
+    assert len(etas) == 20 and {hours for hours, _, _ in etas} == {"0"}
+    assert all(0 < row["time"] < HOUR for row in read_metrics(str(jumping)))
 
 
 def test_a_lease_does_not_depend_on_clocks(tmp_path, monkeypatch):
@@ -88,10 +88,10 @@ def test_a_lease_does_not_depend_on_clocks(tmp_path, monkeypatch):
         lease.machine = lambda: "elsewhere"
         do_pretrain(make_config(folder), resume=True)
 
-    assert Process(second, tmp_path / "second").wait(60) == 2
+    assert Process(second, tmp_path / "second").wait(LONG) == 2
     assert "is in use by process" in (tmp_path / "second").read_text()
     refused.touch()
-    assert first.wait(60) == 0, out.read_text()
+    assert first.wait(LONG) == 0, out.read_text()
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_duration_of_an_attempt_is_measured(tmp_path, clock, jump):
     clock(jump)
     attempts.end_attempt(str(tmp_path), "finished")
     (attempt,) = attempts.read_attempts(str(tmp_path))
-    assert 0 <= attempt["ended"] - attempt["started"] < 5
+    assert 0 <= attempt["ended"] - attempt["started"] < HOUR
 
 
 def test_an_attempt_that_another_machine_ends_does_not_end_before_its_start(tmp_path, clock):
@@ -164,17 +164,20 @@ def test_the_clock_of_a_folder(tmp_path, clock):
     clock(5 * HOUR)
     path = tmp_path / "x"
     path.touch()
-    assert now_at(str(tmp_path)) == pytest.approx(path.stat().st_mtime, abs=5)
+    assert now_at(str(tmp_path)) == pytest.approx(path.stat().st_mtime, abs=HOUR)
     assert os.listdir(tmp_path) == ["x"]
-    assert now_at(str(tmp_path / "none")) == pytest.approx(time.time(), abs=5)
+    assert now_at(str(tmp_path / "none")) == pytest.approx(time.time(), abs=HOUR)
 
 
 def test_only_what_takes_long_is_reported(capsys):
-    with files.reported_if_stuck("output/x", 0.05):
+    with files.reported_if_stuck("output/x", LONG):
         pass
     assert capsys.readouterr().err == ""
+    printed, deadline = "", time.monotonic() + LONG
     with pytest.raises(UserError), files.reported_if_stuck("output/x", 0.05):
-        time.sleep(0.3)
+        while not printed.endswith("\n") and time.monotonic() < deadline:
+            printed += capsys.readouterr().err
+            time.sleep(0.01)
         raise UserError("passed on")
     line = "output/x: the file system has not answered for 0 s; waiting\n"
-    assert capsys.readouterr().err == line
+    assert printed + capsys.readouterr().err == line

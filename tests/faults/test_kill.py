@@ -10,6 +10,7 @@ import time
 
 import pytest
 from equality import equal
+from forked import LONG
 from soak import ITERATIONS, MethodRun, make_config, make_images
 from tiny_run import final_checkpoint
 
@@ -17,7 +18,7 @@ from tiny_run import final_checkpoint
 def kill(run, come, delay, workers):
     """Start, and kill ``delay`` seconds after an instant; False: it ended before that."""
     process = run.start(workers)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONG
     while process.poll() is None:
         assert time.monotonic() < deadline, run.output()[-3000:]
         if run.folder.exists() and come():
@@ -28,11 +29,11 @@ def kill(run, come, delay, workers):
                 pass
             break
         time.sleep(0.0005)
-    return process.wait(60) == -signal.SIGKILL
+    return process.wait(LONG) == -signal.SIGKILL
 
 
 def finish(run, workers=0):
-    assert run.start(workers).wait(120) == 0, run.output()[-3000:]
+    assert run.start(workers).wait(LONG) == 0, run.output()[-3000:]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -77,7 +78,7 @@ def test_another_number_of_processes_is_refused_or_sees_the_same_images(tmp_path
     assert kill(one, lambda: one.done() > 5, 0.0, workers=0)
     last_saved = (one.done() + 1) // 3 * 3  # or the one before, if it was being written
     two = MethodRun(one.folder, cfg, 2)
-    assert two.start().wait(120) == 2
+    assert two.start().wait(LONG) == 2
     assert "written by 1 processes, now there are 2" in two.output()
     cfg = copy.deepcopy(cfg)
     cfg.train.allow_world_size_change = True

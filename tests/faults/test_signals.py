@@ -1,5 +1,6 @@
 """Signals to one process of a run, to all of them, and too early."""
 
+import functools
 import logging
 import os
 import signal
@@ -12,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_runs import Run, processes_of
+from detectron2.config import LazyCall as L
+from fault_runs import Run, Slow, processes_of
+from forked import LONG
 from soak import MethodRun, make_config, make_images
 from tiny_run import Loader
 from tiny_run import make_config as make_tiny_config
 from torch.distributed import TCPStore
 
+from region_pretrain import lease
 from region_pretrain.engine import processes
+from region_pretrain.engine import run as engine_run
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
@@ -46,6 +51,14 @@ def undisturbed(request, tmp_path_factory):
     return request.param, run
 
 
+@pytest.fixture
+def gate(tmp_path, monkeypatch):
+    """Runs wait for this file after their tenth iteration: they do not end before the signal."""
+    file = tmp_path / "gate"
+    monkeypatch.setenv("WAIT_FOR", str(file))
+    return file
+
+
 @pytest.mark.parametrize(
     ("number", "to_all"),
     [
@@ -55,13 +68,15 @@ def undisturbed(request, tmp_path_factory):
         (signal.SIGINT, True),  # a terminal
     ],
 )
-def test_a_signal_saves_and_the_run_continues_exactly(undisturbed, tmp_path, number, to_all):
+def test_a_signal_saves_and_the_run_continues_exactly(undisturbed, tmp_path, gate, number, to_all):
     processes, whole = undisturbed
     run = Run(tmp_path / "run", processes)
     process = run.start()
     run.wait_for(3, process)
     (os.killpg if to_all else os.kill)(process.pid, number)
-    assert process.wait(60) == STOPPED, run.output()
+    time.sleep(0.3)  # a launcher passes it on
+    gate.touch()
+    assert process.wait(LONG) == STOPPED, run.output()
     assert_one_line(run.output(), "stopped on request: saved after iteration")
     (saved,) = checkpoints(run.folder)
     done = run.losses()[-1]["iteration"]
@@ -77,24 +92,26 @@ def with_workers(tmp_path_factory):
     """Creates a run whose loader has two workers."""
     folder = tmp_path_factory.mktemp("workers")
     cfg = make_config("BYOL", *make_images(folder))
+    cfg.train.hooks = [L(Slow)()]
     whole = MethodRun(folder / "whole", cfg, 1)
-    assert whole.start(workers=2).wait(60) == 0, whole.output()
+    assert whole.start(workers=2).wait(LONG) == 0, whole.output()
     return lambda name: MethodRun(folder / name, cfg, 1), whole
 
 
-def test_a_term_to_all_does_not_end_the_workers_of_a_loader(with_workers):
+def test_a_term_to_all_does_not_end_the_workers_of_a_loader(with_workers, gate):
     make, whole = with_workers
     run = make("terminated")
     process = run.start(workers=2)
     run.wait_for(3, process)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == STOPPED, run.output()
+    gate.touch()
+    assert process.wait(LONG) == STOPPED, run.output()
     assert_one_line(run.output(), "stopped on request: saved after iteration")
-    assert run.start(workers=1).wait(60) == 0, run.output()
+    assert run.start(workers=1).wait(LONG) == 0, run.output()
     assert run.losses() == whole.losses() and same(run.folder, whole.folder)
 
 
-def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers):
+def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers, gate):
     make, whole = with_workers
     run = make("killed")
     process = run.start(workers=2)
@@ -102,11 +119,12 @@ def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers):
     children = [pid for pid in processes_of(process.pid) if pid != process.pid]
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
-    assert process.wait(60) == 2, run.output()
+    gate.touch()
+    assert process.wait(LONG) == 2, run.output()
     assert_one_line(run.output(), "error: DataLoader worker ")  # or while it sent a batch
     assert "cannot be written" not in run.output()
     assert "last good checkpoint: " in run.output().splitlines()[-1]
-    assert run.start().wait(60) == 0, run.output()
+    assert run.start().wait(LONG) == 0, run.output()
     assert run.losses() == whole.losses() and same(run.folder, whole.folder)
 
 
@@ -162,17 +180,17 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, processes):
     os.killpg(process.pid, signal.SIGCONT)
     run.until(lambda: "stopping after this step" in run.output(), process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) in (130, 137, STOPPED)
+    assert process.wait(LONG) in (130, 137, STOPPED)
     assert "Traceback" not in run.output(), run.output()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_process_that_has_not_trained_yet_ends_without_a_traceback(tmp_path, number):
-    run = Run(tmp_path / "run", 1, "dataloader.train.seconds=60")
+    run = Run(tmp_path / "run", 1, f"dataloader.train.seconds={LONG}")
     process = run.start()
     run.until(lambda: (run.folder / "config.yaml").exists(), process)
     os.killpg(process.pid, number)
-    assert process.wait(60) == (130 if number == signal.SIGINT else -number)
+    assert process.wait(LONG) == (130 if number == signal.SIGINT else -number)
     assert run.output().count("interrupted") == (number == signal.SIGINT)
     assert "Traceback" not in run.output(), run.output()
 
@@ -182,9 +200,11 @@ def test_ctrl_c_while_a_launcher_starts_its_processes_prints_one_line(tmp_path):
     process = run.start_command()  # they import everything again
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     run.until(lambda: len(children.read_text().split()) >= 3, process)  # with their tracker
-    time.sleep(1)
+    # Two of them are importing, but no longer NumPy, whose C code makes an ImportError of it.
+    maps = [Path(f"/proc/{pid}/maps") for pid in children.read_text().split()]
+    run.until(lambda: sum("libtorch_python" in m.read_text() for m in maps) == 2, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) in (130, 128 + signal.SIGUSR2), run.output()
+    assert process.wait(LONG) in (130, 128 + signal.SIGUSR2), run.output()
     lines = [line for line in run.output().splitlines() if "arning" not in line]
     assert len(lines) == 1 and ("interrupted" in lines[0] or "stopped by SIGINT" in lines[0])
 
@@ -200,23 +220,26 @@ def test_ctrl_c_while_a_tool_imports_prints_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
-def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
+def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, gate):
     run = Run(tmp_path / "run", 2)
     process = run.start()
     run.wait_for(7, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    assert process.wait(60) == 128 + signal.SIGKILL, run.output()
+    gate.touch()
+    assert process.wait(LONG) == 128 + signal.SIGKILL, run.output()
     assert_one_line(run.output(), "of 2 died from SIGKILL; --resume continues the run")
     assert run.finish("resume=True") == 0
 
 
-def test_the_parents_death_lets_its_processes_save(tmp_path):
+def test_the_parents_death_lets_its_processes_save(tmp_path, gate, monkeypatch):
+    monkeypatch.setattr(engine_run, "hold", functools.partial(lease.hold, patience=LONG))
     run = Run(tmp_path / "run", 2)
     process = run.start()
     run.wait_for(3, process)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
+    gate.touch()
+    process.wait(LONG)
     assert run.finish("resume=True") == 0, run.output()  # waits until they have ended
     assert len(run.losses()) == 20
 
@@ -227,7 +250,7 @@ def test_no_process_waits_for_others_after_its_launcher_was_killed(tmp_path, mon
         with socket.socket() as listener:  # nobody listens on its port after this
             listener.bind((host, 0))
             port = listener.getsockname()[1]
-        return TCPStore(host, port, world_size, False, timedelta(seconds=120))
+        return TCPStore(host, port, world_size, False, timedelta(seconds=2 * LONG))
 
     monkeypatch.setattr(processes, "meet", connect)
     run = Run(tmp_path / "run", 2)
@@ -235,8 +258,8 @@ def test_no_process_waits_for_others_after_its_launcher_was_killed(tmp_path, mon
     run.until(lambda: all((tmp_path / rank).exists() for rank in "01"), process)
     time.sleep(0.5)  # both are inside of PyTorch's loop
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(10)
-    deadline = time.monotonic() + 20
+    process.wait(LONG)
+    deadline = time.monotonic() + LONG
     while left := processes_of(process.pid):
         assert time.monotonic() < deadline, left
         time.sleep(0.05)

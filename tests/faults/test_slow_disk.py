@@ -12,7 +12,7 @@ import pytest
 from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
 from equality import equal
-from forked import Process
+from forked import LONG, Process
 from soak import MethodRun, make_config, make_images
 from tiny_run import final_checkpoint
 
@@ -35,7 +35,7 @@ class Mount:
         self.path, files = folder / "mounted", folder / "files"
         self.path.mkdir(), files.mkdir()
         self._server = subprocess.Popen(["bindfs", "-f", str(files), str(self.path)])
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + LONG
         while not os.path.ismount(self.path):
             assert time.monotonic() < deadline and self._server.poll() is None
             time.sleep(0.01)
@@ -50,7 +50,7 @@ class Mount:
         self.go_on()
         program = next(filter(shutil.which, ("fusermount3", "fusermount")))  # FUSE 3, FUSE 2
         subprocess.run([program, "-uz", str(self.path)], check=True)
-        self._server.wait(10)
+        self._server.wait(LONG)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ class Waits(HookBase):
         self._path = path
 
     def after_step(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + LONG
         while self.trainer.iter == 19 and not os.path.exists(self._path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -85,7 +85,7 @@ def test_a_run_waits_for_its_disk_and_keeps_its_folder(mount, tmp_path, monkeypa
     for name, seconds in (("BEAT", 0.2), ("SILENCE", 1.5), ("STUCK", 1.0)):
         monkeypatch.setattr(lease, f"_{name}_SECONDS", seconds)
     reference = MethodRun(tmp_path / "whole", config(tmp_path), 1)
-    assert reference.start().wait(60) == 0, reference.output()
+    assert reference.start().wait(LONG) == 0, reference.output()
     # Images, regions and output are on the mounted disk.
     cfg = config(mount.path)
     cfg.train.output_dir = str(mount.path / "run")
@@ -103,16 +103,16 @@ def test_a_run_waits_for_its_disk_and_keeps_its_folder(mount, tmp_path, monkeypa
         engine_run.hold = functools.partial(lease.hold, patience=0.3)
         do_pretrain(cfg, resume=True)
 
-    second = Process(from_another_machine, tmp_path / "second.out")
     mount.stall()
+    second = Process(from_another_machine, tmp_path / "second.out")
     time.sleep(STALL_SECONDS)
     assert process.poll() is None and second.poll() is None
     mount.go_on()
-    assert second.wait(60) == 2
+    assert second.wait(LONG) == 2
     text = (tmp_path / "second.out").read_text()
     assert "is in use by process" in text and text.count("error") == 1, text
     refused.touch()
-    assert process.wait(60) == 0, run.output()
+    assert process.wait(LONG) == 0, run.output()
     stuck = f"{mount.path / 'run'}: the file system has not answered for 1 s; waiting"
     assert run.output().count(stuck) == 1
     assert run.done() == 40 and run.losses() == reference.losses()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 from fault_runs import Run
-from forked import Process
+from forked import LONG, Process
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.errors import UserError
@@ -22,11 +22,6 @@ def whole(tmp_path_factory):
     return run.losses()
 
 
-@pytest.fixture(autouse=True)
-def _longer_than_a_second_run_waits(monkeypatch, whole):
-    monkeypatch.setenv("SECONDS_PER_STEP", "0.4")
-
-
 @pytest.fixture
 def codes_of(tmp_path, monkeypatch):
     """Exit codes of processes, of which one trains; it waits for the end of the others."""
@@ -34,12 +29,12 @@ def codes_of(tmp_path, monkeypatch):
     monkeypatch.setenv("WAIT_FOR", str(gate))
 
     def wait(processes):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LONG
         while sum(process.poll() is None for process in processes) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         gate.touch()
-        return [process.wait(120) for process in processes]
+        return [process.wait(LONG) for process in processes]
 
     return wait
 
@@ -69,12 +64,14 @@ def test_of_several_resumes_of_a_killed_run_one_continues_it(tmp_path, whole, co
     assert process.wait(1) == -signal.SIGKILL
 
 
-def test_a_second_one_leaves_a_running_one_undisturbed(tmp_path, whole):
+def test_a_second_one_leaves_a_running_one_undisturbed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WAIT_FOR", str(tmp_path / "refused"))
     run = Run(tmp_path / "run", 2)
     process = run.start()
     run.wait_for(2, process)
     assert run.finish("resume=True") == 2  # the launcher returns the code of its processes
-    assert process.wait(120) == 0, run.output()
+    (tmp_path / "refused").touch()
+    assert process.wait(LONG) == 0, run.output()
     assert [line["iteration"] for line in run.losses()] == list(range(20))
 
 
@@ -87,20 +84,27 @@ def test_two_makers_of_the_same_shard(region_folder, tmp_path, monkeypatch):
     out = str(tmp_path / "grid.arrow")
     process = generate._process
 
-    def slow(recipe, record):
-        time.sleep(0.2)
+    def wait(recipe, record):
+        while not (tmp_path / "refused").exists():
+            time.sleep(0.02)
         return process(recipe, record)
 
-    monkeypatch.setattr(generate, "_process", slow)
-    first = Process(lambda: make(region_folder.images, out), tmp_path / "out.txt")
-    deadline = time.monotonic() + 60
+    def make_slowly():
+        generate._process = wait
+        make(region_folder.images, out)
+
+    first = Process(make_slowly, tmp_path / "out.txt")
+    deadline = time.monotonic() + LONG
     while not (tmp_path / "grid.arrow.parts" / f"{PREFIX}-0").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     monkeypatch.setattr(generate, "hold", lambda *a: hold(*a, patience=0.2))
-    with pytest.raises(UserError, match=r"shard 0 of .*grid.arrow is in use by process"):
-        make(region_folder.images, out)
-    make(region_folder.images, out, (2, 3))  # another shard may run beside it
-    assert first.wait(60) == 0, (tmp_path / "out.txt").read_text()
+    try:
+        with pytest.raises(UserError, match=r"shard 0 of .*grid.arrow is in use by process"):
+            make(region_folder.images, out)
+        make(region_folder.images, out, (2, 3))  # another shard may run beside it
+    finally:
+        (tmp_path / "refused").touch()
+    assert first.wait(LONG) == 0, (tmp_path / "out.txt").read_text()
     assert len(RegionStore.open(out)) == 12
     assert not (tmp_path / "grid.arrow.parts").exists()

@@ -41,7 +41,9 @@ def gpu(monkeypatch) -> torch.device:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> str:
-    return str(tmp_path_factory.mktemp("images"))
+    folder = str(tmp_path_factory.mktemp("images"))
+    make_jpegs(folder, 4, (128, 96))
+    return folder
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
 
 import numpy as np
 import pytest
-from forked import Process
+from forked import LONG, Process
 
 from region_pretrain.engine.image_boxes import ImageBoxes
 from region_pretrain.errors import UserError
@@ -36,16 +37,22 @@ class Network(ImageBoxes):
         return [Given(box, np.ones(1, np.float32), None, "x") for _ in inputs]
 
 
-def test_finished_parts_are_written_while_the_network_works(tmp_path, records):
-    out, written = str(tmp_path / "r.arrow"), []
+def test_finished_parts_are_written_while_the_network_works(tmp_path, records, monkeypatch):
+    out, written, futures = str(tmp_path / "r.arrow"), [], []
+
+    class Workers(ProcessPoolExecutor):
+        def submit(self, *arguments):
+            futures.append(super().submit(*arguments))
+            return futures[-1]
 
     def prepare(some):
         for record in Network(1)(some):
             yield record
-            time.sleep(0.3)  # the workers have finished all images so far
+            wait(futures, LONG)  # the workers have finished all images so far
             parts = os.listdir(f"{out}.parts")
             written.append(sum(name.startswith("part-") for name in parts))
 
+    monkeypatch.setattr(generate, "ProcessPoolExecutor", Workers)
     make_regions(records, out, RECIPE, workers=2, part_size=2, prepare=prepare)
     # Each part is complete soon after its last image, not only when two more parts are read.
     assert len(written) >= 10 and written[4] >= 1 and written[9] >= 4
@@ -79,7 +86,7 @@ def test_workers_are_forked_before_the_readers_hold_locks(tmp_path, records, mon
         lambda: make_regions(records, str(out), RECIPE, 2, prepare=Network(2)), tmp_path / "log"
     )
     try:
-        assert process.wait(60) == 0, (tmp_path / "log").read_text()
+        assert process.wait(LONG) == 0, (tmp_path / "log").read_text()
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -90,7 +97,7 @@ def test_an_interrupt_prints_no_traceback_of_idle_workers(tmp_path, records):
     def prepare(some):
         yield from Network(1)(some[:1])
         (tmp_path / "waiting").touch()
-        time.sleep(60)
+        time.sleep(LONG)
 
     def run():
         try:
@@ -99,13 +106,13 @@ def test_an_interrupt_prints_no_traceback_of_idle_workers(tmp_path, records):
             raise SystemExit(130) from None
 
     process = Process(run, tmp_path / "log")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LONG
     while not (tmp_path / "waiting").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(LONG) == 130
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

@@ -1,8 +1,5 @@
 """Pictures during a run: what they show, and that the run does not notice them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -10,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from forked import run_tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from region_pretrain.config import load_config
@@ -111,15 +109,8 @@ def test_two_processes_draw_a_picture_that_needs_both(tmp_path, region_folder):
         f"train.output_dir={tmp_path / 'run'}",
     ]
     config = str(ROOT / "projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py")
-    command = [sys.executable, "-m", "region_pretrain", "pretrain", "--num-gpus", "2"]
-    done = subprocess.run(
-        [*command, "--config-file", config, *overrides],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = ["pretrain_net.py", "--num-gpus", 2, "--config-file", config, *overrides]
+    done = run_tool(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = images(tmp_path / "run")
     assert [step for step, _ in found["pictures/method"]] == [0, 1]

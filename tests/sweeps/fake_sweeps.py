@@ -13,7 +13,7 @@ from region_pretrain.sweeps.state import SweepFile
 
 ROOT = Path(__file__).parents[2]
 #: Records when it ran and with how many threads. Its last argument makes it wait for a file, fail
-#: once, or keep a training's files.
+#: once, or keep a training's files: between two of them it waits, with train:FOLDER for NAME-1, ...
 TOOL = """
 import json, os, sys, time, pathlib
 product, events, word = sys.argv[-3:]
@@ -31,7 +31,13 @@ if word.startswith("fail_once:") and not os.path.exists(word[10:]):
     print("a line before")
     print("error: no data set is called x", file=sys.stderr)
     sys.exit(2)
-if word == "train":
+def wait_for(path):
+    end = time.monotonic() + 600
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            sys.exit("nobody has noticed " + path)
+        time.sleep(0.05)
+if word.startswith("train"):
     from region_pretrain.progress import Progress, write_progress
     folder = pathlib.Path(product).parent
     for i in (1, 2, 3):
@@ -39,7 +45,10 @@ if word == "train":
         with open(folder / "metrics.json", "a") as f:
             f.write(row + chr(10))
         write_progress(str(folder / "progress.json"), Progress(10 * i, 30, 100.0 * (3 - i)))
-        time.sleep(0.8)
+        if word[6:]:
+            wait_for(os.path.join(word[6:], folder.name + "-" + str(i)))
+        else:
+            time.sleep(0.8)
 time.sleep(0.3)
 note("end")
 pathlib.Path(product).touch()
@@ -72,7 +81,7 @@ class Sweeps:
     def start(self, at_once: int = 2) -> None:
         submission.start(self.file(at_once), str(self.folder), lambda line: None)
 
-    def wait(self, seconds: float = 60) -> dict[str, str]:
+    def wait(self, seconds: float = 600) -> dict[str, str]:
         """Wait until nothing can run any more, and return the states."""
         end = time.monotonic() + seconds
         while status.status_text(str(self.folder))[1]:
@@ -90,7 +99,7 @@ class Sweeps:
         rows = [json.loads(line) for line in lines]
         return [(what, Path(product).parent.name, *rest) for what, product, *rest in rows]
 
-    def until(self, condition, seconds: float = 30) -> None:
+    def until(self, condition, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end

@@ -1,6 +1,7 @@
 """The Shapes benchmark: its sizes, and the quick one end to end, cut down to a minute."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, load_config
-from region_pretrain.sweeps import state
+from region_pretrain.sweeps import configs, state
 from region_pretrain.sweeps.definition import load_sweep
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, TRIAL
 from region_pretrain.sweeps.plan import make_plan
@@ -62,7 +63,14 @@ def overrides(run):
 
 def config(run):
     arguments = run.tasks[0]
-    return load_config(arguments[arguments.index("--config-file") + 1], overrides(run))
+    return configs.load(arguments[arguments.index("--config-file") + 1], overrides(run))
+
+
+@functools.cache
+def planned(name, *changes):
+    """A sweep with one seed, and its plan."""
+    sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), ["sweep.seeds=[1]", *changes])
+    return sweep, make_plan(sweep)
 
 
 @pytest.mark.parametrize(("size", "side"), [("quick", 96), ("medium", 96), ("full", 256)])
@@ -134,9 +142,7 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     def load(name):
         # One learning rate: the runs that choose it are parents of the fine-tunings.
         rate = "sweep.finetune.detector.learning_rates=[0.1]"
-        changes = ["sweep.seeds=[1]", *([rate] if name == "shapes_long" else [])]
-        sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), changes)
-        plan = make_plan(sweep)
+        sweep, plan = planned(name, *([rate] if name == "shapes_long" else []))
         wanted = [e for e in plan.entries if e["kind"] == FINETUNE and e["seed"] == 1]
         return sweep, {(e["init"], e["finetune"]): plan.runs[e["run"]] for e in wanted}
 
@@ -202,8 +208,7 @@ def test_overrides_of_single_list_entries():
 
 def test_regions_and_probes_share_the_runs_of_the_long_benchmark():
     def runs(name):
-        sweep = load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), ["sweep.seeds=[0]"])
-        plan = make_plan(sweep)
+        _, plan = planned(name)
         found = {
             (e["kind"], e.get("finetune"), e["init"]): plan.runs[e["run"]] for e in plan.entries
         }
@@ -249,6 +254,12 @@ def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tm
         for method in METHODS - {"supervised"}
         for weights in ("continued", "unchanged", "random")
     }
+    # Of the second seed, only the seed and the paths that contain a run's id differ.
+    paths = ("train.seed=", "train.init_checkpoint=", "train.output_dir=")
+
+    def of_both_seeds(run):
+        return [word for word in run.tasks[0] if not word.startswith(paths)]
+
     recipe = {
         "train.init_checkpoint",
         "lr_multiplier.warmup_epochs",
@@ -256,6 +267,8 @@ def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tm
         "model.momentum.start",
     }
     for (init, seed), run in runs.items():
+        if seed == 1:
+            assert of_both_seeds(run) == of_both_seeds(runs[init, 0])
         cfg = config(run)
         assert cfg.train.epochs == (10 if init == "start" else 3) and cfg.train.max_iter is None
         assert cfg.dataloader.train.total_batch_size == 32 and cfg.train.seed == seed
@@ -265,6 +278,8 @@ def test_continued_and_random_pre_trainings_differ_only_in_weights_and_recipe(tm
             continue
         assert runs["start", seed].id in run.parents
         assert cfg.train.init_checkpoint == runs["start", seed].product
+        if seed == 1:
+            continue
         other = config(runs[f"{method}_random", seed])
         changed = set(changed_keys(other, cfg)) - {"train.output_dir"}
         if weights == "unchanged":

@@ -85,15 +85,26 @@ def test_minutes_and_attempts_of_shards_are_summed(sweeps):
 def waited(sweeps, tmp_path, monkeypatch):
     """Two trainings, and a run that fails before its dependant, followed with wait()."""
     monkeypatch.setattr(status, "_POLL_LOCAL", 0.1)
-    sweeps.add("one", word="train")
-    sweeps.add("two", word="train")
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    sweeps.add("one", word=f"train:{gates}")
+    sweeps.add("two", word=f"train:{gates}")
     sweeps.add("bad", word=f"fail_once:{tmp_path / 'tried'}")
     sweeps.add("after_bad", "bad")
 
     def wait():
         said = []
+
+        def hear(text):  # a training goes on when this has been said about it
+            said.append(text)
+            for name in ("one", "two"):
+                for i in re.findall(rf"\b{name}\b.* ([12])0/30", text):
+                    (gates / f"{name}-{i}").touch()
+                if re.search(r"\bbad\b.*\bfailed\b", text):
+                    (gates / f"{name}-3").touch()
+
         sweeps.start(3)
-        status.wait(str(sweeps.folder), said.append, every=0.2)
+        status.wait(str(sweeps.folder), hear, every=0.2)
         return said
 
     return wait
@@ -114,7 +125,7 @@ def test_wait_prints_starts_progress_ends_and_failures(waited):
             "iteration 20/30, loss -5.3, ETA 0:01:40",
             "iteration 30/30, loss -5.3",
         }
-        assert re.fullmatch(rf"\[[12]/4\] {name}: finished, 0\.[01] min", mine[-1])
+        assert re.fullmatch(rf"\[[12]/4\] {name}: finished, \d+\.\d min", mine[-1])
     (failed,) = [line for line in said if "failed;" in line]
     assert failed == (
         "[0/4] bad: failed; these runs depend on it: after_bad\n  error: no data set is called x"
@@ -124,7 +135,7 @@ def test_wait_prints_starts_progress_ends_and_failures(waited):
     assert len(said) == sum("iteration" in line for line in said) + 2 * 2 + 2 + 1
     again = waited()  # what is finished already is only counted
     assert not any("] one: " in line or "] two: " in line for line in again)
-    assert re.fullmatch(r"\[4/4\] after_bad: finished, 0\.0 min", again[-2])
+    assert re.fullmatch(r"\[4/4\] after_bad: finished, \d+\.\d min", again[-2])
     assert again[-1] == "\n4 finished"
 
 

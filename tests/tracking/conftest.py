@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from region_pretrain.engine import tracker
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # tiny_run
+
+
+@pytest.fixture(autouse=True)
+def _services_have_time(monkeypatch):
+    """On a busy machine, theirs to end is longer than a run that is stopped should wait."""
+    monkeypatch.setattr(tracker, "_STOPPED_SECONDS", 120.0)
+    monkeypatch.setattr(tracker, "_GRACE", 120.0)
 
 
 @pytest.fixture(autouse=True, scope="module")

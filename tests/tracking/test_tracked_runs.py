@@ -11,7 +11,6 @@ from detectron2.config import LazyCall as L
 from detectron2.engine import HookBase
 from tiny_run import StopAt, final_checkpoint, make_config
 
-from region_pretrain.engine import tracker
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
@@ -215,7 +214,6 @@ def test_without_a_connection_wandb_keeps_the_run_on_the_disk(tmp_path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     cfg = config(tmp_path)
     cfg.train.writers, cfg.train.tracking.seconds = ["json", "wandb"], 4
-    monkeypatch.setattr(tracker, "_GRACE", 60.0)
     do_pretrain(cfg)
     ((_, records),) = wandb_records(tmp_path)
     assert {i: row["total_loss"] for i, row in history(records).items()} == curve(tmp_path)

@@ -1,13 +1,12 @@
 """Finding, recognising, reading and overriding yacs configs."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
+from forked import run_tool
 from zoo import SMALL
 
 from region_pretrain.config import CONFIG_ROOT, load_config, num_classes_keys, to_yaml
@@ -23,7 +22,6 @@ from region_pretrain.yacs import (
 )
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
-TOOLS = CONFIG_ROOT.parent / "tools"
 
 
 def test_a_name_of_the_model_zoo_and_a_path():
@@ -247,10 +245,10 @@ def test_proposals():
 def test_fine_tuning_on_two_processes(tmp_path):
     """The tool, from a zoo name."""
     shapes = "{_target_:region_pretrain.data.shapes.shapes,split:val,size:4,side:64}"
-    command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", FASTER, *SMALL]
+    command = ["train_net.py", "--config-file", FASTER, *SMALL]
     command += [f"dataloader.{split}.dataset.names={shapes}" for split in ("train", "test")]
     command += ["MODEL.DEVICE=cpu", "--num-gpus", "2", "SOLVER.MAX_ITER=2"]
     command += ["MODEL.ROI_HEADS.NUM_CLASSES=8", f"train.output_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = run_tool(*command, seconds=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Path(tmp_path, "model_final.pth").exists()
