@@ -34,7 +34,7 @@ from region_pretrain.config import (
 )
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
-from region_pretrain.engine.methods import load_method
+from region_pretrain.engine.methods import is_recipe, load_method
 from region_pretrain.engine.output_dir import holds_run, refuse_existing_run
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.writer_list import check_writers
@@ -77,8 +77,9 @@ def pretrain(
     Ctrl-C stops after the current step, saves a checkpoint and raises ``KeyboardInterrupt``.
 
     Args:
-        method: the name of a method (a folder of ``projects/``) to pre-train ``detector`` with; or
-            the config of a recipe, which has a detector: a path or a loaded config.
+        method: the name of a method (a folder of ``projects/``), or the path of a recipe of your
+            own, to pre-train ``detector`` with; or a config that has a detector: a path or a loaded
+            config.
         images: see :data:`~region_pretrain.api.data.Data`; None: the config's.
         detector: see :data:`~region_pretrain.api.detectors.AnyDetector`. The modules of a built
             detector are trained themselves, from the weights that they have.
@@ -209,7 +210,7 @@ def _load(
     method: str | os.PathLike | DictConfig, detector: AnyDetector, overrides: Sequence[str]
 ) -> tuple[DictConfig, AnyDetector]:
     method = method if isinstance(method, DictConfig) else os.fspath(method)
-    if isinstance(method, str) and not method.endswith((".py", ".yaml")):
+    if isinstance(method, str) and (not method.endswith((".py", ".yaml")) or is_recipe(method)):
         if detector is None:
             raise UserError(f"method {method!r} needs detector=: a detection config or a detector")
         upper, lower = split_overrides(overrides)

@@ -204,7 +204,7 @@ def _find(method: str) -> Path:
         path = Path(method).expanduser()
         if not path.is_file():
             raise UserError(f"method {method}: no such file")
-        if "pretrain" not in _functions(path):
+        if not is_recipe(method):
             raise UserError(
                 f"method {method}: the file has no function pretrain(detector); a config that "
                 "names its detector is given as --config-file"
@@ -219,6 +219,12 @@ def _find(method: str) -> Path:
         f"method {method}: must be one of {', '.join(sorted(_folders()))}, or the path of a recipe "
         "(.py)"
     )
+
+
+def is_recipe(path: str) -> bool:
+    """Whether a file is a recipe for any detector, rather than a config that has one."""
+    file = Path(path).expanduser()
+    return path.endswith(".py") and file.is_file() and "pretrain" in _functions(file)
 
 
 def _functions(path: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """Several calls in one process: what they share, and what one must not change for another."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from region_pretrain.data.catalog import get_records
 from region_pretrain.modeling.given import refer_to, without_numbers
 from region_pretrain.regions import RegionStore
 
+ROOT = Path(__file__).parents[2]
 PLAIN = [
     *CPU,
     "dataloader.train.mapper.augmentations=[]",
@@ -174,6 +176,16 @@ def test_regions_of_an_override_are_used(region_folder, tmp_path):
     assert cfg.dataloader.train.dataset.regions == "mine.arrow"
     cfg = rp.pretrain_config("soco", **given)
     assert cfg.dataloader.train.dataset.regions.startswith(f"{tmp_path}/regions-")
+
+
+def test_a_recipe_of_ones_own_is_a_method(region_folder, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text((ROOT / "projects/MoCo/configs/common/moco.py").read_text())
+    given = dict(images=region_folder.images, detector=narrow_config(), output_dir=tmp_path)
+    mine, theirs = (rp.pretrain_config(name, **given) for name in (recipe, "moco"))
+    assert mine.model == theirs.model and mine.dataloader == theirs.dataloader
+    with pytest.raises(rp.UserError, match="needs detector=: a detection config or a detector"):
+        rp.pretrain_config(recipe, images=region_folder.images)
 
 
 def test_labelled_records_are_images_too(coco_folder, tmp_path):

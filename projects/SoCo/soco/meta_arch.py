@@ -23,7 +23,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.region_head import add_head, as_module
-from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
+from region_pretrain.modeling.regions import assign_levels, pool_regions
 from region_pretrain.projects.soco.views import pair_groups
 
 
@@ -45,8 +45,7 @@ class SoCo(PretrainingModel):
         projector, predictor: :class:`~region_pretrain.modeling.heads.MLPHead`.
         momentum: schedule of the EMA momentum over the run, from 0 to 1.
         level_scales: largest region scale of each level in view pixels
-            (:func:`~region_pretrain.modeling.regions.assign_levels`); larger ones, which only views
-            above the last scale have, are pooled from the last level. Unused with a single level.
+            (:func:`~region_pretrain.modeling.regions.assign_levels`); unused with a single level.
         sources: the view sampler's ``sources``, which determine the pairs of views.
         all_levels: embed each region on every level and keep the assigned one, as released: 4 times
             the head's work, and batch-norm statistics over all levels. ``False`` embeds each region
@@ -150,8 +149,7 @@ class SoCo(PretrainingModel):
         """``(B, K)`` level of each region, on the CPU."""
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
-        levels = assign_levels(view.boxes, self.level_scales)
-        return levels.where(levels != UNASSIGNED, len(self.in_features) - 1)
+        return assign_levels(view.boxes, self.level_scales)
 
     def _embed(
         self,
