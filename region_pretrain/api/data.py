@@ -73,14 +73,21 @@ class DataSets:
             raise UserError(f"{argument}: records with annotations need classes=[...], their names")
         facts = (records, list(classes or ()))
         # The same for equal records in another process, e.g. in order to resume.
-        text = json.dumps(facts, sort_keys=True, default=_plain)
+        text = json.dumps(_plain(facts))
         name = f"records-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         self.given[name] = facts
         return name
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else repr(value)
+    """The same for equal values, also after they were written as JSON."""
+    if isinstance(value, dict):
+        return sorted(([str(k), _plain(v)] for k, v in value.items()), key=lambda item: item[0])
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def _named(argument: str, name: str) -> str:

@@ -238,9 +238,9 @@ def evaluate(
         cfg.train.output_dir = os.fspath(output_dir)
     make_names_absolute(complete_train(cfg))
     with isolated(sets.given, verbose):
-        names = _check_classes(cfg, classes, model, training=False)
-        if isinstance(detector, Finetuned) and (
-            difference := difference_of(detector.classes, names)
-        ):
+        # On its own val, a fine-tuning has been compared already, also with mappers that rename.
+        names = _check_classes(cfg, classes, None if data is None else model, training=False)
+        known = detector.classes if isinstance(detector, Finetuned) and data is not None else ()
+        if difference := difference_of(known, names):
             raise UserError(f"data: other classes than those of the fine-tuning: {difference}")
         return without_nan(do_evaluate(cfg, model))

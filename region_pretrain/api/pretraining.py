@@ -124,7 +124,7 @@ def pretrain(
         path = os.path.join(cfg.train.output_dir, DETECTOR_FILE)
         if text:
             write_text_atomic(path, text)
-        elif os.path.exists(path):  # of an attempt that ended before it had results
+        elif not resume and os.path.exists(path):  # of an attempt that ended before it had results
             os.remove(path)
 
     keep, is_built = KeepModel(save_detector), isinstance(detector, nn.Module)

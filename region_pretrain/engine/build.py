@@ -184,7 +184,7 @@ def log_schedule(cfg: DictConfig, multiplier: ParamScheduler, max_iter: int) -> 
             *(round(at.warmup_length * at.planned), at.planned, at.warmup, max_iter),
             *(new, longer, least),
         )
-    if "steps" in lazy and at.steps[-1] < max_iter < 0.9 * at.planned:
+    if "steps" in lazy and at.steps and at.steps[-1] < max_iter < 0.9 * at.planned:
         logger.warning(
             "lr_multiplier.steps=%s are iterations of a run of lr_multiplier.max_iter=%d: this run "
             "of %d has its drops at %s; if its own iterations are meant, set "

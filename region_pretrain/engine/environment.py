@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -36,9 +37,8 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """``cpu``, ``instructions``, ``cores``, ``system``, and ``gpu`` if there is one."""
     name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        models = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
         name = models[0] if models else name
     found = {"cpu": name, "instructions": torch.backends.cpu.get_cpu_capability()}
     found |= {"cores": len(cores()), "system": platform.platform()}

@@ -204,7 +204,7 @@ def _find(method: str) -> Path:
         path = Path(method).expanduser()
         if not path.is_file():
             raise UserError(f"method {method}: no such file")
-        if not is_recipe(method):
+        if "pretrain" not in _names(path):
             raise UserError(
                 f"method {method}: the file has no function pretrain(detector); a config that "
                 "names its detector is given as --config-file"
@@ -213,7 +213,7 @@ def _find(method: str) -> Path:
     for name, configs in _folders().items():
         for path in sorted((configs / "common").glob("*.py")):
             wanted = _plain(method) in (_plain(name), _plain(path.stem))
-            if wanted and "pretrain" in _functions(path):
+            if wanted and "pretrain" in _names(path):
                 return path
     raise UserError(
         f"method {method}: must be one of {', '.join(sorted(_folders()))}, or the path of a recipe "
@@ -224,9 +224,18 @@ def _find(method: str) -> Path:
 def is_recipe(path: str) -> bool:
     """Whether a file is a recipe for any detector, rather than a config that has one."""
     file = Path(path).expanduser()
-    return path.endswith(".py") and file.is_file() and "pretrain" in _functions(file)
+    if not (path.endswith(".py") and file.is_file()):
+        return False
+    found = _names(file)
+    return "pretrain" in found and "model" not in found
 
 
-def _functions(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def _names(path: Path) -> set[str]:
+    """The functions and variables of a Python file, as far as its text tells."""
+    try:
+        tree = ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be loaded: {describe(error)}") from None
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    return functions | {target.id for target in targets if isinstance(target, ast.Name)}

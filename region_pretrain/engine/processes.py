@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
@@ -175,13 +176,20 @@ def launch(
     except ProcessRaisedException as error:
         if signal.SIGINT in received and error.msg.rstrip().endswith("KeyboardInterrupt"):
             raise KeyboardInterrupt from None
-        again = [number for number in received if number != USR2 and received.count(number) > 1]
-        if again:  # one process has ended, and the others fail without it
-            _exit_resumable(_stopped_by(again[0]), 128 + again[0])
+        _exit_if_asked_twice(received)  # one process has ended, and the others fail without it
+        raise
+    except (EOFError, pickle.UnpicklingError):  # killed while it wrote why it failed
+        _exit_if_asked_twice(received)
         raise
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _exit_if_asked_twice(received: list[signal.Signals]) -> None:
+    for number in received:
+        if number != USR2 and received.count(number) > 1:
+            _exit_resumable(_stopped_by(number), 128 + number)
 
 
 def _stopped_by(number: signal.Signals) -> str:

@@ -10,29 +10,30 @@ from torch import Tensor
 
 from region_pretrain.data.device import to_device
 
+UNASSIGNED = -1
+
 
 def assign_levels(boxes: Tensor, max_scales: Sequence[float]) -> Tensor:
     """Assign boxes to pyramid levels by their scale.
 
-    A box of scale ``s = sqrt(w h)`` goes to the first level whose bound is at least ``s``, or to
-    the last level if it is larger than all bounds. Unlike in Detectron2's canonical rule (224
-    pixels to P4), bounds are in view pixels, so the same object is assigned to different levels in
-    views of different resolution.
+    A box of scale ``s = sqrt(w h)`` goes to the first level whose bound is at least ``s``. Unlike
+    in Detectron2's canonical rule (224 pixels to P4), bounds are in view pixels, so the same object
+    is assigned to different levels in views of different resolution.
 
     Args:
         boxes: ``(..., 4)`` XYXY in view pixels, half-open.
         max_scales: largest scale of each level in pixels, ascending, e.g. (48, 96, 192, 224).
 
     Returns:
-        ``(...)`` int64 level indices.
+        ``(...)`` int64 level indices; :data:`UNASSIGNED` for boxes above the last bound.
     """
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     scale = (width * height).sqrt()
     level = torch.zeros_like(scale, dtype=torch.int64)
-    for bound in max_scales[:-1]:
+    for bound in max_scales:
         # The tolerance absorbs rounding errors in a box that covers the view.
         level += scale > bound * (1 + 1e-5)
-    return level
+    return torch.where(level == len(max_scales), UNASSIGNED, level)
 
 
 def pool_regions(
@@ -47,7 +48,8 @@ def pool_regions(
     Args:
         features: one ``(B, C, H_l, W_l)`` per level, in the pooler's order.
         boxes: ``(B, K, 4)`` XYXY in view pixels, on the CPU.
-        levels: ``(B, K)`` level indices on the CPU, or one for all boxes.
+        levels: ``(B, K)`` level indices on the CPU, or one for all boxes; those
+            :data:`UNASSIGNED` are pooled from the last level.
         pooler: the detector's ``box_pooler``.
         view_size: ``(height, width)`` of the view in pixels.
 
@@ -80,7 +82,8 @@ def pool_boxes(
         features: one ``(B, C, H_l, W_l)`` per level, in the pooler's order.
         boxes: ``(R, 4)`` XYXY in view pixels, on the CPU; R may be 0.
         image: ``(R,)`` int64 on the CPU, the index of each box's image in the batch.
-        levels: ``(R,)`` level indices on the CPU, or one for all boxes.
+        levels: ``(R,)`` level indices on the CPU, or one for all boxes; those
+            :data:`UNASSIGNED` are pooled from the last level.
         pooler: the detector's ``box_pooler``.
         view_size: ``(height, width)`` of the view in pixels.
 
@@ -104,6 +107,7 @@ def pool_boxes(
         rois = to_device(torch.cat([image, boxes * ratios[levels]], dim=1), device)
         return pooler.level_poolers[levels](features[levels].float(), rois)
 
+    levels = levels.where(levels != UNASSIGNED, len(features) - 1)
     order = torch.argsort(levels, stable=True)
     rois = to_device(torch.cat([image, boxes * ratios[levels]], dim=1)[order], device)
     parts = rois.split(torch.bincount(levels, minlength=len(features)).tolist())

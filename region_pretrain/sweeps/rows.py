@@ -227,7 +227,8 @@ def _add_line(rows: dict[tuple[str, ...], Row], line: dict[str, str]) -> None:
     if seeds in row.by_seeds or pretrain is not None and seeds[:2] in {s[:2] for s in row.by_seeds}:
         raise ValueError(f"a second line of {' '.join(key)} with seeds {seeds[:2]}")
     row.by_seeds[seeds] = {k: _number(line[name], float) for k, name in _METRIC_COLUMNS.items()}
-    row.wanted = max(_number(line.get("planned") or "", int) or 0, len(row.by_seeds))
+    planned = _number(line.get("planned") or "", int) or 0
+    row.wanted = max(row.wanted, planned, len(row.by_seeds))
     cost = Cost(*(_number(line[name], float) for name in _COSTS))
     if cost != Cost():
         row.costs[pretrain] = cost

@@ -147,7 +147,8 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
         if base is None or row.init == reference:
             continue
         label = base.label
-        if row.by_seeds and base.by_seeds and row.test_data != base.test_data:
+        data = {row.test_data, base.test_data} - {None}  # unknown in earlier files
+        if row.by_seeds and base.by_seeds and len(data) > 1:
             elsewhere.append(row.label)
             continue
         if count := pairs_of_two_machines(row.by_seeds, base.by_seeds):

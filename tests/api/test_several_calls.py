@@ -108,8 +108,12 @@ def test_a_second_detector_of_the_same_shapes_resumes_the_run_of_the_first(
     assert refer_to(second) != refer_to(first)
     assert without_numbers(refer_to(second)) == without_numbers(refer_to(first))
     assert resumed.results == run.results and same(first.state_dict(), second.state_dict())
+    narrower = narrow_config()
+    narrower.model.roi_heads.num_classes = 3
+    narrower.model.roi_heads.box_head.fc_dims = [16]
+    narrower.model.roi_heads.box_predictor.input_shape.channels = 16
     with pytest.raises(rp.UserError, match="cannot resume with a config that differs"):
-        finetuned(built(4), data, tmp_path / "a", steps=2, resume=True)
+        finetuned(instantiate(narrower.model), data, tmp_path / "a", steps=2, resume=True)
 
 
 def test_class_names_of_an_evaluation_are_those_of_the_fine_tuning(data, coco_folder, tmp_path):
@@ -186,6 +190,9 @@ def test_a_recipe_of_ones_own_is_a_method(region_folder, tmp_path):
     assert mine.model == theirs.model and mine.dataloader == theirs.dataloader
     with pytest.raises(rp.UserError, match="needs detector=: a detection config or a detector"):
         rp.pretrain_config(recipe, images=region_folder.images)
+    recipe.write_text("def f(:")
+    with pytest.raises(rp.UserError, match=r"mine.py cannot be loaded: .*invalid syntax"):
+        rp.pretrain_config(recipe, **given)
 
 
 def test_labelled_records_are_images_too(coco_folder, tmp_path):
@@ -202,5 +209,6 @@ def test_equal_records_have_one_name_in_every_process():
     records = [{"file_name": path, "image_id": path, "height": np.int64(5)}]
     again = json.loads(json.dumps([{"height": 5, "image_id": path, "file_name": path}]))
     assert DataSets().name("images", records) == DataSets().name("images", again)
+    assert DataSets().name("x", [{**records[0], "pairs": {(0, 1): 2, 3: b"4"}}])
     again[0]["height"] = 6
     assert DataSets().name("images", records) != DataSets().name("images", again)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.model_zoo import get_config as get_detectron2_config
 from tiny_run import Loader, NoisyMapper, make_config, records
@@ -28,6 +29,7 @@ from region_pretrain.engine.build import (
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.queue import KeyQueue
+from region_pretrain.solver.schedules import warmup_multistep
 
 
 def config(**train):
@@ -103,6 +105,7 @@ def test_the_schedule_of_a_short_run_is_logged(max_iter, changes, line, warnings
 
 def test_the_schedule_of_a_short_run_of_a_stock_config(caplog):
     cfg = get_detectron2_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
+    caplog.set_level(logging.WARNING, "region_pretrain")
     log_schedule(cfg, instantiate(cfg.lr_multiplier), 900)
     assert caplog.messages == [
         "the warm-up of 1000 of 90000 iterations has become one of 10 of 900: "
@@ -112,6 +115,8 @@ def test_the_schedule_of_a_short_run_of_a_stock_config(caplog):
     caplog.clear()
     log_schedule(cfg, instantiate(cfg.lr_multiplier), 900)
     assert caplog.messages == []
+    cfg.lr_multiplier = L(warmup_multistep)(max_iter=90_000, steps=[])
+    log_schedule(cfg, instantiate(cfg.lr_multiplier), 900)
 
 
 def test_every_process_builds_the_same_model_then_draws_its_own_numbers(monkeypatch):

@@ -180,8 +180,25 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, processes):
     os.killpg(process.pid, signal.SIGCONT)
     run.until(lambda: "stopping after this step" in run.output(), process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(LONG) in (130, 137, STOPPED)
+    assert process.wait(LONG) in (130, 137, STOPPED), run.output()
     assert "Traceback" not in run.output(), run.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_killed_while_it_writes_why_it_failed(monkeypatch, capsys, number):
+    """PyTorch finds an empty file then."""
+
+    def killed(*args, **settings):
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(processes, "detectron2_launch", killed)
+    with pytest.raises(SystemExit) as ended:
+        processes.launch(print, 2, device="cpu")
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err.startswith(f"error: stopped by {number.name} before a checkp")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

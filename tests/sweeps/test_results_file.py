@@ -194,6 +194,7 @@ def test_a_baseline_on_two_machines(tmp_path):
     caption = tables([random, soco], {}, ["random"])[1].caption
     assert caption.endswith("pairs of two machines: 2 of SoCo.")
     soco.test_data = "val"
+    assert len(tables([random, soco], {}, ["random"])) == 2  # unknown in earlier files
     random.test_data = "other"
     assert len(tables([random, soco], {}, ["random"])) == 1
 

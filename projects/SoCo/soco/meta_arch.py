@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.region_head import add_head, as_module
-from region_pretrain.modeling.regions import assign_levels, pool_regions
+from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
 from region_pretrain.projects.soco.views import pair_groups
 
 
@@ -131,12 +133,15 @@ class SoCo(PretrainingModel):
             target = [self._embed(self.target, *x) for x in inputs]
 
         first, slots = batch.views[0], batch.views[1].boxes.shape[1]
+        valid = [
+            view.valid & (level != UNASSIGNED)
+            for view, level in zip(batch.views, levels, strict=True)
+        ]
         outputs: dict[str, Tensor] = {}
         for j, group in enumerate(self.groups, start=1):
             own = slice(group * slots, (group + 1) * slots)
-            other = batch.views[j]
             match = matches(
-                first.region_ids[:, own], other.region_ids, first.valid[:, own], other.valid
+                first.region_ids[:, own], batch.views[j].region_ids, valid[0][:, own], valid[j]
             )
             match = to_device(match, online[0].device)
             outputs[f"loss_view{j + 1}"] = matched_cosine_loss(
@@ -149,7 +154,15 @@ class SoCo(PretrainingModel):
         """``(B, K)`` level of each region, on the CPU."""
         if len(self.in_features) == 1:
             return torch.zeros_like(view.region_ids)
-        return assign_levels(view.boxes, self.level_scales)
+        levels = assign_levels(view.boxes, self.level_scales)
+        if (view.valid & (levels == UNASSIGNED)).any():
+            log_first_n(
+                logging.WARNING,
+                f"regions above {self.level_scales[-1]:g} pixels are left out: "
+                f"model.level_scales={self.level_scales} should end at the size of the views, "
+                f"{max(view.images.shape[-2:])}",
+            )
+        return levels
 
     def _embed(
         self,
@@ -173,7 +186,7 @@ class SoCo(PretrainingModel):
 
         if self.all_levels:
             everywhere = torch.stack([embed_on(i) for i in range(len(features))])  # (L, B * K, D)
-            chosen = to_device(levels, images.device).reshape(1, -1, 1)
+            chosen = to_device(levels.clamp(min=0), images.device).reshape(1, -1, 1)
             chosen = chosen.expand(1, -1, everywhere.shape[-1])
             embedded = everywhere.gather(0, chosen)[0]
         else:

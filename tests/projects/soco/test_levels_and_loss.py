@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
-from region_pretrain.modeling.regions import assign_levels
+from region_pretrain.modeling.regions import UNASSIGNED, assign_levels
 
 SCALES = (48, 96, 192, 224)
 
 
 @pytest.mark.parametrize(
     ("side", "level"),
-    [(48, 0), (49, 1), (64, 1), (96, 1), (97, 2), (192, 2), (193, 3), (224, 3), (225, 3)],
+    [(48, 0), (49, 1), (64, 1), (96, 1), (97, 2), (192, 2), (193, 3), (224, 3), (225, UNASSIGNED)],
 )
 def test_levels_of_squares(side, level):
     box = torch.tensor([[7.0, 5.0, 7.0 + side, 5.0 + side]])
@@ -48,7 +48,7 @@ def test_levels_agree_with_integer_pixels_away_from_the_bounds():
     for box, level in zip(boxes, ours, strict=True):
         x1, y1, x2, y2 = int(box[0]), int(box[1]), int(box[2] - pixel), int(box[3] - pixel)
         scale = math.sqrt((x2 - x1 + 1) * (y2 - y1 + 1))
-        theirs = next(i for i, bound in enumerate(SCALES) if scale <= bound)
+        theirs = next((i for i, bound in enumerate(SCALES) if scale <= bound), UNASSIGNED)
         if theirs != level:
             differ += 1
             exact = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
