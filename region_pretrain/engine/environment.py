@@ -71,4 +71,5 @@ def read_machine(folder: str) -> str | None:
     facts = read_json(path, dict[str, Any], "delete it")
     names = ("cpu", "instructions") if facts.get("device") == "cpu" else ("gpu",)
     found = [str(facts[name]) for name in names if name in facts]
-    return ", ".join([*found, f"PyTorch {facts['torch']}"]) if "torch" in facts else None
+    version = str(facts.get("torch", "")).partition("+")[0]  # without the build's CUDA version
+    return ", ".join([*found, f"PyTorch {version}"]) if version else None
