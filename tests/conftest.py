@@ -3,7 +3,9 @@
 import functools
 import gc
 import json
+import logging
 import os
+import random
 import shutil
 import signal
 import sys
@@ -93,6 +95,18 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _as_if_alone():
+    """Other tests of this process drew random numbers, and their runs took the loggers."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    for name in ("fvcore", "detectron2", "region_pretrain"):
+        log = logging.getLogger(name)
+        log.propagate = True
+        log.handlers.clear()
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Several calls in one process: what they share, and what one must not change for another."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pytest
 import torch
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import GeneralizedRCNN
 from narrow import CPU, SMALL, narrow_config
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import region_pretrain as rp
 from region_pretrain.api.data import DataSets
@@ -43,6 +46,22 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@contextmanager
+def weights_that_predict():
+    """The weights of each detector that is called meanwhile, one entry a call."""
+    seen = []
+
+    def hook(module, _):
+        if isinstance(module, GeneralizedRCNN):
+            seen.append(weights(module))
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def finetuned(init, data, folder, **changes):
     given = dict(train=data, val=data, steps=2, batch_size=2, lr=0.02, output_dir=folder)
     return rp.finetune(init, **{**given, "overrides": PLAIN, **changes})
@@ -51,12 +70,15 @@ def finetuned(init, data, folder, **changes):
 def test_an_evaluation_from_a_folder_leaves_the_built_detector_alone(data, tmp_path):
     detector = built()
     first = finetuned(detector, data, tmp_path / "a")
+    after_first = weights(detector)
     second = finetuned(detector, data, tmp_path / "b")
     after, training = weights(detector), detector.training
-    assert first.results != second.results
-    assert rp.evaluate(tmp_path / "a") == first.results
-    assert same(after, detector.state_dict()) and detector.training == training
-    assert rp.evaluate(second) == second.results
+    assert not same(after_first, after)
+    with weights_that_predict() as seen:
+        assert rp.evaluate(tmp_path / "a") == first.results
+        assert same(after, detector.state_dict()) and detector.training == training
+        assert rp.evaluate(second) == second.results
+    assert same(after_first, seen[0]) and same(after, seen[-1])
 
 
 def test_a_run_of_a_built_detector_is_that_detector_for_the_next_one(data, coco_folder, tmp_path):

@@ -1,6 +1,5 @@
 """Puts ``tiny_run`` where configs and child processes can import it by name."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -17,13 +16,3 @@ def _children_find_tiny_run(monkeypatch):
     paths = [HERE, root, os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(p for p in paths if p))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(autouse=True)
-def _logs_reach_caplog():
-    """Runs started by a test take the loggers for themselves; give them back."""
-    yield
-    for name in ("fvcore", "detectron2", "region_pretrain"):
-        log = logging.getLogger(name)
-        log.propagate = True
-        log.handlers.clear()
