@@ -51,6 +51,10 @@ SETTINGS = {
     **_rates("byol", 4.0),
     **_rates("moco", 0.3),
     "moco_warm": variant("moco", "temperature 0.2", "model.temperature=0.2"),
+    **{
+        f"{name}_groups": variant(name, "batch norm over 8 images", "model.norm_batch_size=8")
+        for name in ("ccop", "point", "moco")
+    },
     "soco_annotated": variant("soco", "annotated boxes", *_ANNOTATED),
 }
 

@@ -232,6 +232,22 @@ def warn_of_long_queues(data: TrainingData, model: nn.Module) -> None:
             )
 
 
+#: Fewer steps are named, if smaller batches would give more of them.
+_FEW_STEPS, _SMALL_BATCH = 5000, 256
+
+
+def warn_of_few_steps(data: TrainingData, max_iter: int) -> None:
+    """Warn if the batch size of a recipe for large data leaves few steps on a small data set."""
+    if data.iterations_per_epoch and max_iter < _FEW_STEPS and data.total_batch_size > _SMALL_BATCH:
+        images = data.iterations_per_epoch * data.total_batch_size
+        logger.warning(
+            "%d steps of %d images are few: the recipes have tens of thousands. For the %d images "
+            "of an epoch, lower dataloader.train.total_batch_size, e.g. to %d, and raise "
+            "train.epochs",
+            *(max_iter, data.total_batch_size, images, _SMALL_BATCH),
+        )
+
+
 def one_image_at_a_time(total_batch_size: int, accumulate_steps: int) -> str:
     """What a message says about a run whose processes train on one image at a time."""
     return (

@@ -33,6 +33,7 @@ from region_pretrain.engine.build import (
     resolve_max_iter,
     scale_lr,
     use_fast_kernels,
+    warn_of_few_steps,
     warn_of_long_queues,
     warn_of_single_images,
     wrap_model,
@@ -161,6 +162,7 @@ def run_training(
         freeze(model, train.freeze)
         warn_of_single_images(cfg, data, model)
         warn_of_long_queues(data, model)
+        warn_of_few_steps(data, max_iter)
         optimizer = build_optimizer(cfg, model, lr)
         multiplier = instantiate(cfg.lr_multiplier)
         log_schedule(cfg, multiplier, max_iter)

@@ -1,10 +1,11 @@
-"""Batch norm over the samples of all processes, and per process."""
+"""Batch norm over the samples of all processes, of one process and of groups of samples."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import Tensor, nn
@@ -254,13 +255,60 @@ def use_sync_batchnorm(model: nn.Module) -> nn.Module:
     return _turn_sync_batchnorms_into(SyncBatchNorm, model)
 
 
-def use_local_batchnorm(model: nn.Module) -> nn.Module:
-    """Turn every synchronised batch norm of a model into an ``nn.BatchNorm2d``, in place.
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Batch norm over groups of a process's samples, as if each group were on a GPU of its own.
+
+    Known as ghost batch norm (arXiv 1705.08741, section 4). The groups are consecutive samples, at
+    most :attr:`group_size` of them, and their sizes differ by at most one. The running statistics
+    are moved towards the mean of those of the groups.
+
+    Shapes: (N, C, H, W) to the same shape and dtype.
+
+    Attributes:
+        group_size: samples whose statistics are computed together; None: all of the process.
+    """
+
+    group_size: int | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        groups = number_of_groups(len(input), self.group_size) if self.training else 1
+        if groups == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        parts = input.tensor_split(groups)
+        means, variances = [None] * groups, [None] * groups
+        if self.track_running_stats:
+            means, variances = self.running_mean.new_zeros(2, groups, self.num_features)
+        output = torch.cat(
+            [
+                F.batch_norm(part, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+                for part, mean, variance in zip(parts, means, variances, strict=True)
+            ]
+        )
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum
+            if momentum is None:  # a cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(means.mean(0), momentum)
+            self.running_var.lerp_(variances.mean(0), momentum)
+        return output
+
+
+def number_of_groups(samples: int, group_size: int | None) -> int:
+    """Groups of a :class:`GhostBatchNorm` on ``samples`` samples, at least 1."""
+    return max(1, -(-samples // group_size)) if group_size else 1
+
+
+def use_local_batchnorm(model: nn.Module, group_size: int | None = None) -> nn.Module:
+    """Turn every synchronised batch norm of a model into one of each process, in place.
 
     As in :func:`use_sync_batchnorm`, modules, parameters and buffers remain the same objects.
 
     Args:
         model: modified in place; the inputs of its norms are ``(N, C, H, W)``.
+        group_size: of :class:`GhostBatchNorm`, which all its 2D batch norms become; None: they are
+            ``nn.BatchNorm2d``.
 
     Returns:
         The model.
@@ -268,7 +316,13 @@ def use_local_batchnorm(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is NaiveSyncBatchNorm:
             module.__class__ = nn.BatchNorm2d
-    return _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
+    _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
+    if group_size is not None:
+        for module in model.modules():
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = GhostBatchNorm
+                module.group_size = group_size
+    return model
 
 
 def broadcast_statistics(network: nn.Module) -> None:

@@ -1,9 +1,10 @@
 """Shuffling batch norm (MoCo, arXiv 1911.05722, section 3.3).
 
-With batch norm per process, a query and its positive key share the statistics of the same images,
-and the network can lower the loss through that alone. The keys are therefore embedded in another
-order over the processes. Images, and the boxes that belong to them, travel to the process that
-embeds them; only vectors travel back.
+If a batch norm sees a query's images together, and their positive keys together, a query and its
+key share the statistics of the same images, which no negative does, and the network can lower the
+loss through that alone. Batch norms therefore see groups of images, and the keys are embedded in
+another order over the groups of all processes. Images, and the boxes that belong to them, travel to
+the process that embeds them; only vectors travel back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import distributed as dist
 
 from region_pretrain.data.batch import View
 from region_pretrain.data.device import to_device
-from region_pretrain.modeling.norms import use_local_batchnorm
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.norms import number_of_groups, use_local_batchnorm
 
 
 class ShufflingBatchNorm:
@@ -29,14 +31,21 @@ class ShufflingBatchNorm:
         enabled: if False, the detector's own norms (which should be SyncBN) and the images' order
             are kept.
         seed: seed of the permutations; None is 0.
+        norm_batch_size: images that a batch norm sees together, at most; None: all of a process.
+
+    Raises:
+        UserError: ``norm_batch_size`` is not positive.
     """
 
-    def __init__(self, enabled: bool, seed: int | None) -> None:
+    def __init__(self, enabled: bool, seed: int | None, norm_batch_size: int | None = None) -> None:
+        if norm_batch_size is not None and norm_batch_size < 1:
+            raise UserError(f"model.norm_batch_size={norm_batch_size} must be positive or null")
         self.enabled, self.seed = enabled, seed or 0
+        self.norm_batch_size = norm_batch_size
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Give a network batch norms per process if shuffling is enabled; in place."""
-        return use_local_batchnorm(network) if self.enabled else network
+        """Give a network batch norms per group if shuffling is enabled; in place."""
+        return use_local_batchnorm(network, self.norm_batch_size) if self.enabled else network
 
     def permutation(self, batch_size: int, *key: int) -> ImageShuffle:
         """The permutation of one pass of the key network.
@@ -45,13 +54,13 @@ class ShufflingBatchNorm:
             batch_size: images per process, the same on all of them.
             key: integers that identify the pass, such as the iteration.
         """
-        return ImageShuffle(batch_size, (self.seed, *key) if self.enabled else None)
+        groups = comm.get_world_size() * number_of_groups(batch_size, self.norm_batch_size)
+        shuffles = self.enabled and groups > 1
+        return ImageShuffle(batch_size, (self.seed, *key) if shuffles else None)
 
 
 class ImageShuffle:
     """A permutation of the images of all processes, computed by each of them without communication.
-
-    A single process keeps its images in order.
 
     Args:
         batch_size: images per process, the same on all of them.
@@ -61,9 +70,9 @@ class ImageShuffle:
 
     def __init__(self, batch_size: int, key: Sequence[int] | None) -> None:
         self.batch_size = batch_size
-        self.world = 1 if key is None else comm.get_world_size()
-        if self.world > 1:
-            self.rank = comm.get_rank()
+        self.enabled = key is not None
+        self.world, self.rank = comm.get_world_size(), comm.get_rank()
+        if self.enabled:
             # Position p (rank by rank) receives image order[p]; image i goes to position place[i].
             self._order = np.random.default_rng(list(key)).permutation(self.world * batch_size)
             self._place = np.argsort(self._order)
@@ -79,13 +88,11 @@ class ImageShuffle:
             ``(B, ...)`` of other images.
         """
         ones = torch.ones(self.batch_size, dtype=torch.int64)
-        return (
-            rows if self.world == 1 else self._exchange(rows, self._place, self._order, ones, ones)
-        )
+        return self._exchange(rows, self._place, self._order, ones, ones) if self.enabled else rows
 
     def shuffle_view(self, view: View) -> View:
         """A view whose images and photometric parameters are shuffled, and nothing else."""
-        if self.world == 1:
+        if not self.enabled:
             return view
         return replace(
             view, images=self.shuffle(view.images), photometry=self.shuffle(view.photometry)
@@ -105,7 +112,7 @@ class ImageShuffle:
         Returns:
             ``(sum(own_counts), ...)``: the rows of this process's own images, in their order.
         """
-        if self.world == 1:
+        if not self.enabled:
             return rows
         ones = torch.ones(self.batch_size, dtype=torch.int64)
         counts, own_counts = (ones if c is None else c for c in (counts, own_counts))
@@ -121,6 +128,8 @@ class ImageShuffle:
     ) -> Tensor:
         """Item i of the global order goes to position ``to[i]``; position p gets ``origin[p]``."""
         counts_out, counts_in = counts_out.numpy(), counts_in.numpy()
+        if self.world == 1:
+            return rows.index_select(0, to_device(_rows_of(counts_out, origin), rows.device))
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         to, origin = to[mine], origin[mine]
         sending = np.argsort(to)  # by receiver, then by position there

@@ -23,6 +23,7 @@ from region_pretrain.engine.build import (
     resolve_device,
     scale_lr,
     use_fast_kernels,
+    warn_of_few_steps,
     warn_of_long_queues,
     wrap_model,
 )
@@ -228,6 +229,17 @@ def test_a_queue_that_is_longer_than_the_data_set_is_named(caplog):
     assert caplog.messages == [
         "model.queue.length=101 is more than the 96 images of an epoch: other views of an image "
         "are among its own negatives; lower it, e.g. to half of them (48)"
+    ]
+
+
+def test_few_steps_of_a_large_batch_are_named(caplog):
+    warn_of_few_steps(Loader(1024, num_images=5000), 5000)
+    warn_of_few_steps(Loader(256, num_images=5000), 400)  # also few, but from small batches
+    assert caplog.messages == []
+    warn_of_few_steps(Loader(1024, num_images=5000), 400)
+    assert caplog.messages == [
+        "400 steps of 1024 images are few: the recipes have tens of thousands. For the 4096 images "
+        "of an epoch, lower dataloader.train.total_batch_size, e.g. to 256, and raise train.epochs"
     ]
 
 

@@ -13,7 +13,12 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from region_pretrain.engine.processes import leave_process_group
-from region_pretrain.modeling.norms import SyncBatchNorm, use_sync_batchnorm
+from region_pretrain.modeling.norms import (
+    GhostBatchNorm,
+    SyncBatchNorm,
+    use_local_batchnorm,
+    use_sync_batchnorm,
+)
 
 CHANNELS = 5
 
@@ -206,3 +211,32 @@ def test_weight_decay_and_precise_bn_see_a_norm():
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert (decay[id(model[0].weight)], decay[id(model[1].weight)]) == (0.1, 0.0)
     assert get_bn_modules(model) == [model[1]]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("samples", "parts"), [(8, [4, 4]), (10, [4, 3, 3]), (4, [4]), (3, [3])])
+def test_groups_are_normalised_as_by_norms_of_their_own(samples, parts, affine, momentum):
+    torch.manual_seed(1)
+    x, weight = torch.randn(2, samples, CHANNELS, 3, 2) * 2 + 1
+    ghost = use_local_batchnorm(make_norm(affine, momentum), 4)
+    assert type(ghost) is GhostBatchNorm
+    found = run(ghost, x, weight, steps=1)
+    each = []
+    for part, its_weight in zip(x.split(parts), weight.split(parts), strict=True):
+        plain = nn.BatchNorm2d(CHANNELS, affine=affine, momentum=momentum)
+        plain.load_state_dict(make_norm(affine, momentum).state_dict())
+        each.append(run(plain, part, its_weight, steps=1))
+    for key in ("output", "x"):
+        torch.testing.assert_close(found[key], torch.cat([own[key] for own in each]))
+    for key in ("weight", "bias") if affine else ():
+        torch.testing.assert_close(found[key], sum(own[key] for own in each))
+    assert found["num_batches_tracked"] == 1
+    for key in ("running_mean", "running_var"):
+        expected = torch.stack([own[key] for own in each]).mean(0)
+        torch.testing.assert_close(found[key], expected)
+    ghost.eval()
+    expected = torch.nn.functional.batch_norm(
+        x, found["running_mean"], found["running_var"], ghost.weight, ghost.bias
+    )
+    torch.testing.assert_close(ghost(x), expected)

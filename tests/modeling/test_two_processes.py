@@ -7,8 +7,9 @@ from torch import nn
 from torch.multiprocessing import spawn
 
 from region_pretrain.engine.processes import leave_process_group
+from region_pretrain.errors import UserError
 from region_pretrain.modeling.gather import gather_rows, mean_over_ranks
-from region_pretrain.modeling.norms import broadcast_statistics
+from region_pretrain.modeling.norms import GhostBatchNorm, broadcast_statistics
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.shuffle import ImageShuffle, ShufflingBatchNorm
 
@@ -49,7 +50,9 @@ def per_rank(rank: int) -> dict:
         norm.running_var += 3 + rank
     broadcast_statistics(norms)
     enabled, disabled = ShufflingBatchNorm(True, 3), ShufflingBatchNorm(False, 3)
+    groups = ShufflingBatchNorm(True, 3, 2)
     return {
+        "groups": groups.permutation(BATCH, 8).shuffle(images).tolist(),
         "queue": queue.keys[:, 0].tolist(),
         "pointer": int(queue.pointer),
         "shuffled": received[:, 0, 0].tolist(),
@@ -103,15 +106,26 @@ def test_the_mean_is_over_the_items_of_all_processes(seen):
     assert seen[0]["rows"] == seen[1]["rows"] == [[0, 5], [0, 6], [1, 5], [1, 6]]
 
 
-def test_a_single_process_keeps_its_images_in_order():
+def test_a_single_process_shuffles_if_its_norms_see_groups():
     result = per_rank(0)
-    assert result["shuffled"] == result["same"] == result["other"] == [0, 1, 2, 3, 4]
+    assert result["same"] == result["other"] == [0, 1, 2, 3, 4]  # one group
+    assert sorted(result["shuffled"]) == [0, 1, 2, 3, 4] != result["shuffled"]
+    assert result["groups"] == result["shuffled"]
+
+
+def test_the_batch_size_of_norms_is_positive():
+    with pytest.raises(UserError, match="model.norm_batch_size=0 must be positive or null"):
+        ShufflingBatchNorm(True, 0, 0)
 
 
 def test_norms_are_per_process_only_if_shuffling_is_enabled():
-    for enabled, kind in ((True, nn.BatchNorm2d), (False, nn.SyncBatchNorm)):
+    for enabled, size, kind in (
+        (True, None, nn.BatchNorm2d),
+        (True, 8, GhostBatchNorm),
+        (False, 8, nn.SyncBatchNorm),
+    ):
         network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4))
-        assert ShufflingBatchNorm(enabled, None).prepare(network) is network
+        assert ShufflingBatchNorm(enabled, None, size).prepare(network) is network
         assert type(network[1]) is kind
 
 

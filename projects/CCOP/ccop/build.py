@@ -74,8 +74,10 @@ def ccop(
             num_candidates=10,
             hardest=True,
             level_scales=parts.level_scales(size),
-            # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
+            # True: shuffling BN, i.e. batch norm over norm_batch_size images (null: of a process).
+            # False: the detector's SyncBN.
             shuffle=True,
+            norm_batch_size=32,
             seed=parts.refer("train.seed", 0),
             **parts.pixels,
         )

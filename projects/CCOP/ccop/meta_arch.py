@@ -82,8 +82,11 @@ class CCOP(PretrainingModel):
             one.
         level_scales: largest region scale of each level in view pixels
             (:func:`~region_pretrain.modeling.regions.assign_levels`).
-        shuffle: use batch norm per process in the backbone, as released, with key images shuffled
-            over processes. False keeps the detector's own norms, which should be SyncBN.
+        shuffle: use batch norm over groups of images in the backbone, with the key network's images
+            shuffled over the groups of all processes. False keeps the detector's own norms, which
+            should be SyncBN.
+        norm_batch_size: images of such a group, at most; None: all of a process. 32 are those of a
+            GPU in the released recipes.
         seed: seed of the candidates' noise and of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
@@ -117,6 +120,7 @@ class CCOP(PretrainingModel):
         hardest: bool = True,
         level_scales: Sequence[float] = (48, 96, 192, 224),
         shuffle: bool = True,
+        norm_batch_size: int | None = 32,
         seed: int | None = 0,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -143,7 +147,7 @@ class CCOP(PretrainingModel):
                 f"{list(in_features)}"
             )
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
-        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.shuffling = ShufflingBatchNorm(shuffle, seed, norm_batch_size)
         self.backbone = self.shuffling.prepare(backbone)
         freeze_unread(self.backbone, in_features, of_trunk=[trunk_feature])
         add_head(self, "roi_heads.box_pooler", pooler)

@@ -36,8 +36,10 @@ def moco(
             queue=L(KeyQueue)(length=65_536, dim=dim),
             momentum=L(ConstantParamScheduler)(value=0.999),
             temperature=0.2,
-            # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
+            # True: shuffling BN, i.e. batch norm over norm_batch_size images (null: of a process).
+            # False: the detector's SyncBN.
             shuffle=True,
+            norm_batch_size=32,
             seed=parts.refer("train.seed", 0),
             **parts.pixels,
         )

@@ -37,8 +37,11 @@ class MoCo(PretrainingModel):
         queue: keys of other images.
         momentum: schedule of the EMA momentum over the run, a function of its progress in [0, 1].
         temperature: temperature of the loss.
-        shuffle: use batch norm per process in the trunk, as released, with key images shuffled over
-            processes. False keeps the detector's own norms, which should be SyncBN.
+        shuffle: use batch norm over groups of images in the trunk, with the key network's images
+            shuffled over the groups of all processes. False keeps the detector's own norms, which
+            should be SyncBN.
+        norm_batch_size: images of such a group, at most; None: all of a process. 32 are those of a
+            GPU in the released recipes.
         seed: seed of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
@@ -59,6 +62,7 @@ class MoCo(PretrainingModel):
         momentum: ParamScheduler,
         temperature: float = 0.2,
         shuffle: bool = True,
+        norm_batch_size: int | None = 32,
         seed: int | None = 0,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -68,7 +72,7 @@ class MoCo(PretrainingModel):
         if temperature <= 0:
             raise UserError(f"model.temperature={temperature} must be positive")
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
-        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.shuffling = ShufflingBatchNorm(shuffle, seed, norm_batch_size)
         self.backbone = self.shuffling.prepare(backbone)
         self.feature = feature
         prepare_map(self.backbone, feature)

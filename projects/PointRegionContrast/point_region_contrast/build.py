@@ -94,8 +94,10 @@ def point_region(
             point_weight=0.3,
             affinity_weight=0.3,
             zero_init=True,
-            # True: shuffling BN, i.e. per-GPU batch norm. False: the detector's SyncBN.
+            # True: shuffling BN, i.e. batch norm over norm_batch_size images (null: of a process).
+            # False: the detector's SyncBN.
             shuffle=True,
+            norm_batch_size=32,
             seed=parts.refer("train.seed", 0),
             **parts.pixels,
         )

@@ -73,9 +73,11 @@ class PointRegionContrast(PretrainingModel):
         image_weight, point_weight, affinity_weight: weights of the losses; 0 switches one off.
             Without affinities their head and the third view are not used either.
         zero_init: initialise the scale of the last norm in each residual block with 0.
-        shuffle: use batch norm per process in the backbone, as released, with the key network's
-            images shuffled over processes. False keeps the detector's own norms, which should be
-            SyncBN.
+        shuffle: use batch norm over groups of images in the backbone, with the key network's images
+            shuffled over the groups of all processes. False keeps the detector's own norms, which
+            should be SyncBN.
+        norm_batch_size: images of such a group, at most; None: all of a process. 32 are those of a
+            GPU in the released recipes.
         seed: seed of the shuffling.
         pixel_mean, pixel_std, input_format: the detector's.
 
@@ -103,6 +105,7 @@ class PointRegionContrast(PretrainingModel):
         affinity_weight: float = 0.3,
         zero_init: bool = True,
         shuffle: bool = True,
+        norm_batch_size: int | None = 32,
         seed: int | None = 0,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
@@ -124,7 +127,7 @@ class PointRegionContrast(PretrainingModel):
                 zero_init_residual(module)
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.feature = feature
-        self.shuffling = ShufflingBatchNorm(shuffle, seed)
+        self.shuffling = ShufflingBatchNorm(shuffle, seed, norm_batch_size)
         self.backbone = self.shuffling.prepare(backbone)
         prepare_map(self.backbone, feature)
         if res5 is not None:

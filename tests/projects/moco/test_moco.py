@@ -84,6 +84,10 @@ def test_queries_learn_and_the_key_network_follows():
     assert model.queue.pointer == 4
 
 
+#: Shuffling -> images that a norm sees together: two groups of one process, or one of each.
+SHUFFLES = {False: None, True: None, "groups": 4}
+
+
 def _step(model, batch, module):
     with EventStorage():
         module.before_step(5, 10)
@@ -97,7 +101,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     found = {}
-    for shuffle in (False, True):
+    for shuffle in SHUFFLES:
         model = use_sync_batchnorm(torch.load(f"{folder}/{shuffle}.pt", weights_only=False))
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         loss, *rest = _step(wrapped, two_view_batch(8).chunk(2)[rank], model)
@@ -111,11 +115,11 @@ def _rank(rank: int, folder: str) -> None:
     leave_process_group()
 
 
-def test_two_processes_are_one_with_shared_or_fixed_statistics(tmp_path):
+def test_two_processes_are_one_with_equal_or_fixed_statistics(tmp_path):
     one = {}
-    for shuffle in (False, True):
-        model = small_moco(shuffle=shuffle)
-        if shuffle:
+    for shuffle, size in SHUFFLES.items():
+        model = small_moco(shuffle=bool(shuffle), norm_batch_size=size)
+        if shuffle is True:
             for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
                 norm.eval()
                 norm.running_var.fill_(2.0)
