@@ -6,7 +6,8 @@ MoCo v2, BYOL, CCOP and point-level region contrast are pre-trained twice with t
 with half and twice the learning rate, and, if they have a temperature, with that of the recipes for
 photographs; CCOP and point-level region contrast also with the boxes of another search. These two
 and SoCo are pre-trained on annotated boxes as well, an upper bound of the regions' quality and not
-a choice. Each pre-training is fine-tuned once, with a seed that the results do not use.
+a choice; the methods with a queue with batch norm over 8 images instead of all 32. Each
+pre-training is fine-tuned once, with a seed that the results do not use.
 """
 
 from .common.shapes_benchmark import HELD_OUT_SEED, benchmark

@@ -183,7 +183,7 @@ def test_settings():
     page = (ROOT / "projects/README.md").read_text()
     page = page[page.index("### Settings of the methods") : page.index("### Quick size")]
     header, _, *lines = table(page, "method", "own settings")
-    suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated"]
+    suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated", "_groups"]
     shown = 0
     for name, line in zip(("ccop", "point", "byol", "moco"), lines, strict=True):
         for suffix, cell in zip(suffixes, line[1:], strict=True):
@@ -191,7 +191,7 @@ def test_settings():
             aps = [f"{values[seed, 1000]:.1f}" for seed in (0, 1) if (seed, 1000) in values]
             assert cell == (", ".join(aps) or "–"), name + suffix
             shown += len(aps)
-    assert shown == sum(len(values) for values in rows.values()) == 29
+    assert shown == sum(len(values) for values in rows.values()) == 31
     chosen = {row.init: row for row in read_csv(str(CHOSEN))}
     long = {row.init: row for row in read_csv(str(CSV))}
     to = {"difference to random weights": "random", "to MoCo v2": "moco", "to BYOL": "byol"}
@@ -224,6 +224,8 @@ def test_settings():
     assert all(rows["byol_twice"][at] > rows["byol"][at] for at in rows["byol"])
     apart = rows["moco"][1, 1000] - rows["moco"][0, 1000]
     assert f"MoCo v2 differ by {apart:.1f} with its own settings" in page
+    lower = means["moco"] - means["moco_groups"]
+    assert f"one better and one worse, and {lower:.1f} worse on average: that" in page
     front = " ".join((ROOT / "README.md").read_text().split())
     aps = {name: row.statistics("bbox/AP") for name, row in long.items()}
     twice = chosen["byol_twice"].statistics("bbox/AP")

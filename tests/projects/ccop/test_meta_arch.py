@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.norms import GhostBatchNorm
 from region_pretrain.modeling.regions import assign_levels
 from region_pretrain.projects.ccop.candidates import draw_noise, jitter_boxes
 
@@ -211,9 +212,9 @@ def test_the_curriculum_is_logged(small_ccop, make_batch):
     assert -1 <= outputs["curriculum/chosen_similarity"] <= 1
 
 
-def test_norms_are_per_process_only_if_shuffling_is_enabled(small_ccop):
+def test_norms_are_over_groups_only_if_shuffling_is_enabled(small_ccop):
     shuffled, synced = small_ccop(shuffle=True), small_ccop(shuffle=False)
-    for model, kind in ((shuffled, nn.BatchNorm2d), (synced, nn.SyncBatchNorm)):
+    for model, kind in ((shuffled, GhostBatchNorm), (synced, nn.SyncBatchNorm)):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert norms and all(type(m) is kind for m in norms)
     assert shuffled.state_dict().keys() == synced.state_dict().keys()
