@@ -62,20 +62,23 @@ def plot_curves(
         x_label: label of the x axis.
         y_label: label of the y axis.
         errors: name -> half the length of the error bar at each point.
-        log_x: use a logarithmic x axis, with a tick at each x value.
+        log_x: use a logarithmic x axis, with a tick at each x value. Points with error bars are
+            drawn slightly beside it, so that the bars do not cover each other.
 
     Returns:
         PNG, 960 x 600 pixels.
     """
     figure, axes = _axes()
+    labels = [literal(name if len(x) else f"{name} (no data)") for name, (x, _) in curves.items()]
     for i, (name, (x, y)) in enumerate(curves.items()):
-        label = literal(name if len(x) else f"{name} (no data)")
         marker = "o" if len(x) <= 30 else None
+        bars = (errors or {}).get(name)
+        shift = 1.01 ** (i - (len(curves) - 1) / 2) if bars and log_x else 1
         axes.errorbar(
-            x,
+            [value * shift for value in x],
             y,
-            (errors or {}).get(name),
-            label=label,
+            bars,
+            label=labels[i],
             color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)],
             linestyle=_LINE_STYLES[i // len(_CURVE_COLOURS) % len(_LINE_STYLES)],
             marker=marker,
@@ -91,7 +94,8 @@ def plot_curves(
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     if curves:
-        axes.legend()
+        columns = max(1, min(4, 110 // (max(map(len, labels)) + 8)))
+        figure.legend(loc="outside upper center", ncols=columns)
     return _png(figure)
 
 
