@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
-from region_pretrain.engine.roll_call import meet
+from region_pretrain.engine.roll_call import agree_on_device, meet
 from region_pretrain.errors import INTERRUPTED, STOPPED, Stopped, UserError, describe
 from region_pretrain.system import USR2, cores
 
@@ -112,8 +113,8 @@ def launch(
 
     Raises:
         UserError: the machine has too few GPUs; processes share one; several machines have no
-            rendezvous address; the address or the rank of a machine is invalid; or not all
-            processes connect.
+            rendezvous address; the address or the rank of a machine is invalid; not all
+            processes connect; or some have a GPU and others none.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
@@ -262,6 +263,9 @@ def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, 
         store = meet(
             parts.hostname, parts.port, rank, world_size, speaks=first and world_size > local_size
         )
+        # Detectron2's choice of a backend
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        agree_on_device(store, rank, world_size, device)
         yield store, rank, world_size
     except UserError as error:
         _exit(error, first)
@@ -319,10 +323,15 @@ def _join_from_environment(device: str) -> None:
     if world_size > local_size:
         choose_gloo_interface(host)
     # torchrun has assembled the processes already, and has a store of its own.
-    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        base, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=DEFAULT_TIMEOUT))
+        store = dist.PrefixStore("default_pg", base)  # as in init_process_group
+    else:
+        store = meet(host, port, rank, world_size, speaks=local_rank == 0)
+    agree_on_device(store, rank, world_size, device)
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
-        store=None if torchrun else meet(host, port, rank, world_size, speaks=local_rank == 0),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=DEFAULT_TIMEOUT,
@@ -355,7 +364,8 @@ def _gpu_of(local_rank: int, local_size: int) -> int:
         return 0
     if count < local_size:
         raise UserError(
-            f"{local_size} processes on a machine with {count} GPUs: start one process per GPU"
+            f"{local_size} processes on {socket.gethostname()}, where PyTorch finds {count} GPUs: "
+            "start one process per GPU; if the machine has more, one is missing (nvidia-smi)"
         )
     return local_rank
 

@@ -301,7 +301,7 @@ def join(monkeypatch, gpus, rank=0, world=2):
         raise Captured(backend, arguments["timeout"], chosen)
 
     monkeypatch.setattr(processes, "meet", lambda *args, speaks: (*args, speaks))
-
+    monkeypatch.setattr(processes, "agree_on_device", lambda *args: None)
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
     with pytest.raises(Captured) as captured:
         launch(refuse, 1, device="cuda")
@@ -315,7 +315,8 @@ def test_processes_of_a_scheduler_have_half_an_hour_as_those_of_launch(monkeypat
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: start one process"):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node3")
+    with pytest.raises(UserError, match="4 processes on node3, where PyTorch finds 2 GPUs: .*missing"):
         join(monkeypatch, gpus=2, world=4)
     left = []
     monkeypatch.setattr(processes, "leave_process_group", lambda: left.append(True))
