@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -32,6 +34,7 @@ from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
 _ADDRESS = re.compile(r"tcp://([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}|file:///.+")
+_PATIENCE = timedelta(hours=6)
 _ROLL_CALL = "roll-call"
 T = TypeVar("T")
 
@@ -45,16 +48,22 @@ def on_main_process(function: Callable[[], T]) -> T:
     Raises:
         UserError: the function raised it; in every process.
     """
-    outcome = None
+    outcome, group = None, _patient_group(comm.get_world_size())
     if comm.is_main_process():
         try:
             outcome = function()
         except UserError as error:
             outcome = error
-    outcome = comm.all_gather(outcome)[0]
+    outcome = comm.all_gather(outcome, group)[0]
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
+
+
+@functools.cache
+def _patient_group(world_size: int) -> dist.ProcessGroup | None:
+    """A group that waits for hours for what one process does alone, such as COCO's evaluation."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
 
 
 class FailedElsewhere(UserError):
@@ -72,14 +81,15 @@ def fail_together() -> Iterator[None]:
     Raises:
         FailedElsewhere: another process failed.
     """
+    group = _patient_group(comm.get_world_size())  # now, while none is waiting
     try:
         yield
     except FailedElsewhere:
         raise  # all processes know already
     except Exception as error:
-        comm.all_gather(describe(error))
+        comm.all_gather(describe(error), group)
         raise
-    for rank, message in enumerate(comm.all_gather("")):
+    for rank, message in enumerate(comm.all_gather("", group)):
         if message:
             raise FailedElsewhere(f"rank {rank}: {message}")
 
@@ -263,9 +273,8 @@ def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, 
         store = meet(
             parts.hostname, parts.port, rank, world_size, speaks=first and world_size > local_size
         )
-        # Detectron2's choice of a backend
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        agree_on_device(store, rank, world_size, device)
+        # Detectron2 chooses the backend accordingly.
+        agree_on_device(store, rank, world_size, "cuda" if torch.cuda.is_available() else "cpu")
         yield store, rank, world_size
     except UserError as error:
         _exit(error, first)
@@ -300,6 +309,7 @@ def leave_process_group() -> None:
     comm._LOCAL_PROCESS_GROUP = None
     comm.create_local_process_group.cache_clear()
     comm._get_global_gloo_group.cache_clear()
+    _patient_group.cache_clear()
     gc.collect()
 
 

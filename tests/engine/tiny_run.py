@@ -362,6 +362,7 @@ def use_all_groups_and_end(folder: str, how: str) -> None:
     for _ in range(2):
         assert not stop.agreed()
     comm.all_gather(1)
+    on_main_process(int)
     inside = gloo_threads()
 
     @atexit.register
