@@ -323,11 +323,11 @@ def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, m
 
 def test_each_attempt_uses_another_port(monkeypatch):
     ports = set()
-    for job in ("7", "8", "9"):
+    for job_id in ("7", "8", "9"):
         for restart in range(20):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-            ports.add(rendezvous.port(job))
-            assert rendezvous.port(job) in ports and 10000 <= rendezvous.port(job) < 32000
+            ports.add(rendezvous.port(job_id))
+            assert rendezvous.port(job_id) in ports and 10000 <= rendezvous.port(job) < 32000
     assert len(ports) >= 58  # of 60; two may collide among 22000 ports
 
 
