@@ -6,7 +6,8 @@ import copy
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -102,6 +103,19 @@ def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
     if device.type == "cuda":  # some CPUs have TF32 as well; their results stay what they were
         torch.backends.cudnn.benchmark = train["cudnn_benchmark"]
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def without_cudnn_benchmark() -> Iterator[None]:
+    """Switch ``train.cudnn_benchmark`` off for images that all have different shapes.
+
+    cuDNN would try all its algorithms for each shape.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int:

@@ -69,6 +69,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
         loader = build_test_loader(cfg.dataloader.test)
         evaluator = instantiate(cfg.dataloader.evaluator)
         share_batches_of(loader)
+    with fail_together():
         broadcast_statistics(model)
         with _prints_logged(), modes_kept(model):  # also those of single layers
             results = inference_on_dataset(model, loader, _Together(evaluator))

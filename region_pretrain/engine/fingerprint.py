@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 2048  # images per task of a thread
 _THREADS = 16  # a network file system answers many requests at once
 _SHOWN = 3
+_COMPARED = 20_000  # names that processes compare at most, of any number: a second
 #: Settings of a loader that do not change its batches.
 HARMLESS_OF_LOADERS = ("num_workers", "pin_memory")
 
@@ -49,7 +51,7 @@ class Fingerprint:
     def __init__(
         self, data: Any, cfg: DictConfig, folder: str, allow_changed_data: bool = False
     ) -> None:
-        contents = data.contents() if hasattr(data, "contents") else Contents(0, lambda _: ("", 0))
+        contents = _contents_of(data)
         self.allow_changed_data = allow_changed_data
         self._folder = folder
         self._regions_at = getattr(data, "regions_at", lambda iteration: contents.regions)
@@ -161,6 +163,51 @@ class Fingerprint:
             if names
         ]
         return found or ["another order of the images"]
+
+
+def check_same_data(data: Any) -> None:
+    """Check that all processes have the same data. They call this together.
+
+    Copies on the machines' own disks may differ: epochs of other lengths would end with processes
+    that wait for each other for ever. Such copies may be in folders of other names.
+
+    Args:
+        data: the training loader.
+
+    Raises:
+        UserError: they do not; the message names the machines.
+    """
+    if comm.get_world_size() == 1:
+        return
+    contents, digest = _contents_of(data), hashlib.sha256()
+    for index in range(0, contents.count, contents.count // _COMPARED + 1):
+        digest.update(repr(os.path.basename(contents.image(index)[0])).encode())
+    mine = contents.count, data.iterations_per_epoch, digest.hexdigest(), contents.regions
+    everyone = comm.all_gather((socket.gethostname(), mine))
+    expected_on, expected = everyone[0]
+    others: dict[str, list[str]] = {}
+    for rank, (host, found) in enumerate(everyone):
+        if found == expected:
+            continue
+        what = _lengths(*found[:2])
+        if found[:2] == expected[:2]:
+            what = "other regions" if found[2] == expected[2] else "other images, or another order"
+        others.setdefault(f"on {host}: {what}", []).append(str(rank))
+    if others:
+        differ = [f"rank {', '.join(ranks)} {text}" for text, ranks in others.items()]
+        raise UserError(
+            f"the training data is not that of rank 0 on {expected_on} "
+            f"({_lengths(*expected[:2])}): {'; '.join(differ)}. Make the copies of the data set "
+            "equal, or use a folder that all machines share"
+        )
+
+
+def _lengths(images: int, iterations: int | None) -> str:
+    return f"{images} images, {iterations} iterations per epoch"
+
+
+def _contents_of(data: Any) -> Contents:
+    return data.contents() if hasattr(data, "contents") else Contents(0, lambda _: ("", 0))
 
 
 def _settings(cfg: DictConfig) -> str:

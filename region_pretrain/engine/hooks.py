@@ -16,6 +16,7 @@ from detectron2.utils.events import EventWriter
 from omegaconf import DictConfig
 from torch import nn
 
+from region_pretrain.engine.build import without_cudnn_benchmark
 from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_kept
@@ -108,9 +109,12 @@ class CheckpointHook(HookBase):
 
 @contextmanager
 def no_side_effects(model: nn.Module) -> Iterator[None]:
-    """Restore random states, and which modules are in training mode, after the context."""
+    """Restore random states, and which modules are in training mode, after the context.
+
+    Within it, cuDNN takes images of any shape (:func:`without_cudnn_benchmark`).
+    """
     modes = [(module, module.training) for module in model.modules()]
-    with random_state_kept():
+    with random_state_kept(), without_cudnn_benchmark():
         try:
             yield
         finally:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
@@ -25,12 +28,13 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
-from region_pretrain.engine.roll_call import meet
+from region_pretrain.engine.roll_call import agree_on_device, meet
 from region_pretrain.errors import INTERRUPTED, STOPPED, Stopped, UserError, describe
 from region_pretrain.system import USR2, cores
 
 _EXIT_CODE = 2
 _ADDRESS = re.compile(r"tcp://([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}|file:///.+")
+_PATIENCE = timedelta(hours=6)
 _ROLL_CALL = "roll-call"
 T = TypeVar("T")
 
@@ -44,16 +48,22 @@ def on_main_process(function: Callable[[], T]) -> T:
     Raises:
         UserError: the function raised it; in every process.
     """
-    outcome = None
+    outcome, group = None, _patient_group(comm.get_world_size())
     if comm.is_main_process():
         try:
             outcome = function()
         except UserError as error:
             outcome = error
-    outcome = comm.all_gather(outcome)[0]
+    outcome = comm.all_gather(outcome, group)[0]
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
+
+
+@functools.cache
+def _patient_group(world_size: int) -> dist.ProcessGroup | None:
+    """A group that waits for hours for what one process does alone, such as COCO's evaluation."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world_size > 1 else None
 
 
 class FailedElsewhere(UserError):
@@ -71,14 +81,15 @@ def fail_together() -> Iterator[None]:
     Raises:
         FailedElsewhere: another process failed.
     """
+    group = _patient_group(comm.get_world_size())  # now, while none is waiting
     try:
         yield
     except FailedElsewhere:
         raise  # all processes know already
     except Exception as error:
-        comm.all_gather(describe(error))
+        comm.all_gather(describe(error), group)
         raise
-    for rank, message in enumerate(comm.all_gather("")):
+    for rank, message in enumerate(comm.all_gather("", group)):
         if message:
             raise FailedElsewhere(f"rank {rank}: {message}")
 
@@ -112,8 +123,8 @@ def launch(
 
     Raises:
         UserError: the machine has too few GPUs; processes share one; several machines have no
-            rendezvous address; the address or the rank of a machine is invalid; or not all
-            processes connect.
+            rendezvous address; the address or the rank of a machine is invalid; not all
+            processes connect; or some have a GPU and others none.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         if dist.is_initialized():
@@ -262,6 +273,8 @@ def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, 
         store = meet(
             parts.hostname, parts.port, rank, world_size, speaks=first and world_size > local_size
         )
+        # Detectron2 chooses the backend accordingly.
+        agree_on_device(store, rank, world_size, "cuda" if torch.cuda.is_available() else "cpu")
         yield store, rank, world_size
     except UserError as error:
         _exit(error, first)
@@ -296,6 +309,7 @@ def leave_process_group() -> None:
     comm._LOCAL_PROCESS_GROUP = None
     comm.create_local_process_group.cache_clear()
     comm._get_global_gloo_group.cache_clear()
+    _patient_group.cache_clear()
     gc.collect()
 
 
@@ -319,10 +333,15 @@ def _join_from_environment(device: str) -> None:
     if world_size > local_size:
         choose_gloo_interface(host)
     # torchrun has assembled the processes already, and has a store of its own.
-    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        base, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=DEFAULT_TIMEOUT))
+        store = dist.PrefixStore("default_pg", base)  # as in init_process_group
+    else:
+        store = meet(host, port, rank, world_size, speaks=local_rank == 0)
+    agree_on_device(store, rank, world_size, device)
     dist.init_process_group(
         "gloo" if device == "cpu" else "nccl",
-        store=None if torchrun else meet(host, port, rank, world_size, speaks=local_rank == 0),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=DEFAULT_TIMEOUT,
@@ -355,7 +374,8 @@ def _gpu_of(local_rank: int, local_size: int) -> int:
         return 0
     if count < local_size:
         raise UserError(
-            f"{local_size} processes on a machine with {count} GPUs: start one process per GPU"
+            f"{local_size} processes on {socket.gethostname()}, where PyTorch finds {count} GPUs: "
+            "start one process per GPU; if the machine has more, one is missing (nvidia-smi)"
         )
     return local_rank
 

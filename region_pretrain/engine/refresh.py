@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _PART_SIZE = 1000
 _PARTS = 64  # of a small data set, so that every process has some
+_NFS_SECONDS = 90.0  # NFS clients remember a missing file for up to 60 s
+_POLL_SECONDS = 1.0
 
 
 class RefreshedLoader:
@@ -141,7 +144,9 @@ class RefreshedLoader:
         self._model.eval()
         broadcast_statistics(network)
         boxes = FeatureBoxes(self._model, self._recipe, self._batch_size, keep_pixels=True)
-        recipe, records = boxes.recipe, self._loader.dataset.records()
+        # Rounding may give the processes' weights different digests.
+        recipe = on_main_process(lambda: boxes.recipe)
+        records = self._loader.dataset.records()
         on_main_process(lambda: _remove_others(path, recipe.id))
         logger.info("computing the regions of %d images: %s", len(records), path)
         part_size = max(self._batch_size, min(_PART_SIZE, len(records) // _PARTS))
@@ -155,7 +160,8 @@ class RefreshedLoader:
                 part_size=part_size,
                 prepare=boxes,
             )
-        store = RegionStore.open(path)
+        with fail_together():
+            store = _open_soon(path)
         counts = store.counts()
         logger.info(
             "new regions after %d epochs: %.1f per image, %d images without regions; %.0f s",
@@ -165,6 +171,24 @@ class RefreshedLoader:
             time.perf_counter() - started,
         )
         return store
+
+
+def _open_soon(path: str) -> RegionStore:
+    """Open a store that another machine has written: on NFS, it may still be missing on this one.
+
+    Raises:
+        UserError: it stays missing.
+    """
+    deadline = time.monotonic() + _NFS_SECONDS
+    while not os.path.exists(path):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{path} has been written, but {socket.gethostname()} does not see it after "
+                f"{_NFS_SECONDS:.0f} s: train.output_dir must be a folder that all machines share"
+            )
+        time.sleep(_POLL_SECONDS)
+        os.listdir(os.path.dirname(path) or ".")  # makes the client read the folder again
+    return RegionStore.open(path)
 
 
 def _remove_others(path: str, recipe: str) -> None:

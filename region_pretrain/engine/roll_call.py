@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from detectron2.engine import DEFAULT_TIMEOUT
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError, Store, TCPStore
 
 from region_pretrain.errors import UserError
 
@@ -65,6 +65,35 @@ def meet(host: str, port: int, rank: int, world_size: int, speaks: bool = True) 
         raise wait.error([r for r in missing if r != rank]) from None
     wait.end()
     return store
+
+
+def agree_on_device(store: Store, rank: int, world_size: int, device: str) -> None:
+    """Check that all processes train on GPUs, or all on the CPU.
+
+    Otherwise they would choose different backends, and wait for each other for half an hour.
+
+    Args:
+        store: that of :func:`meet`; all processes call this together.
+        rank: of this process.
+        world_size: number of processes.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        UserError: they do not; the message names the machines without a GPU.
+    """
+    store.set(f"device {rank}", f"{device}/{socket.gethostname()}")
+    values = store.multi_get([f"device {r}" for r in range(world_size)])
+    found = [value.decode().split("/", 1) for value in values]
+    if len({device for device, _ in found}) == 1:
+        return
+    if rank == 0:  # the store ends with this process
+        time.sleep(_FAREWELL_SECONDS)
+    hosts = ", ".join(sorted({host for device, host in found if device == "cpu"}))
+    raise UserError(
+        f"processes on {hosts} would train on the CPU, and the others on GPUs: check that PyTorch "
+        "finds the GPUs there (nvidia-smi), leave out a damaged machine (--slurm exclude=NODE), or "
+        "set train.device=cpu on all"
+    )
 
 
 def _key(rank: int) -> str:

@@ -41,7 +41,7 @@ from region_pretrain.engine.build import (
 from region_pretrain.engine.checkpoint import RunCheckpointer
 from region_pretrain.engine.checkpoint_file import check_free_space
 from region_pretrain.engine.environment import write_environment
-from region_pretrain.engine.fingerprint import Fingerprint
+from region_pretrain.engine.fingerprint import Fingerprint, check_same_data
 from region_pretrain.engine.hooks import (
     CheckpointHook,
     CollapseWarning,
@@ -145,13 +145,15 @@ def run_training(
         process).
 
     Raises:
-        UserError: the final evaluation failed; the final checkpoint has been saved.
+        UserError: the processes have different data; or the final evaluation failed, and the final
+            checkpoint has been saved.
         Stopped: a process received USR2, TERM or Ctrl-C; a checkpoint of the last finished step has
             been saved.
     """
     train = cfg.train
     device = resolve_device(train.device)
     use_fast_kernels(train, device)
+    check_same_data(data)
     check_batch_size(cfg, data)
     check_shared_memory(data)
     max_iter = resolve_max_iter(train, data.iterations_per_epoch)

@@ -34,6 +34,8 @@ MAX_TIMEOUTS = 10**9
 _LOG_LINES = 15  # of a failed job's log, quoted in its error
 #: Seconds that a failed task waits for SLURM to terminate it because another task failed first.
 _PEER_FAILURE_SECONDS = 5.0
+#: Exit codes of a task that has lost another one: a traceback, or NCCL's watchdog has aborted it.
+_PERHAPS_A_PEER = (1, -signal.SIGABRT, 128 + signal.SIGABRT)
 
 
 @dataclass
@@ -171,7 +173,7 @@ class _Task:
         if code == 0:
             self._end("finished")
             return self.job.output_dir
-        if code == 1 and self.env.num_tasks > 1:
+        if code in _PERHAPS_A_PEER and self.env.num_tasks > 1:
             self._wait_for_peer_failure()
         if code in (STOPPED, None) or self.signalled not in (None, signal.SIGTERM):
             if self.env.global_rank:

@@ -8,6 +8,7 @@ python -m region_pretrain.jobs.requeue FOLDER EXIT_CODE
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def main() -> None:
     notes = [read_json(str(path), dict[str, Any], "the job is not requeued") for path in paths]
     # A task that still counts as running was killed itself, before it could write another note.
     killed = [note for note in notes if note["state"] in ("killed", "running")]
+    if any(note["state"] == "failed" for note in notes):  # then NCCL aborts the other tasks
+        killed = [note for note in killed if note["code"] != signal.SIGABRT]
 
     def still_runs() -> bool:
         return slurm.patiently(lambda: slurm.job_state(job)) == "RUNNING"

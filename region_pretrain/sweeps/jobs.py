@@ -50,7 +50,12 @@ def cluster_for(run: Run, cluster: Cluster) -> Cluster:
 
 
 def submit_runs(
-    runs: Sequence[Run], sweep: SweepFile, folder: str, name: str, after: Sequence[str] = ()
+    runs: Sequence[Run],
+    sweep: SweepFile,
+    folder: str,
+    name: str,
+    after: Sequence[str] = (),
+    gpus: str = "",
 ) -> dict[str, list]:
     """Submit runs of one kind together, and record it in their folders.
 
@@ -60,6 +65,7 @@ def submit_runs(
         folder: the sweep's folder.
         name: name of the jobs.
         after: SLURM only: ids of the jobs that must succeed first.
+        gpus: see :class:`~region_pretrain.sweeps.state.Record`.
 
     Returns:
         Run id -> its submitit jobs.
@@ -74,7 +80,7 @@ def submit_runs(
         before = state.read_record(run) or Record()
         logs = [str(job.paths.stdout) for job in mine]
         ids = [str(job.job_id) for job in mine]
-        state.write_record(run, Record(before.submitted + 1, ids, logs))
+        state.write_record(run, Record(before.submitted + 1, ids, logs, gpus=gpus))
     return found
 
 

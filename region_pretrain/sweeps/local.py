@@ -87,7 +87,7 @@ def _startable(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 def _work(folder: str) -> None:
     seen: dict[str, str] = {}
     mine: list = []  # polled with done(), which reaps finished child processes
-    devices, on = gpus(), {}
+    devices = gpus()
     while True:
         sweep = state.read_sweep(folder)
         runs = sweep.plan.runs
@@ -109,9 +109,13 @@ def _work(folder: str) -> None:
         if not running and not ready:
             return
         for name in ready[: max(0, sweep.cluster.jobs - running)]:
-            busy = [on[n] for n, word in now.items() if word == state.RUNNING and n in on]
-            with _on_free_gpus(devices, sweep.cluster.tasks, busy) as on[name]:
-                mine += jobs.submit_runs([runs[name]], sweep, folder, runs[name].name)[name]
+            # Those of running jobs are in their records: another coordinator may have started them.
+            busy = [
+                state.read_record(runs[n]).gpus for n, word in now.items() if word == state.RUNNING
+            ]
+            with _on_free_gpus(devices, sweep.cluster.tasks, busy) as group:
+                run = runs[name]
+                mine += jobs.submit_runs([run], sweep, folder, run.name, gpus=group)[name]
             now[name] = state.RUNNING
         time.sleep(_POLL_SECONDS)
 

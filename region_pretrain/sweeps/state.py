@@ -40,12 +40,14 @@ class Record:
         job_ids: jobs of the latest submission, one per task.
         logs: log files of these jobs.
         cancelled: whether the latest submission was cancelled.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of a job on this machine; "" if its coordinator chose none.
     """
 
     submitted: int = 0
     job_ids: list[str] = field(default_factory=list)
     logs: list[str] = field(default_factory=list)
     cancelled: bool = False
+    gpus: str = ""
 
 
 @dataclass

@@ -66,6 +66,7 @@ def refresh_in_process(folder: str, images: str, store: str) -> None:
     )
     model = build_model(cfg, torch.device("cpu"))
     loader.attach(model)
+    next(model.target.parameters()).data.view(-1)[0] *= 1 + 2e-7 * comm.get_rank()  # rounding
     for name, buffer in model.target.named_buffers():
         if name.endswith("running_mean"):
             buffer += comm.get_rank()

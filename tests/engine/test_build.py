@@ -28,6 +28,7 @@ from region_pretrain.engine.build import (
     wrap_model,
 )
 from region_pretrain.engine.detection_data import DetectionTrainData
+from region_pretrain.engine.hooks import no_side_effects
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.solver.schedules import warmup_multistep
@@ -297,6 +298,10 @@ def test_a_gpu_uses_tf32_and_cudnns_benchmark_as_configured(monkeypatch):
     assert found == [] and not torch.backends.cudnn.benchmark  # results on a CPU stay the same
     use_fast_kernels(train, torch.device("cuda", 0))
     assert found == ["high"] and torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError), no_side_effects(torch.nn.Linear(1, 1)):
+        assert not torch.backends.cudnn.benchmark  # the images of an evaluation differ in shape
+        raise RuntimeError
+    assert torch.backends.cudnn.benchmark
     train.float32_matmul_precision = "fast"
     with pytest.raises(UserError, match="precision=fast: must be one of highest, high, medium"):
         use_fast_kernels(train, torch.device("cpu"))

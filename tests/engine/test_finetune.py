@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from tiny_run import (
     CLOCK,
@@ -27,7 +28,7 @@ from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.engine.processes import launch
+from region_pretrain.engine.processes import FailedElsewhere, launch
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage
 
@@ -174,6 +175,19 @@ def test_processes_agree_that_an_evaluation_failed(tmp_path):
         assert f"the evaluation after iteration {iteration} failed: {where}KeyError: 'area'" in log
     assert [m["iteration"] for m in metrics(tmp_path) if "bbox/AP" in m] == [12]
     assert [m["iteration"] for m in metrics(tmp_path) if "loss_y" in m] == list(range(12))
+
+
+def evaluate_without_a_file_on_second():
+    cfg = make_detection_config("unused")
+    cfg.dataloader.test.dataset = L(records)(count="many" if comm.get_rank() else 5)
+    # A file of ground truth that one machine lacks fails like this.
+    error = TypeError if comm.get_rank() else FailedElsewhere
+    with pytest.raises(error, match="" if comm.get_rank() else "rank 1: "):
+        do_test(cfg, TinyDetector())
+
+
+def test_processes_agree_that_an_evaluation_could_not_start():
+    launch(evaluate_without_a_file_on_second, 2, device="cpu")
 
 
 def test_a_finished_run_is_only_evaluated(tmp_path):

@@ -29,7 +29,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from region_pretrain.engine import processes
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.engine.processes import launch
+from region_pretrain.engine.processes import fail_together, launch, on_main_process
 from region_pretrain.errors import STOPPED, UserError, exit_on_user_error
 
 
@@ -120,6 +120,18 @@ def test_the_main_process_decides_for_all(tmp_path):
     launch(refuse_on_main_process, 2, device="cpu", args=(str(tmp_path),))
     for rank in "01":
         assert (tmp_path / rank).read_text() == "from 0, refused by 0"
+
+
+def let_one_process_work_alone():
+    """For longer than the time limit of collectives."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    with fail_together():
+        time.sleep(0 if dist.get_rank() else 2.5)
+    on_main_process(lambda: time.sleep(2.5))
+
+
+def test_processes_wait_patiently_for_what_one_does_alone():
+    launch(let_one_process_work_alone, 2, device="cpu")
 
 
 def test_an_error_in_one_process_ends_all_and_leaves_the_environment():
@@ -301,7 +313,7 @@ def join(monkeypatch, gpus, rank=0, world=2):
         raise Captured(backend, arguments["timeout"], chosen)
 
     monkeypatch.setattr(processes, "meet", lambda *args, speaks: (*args, speaks))
-
+    monkeypatch.setattr(processes, "agree_on_device", lambda *args: None)
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
     with pytest.raises(Captured) as captured:
         launch(refuse, 1, device="cuda")
@@ -315,7 +327,8 @@ def test_processes_of_a_scheduler_have_half_an_hour_as_those_of_launch(monkeypat
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs: start one process"):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node3")
+    with pytest.raises(UserError, match="4 processes on node3, .* finds 2 GPUs: .*missing"):
         join(monkeypatch, gpus=2, world=4)
     left = []
     monkeypatch.setattr(processes, "leave_process_group", lambda: left.append(True))

@@ -17,6 +17,7 @@ from tiny_run import CLOCK, final_checkpoint
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.loader import PretrainLoader
+from region_pretrain.engine import refresh
 from region_pretrain.engine.build import build_model
 from region_pretrain.engine.feature_regions import FeatureBoxes, load_trained, resize_to_area
 from region_pretrain.engine.pretrain import do_pretrain
@@ -178,6 +179,15 @@ def test_two_processes_compute_the_store_of_one(region_folder, tmp_path):
     launch(refresh_in_process, 2, device="cpu", args=(str(tmp_path / "two"), *arguments))
     one, two = (rows(tmp_path / name / "regions_epoch001.arrow") for name in ("one", "two"))
     assert one == two
+
+
+def test_a_store_that_nfs_shows_late_is_awaited(region_folder, tmp_path, monkeypatch):
+    late = str(tmp_path / "late.arrow")
+    monkeypatch.setattr(refresh.time, "sleep", lambda s: shutil.copy(region_folder.store, late))
+    assert refresh._open_soon(late).manifest == RegionStore.open(region_folder.store).manifest
+    monkeypatch.setattr(refresh, "_NFS_SECONDS", -1)
+    with pytest.raises(UserError, match="never.arrow has been written, but .* does not see it"):
+        refresh._open_soon(str(tmp_path / "never.arrow"))
 
 
 def test_two_killed_processes_follow_the_undisturbed_ones(region_folder, tmp_path, monkeypatch):

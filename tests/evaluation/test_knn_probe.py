@@ -303,13 +303,15 @@ def test_the_first_value_is_that_of_the_untrained_network(names, dicts):
     assert values == [(pytest.approx(expected), 0)]
 
 
-def test_modes_come_back_even_after_an_error():
+def test_modes_come_back_even_after_an_error(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     module = nn.Sequential(nn.BatchNorm2d(2).eval(), nn.Dropout())
     with pytest.raises(RuntimeError), evaluating(module, None):
         assert not any(m.training for m in module.modules()) and not torch.is_grad_enabled()
+        assert not torch.backends.cudnn.benchmark  # for images of different shapes
         raise RuntimeError
     assert [m.training for m in module.modules()] == [True, False, True]
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and torch.backends.cudnn.benchmark
 
 
 def test_bad_input_is_reported_before_the_first_step(names):

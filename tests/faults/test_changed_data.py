@@ -2,23 +2,27 @@
 
 import gzip
 import os
+import re
 import shutil
+import socket
 import time
 
 import cv2
 import pytest
 from detectron2.config import LazyCall as L
+from detectron2.utils import comm
 from fault_runs import FolderLoader
 from omegaconf import OmegaConf
-from tiny_run import make_config
+from tiny_run import Loader, make_config, train_in_process
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.contents import Contents
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.loader import PretrainLoader
 from region_pretrain.engine.detection_data import DetectionTrainData
-from region_pretrain.engine.fingerprint import Fingerprint
+from region_pretrain.engine.fingerprint import Fingerprint, check_same_data
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
 from region_pretrain.regions.generate import make_regions
 
@@ -222,3 +226,47 @@ def test_an_error_while_files_are_examined_reaches_the_run_and_an_end_stops_it(t
     running.close()
     with pytest.raises(RuntimeError, match="the run has ended"):
         running.entry()
+
+
+class Copy(Loader):
+    """A copy of a data set on one machine."""
+
+    def __init__(self, names, regions="", num_images=40):
+        super().__init__(num_images=num_images)
+        self._names, self._regions = names, regions
+
+    def contents(self):
+        return Contents(len(self._names), lambda i: (self._names[i], None), self._regions)
+
+
+def compare_copies():
+    rank, names = comm.get_rank(), ["a.png", "b.png"]
+    socket.gethostname = lambda: f"node{rank}"
+    check_same_data(Copy([f"/disk{rank}/{name}" for name in names]))
+    for other, found in (
+        (Copy(names[:1]), "1 images, 5 iterations per epoch"),
+        (Copy(names, num_images=48), "2 images, 6 iterations per epoch"),
+        (Copy(names[::-1]), "other images, or another order"),
+        (Copy(names, "f00d"), "other regions"),
+    ):
+        text = (
+            "is not that of rank 0 on node0 (2 images, 5 iterations per epoch): rank 1 on node1: "
+        )
+        with pytest.raises(UserError, match=re.escape(f"{text}{found}. Make the copies")):
+            check_same_data(other if rank else Copy(names))
+
+
+def test_processes_with_different_copies_of_the_data_are_named():
+    launch(compare_copies, 2, device="cpu")
+
+
+def train_on_different_copies(folder):
+    train_in_process(folder, False, loader={"num_images": 40 - 8 * comm.get_rank()})
+
+
+def test_a_run_on_different_copies_ends_before_its_first_step(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        launch(train_on_different_copies, 2, device="cpu", args=(str(tmp_path),))
+    assert ended.value.code == 2
+    assert "4 iterations per epoch. Make the copies" in capfd.readouterr().err
+    assert not (tmp_path / "metrics.json").exists()

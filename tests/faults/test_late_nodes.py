@@ -5,8 +5,10 @@ import re
 import socket
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 from forked import LONG, Process, fork_processes
 from tiny_run import write_ranks
 
@@ -182,6 +184,30 @@ def test_machines_with_different_numbers_of_processes_are_refused(tmp_path, addr
         text = (tmp_path / f"out{i}").read_text()
         assert text.count("error: machines with 1 and 2 processes: all must have as many") == 1
         assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_machine_without_gpus_is_named_at_once(tmp_path, address, damaged, monkeypatch):
+    host, port = address.split(":")
+
+    def run(rank):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        os.environ |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": host, "MASTER_PORT": port}
+        monkeypatch.setattr(socket, "gethostname", lambda: f"node{rank}")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=i))
+        device = "cpu" if rank == damaged else "cuda"
+        exit_on_user_error(launch)(write_ranks, 1, device=device, args=(str(tmp_path),))
+
+    started = [Process(partial(run, rank), tmp_path / f"out{rank}") for rank in (0, 1)]
+    texts = []
+    for rank, process in enumerate(started):
+        assert process.wait(LONG) == 2, (tmp_path / f"out{rank}").read_text()
+        texts.append((tmp_path / f"out{rank}").read_text())
+    for text in texts:
+        assert text.count(f"error: processes on node{damaged} would train on the CPU, and") == 1
+        assert "Traceback" not in text and f"node{1 - damaged}" not in text
 
 
 def test_names_of_ranks():

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import submitit
 
-from region_pretrain.errors import UserError
-from region_pretrain.jobs import rendezvous, requeue
+from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.jobs import job, rendezvous, requeue
 from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, read_attempts, start_attempt
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.jobs.executor import sbatch_text, submit
@@ -251,6 +251,27 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
     assert outcomes(tmp_path) == ["unknown"] * MAX_STALLED + ["failed"]
 
 
+@pytest.mark.parametrize("code", [1, -signal.SIGABRT, 128 + signal.SIGABRT])
+def test_a_task_that_lost_another_one_is_not_the_cause(make_job, tmp_path, monkeypatch, code):
+    class Environment:
+        global_rank, num_tasks, job_id, cluster = 0, 2, "7", "slurm"
+
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
+    start_attempt(str(tmp_path / "run"), "7", 0, "n1")
+    task = job._Task(make_job("well"), Environment())
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        # SLURM terminates it, as the other task has failed.
+        patch.setattr(job.time, "sleep", lambda _: task._on_signal(signal.SIGTERM, None))
+        task._conclude(code)
+    assert ended.value.code == STOPPED and outcomes(tmp_path) == [None]
+    assert json.loads(Path(task._note).read_text())["state"] == "signalled"
+    monkeypatch.setattr(job, "_PEER_FAILURE_SECONDS", 0)
+    task.signalled = None
+    with pytest.raises((SystemExit, UserError)):
+        task._conclude(code)
+    assert outcomes(tmp_path) == ["failed" if code == 1 else "killed"]
+
+
 @pytest.mark.parametrize(
     ("states", "state", "reason"),
     [
@@ -262,6 +283,8 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
         # SLURM did not answer rank 0.
         (["stopped", "signalled"], "RUNNING", "it stopped, and could not requeue itself"),
         (["signalled", "failed"], "RUNNING", None),
+        (["aborted", "failed"], "RUNNING", None),  # by NCCL, since the other one failed
+        (["aborted", "signalled"], "COMPLETING", "a process was killed by signal 6"),
         # SLURM terminates the other tasks of the step.
         (["signalled", "killed"], "COMPLETING", "a process was killed by signal 9"),
         # The task was killed before it could write another note.
@@ -284,7 +307,8 @@ def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, m
     start_attempt(str(tmp_path / "run"), "7_2", 1, "n1")
     (tmp_path / "tasks").mkdir()
     for rank, word in enumerate(states):
-        code = 9 if word == "killed" else 0
+        code = {"killed": 9, "aborted": signal.SIGABRT}.get(word, 0)
+        word = "killed" if code else word
         note = {"state": word, "code": code, "output_dir": str(tmp_path / "run")}
         (tmp_path / f"tasks/7_2_1_{rank}.json").write_text(json.dumps(note))
     monkeypatch.setattr(sys, "argv", ["requeue", str(tmp_path), "143"])
@@ -299,11 +323,11 @@ def test_which_jobs_the_batch_script_requeues(states, state, reason, tmp_path, m
 
 def test_each_attempt_uses_another_port(monkeypatch):
     ports = set()
-    for job in ("7", "8", "9"):
+    for job_id in ("7", "8", "9"):
         for restart in range(20):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-            ports.add(rendezvous.port(job))
-            assert rendezvous.port(job) in ports and 10000 <= rendezvous.port(job) < 32000
+            ports.add(rendezvous.port(job_id))
+            assert rendezvous.port(job_id) in ports and 10000 <= rendezvous.port(job) < 32000
     assert len(ports) >= 58  # of 60; two may collide among 22000 ports
 
 

@@ -142,6 +142,21 @@ def test_a_restarted_coordinator_continues_with_the_jobs_of_the_killed_one(sweep
     assert [name for what, name, *_ in sweeps.noted() if what == "start"] == ["long", "later"]
 
 
+def test_a_restarted_coordinator_knows_the_gpus_of_running_jobs(sweeps, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    for name in "ab":
+        sweeps.add(name, word=f"wait:{tmp_path / 'go'}")
+    sweeps.start(1)
+    sweeps.until(lambda: sweeps.noted())
+    os.kill(local.coordinator_pid(str(sweeps.folder)), signal.SIGKILL)
+    sweeps.until(lambda: local.coordinator_pid(str(sweeps.folder)) is None)
+    sweeps.start(2)
+    sweeps.until(lambda: len(sweeps.noted()) == 2)
+    assert [row[4] for row in sweeps.noted()] == ["3", "5"]
+    (tmp_path / "go").touch()
+    assert set(sweeps.wait().values()) == {state.FINISHED}
+
+
 def test_a_folder_that_is_reached_by_two_paths_is_one_sweep(sweeps, tmp_path):
     link = tmp_path / "link to it"
     sweeps.folder.mkdir()
