@@ -112,6 +112,7 @@ class _Planner:
         dataset = cfg.dataloader.train.get("dataset", {})
         if dataset.get("regions") is None:
             return None
+        names = instantiate(dataset.names)
         # The tool reads only the data set from its config.
         data = [o for o in overrides if o.lstrip("+").startswith(f"{_DATASET}.")]
 
@@ -127,7 +128,11 @@ class _Planner:
             REGIONS,
             f"regions_{init}",
             "tools/make_regions.py",
-            [instantiate(dataset.names), dataset.get("recipe"), generation.arguments],
+            [
+                names if isinstance(names, str) else list(names),
+                dataset.get("recipe"),
+                generation.arguments,
+            ],
             "regions.arrow",
             tasks,
             init=init,
