@@ -113,8 +113,9 @@ class _Planner:
         if dataset.get("regions") is None:
             return None
         names = instantiate(dataset.names)
-        # The tool reads only the data set from its config.
+        # The tool reads only the data set from its config, and what registers it.
         data = [o for o in overrides if o.lstrip("+").startswith(f"{_DATASET}.")]
+        data += _registering(cfg)
 
         def tasks(folder: str) -> list[list[str]]:
             common = [CONFIG, for_jobs(entry.config), *generation.arguments]
@@ -186,18 +187,22 @@ class _Planner:
             "tools/pretrain_net.py",
             content(cfg, without),
             _FINAL_CHECKPOINT,
-            lambda folder: [_command(entry.config, [*overrides, *self._group(cfg)], folder)],
+            lambda folder: [_command(entry.config, [*overrides, *self._apart(cfg)], folder)],
             [run for run in (regions, start) if run is not None],
             init=init,
             seed=seed,
         )
 
-    def _group(self, cfg: Any) -> list[str]:
-        """The override that names the sweep as the group of a run in trackers."""
+    def _apart(self, cfg: Any) -> list[str]:
+        """Overrides that a job needs and that do not affect what it computes.
+
+        They name the sweep as the group of the run in trackers, and the code that registers data.
+        """
         tracked = any(name in cfg.train.writers for name in SERVICES)
         own = cfg.train.tracking.group is not None
         name = json.dumps(self._sweep.name, ensure_ascii=False)  # quoted, as it may be any text
-        return [f"train.tracking.group={name}"] if tracked and not own else []
+        group = [f"train.tracking.group={name}"] if tracked and not own else []
+        return [*group, *_registering(cfg)]
 
     def _checkpoints(self, entry: Finetune, init: str) -> list[str | int]:
         """The checkpoints to fine-tune: numbers of iterations, and ``"final"`` at the end."""
@@ -316,11 +321,17 @@ class _Planner:
             [content(cfg, without), labels["checkpoint"]],
             "results.json",
             lambda folder: [
-                [*_command(entry.config, [*overrides, *self._group(cfg)], folder), *chosen]
+                [*_command(entry.config, [*overrides, *self._apart(cfg)], folder), *chosen]
             ],
             parents,
             **labels,
         )
+
+
+def _registering(cfg: Any) -> list[str]:
+    """The override that names all code that registers data sets: also what the sweep file did."""
+    entries = list(cfg.train.register)
+    return [f"train.register={json.dumps(entries, ensure_ascii=False)}"] if entries else []
 
 
 def _command(config: str, overrides: Sequence[str], folder: str) -> list[str]:

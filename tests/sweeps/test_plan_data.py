@@ -1,9 +1,14 @@
 """The data of a sweep's runs: several data sets, code that registers them, files that must exist."""
 
+import json
+
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from sweep_plans import DETECTOR, SOCO, entries, sweep
 
-from region_pretrain.sweeps.graph import PRETRAIN, REGIONS
+from region_pretrain.config import load_config
+from region_pretrain.sweeps.definition import load_sweep
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, REGIONS
 from region_pretrain.sweeps.plan import make_plan
 
 NAMES = "dataloader.train.dataset.names"
@@ -17,3 +22,46 @@ def test_regions_of_several_data_sets(tmp_path):
     (regions,), (pretrain,) = entries(plan, REGIONS), entries(plan, PRETRAIN)
     assert names in regions.tasks[0] and names in pretrain.tasks[0]
     assert pretrain.parents == (regions.id,)
+
+
+REGISTER = """
+from detectron2.data import DatasetCatalog, MetadataCatalog
+DatasetCatalog.register("NAME", lambda: [])
+MetadataCatalog.get("NAME").thing_classes = ["a", "b", "c", "d", "e", "f"]
+"""
+
+
+@pytest.mark.parametrize("by", ["the sweep file", "an override"])
+def test_jobs_execute_what_registers_their_data(tmp_path, by):
+    """A job does not load the sweep file, and reads a copy of the config of the user's own."""
+    name = f"photos of {by}".replace(" ", "_")
+    registers = REGISTER.replace("NAME", name)
+    file, code = tmp_path / "mine.py", tmp_path / "it's, [mine].py"
+    code.write_text(registers)
+    data = [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
+    more = [f"train.register={json.dumps([str(code)])}"] if by == "an override" else []
+    values = dict(
+        pretrain=dict(soco=dict(config=SOCO, overrides=[*more, data[0]])),
+        finetune=dict(det=dict(config=DETECTOR, overrides=[*more, *data])),
+        output_dir=str(tmp_path / "out"),
+    )
+    file.write_text(f"{'' if more else registers}\nsweep = {values!r}\n")
+    try:
+        runs = list(make_plan(load_sweep(str(file))).runs.values())
+        assert [run.kind for run in runs] == [REGIONS, PRETRAIN, FINETUNE]
+        for run in runs:
+            (task,) = run.tasks
+            own = [word for word in task if word.startswith("train.register=")]
+            cfg = load_config(DETECTOR, own[-1:])
+            assert list(cfg.train.register) == [str(code if more else file)], run.kind
+    finally:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def test_what_registers_the_data_does_not_change_a_run(tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text("")
+    register = [f"train.register=[{code}]"]
+    more = {"pretrain_overrides": register, "finetune_overrides": register}
+    assert set(make_plan(sweep(tmp_path, **more)).runs) == set(make_plan(sweep(tmp_path)).runs)
