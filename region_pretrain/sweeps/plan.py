@@ -241,6 +241,7 @@ class _Planner:
     def _choice(self, slug: str, labels: Mapping[str, Any]) -> Run:
         """The run that chooses a learning rate, after its trials."""
         entry, own = self._sweep.finetune[labels["finetune"]], self._sweep.seeds
+        self._check_held_out(labels["finetune"], labels["init"])
         seeds, trials = entry.learning_rate_seeds, []
         for rate in entry.learning_rates:
             for i, seed in enumerate(seeds):
@@ -266,6 +267,22 @@ class _Planner:
             [run for _, run in trials],
             **labels,
         )
+
+    def _check_held_out(self, name: str, init: str) -> None:
+        """The trials must not be evaluated on the data of the results."""
+        sweep, entry = self._sweep, self._sweep.finetune[name]
+        own = (sweep.pretrain | sweep.baselines)[init].finetune_overrides
+        overrides = (*entry.overrides, *sweep.finetune_overrides, *own)
+        results, trials = (
+            checked_config(entry.config, (*overrides, *more), True).dataloader.test
+            for more in ((), entry.held_out)
+        )
+        if results.get("dataset", results) == trials.get("dataset", trials):
+            raise UserError(
+                f"sweep.finetune.{name}.held_out={entry.held_out}: the trials would be evaluated "
+                "on the data of the results; name another split, e.g. "
+                "['dataloader.test.dataset.names=...']"
+            )
 
     def _train(
         self,

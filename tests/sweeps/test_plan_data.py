@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from sweep_plans import DETECTOR, SOCO, entries, sweep
 
 from region_pretrain.config import load_config
+from region_pretrain.errors import UserError
 from region_pretrain.sweeps.definition import load_sweep
 from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, REGIONS
 from region_pretrain.sweeps.plan import make_plan
@@ -65,3 +66,9 @@ def test_what_registers_the_data_does_not_change_a_run(tmp_path):
     register = [f"train.register=[{code}]"]
     more = {"pretrain_overrides": register, "finetune_overrides": register}
     assert set(make_plan(sweep(tmp_path, **more)).runs) == set(make_plan(sweep(tmp_path)).runs)
+
+
+def test_learning_rates_are_not_chosen_on_the_data_of_the_results(tmp_path):
+    det = {"config": DETECTOR, "learning_rates": [0.05, 0.1], "held_out": ["train.eval_period=0"]}
+    with pytest.raises(UserError, match="det.held_out=.*evaluated on the data of the results"):
+        make_plan(sweep(tmp_path, finetune={"det": det}))
