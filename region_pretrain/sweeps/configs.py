@@ -163,14 +163,26 @@ def _build(cfg: DictConfig) -> None:
     instantiate(cfg.lr_multiplier)
 
 
+#: Keys of ``train`` that change how a run is kept or resumed and not what it computes, each with its
+#: default. Other keys of :data:`region_pretrain.engine.output_dir.HARMLESS` stay: they change the
+#: last digits (``device``, ``compile``), the curves (``eval_period``, ``log_period``), or the
+#: identity of runs that exist (``checkpointer.period``, which shipped configs set).
+_HARMLESS = {
+    "allow_world_size_change": False,
+    "allow_new_length": False,
+    "allow_changed_data": False,
+    "checkpoint_minutes": 0,
+}
+
+
 def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     """A config as text, equal for configs that compute the same.
 
     Args:
         cfg: the config; not modified.
         without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``. What
-            only affects metrics' destinations and pictures, or whether a run may resume with
-            another number of processes, is ignored as well.
+            only affects metrics' destinations and pictures, when checkpoints are written, or
+            whether a run may resume after a change, is ignored as well.
 
     Raises:
         UserError: the config contains a lambda or a local function, which cannot be saved.
@@ -181,7 +193,7 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
         for part in path:
             node = node[part]
         node[last] = None
-    values["train"]["allow_world_size_change"] = False
+    values["train"] |= _HARMLESS
     for key in ("writers", "tracking", "pictures"):
         values["train"].pop(key, None)
     return json.dumps(values, default=_named, sort_keys=True)

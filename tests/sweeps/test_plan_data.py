@@ -72,3 +72,15 @@ def test_learning_rates_are_not_chosen_on_the_data_of_the_results(tmp_path):
     det = {"config": DETECTOR, "learning_rates": [0.05, 0.1], "held_out": ["train.eval_period=0"]}
     with pytest.raises(UserError, match="det.held_out=.*evaluated on the data of the results"):
         make_plan(sweep(tmp_path, finetune={"det": det}))
+
+
+def test_the_mends_of_the_engines_errors_do_not_change_a_run(tmp_path):
+    def ids(*overrides):
+        more = {"pretrain_overrides": overrides, "finetune_overrides": overrides}
+        return set(make_plan(sweep(tmp_path, **more)).runs)
+
+    harmless = ("allow_changed_data=true", "allow_new_length=true", "checkpoint_minutes=10")
+    assert ids(*(f"train.{key}" for key in harmless)) == ids()
+    for key in ("checkpoint_keep_every=5", "max_unreadable=0.5"):
+        found = ids(f"train.{key}")
+        assert len(found - ids()) == len(found) - 1, key  # all but the regions
