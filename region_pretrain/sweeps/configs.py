@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import load_config, override_config, to_yaml
 from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.few_label import find_split
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
@@ -129,6 +130,30 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
         _check_store(cfg)
     _build_once(path, tuple(o for o in overrides if o.split("=")[0] not in _VALUES))
     return cfg
+
+
+def check_weights(key: str, path: str) -> None:
+    """Check before any run that a local file of weights exists; ``""`` and URLs are not checked.
+
+    Raises:
+        UserError: there is no such file; the message names ``key``.
+    """
+    file = os.path.expanduser(path.partition("?")[0])  # options such as ?part=NAME
+    if path and is_local(file) and not os.path.exists(file):
+        raise UserError(f"{key}={path}: no such file; relative paths refer to {os.getcwd()}")
+
+
+@functools.cache
+def check_split(where: str, split: str, fraction: float, seed: int) -> None:
+    """Check before any run that a split file has the images of a fraction and seed.
+
+    Raises:
+        UserError: it has not; the message begins with ``where``.
+    """
+    try:
+        find_split(split, fraction, seed)
+    except UserError as error:
+        raise UserError(f"{where}.label_split={split}: {error}") from None
 
 
 def _check_store(cfg: DictConfig) -> None:

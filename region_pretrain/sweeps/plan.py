@@ -13,7 +13,13 @@ from detectron2.config import instantiate
 
 from region_pretrain.engine import checkpoint
 from region_pretrain.errors import UserError
-from region_pretrain.sweeps.configs import checked_config, content, for_jobs
+from region_pretrain.sweeps.configs import (
+    check_split,
+    check_weights,
+    checked_config,
+    content,
+    for_jobs,
+)
 from region_pretrain.sweeps.definition import FINAL, Finetune, Sweep
 from region_pretrain.sweeps.graph import (
     CHOICE,
@@ -310,7 +316,10 @@ class _Planner:
             without = ["train.init_checkpoint"]  # parent and checkpoint identify the weights
         else:
             weights, without = self._sweep.baselines[init].init_checkpoint, []
+            check_weights(f"sweep.baselines.{init}.init_checkpoint", weights)
         fraction, seed = labels["label_fraction"], labels["seed"]
+        if entry.label_split and fraction < 1:
+            check_split(f"sweep.finetune.{labels['finetune']}", entry.label_split, fraction, seed)
         subset = [
             f"{_DATASET}._target_=region_pretrain.data.few_label."
             + ("listed_images" if entry.label_split else "random_fraction"),

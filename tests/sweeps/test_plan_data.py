@@ -4,7 +4,7 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from sweep_plans import DETECTOR, SOCO, entries, sweep
+from sweep_plans import DETECTOR, RATES, SOCO, entries, sweep
 
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
@@ -84,3 +84,31 @@ def test_the_mends_of_the_engines_errors_do_not_change_a_run(tmp_path):
     for key in ("checkpoint_keep_every=5", "max_unreadable=0.5"):
         found = ids(f"train.{key}")
         assert len(found - ids()) == len(found) - 1, key  # all but the regions
+
+
+@pytest.mark.parametrize("query", ["", "?part=student"])
+def test_weights_of_a_baseline_must_exist(tmp_path, query):
+    def planned(path):
+        baselines = {"file": {"init_checkpoint": f"{path}{query}"}}
+        det = {"config": DETECTOR}
+        return make_plan(sweep(tmp_path, pretrain={}, baselines=baselines, finetune={"det": det}))
+
+    with pytest.raises(UserError, match="sweep.baselines.file.init_checkpoint=absent.pth.*no such"):
+        planned("absent.pth")
+    (tmp_path / "here.pth").touch()
+    for path in (tmp_path / "here.pth", "zoo://absent", "https://absent/r50.pth"):
+        assert len(planned(path).runs) == 1
+
+
+def test_a_split_file_must_have_all_fractions_and_seeds(tmp_path):
+    split = tmp_path / "split.json"
+    det = {"config": DETECTOR, **RATES, "label_fractions": [1.0, 0.1], "label_split": str(split)}
+    values = {"pretrain": {}, "baselines": {"random": {}}, "finetune": {"det": det}, "seeds": [3]}
+    with pytest.raises(UserError, match=r"finetune.det.label_split=.*: no such split file: .*json"):
+        make_plan(sweep(tmp_path, **values))
+    lists = {"3": [1, 2]}
+    split.write_text(json.dumps({"10": lists}))
+    with pytest.raises(UserError, match="there is no seed=1000; it has seed 3"):  # of the trials
+        make_plan(sweep(tmp_path, **values))
+    split.write_text(json.dumps({"10": {**lists, "1000": [3]}}))
+    assert len(entries(make_plan(sweep(tmp_path, **values)), FINETUNE)) == 2
