@@ -26,7 +26,7 @@ from detectron2.data.build import (
 from detectron2.utils import comm
 
 from region_pretrain.data.catalog import check_registered
-from region_pretrain.data.split_files import find_images, read_split, short_names
+from region_pretrain.data.split_files import Split, find_images, read_split, short_names
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 
@@ -150,10 +150,7 @@ def listed_images(
             not in the data sets.
     """
     names = _checked(names, fraction)
-    split = os.path.expanduser(split)
-    path = split if fraction is None else split.replace("{percent}", f"{100 * fraction:g}")
-    path = path if seed is None else path.replace("{seed}", str(seed))
-    listed = read_split(path, fraction, seed, several=path == split)
+    listed = find_split(split, fraction, seed)
     dicts = get_detection_dataset_dicts(names, filter_empty=False, **options)
     kept = _filtered(dicts, filter_empty, min_keypoints)
     if listed.positions:  # in the list that Detectron2 trains on
@@ -161,8 +158,20 @@ def listed_images(
     kept_ids = set(map(id, kept))
     chosen = find_images(listed, dicts, ", ".join(names))
     chosen = [i for i in chosen if id(dicts[i]) in kept_ids]
-    name = os.path.basename(path)
+    name = os.path.basename(listed.path)
     return ImageSubset(names, dicts, chosen, fraction=fraction, seed=seed, split=name)
+
+
+def find_split(split: str, fraction: float | None, seed: int | None) -> Split:
+    """Read the list of a fraction and seed; see :func:`listed_images`.
+
+    Raises:
+        UserError: the file cannot be read, or lacks this fraction or seed.
+    """
+    split = os.path.expanduser(split)
+    path = split if fraction is None else split.replace("{percent}", f"{100 * fraction:g}")
+    path = path if seed is None else path.replace("{seed}", str(seed))
+    return read_split(path, fraction, seed, several=path == split)
 
 
 def write_subset(records: Sequence[dict[str, Any]], folder: str) -> None:

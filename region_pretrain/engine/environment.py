@@ -52,7 +52,7 @@ def write_environment(folder: str, device: str) -> None:
 
     Args:
         folder: a path or a PathManager URL.
-        device: ``train.device`` of the run.
+        device: the type of the device that it computes on: ``cuda``, ``mps`` or ``cpu``.
     """
     facts = {"device": device, **machine(), **versions()}
     write_text_atomic(os.path.join(folder, ENVIRONMENT_FILE), json.dumps(facts, indent=1) + "\n")
@@ -69,7 +69,9 @@ def read_machine(folder: str) -> str | None:
     if not os.path.isfile(path):
         return None
     facts = read_json(path, dict[str, Any], "delete it")
-    names = ("cpu", "instructions") if facts.get("device") == "cpu" else ("gpu",)
+    # Earlier versions wrote train.device, which may be "cuda" where there is no GPU.
+    on_gpu = "gpu" in facts and facts.get("device") != "cpu"
+    names = ("gpu",) if on_gpu else ("cpu", "instructions")
     found = [str(facts[name]) for name in names if name in facts]
     version = str(facts.get("torch", "")).partition("+")[0]  # without the build's CUDA version
     return ", ".join([*found, f"PyTorch {version}"]) if version else None

@@ -90,7 +90,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     with missing_files_are_user_errors():
         # Before Detectron2 loads what may need fixing.
         lines = prepare_labels(cfg, names) if fix else []
-        classes = {split: _classes(f"dataloader.{split}", names[split]) for split in splits}
+        classes = {split: classes_of(f"dataloader.{split}", names[split]) for split in splits}
     first = splits[0]
     own = _maps_classes(cfg)
     if training and (difference := difference_of(classes["train"], classes["test"])):
@@ -191,8 +191,16 @@ def _dataset_names(cfg: DictConfig, split: str) -> list[str]:
     return names
 
 
-def _classes(key: str, names: Sequence[str]) -> list[str]:
-    """The class names that all data sets have; empty if they have none."""
+def classes_of(key: str, names: Sequence[str]) -> list[str]:
+    """The class names that all data sets have; empty if they have none.
+
+    Args:
+        key: what names the data sets, for the message.
+        names: registered.
+
+    Raises:
+        UserError: they differ.
+    """
     found = [list(MetadataCatalog.get(name).get("thing_classes") or _load(name)) for name in names]
     for name, classes in zip(names[1:], found[1:], strict=True):
         if difference := difference_of(found[0], classes):

@@ -106,7 +106,6 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
         logger.info("environment:\n%s", collect_env_info().split("PyTorch built with")[0])
         logger.info("config: %s", os.path.join(folder, "config.yaml"))
         if comm.is_main_process():
-            write_environment(folder, cfg.train.device)
             for place, state in git_state().items():
                 changed = ", with uncommitted changes" if state["dirty"] else ""
                 logger.info("commit of %s: %s%s", place, state["commit"], changed)
@@ -152,6 +151,8 @@ def run_training(
     """
     train = cfg.train
     device = resolve_device(train.device)
+    if comm.is_main_process():
+        write_environment(train.output_dir, device.type)
     use_fast_kernels(train, device)
     check_same_data(data)
     check_batch_size(cfg, data)

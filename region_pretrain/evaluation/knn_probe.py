@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from region_pretrain.data.catalog import check_registered
+from region_pretrain.engine.labelled_data import classes_of
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.accuracy import accuracy_of
 from region_pretrain.evaluation.features import model_reader, read_regions, with_boxes
@@ -40,8 +41,8 @@ class KNNProbeHook(HookBase):
         period: in iterations; 0: only before the first step, which every new run logs as iteration
             0, and after the last step. At least ``train.log_period``.
         train_names: data sets whose boxes vote, registered or named by path.
-        val_names: data sets whose boxes are classified; empty: each box of ``train_names`` is
-            classified by all others.
+        val_names: data sets whose boxes are classified, with the same classes; empty: each box of
+            ``train_names`` is classified by all others.
         k: number of neighbours.
         max_images: use only the first images of both; None: all.
         batch_size: images per batch.
@@ -75,6 +76,10 @@ class KNNProbeHook(HookBase):
 
     def before_train(self) -> None:
         # The data sets are read first: a wrong name must not end a run at its first probe.
+        names = [name for of_set in self._names for name in of_set]
+        for name in names:
+            check_registered(name)
+        classes_of("the kNN probe's train_names and val_names", names)
         self._dicts = [self._read(names) for names in self._names if names]
         log_period = getattr(self.trainer, "log_period", 1)  # a trainer of another library
         if 0 < self._period < log_period:
@@ -114,8 +119,6 @@ class KNNProbeHook(HookBase):
         return result
 
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
-        for name in names:
-            check_registered(name)
         dicts = get_detection_dataset_dicts(names, filter_empty=False)
         return with_boxes(dicts, ", ".join(names))[: self._max_images]
 

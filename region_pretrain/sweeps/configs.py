@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import load_config, override_config, to_yaml
 from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.few_label import find_split
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
@@ -131,6 +132,30 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     return cfg
 
 
+def check_weights(key: str, path: str) -> None:
+    """Check before any run that a local file of weights exists; ``""`` and URLs are not checked.
+
+    Raises:
+        UserError: there is no such file; the message names ``key``.
+    """
+    file = os.path.expanduser(path.partition("?")[0])  # options such as ?part=NAME
+    if path and is_local(file) and not os.path.exists(file):
+        raise UserError(f"{key}={path}: no such file; relative paths refer to {os.getcwd()}")
+
+
+@functools.cache
+def check_split(where: str, split: str, fraction: float, seed: int) -> None:
+    """Check before any run that a split file has the images of a fraction and seed.
+
+    Raises:
+        UserError: it has not; the message begins with ``where``.
+    """
+    try:
+        find_split(split, fraction, seed)
+    except UserError as error:
+        raise UserError(f"{where}.label_split={split}: {error}") from None
+
+
 def _check_store(cfg: DictConfig) -> None:
     """Compare the recipe of an existing region store with the config's."""
     dataset = cfg.dataloader.train.get("dataset", {})
@@ -163,14 +188,26 @@ def _build(cfg: DictConfig) -> None:
     instantiate(cfg.lr_multiplier)
 
 
+#: Keys of ``train`` that change how a run is kept or resumed and not what it computes, each with its
+#: default. Other keys of :data:`region_pretrain.engine.output_dir.HARMLESS` stay: they change the
+#: last digits (``device``, ``compile``), the curves (``eval_period``, ``log_period``), or the
+#: identity of runs that exist (``checkpointer.period``, which shipped configs set).
+_HARMLESS = {
+    "allow_world_size_change": False,
+    "allow_new_length": False,
+    "allow_changed_data": False,
+    "checkpoint_minutes": 0,
+}
+
+
 def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
     """A config as text, equal for configs that compute the same.
 
     Args:
         cfg: the config; not modified.
         without: dotted keys to ignore, besides ``train.output_dir`` and ``train.register``. What
-            only affects metrics' destinations and pictures, or whether a run may resume with
-            another number of processes, is ignored as well.
+            only affects metrics' destinations and pictures, when checkpoints are written, or
+            whether a run may resume after a change, is ignored as well.
 
     Raises:
         UserError: the config contains a lambda or a local function, which cannot be saved.
@@ -181,7 +218,7 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
         for part in path:
             node = node[part]
         node[last] = None
-    values["train"]["allow_world_size_change"] = False
+    values["train"] |= _HARMLESS
     for key in ("writers", "tracking", "pictures"):
         values["train"].pop(key, None)
     return json.dumps(values, default=_named, sort_keys=True)

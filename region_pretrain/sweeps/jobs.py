@@ -18,6 +18,9 @@ from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
 from region_pretrain.sweeps.state import Record, SweepFile
 from region_pretrain.system import command_lines, user_name
 
+#: A cancelled job may save a checkpoint before it ends.
+ENDING_SECONDS = 150.0
+
 
 def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
     """A run's command lines as jobs: one per shard on SLURM, a single one elsewhere."""

@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 from submitit.core.utils import JobPaths, environment_variables
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 LOG = "coordinator.txt"
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 15.0
+_SAY_SECONDS, _SAY_EVERY_SECONDS = 2.0, 15.0  # most jobs end within the first
 _MAX_KILLED = 3  # times in a row without a new checkpoint
 
 
@@ -153,8 +154,12 @@ def _was_killed(run: Run, folder: str) -> bool:
     return 0 < vanished(attempts) < _MAX_KILLED
 
 
-def cancel_local(folder: str) -> list[str]:
-    """Stop a sweep's coordinator and its jobs.
+def cancel_local(folder: str, say: Callable[[str], None] = print) -> list[str]:
+    """Stop a sweep's coordinator and its jobs, which save a checkpoint before they end.
+
+    Args:
+        folder: the sweep's folder.
+        say: receives the lines to print while it waits for them.
 
     Returns:
         Names of the stopped runs. They resume from their checkpoints when started again.
@@ -164,21 +169,51 @@ def cancel_local(folder: str) -> list[str]:
     if (pid := coordinator_pid(folder)) is not None:
         os.kill(pid, signal.SIGTERM)
         _wait_until(lambda: coordinator_pid(folder) is None)
-    live = jobs.live_jobs(sweep.cluster, folder)
-    others = jobs.left_behind(sweep, folder)
-    stopped = [os.path.basename(path) for path in others]
-    for job in (int(job) for left in others.values() for job in left):
-        os.kill(job, signal.SIGINT)
+    unknown = set(jobs.live_jobs(sweep.cluster, folder))
+    stopped = []
+    for path, left in jobs.left_behind(sweep, folder).items():
+        stopped.append(os.path.basename(path))
+        unknown -= set(left)
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
-        pids = [int(j) for j in record.job_ids if j in live] if record else []
-        if pids:
+        if record and not unknown.isdisjoint(record.job_ids):
             state.write_record(run, dataclasses.replace(record, cancelled=True))
             stopped.append(run.name)
-        for job in pids:
-            os.kill(job, signal.SIGINT)  # submitit's controller then ends its tasks
-    _wait_until(lambda: not jobs.live_jobs(sweep.cluster, folder))
+            unknown -= set(record.job_ids)
+    # The coordinator has started these, and ended before it recorded that.
+    stopped += [f"job {job}" for job in sorted(unknown)]
+    _stop_jobs(lambda: jobs.live_jobs(sweep.cluster, folder), say)
     return stopped
+
+
+def _stop_jobs(live: Callable[[], Iterable[str]], say: Callable[[str], None]) -> None:
+    """Let jobs save their checkpoints and end; end those that do not.
+
+    Args:
+        live: returns the ids of those that run.
+        say: receives the lines to print.
+    """
+    began = time.monotonic()
+    due = began + _SAY_SECONDS
+    while still := list(live()):
+        now = time.monotonic()
+        if now > began + jobs.ENDING_SECONDS:
+            say(f"stopping {len(still)} jobs that have not ended")
+            _signal(still, signal.SIGINT)  # submitit's controller then ends its tasks
+            _wait_until(lambda: not live())
+            return
+        if now > due:
+            left = began + jobs.ENDING_SECONDS - now
+            say(f"waiting up to {left:.0f} s for {len(still)} jobs to save their checkpoints")
+            due = now + _SAY_EVERY_SECONDS
+        _signal(still, signal.SIGTERM)  # again and again, as a task may have been starting
+        time.sleep(_POLL_SECONDS)
+
+
+def _signal(pids: Iterable[str], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), number)
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float = _GRACE_SECONDS) -> None:

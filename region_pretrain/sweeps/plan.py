@@ -13,7 +13,13 @@ from detectron2.config import instantiate
 
 from region_pretrain.engine import checkpoint
 from region_pretrain.errors import UserError
-from region_pretrain.sweeps.configs import checked_config, content, for_jobs
+from region_pretrain.sweeps.configs import (
+    check_split,
+    check_weights,
+    checked_config,
+    content,
+    for_jobs,
+)
 from region_pretrain.sweeps.definition import FINAL, Finetune, Sweep
 from region_pretrain.sweeps.graph import (
     CHOICE,
@@ -112,8 +118,10 @@ class _Planner:
         dataset = cfg.dataloader.train.get("dataset", {})
         if dataset.get("regions") is None:
             return None
-        # The tool reads only the data set from its config.
+        names = instantiate(dataset.names)
+        # The tool reads only the data set from its config, and what registers it.
         data = [o for o in overrides if o.lstrip("+").startswith(f"{_DATASET}.")]
+        data += _registering(cfg)
 
         def tasks(folder: str) -> list[list[str]]:
             common = [CONFIG, for_jobs(entry.config), *generation.arguments]
@@ -127,7 +135,11 @@ class _Planner:
             REGIONS,
             f"regions_{init}",
             "tools/make_regions.py",
-            [instantiate(dataset.names), dataset.get("recipe"), generation.arguments],
+            [
+                names if isinstance(names, str) else list(names),
+                dataset.get("recipe"),
+                generation.arguments,
+            ],
             "regions.arrow",
             tasks,
             init=init,
@@ -181,18 +193,22 @@ class _Planner:
             "tools/pretrain_net.py",
             content(cfg, without),
             _FINAL_CHECKPOINT,
-            lambda folder: [_command(entry.config, [*overrides, *self._group(cfg)], folder)],
+            lambda folder: [_command(entry.config, [*overrides, *self._apart(cfg)], folder)],
             [run for run in (regions, start) if run is not None],
             init=init,
             seed=seed,
         )
 
-    def _group(self, cfg: Any) -> list[str]:
-        """The override that names the sweep as the group of a run in trackers."""
+    def _apart(self, cfg: Any) -> list[str]:
+        """Overrides that a job needs and that do not affect what it computes.
+
+        They name the sweep as the group of the run in trackers, and the code that registers data.
+        """
         tracked = any(name in cfg.train.writers for name in SERVICES)
         own = cfg.train.tracking.group is not None
         name = json.dumps(self._sweep.name, ensure_ascii=False)  # quoted, as it may be any text
-        return [f"train.tracking.group={name}"] if tracked and not own else []
+        group = [f"train.tracking.group={name}"] if tracked and not own else []
+        return [*group, *_registering(cfg)]
 
     def _checkpoints(self, entry: Finetune, init: str) -> list[str | int]:
         """The checkpoints to fine-tune: numbers of iterations, and ``"final"`` at the end."""
@@ -231,6 +247,7 @@ class _Planner:
     def _choice(self, slug: str, labels: Mapping[str, Any]) -> Run:
         """The run that chooses a learning rate, after its trials."""
         entry, own = self._sweep.finetune[labels["finetune"]], self._sweep.seeds
+        self._check_held_out(labels["finetune"], labels["init"])
         seeds, trials = entry.learning_rate_seeds, []
         for rate in entry.learning_rates:
             for i, seed in enumerate(seeds):
@@ -256,6 +273,22 @@ class _Planner:
             [run for _, run in trials],
             **labels,
         )
+
+    def _check_held_out(self, name: str, init: str) -> None:
+        """The trials must not be evaluated on the data of the results."""
+        sweep, entry = self._sweep, self._sweep.finetune[name]
+        own = (sweep.pretrain | sweep.baselines)[init].finetune_overrides
+        overrides = (*entry.overrides, *sweep.finetune_overrides, *own)
+        results, trials = (
+            checked_config(entry.config, (*overrides, *more), True).dataloader.test
+            for more in ((), entry.held_out)
+        )
+        if results.get("dataset", results) == trials.get("dataset", trials):
+            raise UserError(
+                f"sweep.finetune.{name}.held_out={entry.held_out}: the trials would be evaluated "
+                "on the data of the results; name another split, e.g. "
+                "['dataloader.test.dataset.names=...']"
+            )
 
     def _train(
         self,
@@ -283,7 +316,10 @@ class _Planner:
             without = ["train.init_checkpoint"]  # parent and checkpoint identify the weights
         else:
             weights, without = self._sweep.baselines[init].init_checkpoint, []
+            check_weights(f"sweep.baselines.{init}.init_checkpoint", weights)
         fraction, seed = labels["label_fraction"], labels["seed"]
+        if entry.label_split and fraction < 1:
+            check_split(f"sweep.finetune.{labels['finetune']}", entry.label_split, fraction, seed)
         subset = [
             f"{_DATASET}._target_=region_pretrain.data.few_label."
             + ("listed_images" if entry.label_split else "random_fraction"),
@@ -311,11 +347,17 @@ class _Planner:
             [content(cfg, without), labels["checkpoint"]],
             "results.json",
             lambda folder: [
-                [*_command(entry.config, [*overrides, *self._group(cfg)], folder), *chosen]
+                [*_command(entry.config, [*overrides, *self._apart(cfg)], folder), *chosen]
             ],
             parents,
             **labels,
         )
+
+
+def _registering(cfg: Any) -> list[str]:
+    """The override that names all code that registers data sets: also what the sweep file did."""
+    entries = list(cfg.train.register)
+    return [f"train.register={json.dumps(entries, ensure_ascii=False)}"] if entries else []
 
 
 def _command(config: str, overrides: Sequence[str], folder: str) -> list[str]:

@@ -30,7 +30,6 @@ Group = tuple[list[Run], list[Run]]
 
 _PATIENCE_SECONDS = 60.0  # another start of the same sweep takes seconds
 _POLL_SECONDS = 5.0  # each look at SLURM's queue loads its controller
-_ENDING_SECONDS = 150.0  # a cancelled job may save a checkpoint before it ends
 
 
 def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
@@ -164,7 +163,7 @@ def _wait_for_cancelled(sweep: SweepFile, folder: str, say: Callable[[str], None
     """
     records = filter(None, map(state.read_record, sweep.plan.runs.values()))
     ids = {job for record in records if record.cancelled for job in record.job_ids}
-    deadline, said = time.monotonic() + _ENDING_SECONDS, False
+    deadline, said = time.monotonic() + jobs.ENDING_SECONDS, False
     while ids and (still := ids & jobs.live_jobs(sweep.cluster, folder, sweep.user).keys()):
         if time.monotonic() > deadline:
             raise UserError(
@@ -261,8 +260,12 @@ def dry_run(sweep: SweepFile, folder: str) -> str:
     return "\n\n".join(parts)
 
 
-def cancel(folder: str) -> list[str]:
+def cancel(folder: str, say: Callable[[str], None] = print) -> list[str]:
     """Cancel a sweep's jobs; :func:`start` resumes them.
+
+    Args:
+        folder: the sweep's folder.
+        say: receives the lines to print while jobs of this machine save their checkpoints.
 
     Returns:
         Names of the runs that were queued or running.
@@ -273,7 +276,7 @@ def cancel(folder: str) -> list[str]:
     folder = os.path.abspath(folder)
     sweep = state.read_sweep(folder)
     if sweep.cluster.kind != "slurm":
-        return local.cancel_local(folder)
+        return local.cancel_local(folder, say)
     live = jobs.live_jobs(sweep.cluster, folder, sweep.user)
     mine = []
     for run in sweep.plan.runs.values():

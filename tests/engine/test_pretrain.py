@@ -126,6 +126,18 @@ def test_the_output_folder_contains_what_is_documented(tmp_path):
     assert f", {torch.backends.cpu.get_cpu_capability()}, " in machine
 
 
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_the_machine_of_a_run_is_that_of_the_device_that_it_uses(tmp_path, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    do_pretrain(make_config(tmp_path, device=device, max_iter=1))
+    path, cpu = tmp_path / "environment.json", torch.backends.cpu.get_cpu_capability()
+    facts = json.loads(path.read_text())
+    assert facts["device"] == "cpu" and f", {cpu}, PyTorch " in read_machine(str(tmp_path))
+    for before, name in (({"device": device}, cpu), ({"device": device, "gpu": "H200"}, "H200")):
+        path.write_text(json.dumps({**facts, **before}))  # of an earlier version
+        assert f"{name}, PyTorch " in read_machine(str(tmp_path))
+
+
 def test_resuming_a_finished_run_returns_its_metrics(tmp_path):
     last = do_pretrain(make_config(tmp_path))
     before = (tmp_path / "metrics.json").read_text()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling.backbone import FPN
@@ -368,3 +368,17 @@ def test_two_processes_share_the_images(tmp_path, dicts):
         for level, values in features.items():
             torch.testing.assert_close(mine[0][level], values, rtol=1e-5, atol=1e-6)
             assert torch.equal(mine[0][level], other[0][level])
+
+
+@pytest.mark.parametrize("classes", [["red", "blue", "green"], ["red", "green"]])
+def test_data_sets_of_other_classes_are_refused(names, classes):
+    found = dict(zip(names, (["red", "green", "blue"], classes), strict=True))
+    try:
+        for name, its in found.items():
+            MetadataCatalog.get(name).thing_classes = its
+        hook = with_trainer(KNNProbeHook(0, *names, short_edge=None), make_detector())
+        with pytest.raises(UserError, match="probe_train and probe_val differ: .*class [12] is"):
+            hook.before_train()
+    finally:
+        for name in names:
+            MetadataCatalog.remove(name)

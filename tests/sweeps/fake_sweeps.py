@@ -13,16 +13,28 @@ from region_pretrain.sweeps.state import SweepFile
 
 ROOT = Path(__file__).parents[2]
 #: Records when it ran and with how many threads. Its last argument makes it wait for a file, fail
-#: once, or keep a training's files: between two of them it waits, with train:FOLDER for NAME-1, ...
+#: once, keep a training's files: between two of them it waits, with train:FOLDER for NAME-1, ..., or
+#: take two seconds to save a file when it is asked to stop.
 TOOL = """
-import json, os, sys, time, pathlib
+import json, os, pathlib, signal, sys, time
 product, events, word = sys.argv[-3:]
 def note(what):
     threads = os.environ.get("OMP_NUM_THREADS")
     with open(events, "a") as f:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         f.write(json.dumps([what, product, time.time(), threads, devices]) + chr(10))
+signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # it ends when it is asked to stop
+if word.startswith("save:"):
+    from region_pretrain.errors import STOPPED
+    def save(*_):
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        time.sleep(2)
+        pathlib.Path(word[5:]).touch()
+        sys.exit(STOPPED)
+    signal.signal(signal.SIGUSR2, save)
 note("start")
+if word.startswith("save:"):
+    time.sleep(600)
 if word.startswith("wait:"):
     while not os.path.exists(word[5:]):
         time.sleep(0.05)

@@ -185,6 +185,44 @@ def test_cancelled_runs_stop_and_can_be_started_again(sweeps, tmp_path):
     assert set(sweeps.wait().values()) == {state.FINISHED}
 
 
+def test_a_cancelled_run_saves_before_it_ends(sweeps, tmp_path, monkeypatch):
+    sweeps.add("saves", word=f"save:{tmp_path / 'saved'}")
+    sweeps.add("stuck", word=f"wait:{tmp_path / 'never'}")
+    sweeps.start()
+    sweeps.until(lambda: len(sweeps.noted()) == 2)
+    said: list[str] = []
+    monkeypatch.setattr(local, "_SAY_SECONDS", 0.0)
+    assert submission.cancel(str(sweeps.folder), said.append) == ["saves", "stuck"]
+    assert (tmp_path / "saved").exists()
+    assert said and said[-1].startswith("waiting up to 1") and "to save their check" in said[-1]
+    assert set(sweeps.states().values()) == {state.CANCELLED}
+    (attempt,) = state.attempts(sweeps.plan.runs["saves"])
+    assert attempt["outcome"] == "stopped"
+    assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))
+
+
+def test_a_run_that_does_not_end_is_stopped(sweeps, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "ENDING_SECONDS", 0.5)
+    sweeps.add("saves", word=f"save:{tmp_path / 'saved'}")
+    sweeps.start()
+    sweeps.until(lambda: sweeps.noted())
+    said: list[str] = []
+    assert submission.cancel(str(sweeps.folder), said.append) == ["saves"]
+    assert said == ["stopping 1 jobs that have not ended"]
+    assert not (tmp_path / "saved").exists()
+    assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))
+
+
+def test_a_job_that_was_not_recorded_is_cancelled(sweeps, tmp_path):
+    sweeps.add("long", word=f"wait:{tmp_path / 'never'}")
+    sweeps.start()
+    sweeps.until(lambda: sweeps.noted())
+    record = state.read_record(sweeps.plan.runs["long"])
+    os.remove(Path(sweeps.plan.runs["long"].folder, "run.json"))
+    assert submission.cancel(str(sweeps.folder)) == [f"job {record.job_ids[0]}"]
+    assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))
+
+
 def test_debug_runs_one_job_after_the_other_in_this_process(sweeps, tmp_path):
     sweeps.add("bad", word=f"fail_once:{tmp_path / 'tried'}")
     sweeps.add("after_bad", "bad")

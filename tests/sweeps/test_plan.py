@@ -125,7 +125,8 @@ def test_label_fractions_and_a_single_learning_rate(tmp_path):
 
 
 def test_label_fractions_of_a_split_file(tmp_path):
-    split = "annotations/instances_train2017.{seed}@{percent}.json"
+    split = f"{tmp_path}/instances_train2017.{{seed}}@{{percent}}.json"
+    (tmp_path / "instances_train2017.1@10.json").write_text("[1, 2]")
     det = {"config": DETECTOR, "label_fractions": [1.0, 0.1], "label_split": split}
     found = make_plan(
         sweep(tmp_path, pretrain={}, baselines={"random": {}}, finetune={"det": det}, seeds=[1])

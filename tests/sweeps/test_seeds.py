@@ -12,11 +12,13 @@ from region_pretrain.sweeps.plan import make_plan
 def seeded(tmp_path_factory):
     """2 pre-training seeds x 3 fine-tuning seeds, and trials with 3 seeds."""
     det = {"config": DETECTOR, **RATES, "label_fractions": [1.0, 0.5], "seeds": [0, 1, 7]}
+    weights = tmp_path_factory.mktemp("weights") / "x.pth"
+    weights.touch()
     return make_plan(
         sweep(
             tmp_path_factory.mktemp("seeded"),
             pretrain={"moco": {"config": MOCO}, "byol": {"config": BYOL}},
-            baselines={"random": {}, "file": {"init_checkpoint": "x.pth"}},
+            baselines={"random": {}, "file": {"init_checkpoint": str(weights)}},
             finetune={"det": {**det, "learning_rate_seeds": [1000, 1001, 1002]}},
             seeds=[0, 1],
         )

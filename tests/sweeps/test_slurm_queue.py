@@ -105,7 +105,7 @@ def test_a_start_waits_for_the_jobs_that_were_cancelled(start, queue, sweeps, mo
     assert submission.cancel(str(sweeps.folder)) == ["pre", "det"]
     assert queue.cancelled == ["1", "2"]
     queue.users[""] = {"1": "COMPLETING"}
-    monkeypatch.setattr(submission, "_ENDING_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "ENDING_SECONDS", 0.05)
     with pytest.raises(UserError, match="cancelled jobs of .* have not ended: 1; start it again"):
         start()
     looks = [{"1": "COMPLETING"}] * 4
@@ -115,7 +115,7 @@ def test_a_start_waits_for_the_jobs_that_were_cancelled(start, queue, sweeps, mo
             return looks.pop()
         return queue.users[""] if len(queue.submitted) > 2 else {}
 
-    monkeypatch.setattr(submission, "_ENDING_SECONDS", 60)
+    monkeypatch.setattr(jobs, "ENDING_SECONDS", 60)
     monkeypatch.setattr(slurm, "jobs_of", jobs_of)
     assert start()[0] == "waiting for 1 cancelled jobs to end" and not looks
     assert queue.submitted == ["pre", "det"] * 2

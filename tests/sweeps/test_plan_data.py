@@ -1,0 +1,114 @@
+"""The data of a sweep's runs: several data sets, code that registers them, files that must exist."""
+
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from sweep_plans import DETECTOR, RATES, SOCO, entries, sweep
+
+from region_pretrain.config import load_config
+from region_pretrain.errors import UserError
+from region_pretrain.sweeps.definition import load_sweep
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.plan import make_plan
+
+NAMES = "dataloader.train.dataset.names"
+
+
+def test_regions_of_several_data_sets(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    names = f"{NAMES}=['folder://{folders[0]}','folder://{folders[1]}']"
+    changes = {"pretrain": {"soco": {"config": SOCO, "overrides": [names]}}, "finetune": {}}
+    plan = make_plan(sweep(tmp_path / "out", **changes))
+    (regions,), (pretrain,) = entries(plan, REGIONS), entries(plan, PRETRAIN)
+    assert names in regions.tasks[0] and names in pretrain.tasks[0]
+    assert pretrain.parents == (regions.id,)
+
+
+REGISTER = """
+from detectron2.data import DatasetCatalog, MetadataCatalog
+DatasetCatalog.register("NAME", lambda: [])
+MetadataCatalog.get("NAME").thing_classes = ["a", "b", "c", "d", "e", "f"]
+"""
+
+
+@pytest.mark.parametrize("by", ["the sweep file", "an override"])
+def test_jobs_execute_what_registers_their_data(tmp_path, by):
+    """A job does not load the sweep file, and reads a copy of the config of the user's own."""
+    name = f"photos of {by}".replace(" ", "_")
+    registers = REGISTER.replace("NAME", name)
+    file, code = tmp_path / "mine.py", tmp_path / "it's, [mine].py"
+    code.write_text(registers)
+    data = [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
+    more = [f"train.register={json.dumps([str(code)])}"] if by == "an override" else []
+    values = dict(
+        pretrain=dict(soco=dict(config=SOCO, overrides=[*more, data[0]])),
+        finetune=dict(det=dict(config=DETECTOR, overrides=[*more, *data])),
+        output_dir=str(tmp_path / "out"),
+    )
+    file.write_text(f"{'' if more else registers}\nsweep = {values!r}\n")
+    try:
+        runs = list(make_plan(load_sweep(str(file))).runs.values())
+        assert [run.kind for run in runs] == [REGIONS, PRETRAIN, FINETUNE]
+        for run in runs:
+            (task,) = run.tasks
+            own = [word for word in task if word.startswith("train.register=")]
+            cfg = load_config(DETECTOR, own[-1:])
+            assert list(cfg.train.register) == [str(code if more else file)], run.kind
+    finally:
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+def test_what_registers_the_data_does_not_change_a_run(tmp_path):
+    code = tmp_path / "code.py"
+    code.write_text("")
+    register = [f"train.register=[{code}]"]
+    more = {"pretrain_overrides": register, "finetune_overrides": register}
+    assert set(make_plan(sweep(tmp_path, **more)).runs) == set(make_plan(sweep(tmp_path)).runs)
+
+
+def test_learning_rates_are_not_chosen_on_the_data_of_the_results(tmp_path):
+    det = {"config": DETECTOR, "learning_rates": [0.05, 0.1], "held_out": ["train.eval_period=0"]}
+    with pytest.raises(UserError, match="det.held_out=.*evaluated on the data of the results"):
+        make_plan(sweep(tmp_path, finetune={"det": det}))
+
+
+def test_the_mends_of_the_engines_errors_do_not_change_a_run(tmp_path):
+    def ids(*overrides):
+        more = {"pretrain_overrides": overrides, "finetune_overrides": overrides}
+        return set(make_plan(sweep(tmp_path, **more)).runs)
+
+    harmless = ("allow_changed_data=true", "allow_new_length=true", "checkpoint_minutes=10")
+    assert ids(*(f"train.{key}" for key in harmless)) == ids()
+    for key in ("checkpoint_keep_every=5", "max_unreadable=0.5"):
+        found = ids(f"train.{key}")
+        assert len(found - ids()) == len(found) - 1, key  # all but the regions
+
+
+@pytest.mark.parametrize("query", ["", "?part=student"])
+def test_weights_of_a_baseline_must_exist(tmp_path, query):
+    def planned(path):
+        baselines = {"file": {"init_checkpoint": f"{path}{query}"}}
+        det = {"config": DETECTOR}
+        return make_plan(sweep(tmp_path, pretrain={}, baselines=baselines, finetune={"det": det}))
+
+    with pytest.raises(UserError, match="sweep.baselines.file.init_checkpoint=absent.pth.*no such"):
+        planned("absent.pth")
+    (tmp_path / "here.pth").touch()
+    for path in (tmp_path / "here.pth", "zoo://absent", "https://absent/r50.pth"):
+        assert len(planned(path).runs) == 1
+
+
+def test_a_split_file_must_have_all_fractions_and_seeds(tmp_path):
+    split = tmp_path / "split.json"
+    det = {"config": DETECTOR, **RATES, "label_fractions": [1.0, 0.1], "label_split": str(split)}
+    values = {"pretrain": {}, "baselines": {"random": {}}, "finetune": {"det": det}, "seeds": [3]}
+    with pytest.raises(UserError, match=r"finetune.det.label_split=.*: no such split file: .*json"):
+        make_plan(sweep(tmp_path, **values))
+    lists = {"3": [1, 2]}
+    split.write_text(json.dumps({"10": lists}))
+    with pytest.raises(UserError, match="there is no seed=1000; it has seed 3"):  # of the trials
+        make_plan(sweep(tmp_path, **values))
+    split.write_text(json.dumps({"10": {**lists, "1000": [3]}}))
+    assert len(entries(make_plan(sweep(tmp_path, **values)), FINETUNE)) == 2
