@@ -188,7 +188,7 @@ def _build(cfg: DictConfig) -> None:
     instantiate(cfg.lr_multiplier)
 
 
-#: Keys of ``train`` that change how a run is kept or resumed and not what it computes, each with its
+#: Keys of ``train`` that change how a run is kept or resumed, not what it computes, each with its
 #: default. Other keys of :data:`region_pretrain.engine.output_dir.HARMLESS` stay: they change the
 #: last digits (``device``, ``compile``), the curves (``eval_period``, ``log_period``), or the
 #: identity of runs that exist (``checkpointer.period``, which shipped configs set).

@@ -1,4 +1,4 @@
-"""The data of a sweep's runs: several data sets, code that registers them, files that must exist."""
+"""The data of a sweep's runs: several data sets, code that registers them, files that must be."""
 
 import json
 
