@@ -194,7 +194,10 @@ def check_same_data(data: Any) -> None:
             what = "other regions" if found[2] == expected[2] else "other images, or another order"
         others.setdefault(f"on {host}: {what}", []).append(str(rank))
     if others:
-        differ = [f"rank {', '.join(ranks)} {text}" for text, ranks in others.items()]
+        differ = [
+            f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {text}"
+            for text, ranks in others.items()
+        ]
         raise UserError(
             f"the training data is not that of rank 0 on {expected_on} "
             f"({_lengths(*expected[:2])}): {'; '.join(differ)}. Make the copies of the data set "
