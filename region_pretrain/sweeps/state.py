@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from glob import escape, glob
 
 from region_pretrain.errors import UserError
@@ -97,7 +97,7 @@ def write_sweep(folder: str, sweep: SweepFile) -> None:
 
 
 def read_sweep(folder: str) -> SweepFile:
-    """Read ``sweep.json``.
+    """Read ``sweep.json``. The folders of its runs are those below ``folder``.
 
     Raises:
         UserError: the folder contains no sweep, one of another version, or a damaged one.
@@ -110,7 +110,16 @@ def read_sweep(folder: str) -> SweepFile:
         raise UserError(f"{folder} contains no sweep: there is no {path}") from None
     if sweep.version != _VERSION:
         raise UserError(f"{path} was written by another version: set another sweep.output_dir")
+    base = os.path.join(os.path.abspath(folder), "runs")
+    sweep.plan.runs = {name: _in(base, run) for name, run in sweep.plan.runs.items()}
     return sweep
+
+
+def _in(base: str, run: Run) -> Run:
+    """A run below ``base``: the sweep's folder may have been moved since it was written."""
+    folder = os.path.join(base, os.path.basename(run.folder))
+    product = os.path.join(folder, os.path.relpath(run.product, run.folder))
+    return replace(run, folder=folder, product=product)
 
 
 def claim(folder: str, name: str) -> None:

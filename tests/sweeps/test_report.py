@@ -189,6 +189,17 @@ def test_csv_has_a_line_per_fine_tuning_with_all_digits(folder):
             assert float(line["memory_mib"]) == pytest.approx(max(cost["memory"]))
 
 
+def test_the_report_of_a_folder_that_was_moved(tmp_path):
+    (tmp_path / "before").mkdir()
+    Folder(tmp_path / "before")
+    *_, csv = write_sweep_report(str(tmp_path / "before"))
+    before = Path(csv).read_text()
+    (tmp_path / "before").rename(tmp_path / "after")
+    *_, csv = write_sweep_report(str(tmp_path / "after"))
+    assert Path(csv).read_text() == before and before.count("\n") > 10
+    assert not (tmp_path / "before").exists()
+
+
 def test_failure_and_runs(folder):
     page = open(folder.paths[0], encoding="utf-8").read()
     assert "det_mcl_0.1_1 failed" in page
@@ -291,17 +302,18 @@ def test_in_a_browser(folder, tmp_path):
 def test_a_finished_run_that_is_still_ending_counts(tmp_path):
     # The report is written once the last product exists; its process then records its end.
     plan, sweep = Plan(), tmp_path / "sweep"
+    runs = sweep / "runs"
     for name, started, ended in (("early", 1000.0, 1060.0), ("late", 1060.0, 1180.0)):
-        run = Run(name, PRETRAIN, name, "t.py", ((),), str(sweep / name), str(sweep / name / "x"))
+        run = Run(name, PRETRAIN, name, "t.py", ((),), str(runs / name), str(runs / name / "x"))
         plan.runs[name] = run
         plan.entries.append({"kind": PRETRAIN, "init": name, "seed": 0, "run": name})
-        (sweep / name).mkdir(parents=True)
-        (sweep / name / "x").touch()
-        os.utime(sweep / name / "x", (ended, ended))
+        (runs / name).mkdir(parents=True)
+        (runs / name / "x").touch()
+        os.utime(runs / name / "x", (ended, ended))
         attempt = {"job": "1", "restart": 0, "host": "h", "started": started, "start": ""}
         if name == "early":
             attempt |= {"ended": ended, "stop": "", "outcome": "finished"}
-        (sweep / name / "attempts.json").write_text(json.dumps([attempt]))
+        (runs / name / "attempts.json").write_text(json.dumps([attempt]))
     (sweep / "jobs").mkdir()
     labels = {"early": "Early", "late": "Late"}
     cluster = Cluster(kind="local")
