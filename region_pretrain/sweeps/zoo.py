@@ -114,7 +114,7 @@ def _export(run: Run, out: str, name: str) -> tuple[str, str]:
 
 
 def _collection(sweep: SweepFile, init: str, config: str) -> dict[str, Any]:
-    """The method: if it is one of projects/, the heading of its README and the paper named first."""
+    """The method: for those in projects/, the README's heading and the paper it names first."""
     found: dict[str, Any] = {"Name": sweep.methods.get(init, sweep.labels[init])}
     readme = Path(config).parent.parent / "README.md"
     path = Path(sweep.root, readme)
@@ -183,7 +183,7 @@ def _detector(sweep: SweepFile, init: str) -> str | None:
 
 
 def _results(sweep: SweepFile, row: Row, baselines: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """One entry per task: means over the seeds of fine-tuning, and those of the sweep's baselines."""
+    """One entry per task: means over the fine-tunings, and those of the sweep's baselines."""
     how = {key: getattr(row, key) for key in ("finetune", "label_fraction", "checkpoint")}
     run = next(filter(state.is_finished, _finetunings(sweep, row.init, **how)), None)
     if run is None:

@@ -1,4 +1,4 @@
-"""The trunk of a DC5 detector, whose last stage is dilated instead of strided, and deformable ones."""
+"""Trunks with a dilated last stage, as DC5 detectors have, and with deformable convolutions."""
 
 import sys
 from pathlib import Path
