@@ -174,6 +174,11 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             f"{path} has no {known} to export to {to}: it was read as {weights.title}"
             + (f", with a {kind or 'network of timm'}; use --to timm" if kind or own else "")
         )
+    if any("conv2_offset" in name for name in (*tensors, *weights.unused)):
+        raise UserError(
+            f"{path} has deformable convolutions, which the ResNet for {to} lacks: its features "
+            "would be wrong. Use --to detectron2"
+        )
     if to != "mmdet" and weights.facts.stride_in_1x1 and is_bottleneck(tensors):
         raise UserError(
             f"{path} has the stride in the bottlenecks' 1x1 convolutions, which {to}'s ResNet has "

@@ -188,10 +188,10 @@ def _build(cfg: DictConfig) -> None:
     instantiate(cfg.lr_multiplier)
 
 
-#: Keys of ``train`` that change how a run is kept or resumed, not what it computes, each with its
-#: default. Other keys of :data:`region_pretrain.engine.output_dir.HARMLESS` stay: they change the
-#: last digits (``device``, ``compile``), the curves (``eval_period``, ``log_period``), or the
-#: identity of runs that exist (``checkpointer.period``, which shipped configs set).
+#: Keys of ``train`` that only affect how a run is kept or resumed, with their defaults. Others of
+#: :data:`region_pretrain.engine.output_dir.HARMLESS` remain part of a run's identity: they affect
+#: the last digits (``device``, ``compile``) or the curves (``eval_period``, ``log_period``), or
+#: shipped sweeps set them, whose finished runs would be computed again (``checkpointer.period``).
 _HARMLESS = {
     "allow_world_size_change": False,
     "allow_new_length": False,

@@ -64,6 +64,8 @@ def _earlier_runs(plan: Plan) -> Iterator[tuple[Run, str]]:
 def _changes(run: Run, folder: str) -> str:
     """``key: old -> new`` of the settings that differ from a run's saved config."""
     arguments = [word for word in run.tasks[0] if not word.startswith("@")]
+    # The file of a choice, which the saved config has the learning rate of, may not exist yet.
+    chosen = ("optimizer.lr",) if len(arguments) < len(run.tasks[0]) else ()
     at = arguments.index(CONFIG) + 1
     try:
         saved = read_saved(os.path.join(folder, "config.yaml"))
@@ -72,7 +74,7 @@ def _changes(run: Run, folder: str) -> str:
     changed = [
         f"{key}: {old} -> {new}"
         for key, (old, new) in changed_keys(saved, load(arguments[at], arguments[at + 1 :])).items()
-        if not any(key == k or key.startswith(f"{k}.") for k in _NOT_SETTINGS)
+        if not any(key == k or key.startswith(f"{k}.") for k in (*_NOT_SETTINGS, *chosen))
     ]
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return "; ".join(changed[:_SHOWN]) + more

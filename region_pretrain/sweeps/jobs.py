@@ -20,6 +20,8 @@ from region_pretrain.system import command_lines, user_name
 
 #: A cancelled job may save a checkpoint before it ends.
 ENDING_SECONDS = 150.0
+#: The lease of a start. A sweep with ``--cluster debug`` runs as long as it is held.
+START_LEASE = f"{PREFIX}-start"
 
 
 def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
@@ -148,7 +150,25 @@ def states_now(sweep: SweepFile, folder: str) -> dict[str, str]:
     Raises:
         UserError: see :func:`live_jobs`.
     """
-    return states(sweep.plan, lambda: live_jobs(sweep.cluster, folder, sweep.user))
+
+    def live() -> dict[str, str]:
+        return live_jobs(sweep.cluster, folder, sweep.user) | _started_here(sweep, folder)
+
+    return states(sweep.plan, live)
+
+
+def _started_here(sweep: SweepFile, folder: str) -> dict[str, str]:
+    """The job that another process runs with ``--cluster debug``: it has not recorded its end."""
+    if sweep.cluster.kind != "debug":
+        return {}
+    holder = holder_of(folder, START_LEASE)
+    if holder is None or holder.is_here() and holder.pid == os.getpid():
+        return {}
+    found = {}
+    for path, record in state.all_records(folder).items():
+        ended = {attempt["job"] for attempt in read_attempts(path) if "outcome" in attempt}
+        found |= {job: state.RUNNING for job in record.job_ids if job not in ended}
+    return found
 
 
 def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]:

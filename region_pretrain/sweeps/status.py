@@ -140,6 +140,8 @@ def _summary(now: dict[str, str], going: bool, here: bool) -> str:
     text = state.counted(now)
     if not going and any(word not in state.ENDED for word in now.values()):
         cause = "the sweep's process was killed" if here else "some runs were not submitted"
+        if state.CANCELLED in now.values():
+            cause = "the sweep was cancelled"
         text += f"\n\n{cause}: start the sweep again to resume it"
     return text
 

@@ -16,7 +16,7 @@ from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import sbatch_text
 from region_pretrain.jobs.snapshot import take_snapshot
 from region_pretrain.jobs.submission import check_batch
-from region_pretrain.lease import PREFIX, hold
+from region_pretrain.lease import hold
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import configs, jobs, local, state
 from region_pretrain.sweeps.definition import Sweep
@@ -46,7 +46,8 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
     plan = make_plan(sweep)
     if cluster.nodes * cluster.tasks > 1:
         _check_batches(plan, cluster)
-    own_length = any(entry.images_seen is not None for entry in sweep.pretrain.values())
+    # A pre-training that continues another one has seen its images as well.
+    own_length = any(e.images_seen is not None or e.init_from for e in sweep.pretrain.values())
     return SweepFile(
         name=sweep.name,
         title=sweep.title or sweep.name,
@@ -90,7 +91,7 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
     folder = os.path.abspath(folder)
     check_cluster(sweep.cluster)
     state.claim(folder, sweep.name)
-    with hold(folder, f"{PREFIX}-start", patience=_PATIENCE_SECONDS):
+    with hold(folder, jobs.START_LEASE, patience=_PATIENCE_SECONDS):
         _start(sweep, folder, say)
 
 

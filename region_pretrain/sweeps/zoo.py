@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from region_pretrain.data.sources import register_named
 from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.engine.environment import versions
 from region_pretrain.errors import UserError
-from region_pretrain.files import make_writable, sha256_of
+from region_pretrain.files import is_local, make_writable, sha256_of
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Run
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, Run
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
@@ -52,7 +53,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
     """
     sweep = state.read_sweep(folder)
     rows = collect(sweep)
-    baselines = [row for row in rows if not row.images_seen]
+    baselines = [row for row in rows if row.images_seen == 0]
     collections: dict[str, dict[str, Any]] = {}
     models, paths = [], []
     firsts = {init: next(iter(runs.items())) for init, runs in pretrainings(sweep).items()}
@@ -67,14 +68,14 @@ def write_zoo(folder: str, out: str) -> list[str]:
         stem = Path(config).stem
         name = stem if stems[stem] == 1 else f"{stem}_{init}"
         weights, sha256 = _export(run, out, name)
-        mine = [row for row in rows if row.init == init and row.checkpoint == FINAL]
+        mine = [_of_seed(row, seed) for row in rows if row.init == init and row.checkpoint == FINAL]
         models.append(
             {
                 "Name": name,
                 "In Collection": collection["Name"],
                 "Config": config,
                 "Metadata": {
-                    **_facts(run, mine, seed),
+                    **_facts(sweep, run, mine, seed),
                     "Seed": seed,
                     "Detector": _detector(sweep, init),
                     "File Size": os.path.getsize(weights),
@@ -113,11 +114,11 @@ def _export(run: Run, out: str, name: str) -> tuple[str, str]:
 
 
 def _collection(sweep: SweepFile, init: str, config: str) -> dict[str, Any]:
-    """The method: the heading of its README, and the paper that it names first."""
+    """The method: for those in projects/, the README's heading and the paper it names first."""
     found: dict[str, Any] = {"Name": sweep.methods.get(init, sweep.labels[init])}
     readme = Path(config).parent.parent / "README.md"
     path = Path(sweep.root, readme)
-    if not path.is_file():
+    if readme.parts[0] != "projects" or not path.is_file():
         return found
     text = path.read_text(encoding="utf-8")
     if paper := re.search(r"arXiv[: ](\d{4}\.\d{4,5})", text):
@@ -137,11 +138,27 @@ def _names(value: Any) -> str:
     return names if isinstance(names, str) else ", ".join(names)
 
 
-def _facts(run: Run, rows: Sequence[Row], seed: int) -> dict[str, Any]:
+def _of_seed(row: Row, seed: int) -> Row:
+    """A row's fine-tunings from the pre-training of one seed."""
+    mine = {seeds: values for seeds, values in row.by_seeds.items() if seeds[0] == seed}
+    return replace(row, by_seeds=mine)
+
+
+def _initial_weights(sweep: SweepFile, run: Run, cfg: DictConfig) -> str | None:
+    """What a pre-training starts from: another one of the sweep, or a file by its name."""
+    for parent in (sweep.plan.runs[i] for i in run.parents):
+        if parent.kind == PRETRAIN:
+            return parent.name
+    path = cfg.train.init_checkpoint
+    return (os.path.basename(path) if is_local(path) else path) or None
+
+
+def _facts(sweep: SweepFile, run: Run, rows: Sequence[Row], seed: int) -> dict[str, Any]:
     cfg, progress = _run_config(run), state.progress(run)
     dataset = cfg.dataloader.train.dataset
     facts = {
         "Training Data": _names(dataset.names),
+        "Initial Weights": _initial_weights(sweep, run, cfg),
         "Regions": dataset.get("recipe") if dataset.get("regions") else None,
         "Iterations": progress.total if progress else None,
         "Batch Size": cfg.dataloader.train.total_batch_size,
@@ -166,7 +183,7 @@ def _detector(sweep: SweepFile, init: str) -> str | None:
 
 
 def _results(sweep: SweepFile, row: Row, baselines: Sequence[Row]) -> list[Mapping[str, Any]]:
-    """One entry per task: means over the seeds, and those of the sweep's baselines."""
+    """One entry per task: means over the fine-tunings, and those of the sweep's baselines."""
     how = {key: getattr(row, key) for key in ("finetune", "label_fraction", "checkpoint")}
     run = next(filter(state.is_finished, _finetunings(sweep, row.init, **how)), None)
     if run is None:

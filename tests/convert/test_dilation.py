@@ -1,4 +1,4 @@
-"""The trunk of a DC5 detector, whose last stage is dilated instead of strided."""
+"""Trunks with a dilated last stage, as DC5 detectors have, and with deformable convolutions."""
 
 import sys
 from pathlib import Path
@@ -39,3 +39,20 @@ def test_mmdetections_config_computes_the_same(checkpoint, tmp_path):
     lines = write_export(checkpoint[1], "mmdet", str(tmp_path / "out.pth"))
     text = str(lines)
     assert "strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)" in text
+
+
+@pytest.mark.parametrize("to", ["torchvision", "timm", "mmdet"])
+def test_deformable_convolutions_are_refused(checkpoint, tmp_path, to):
+    content = torch.load(checkpoint[1], weights_only=True)
+    content["detector"]["res5_dilation"] = 1
+    for block in range(3):
+        name = f"backbone.res5.{block}.conv2_offset"
+        content["model"] |= {
+            f"{name}.weight": torch.zeros(18, 8, 3, 3),
+            f"{name}.bias": torch.zeros(18),
+        }
+    path = str(tmp_path / "model.pth")
+    torch.save(content, path)
+    with pytest.raises(UserError, match="has deformable convolutions, .* Use --to detectron2"):
+        write_export(path, to, str(tmp_path / "out.pth"))
+    write_export(path, "detectron2", str(tmp_path / "out.pth"))

@@ -13,8 +13,8 @@ from region_pretrain.sweeps.state import SweepFile
 
 ROOT = Path(__file__).parents[2]
 #: Records when it ran and with how many threads. Its last argument makes it wait for a file, fail
-#: once, keep a training's files (between two, it waits with train:FOLDER for NAME-1, ...) or
-#: take two seconds to save a file when it is asked to stop.
+#: once, take two seconds to save a file when asked to stop, or keep a training's files: between two
+#: of them it waits, with train:FOLDER for NAME-1, ...
 TOOL = """
 import json, os, pathlib, signal, sys, time
 product, events, word = sys.argv[-3:]

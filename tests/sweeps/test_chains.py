@@ -59,6 +59,15 @@ def test_a_chain_does_not_depend_on_names_and_folders(chain, tmp_path):
     assert len(set(other.runs) - set(found.runs)) == 1
 
 
+def test_lengths_of_a_chain_differ(tmp_path):
+    def described(init_from):
+        pretrain = {"a": {"config": MOCO}, "b": {"config": MOCO, "init_from": init_from}}
+        made = sweep(tmp_path, pretrain=pretrain, finetune={})
+        return submission.describe(made, Cluster(), "").images_seen
+
+    assert described(None) == 320 and described("a") is None
+
+
 def test_a_chain_in_slurm_arrays_and_in_a_dry_run(chain, tmp_path):
     groups = submission.missing(chain, dict.fromkeys(chain.runs, state.WAITING))
     shown = [([r.name for r in runs], [a.name for a in after]) for runs, after in groups]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from sweep_plans import DETECTOR, MOCO, SOCO, entries, sweep
+from sweep_plans import DETECTOR, MOCO, RATES, SOCO, entries, sweep
 
 from region_pretrain.config import load_config, to_yaml
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import submission
 from region_pretrain.sweeps.earlier import describe_earlier
-from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
 from region_pretrain.sweeps.plan import make_plan
 
 
@@ -25,9 +25,9 @@ def make(folder, **changes):
 def compute(run, *without):
     """Write what a training of the run leaves, without some keys of its config."""
     os.makedirs(run.folder)
-    if run.kind == REGIONS:
+    if run.kind in (REGIONS, CHOICE):
         return
-    cfg = load_config(run.tasks[0][1], run.tasks[0][2:])
+    cfg = load_config(run.tasks[0][1], [a for a in run.tasks[0][2:] if not a.startswith("@")])
     for key in without:
         parent, _, last = key.rpartition(".")
         OmegaConf.select(cfg, parent).pop(last)
@@ -117,3 +117,15 @@ def test_a_dry_run_begins_with_them(tmp_path, kind):
     assert first.startswith("# 2 runs have been computed with other settings, kept in ")
     assert second.startswith(f"#   {os.path.basename(old.folder)}: optimizer.lr: ")
     assert second.endswith(" -> 0.5") and "\n\n# moco_seed0\n" in text
+
+
+def test_the_chosen_learning_rate_is_not_a_setting_that_changed(tmp_path):
+    """It is in the saved config, and the command names the file of the choice instead."""
+    det = {"det": {"config": DETECTOR, **RATES}}
+    values = {"finetune": det, "pretrain": {"moco": {"config": MOCO}}, "baselines": {}}
+    for run in make(tmp_path, **values).runs.values():
+        compute(run, *(["optimizer.lr"] if run.kind == FINETUNE else []))
+    lines = describe_earlier(make(tmp_path, images_seen=640, **values))
+    text = dict(zip(names(lines), lines[1:], strict=True))
+    assert "optimizer.lr" not in text["moco_seed0_det"]
+    assert text["moco_seed0_det"].endswith(": another pre-training, checkpoint or region store")

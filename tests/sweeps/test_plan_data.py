@@ -1,4 +1,4 @@
-"""The data of a sweep's runs: several data sets, code that registers them, files that must be."""
+"""What a sweep's runs read: several data sets, code that registers them, files that must exist."""
 
 import json
 

@@ -3,14 +3,27 @@
 import json
 import os
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from region_pretrain.jobs.attempts import end_attempt, start_attempt
+from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.progress import Progress, write_progress
-from region_pretrain.sweeps import state, status
+from region_pretrain.sweeps import jobs, state, status
 from region_pretrain.sweeps.graph import REGIONS, Run
+
+#: Holds a lease until its input ends.
+HOLD = """
+import sys
+from region_pretrain.lease import hold
+with hold({folder!r}, {name!r}):
+    print(flush=True)
+    sys.stdin.read()
+"""
 
 
 def folder_of(run):
@@ -67,6 +80,38 @@ def test_progress_of_region_generation_is_the_sum_of_its_shards(tmp_path):
     for i, updated in ((0, 1.0), (1, 3.0), (10, 2.0)):
         os.utime(parts / f"progress-{i}.json", (0, updated))
     assert state.progress(run) == Progress(50, 301, 8.0, 3.0)
+
+
+def test_a_sweep_that_was_cancelled_was_not_killed(sweeps):
+    sweeps.add("a")
+    sweeps.add("b", "a")
+    folder = str(sweeps.folder)
+    state.claim(folder, "mine")
+    state.write_sweep(folder, sweeps.file())
+    for cancelled, cause in ((True, "the sweep was cancelled"), (False, "process was killed")):
+        state.write_record(sweeps.plan.runs["a"], state.Record(1, [], cancelled=cancelled))
+        text, going = status.status_text(folder)
+        assert f"{cause}: start the sweep again" in text and not going
+
+
+def test_a_debug_run_is_running_while_its_start_is(sweeps):
+    for name in ("done", "now"):
+        sweeps.add(name)
+        state.write_record(sweeps.plan.runs[name], state.Record(1, [f"job {name}"]))
+    sweeps.add("next", "now")
+    folder = str(sweeps.folder)
+    state.write_sweep(folder, replace(sweeps.file(), cluster=Cluster(kind="debug")))
+    start_attempt(sweeps.plan.runs["done"].folder, "job done", 0, "here")
+    end_attempt(sweeps.plan.runs["done"].folder, "failed")
+    assert jobs.states_now(state.read_sweep(folder), folder)["now"] == state.FAILED
+    there = [sys.executable, "-c", HOLD.format(folder=folder, name=jobs.START_LEASE)]
+    with subprocess.Popen(there, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        found = jobs.states_now(state.read_sweep(folder), folder)
+        text, going = status.status_text(folder)
+        process.stdin.close()
+    assert found == {"done": state.FAILED, "now": state.RUNNING, "next": state.WAITING}
+    assert going and "killed" not in text
 
 
 def test_minutes_and_attempts_of_shards_are_summed(sweeps):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,69 @@ def test_pre_trainings_of_one_config_have_names_of_their_own(sweep, tmp_path):
     assert list(cards) == [f"{NAME}_moco", f"{NAME}_moco_4"]
     assert [card.weights for card in cards.values()] == weights
     assert all(os.path.isfile(path) for path in weights)
+
+
+def test_the_results_are_those_of_the_published_seed(sweep, tmp_path):
+    """Of two pre-training seeds; the other one's fine-tuning has other results."""
+    folder = tmp_path / "seeds"
+    shutil.copytree(sweep[0], folder)
+    file = state.read_sweep(str(folder))
+    shutil.copytree(folder / "runs/moco_seed0_det", folder / "runs/moco_seed1_det")
+    other = folder / "runs/moco_seed1_det/results.json"
+    other.write_text('{"bbox": {"AP": 99.0, "AP50": 99.0, "AP75": 99.0}}')
+    pre, det = file.plan.entries
+    first = file.plan.runs["moco_seed0_det"]
+    file.plan.runs["second"] = replace(first, folder=str(other.parent), product=str(other))
+    file.plan.entries += [
+        {**pre, "seed": 1},
+        {**det, "run": "second", "seed": 1, "pretrain_seed": 1},
+    ]
+    state.write_sweep(str(folder), file)
+    (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
+    boxes, _ = card.results
+    assert boxes["Metrics"]["box AP"] == round(sweep[1]["bbox"]["AP"], 2)
+    assert boxes["Fine-tuning"]["Seeds"] == 1
+
+
+def test_what_a_pre_training_started_from(sweep, tmp_path):
+    def facts(init_checkpoint, **parents):
+        folder = tmp_path / f"start {len(list(tmp_path.iterdir()))}"
+        shutil.copytree(sweep[0], folder)
+        path = folder / "runs/moco_seed0/config.yaml"
+        cfg = yaml.safe_load(path.read_text())
+        cfg["train"]["init_checkpoint"] = init_checkpoint
+        path.write_text(yaml.safe_dump(cfg))
+        file = state.read_sweep(str(folder))
+        run = file.plan.runs["moco_seed0"]
+        start = replace(run, id="start", name="soco_seed0")
+        file.plan.runs |= {"start": start, "moco_seed0": replace(run, **parents)}
+        state.write_sweep(str(folder), file)
+        (card,) = zoo.read_metafile(write_zoo(str(folder), str(folder / "zoo"))[0]).values()
+        return card.metadata.get("Initial Weights")
+
+    assert facts("") is None
+    assert facts("/home/me/r50.pth") == "r50.pth" and facts("zoo://x") == "zoo://x"
+    assert facts("/sweep/runs/soco_seed0/model_final.pth", parents=("start",)) == "soco_seed0"
+
+
+def test_a_config_of_the_users_own_has_no_paper_of_another_readme(sweep, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(sweep[0], folder)
+    (tmp_path / "README.md").write_text("# My project\n\nUses arXiv:2003.04297 and others.\n")
+    file = state.read_sweep(str(folder))
+    task = ("--config-file", str(tmp_path / "configs/moco.py"))
+    file.plan.runs["moco_seed0"] = replace(file.plan.runs["moco_seed0"], tasks=(task,))
+    state.write_sweep(str(folder), file)
+    (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
+    assert not card.paper
+
+
+def test_a_pre_training_of_unknown_length_is_no_baseline(sweep, tmp_path):
+    folder = tmp_path / "unknown"
+    shutil.copytree(sweep[0], folder)
+    (folder / "runs/moco_seed0/progress.json").unlink()
+    (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
+    assert card.results[0]["Fine-tuning"]["Baselines"] == {}
 
 
 def test_while_a_sweep_runs(sweep, tmp_path):
