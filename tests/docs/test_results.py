@@ -18,6 +18,7 @@ CSV = ROOT / "docs/results/shapes_long.csv"
 SETTINGS = ROOT / "docs/results/shapes_settings.csv"
 CHOSEN = ROOT / "docs/results/shapes_chosen.csv"
 LABELS = ROOT / "docs/results/shapes_labels.csv"
+LENGTHS = ROOT / "docs/results/shapes_lengths.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
     "BYOL": "byol", "MoCo v2": "moco",
@@ -25,7 +26,6 @@ NAMES = {
 
 
 BYOL_TWICE = "BYOL, learning rate x 2"
-FIRST = (0, 0, "AMD EPYC, AVX512, PyTorch 2.15.0")
 BELOW = ("byol", "bbox/AP")  # the one with a pair below random weights
 
 
@@ -94,20 +94,48 @@ def test_page_of_the_probes():
         assert float(seconds) == pytest.approx(sum(costs) / 18, abs=0.501)
 
 
-def test_lengths_of_pre_training():
-    quarter = {line["initialisation"]: line["ap"] for line in probes()}
-    rows = {row.init: row.by_seeds for row in read_csv(str(CSV))}
+def test_lengths_of_pre_training(tmp_path):
+    rows = {row.init: row for row in read_csv(str(LENGTHS))}
     page = (ROOT / "projects/README.md").read_text()
-    header, _, short, long = table(page, "images seen", "random weights")
-    names, gains = {**NAMES, "point-level region contrast": "point"}, {}
-    for label, a, b in list(zip(header, short, long, strict=True))[2:]:
-        aps = float(quarter[names[label] + "_quarter"]), rows[names[label]][FIRST]["bbox/AP"]
-        assert [a, b] == [f"{ap:.1f}" for ap in aps]
-        gains[label] = aps[1] - aps[0]
-    assert short[1] == long[1] == f"{rows['random'][(None, *FIRST[1:])]['bbox/AP']:.1f}"
-    assert gains.pop("SoCo") < 0
+    header, _, *lines = table(page, "images seen", "random weights")
+    names = {**NAMES, "point-level region contrast": "point"}
+    suffixes = {"3,488": "_sixteenth", "13,888": "_quarter", "55,552": ""}
+    assert [line[0] for line in lines] == list(suffixes) and len(header) == 8
+    means = {}
+    for seen, *cells in lines:
+        for label, cell in zip(header[1:], cells, strict=True):
+            init = names[label] + suffixes[seen] if label in names else "random"
+            values = [value for _, value in sorted(rows[init].values("bbox/AP").items())]
+            means[label, seen] = statistics.fmean(values)
+            shown = ", ".join(f"{value:.1f}" for value in values)
+            if len(values) > 2:
+                shown = f"{means[label, seen]:.1f} ± {statistics.stdev(values):.1f}"
+            assert cell == shown, (label, seen)
+    for row in read_csv(str(CSV)):
+        if row.init in rows:
+            assert row.by_seeds == rows[row.init].by_seeds
+    for line in probes():
+        if line["initialisation"].endswith("_quarter"):
+            (found,) = (
+                v for k, v in rows[line["initialisation"]].values("bbox/AP").items() if k[0] == 0
+            )
+            assert found == float(line["ap"])
+    _, *figures = write_tables(str(LENGTHS), ["random"], str(tmp_path))
+    assert any(figure.endswith("_images_box_ap.png") for figure in figures)
+    assert (ROOT / "docs/shapes_images.png").stat().st_size > 10_000
+    gains = {n: means[n, "55,552"] - means[n, "13,888"] for n in header[2:]}
     low, high = min(gains.values()), max(gains.values())
-    assert f"and the other methods {low:.1f} to {high:.1f}." in " ".join(page.split())
+    text = " ".join(page.split())
+    assert f"are {low:.1f} to {high:.1f} above those of a quarter, MCL's most" in text
+    assert max(gains, key=gains.get) == "MCL"
+    front = " ".join((ROOT / "README.md").read_text().split())
+    assert f"rises by {low:.1f} to {high:.1f}" in front
+    shortest = [means[n, "3,488"] for n in header[2:]]
+    assert f"lie between {min(shortest):.1f} and {max(shortest):.1f}" in text
+    random = rows["random"].values("bbox/AP").values()
+    assert min(random) < min(shortest) and max(shortest) - max(random) < 2
+    quarter = rows["soco_quarter"].values("bbox/AP").values()
+    assert f"differ by up to {max(quarter) - min(quarter):.1f} (SoCo)" in text
 
 
 def test_labels(tmp_path):
