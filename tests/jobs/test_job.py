@@ -327,7 +327,7 @@ def test_each_attempt_uses_another_port(monkeypatch):
         for restart in range(20):
             monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
             ports.add(rendezvous.port(job_id))
-            assert rendezvous.port(job_id) in ports and 10000 <= rendezvous.port(job) < 32000
+            assert rendezvous.port(job_id) in ports and 10000 <= rendezvous.port(job_id) < 32000
     assert len(ports) >= 58  # of 60; two may collide among 22000 ports
 
 
