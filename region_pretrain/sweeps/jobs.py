@@ -114,7 +114,7 @@ def live_jobs(cluster: Cluster, folder: str, user: str = "") -> dict[str, str]:
             f"the sweep in {folder} is run by {holder}: use this command there; if that machine no "
             f"longer runs, delete {os.path.join(folder, PREFIX)}"
         )
-    return dict.fromkeys(_local_jobs(os.path.join(folder, "jobs")), state.RUNNING)
+    return dict.fromkeys(local_jobs(folder), state.RUNNING)
 
 
 def left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
@@ -134,9 +134,13 @@ def left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
     return {path: ids for path, ids in found.items() if ids}
 
 
-def _local_jobs(folder: str) -> list[str]:
-    """Process ids of the submitit controllers whose jobs are in a folder, by any of its paths."""
-    folder, found = os.path.realpath(folder), []
+def local_jobs(folder: str) -> list[str]:
+    """Process ids of the submitit controllers of a sweep on this machine, by their command lines.
+
+    Args:
+        folder: the sweep's folder, by any of its paths.
+    """
+    folder, found = os.path.realpath(os.path.join(folder, "jobs")), []
     for pid, command in command_lines().items():
         path = command.partition("submitit.local._local ")[2].strip()
         if path and os.path.realpath(path) == folder:

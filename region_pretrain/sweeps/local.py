@@ -169,11 +169,11 @@ def cancel_local(folder: str, say: Callable[[str], None] = print) -> list[str]:
     if (pid := coordinator_pid(folder)) is not None:
         os.kill(pid, signal.SIGTERM)
         _wait_until(lambda: coordinator_pid(folder) is None)
-    unknown = set(jobs.live_jobs(sweep.cluster, folder))
-    stopped = []
-    for path, left in jobs.left_behind(sweep, folder).items():
-        stopped.append(os.path.basename(path))
-        unknown -= set(left)
+    # Only what their own command lines identify is signalled: ids may be those of another queue.
+    unknown = set(jobs.local_jobs(folder))
+    others = jobs.left_behind(sweep, folder)
+    stopped = [os.path.basename(path) for path, left in others.items() if unknown & set(left)]
+    unknown -= {job for left in others.values() for job in left}
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
         if record and not unknown.isdisjoint(record.job_ids):
@@ -182,11 +182,11 @@ def cancel_local(folder: str, say: Callable[[str], None] = print) -> list[str]:
             unknown -= set(record.job_ids)
     # The coordinator has started these, and ended before it recorded that.
     stopped += [f"job {job}" for job in sorted(unknown)]
-    _stop_jobs(lambda: jobs.live_jobs(sweep.cluster, folder), say)
+    _stop_jobs(lambda: jobs.local_jobs(folder), say)
     return stopped
 
 
-def _stop_jobs(live: Callable[[], Iterable[str]], say: Callable[[str], None]) -> None:
+def _stop_jobs(live: Callable[[], list[str]], say: Callable[[str], None]) -> None:
     """Let jobs save their checkpoints and end; end those that do not.
 
     Args:
@@ -195,7 +195,7 @@ def _stop_jobs(live: Callable[[], Iterable[str]], say: Callable[[str], None]) ->
     """
     began = time.monotonic()
     due = began + _SAY_SECONDS
-    while still := list(live()):
+    while still := live():
         now = time.monotonic()
         if now > began + jobs.ENDING_SECONDS:
             say(f"stopping {len(still)} jobs that have not ended")

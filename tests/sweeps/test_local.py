@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -277,3 +279,17 @@ def test_jobs_that_have_left_the_plan_are_named_and_stopped(sweeps, tmp_path):
     assert any("no longer contains them: b; to stop them" in line for line in said)
     assert sorted(submission.cancel(str(sweeps.folder))) == ["a", "b"]
     assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))
+
+
+def test_cancel_signals_no_process_but_the_sweeps_own(sweeps, monkeypatch):
+    """Ids in records and queues may be those of any process."""
+    sweeps.add("a")
+    sweeps.start()
+    sweeps.wait()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        monkeypatch.setattr(jobs, "live_jobs", lambda *_: {str(other.pid): state.RUNNING})
+        state.write_record(sweeps.plan.runs["a"], state.Record(1, [str(other.pid)]))
+        assert local.cancel_local(str(sweeps.folder)) == []
+        assert other.poll() is None
+        other.communicate(b"\n")
+    assert other.returncode == 0
