@@ -286,6 +286,8 @@ def test_cancel_signals_no_process_but_the_sweeps_own(sweeps, monkeypatch):
     sweeps.add("a")
     sweeps.start()
     sweeps.wait()
+    while jobs.local_jobs(str(sweeps.folder)):  # the controller ends shortly after its job
+        time.sleep(0.05)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         monkeypatch.setattr(jobs, "live_jobs", lambda *_: {str(other.pid): state.RUNNING})
         state.write_record(sweeps.plan.runs["a"], state.Record(1, [str(other.pid)]))
