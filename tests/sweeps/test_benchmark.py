@@ -66,6 +66,10 @@ def config(run):
     return configs.load(arguments[arguments.index("--config-file") + 1], overrides(run))
 
 
+#: The detector of the ceiling is trained before shapes_long.py, and does not exist here.
+NO_CEILING = "sweep.baselines.full=null"
+
+
 @functools.cache
 def planned(name, *changes):
     """A sweep with one seed, and its plan."""
@@ -142,7 +146,7 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     def load(name):
         # One learning rate: the runs that choose it are parents of the fine-tunings.
         rate = "sweep.finetune.detector.learning_rates=[0.1]"
-        sweep, plan = planned(name, *([rate] if name == "shapes_long" else []))
+        sweep, plan = planned(name, *([rate, NO_CEILING] if name == "shapes_long" else []))
         wanted = [e for e in plan.entries if e["kind"] == FINETUNE and e["seed"] == 1]
         return sweep, {(e["init"], e["finetune"]): plan.runs[e["run"]] for e in wanted}
 
@@ -196,8 +200,9 @@ def test_overrides_of_single_list_entries():
     changes = [
         "sweep.pretrain_overrides.0='train.device=cuda'",
         "sweep.pretrain_overrides.2='train.amp.enabled=false'",
+        "sweep.seeds=[0]",
     ]
-    sweep = load_sweep(str(ROOT / "configs/sweeps/shapes_long.py"), [*changes, "sweep.seeds=[0]"])
+    sweep = load_sweep(str(ROOT / "configs/sweeps/shapes_long.py"), [*changes, NO_CEILING])
     found = {
         (run.kind, config(run).train.device, config(run).train.amp.enabled)
         for run in make_plan(sweep).runs.values()
