@@ -220,6 +220,8 @@ def test_a_job_that_was_not_recorded_is_cancelled(sweeps, tmp_path):
     sweeps.start()
     sweeps.until(lambda: sweeps.noted())
     record = state.read_record(sweeps.plan.runs["long"])
+    os.kill(local.coordinator_pid(str(sweeps.folder)), signal.SIGKILL)  # it would start it again
+    sweeps.until(lambda: local.coordinator_pid(str(sweeps.folder)) is None)
     os.remove(Path(sweeps.plan.runs["long"].folder, "run.json"))
     assert submission.cancel(str(sweeps.folder)) == [f"job {record.job_ids[0]}"]
     assert not jobs.live_jobs(Cluster(kind="local"), str(sweeps.folder))
