@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 2048  # images per task of a thread
 _THREADS = 16  # a network file system answers many requests at once
 _SHOWN = 3
-_COMPARED = 20_000  # names that processes compare at most, of any number: a second
+_COMPARED = 20_000  # names that processes compare at most, evenly spaced: about a second
 #: Settings of a loader that do not change its batches.
 HARMLESS_OF_LOADERS = ("num_workers", "pin_memory")
 
