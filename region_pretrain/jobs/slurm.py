@@ -91,6 +91,17 @@ def jobs_of(user: str = "") -> dict[str, str]:
     return dict(line.split() for line in lines if line.strip())
 
 
+def waiting_reasons(user: str = "") -> dict[str, str]:
+    """Why a user's jobs have not started: id -> SLURM's word, e.g. ``{"9": "Priority"}``.
+
+    Args:
+        user: see :func:`jobs_of`.
+    """
+    whose = f"--user={user}" if user else "--me"
+    command = ("squeue", whose, "--states=PENDING", "--noheader", "--array", "--format=%i %r")
+    return dict(line.split(maxsplit=1) for line in _run(*command).splitlines() if " " in line)
+
+
 def job_state(job_id: str) -> str:
     """The state of a job, e.g. ``RUNNING``; "" if it has left the queue."""
     try:

@@ -117,6 +117,19 @@ def live_jobs(cluster: Cluster, folder: str, user: str = "") -> dict[str, str]:
     return dict.fromkeys(local_jobs(folder), state.RUNNING)
 
 
+def waiting_reasons(sweep: SweepFile) -> dict[str, str]:
+    """Why SLURM has not started a sweep's jobs: job id -> its word, e.g. ``Priority``.
+
+    Empty elsewhere, and while SLURM does not answer.
+    """
+    if sweep.cluster.kind != "slurm":
+        return {}
+    try:
+        return slurm.waiting_reasons("" if sweep.user == user_name() else sweep.user)
+    except slurm.Unavailable:
+        return {}
+
+
 def left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
     """Folders of runs that have left the plan -> their jobs that are queued or running.
 

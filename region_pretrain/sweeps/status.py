@@ -34,17 +34,22 @@ _print = functools.partial(print, flush=True)  # a pipe would buffer the lines
 def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
     """One row per run, with the columns of :data:`HEADER`.
 
+    A queued run has SLURM's reason beside its state, such as ``queued (Priority)``.
+
     Args:
         sweep: the sweep.
         now: run id -> state.
     """
     rows = []
+    reasons = jobs.waiting_reasons(sweep) if state.QUEUED in now.values() else {}
     for run in sweep.plan.runs.values():
         word, record, at = now[run.id], state.read_record(run), state.progress(run)
+        found = (reasons[job] for job in record.job_ids if job in reasons) if record else ()
+        reason = next(found, "") if word == state.QUEUED else ""
         rows.append(
             [
                 run.name,
-                word,
+                f"{word} ({reason})" if reason else word,
                 f"{at.done}/{at.total}{_unchanged(run, at, word)}" if at else "",
                 eta(run) if word == state.RUNNING else "",
                 newest_value(run),

@@ -38,6 +38,8 @@ def fake(tmp_path, monkeypatch):
 def test_answers(fake, tmp_path):
     fake("squeue", "echo '7_0 RUNNING'; echo; echo '9 PENDING'")
     assert slurm.jobs_of() == {"7_0": "RUNNING", "9": "PENDING"}
+    fake("squeue", "echo '7_0 Priority'; echo; echo '9 launch failed requeued held'")
+    assert slurm.waiting_reasons() == {"7_0": "Priority", "9": "launch failed requeued held"}
     fake("sinfo", "echo gpu; echo cpu; echo gpu")
     assert slurm.list_partitions() == ["gpu", "cpu"]
     fake("squeue", "[ $3 = --jobs=7_2 ] && echo COMPLETING")
@@ -58,6 +60,7 @@ def test_answers(fake, tmp_path):
     ("call", "command"),
     [
         (slurm.jobs_of, "squeue"),
+        (slurm.waiting_reasons, "squeue"),
         (lambda: slurm.job_state("7"), "squeue"),
         (slurm.list_partitions, "sinfo"),
         (lambda: slurm.requeue("7"), "scontrol"),

@@ -18,6 +18,7 @@ from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import submit as submit_jobs
 from region_pretrain.jobs.job import ToolJob
+from region_pretrain.jobs.slurm import jobs_of, waiting_reasons
 
 pytestmark = pytest.mark.slurm
 
@@ -66,6 +67,16 @@ def test_bad_input_is_refused_before_submission(slurm, tmp_path):
     with pytest.raises(UserError, match="sbatch refuses the job run: Memory specification"):
         submit("pretrain_net.py", "tiny_pretrain.py", "mem=900T", tmp_path / "run")
     assert subprocess.check_output(["squeue", "--noheader"]) == b""
+
+
+def test_the_reason_that_a_job_waits(slurm):
+    command = ["sbatch", "--parsable", "--partition=low", "--hold", "--output=/dev/null"]
+    job = subprocess.check_output([*command, "--wrap=true"], text=True).strip()
+    try:
+        assert jobs_of() == {job: "PENDING"} and waiting_reasons() == {job: "JobHeldUser"}
+    finally:
+        subprocess.run(["scancel", job], check=True)
+    wait_until(lambda: not jobs_of(), HERE, 60)
 
 
 def test_two_nodes_of_two_tasks_train_as_one_process(slurm, tmp_path, monkeypatch):

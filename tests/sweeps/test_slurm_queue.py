@@ -24,6 +24,7 @@ class Queue:
         self.users: dict[str, dict[str, str]] = {"": {}}
         self.submitted: list[str] = []
         self.cancelled: list[str] = []
+        self.reasons: dict[str, str] = {}
         self.room = 99
         self.silent = 0
 
@@ -48,6 +49,7 @@ class Queue:
 def queue(monkeypatch) -> Queue:
     made = Queue()
     monkeypatch.setattr(slurm, "jobs_of", made.jobs_of)
+    monkeypatch.setattr(slurm, "waiting_reasons", lambda user="": made.reasons)
     monkeypatch.setattr(slurm, "cancel", made.cancelled.extend)
     monkeypatch.setattr(jobs, "submit_runs", made.submit)
     monkeypatch.setattr(submission, "check_cluster", lambda cluster: None)
@@ -145,6 +147,23 @@ def test_a_refused_submission_says_how_to_go_on(start, queue, sweeps):
     queue.room = 1
     start()
     assert queue.submitted == ["pre", "det"]
+
+
+def test_the_status_says_why_a_job_waits(start, queue, sweeps, monkeypatch):
+    start()
+    queue.users[""] = {"1": "PENDING", "2": "RUNNING"}
+    queue.reasons = {"1": "launch failed requeued held", "7": "Priority"}
+    said = status.status_text(str(sweeps.folder))[0].splitlines()
+    assert said[2].split()[:6] == ["pre", "queued", "(launch", "failed", "requeued", "held)"]
+    assert said[3].split()[:2] == ["det", "running"]
+
+    def silent(user=""):
+        raise slurm.Unavailable("squeue failed: Socket timed out")
+
+    monkeypatch.setattr(slurm, "waiting_reasons", silent)
+    assert status.status_text(str(sweeps.folder))[0].splitlines()[2].split()[1:] == [
+        *("queued", "1", "1")
+    ]
 
 
 def test_following_goes_on_while_slurm_does_not_answer(start, queue, sweeps, monkeypatch):
