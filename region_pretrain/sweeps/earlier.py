@@ -1,16 +1,20 @@
-"""Runs that a sweep's folder has from other settings, e.g. of an earlier version of the library."""
+"""Runs of a sweep's folder whose results are of other settings or of files replaced since."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from urllib.parse import unquote
+
+from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, read_saved
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError
 from region_pretrain.sweeps.configs import load
 from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
+from region_pretrain.sweeps.state import is_finished
 
 #: Keys that do not make a run another one, or whose values are paths that the sweep chooses.
 _NOT_SETTINGS = (
@@ -28,12 +32,19 @@ _SHOWN = 5
 def describe_earlier(plan: Plan) -> list[str]:
     """Which runs will be computed although one of the same name has been, and what has changed.
 
+    Then, which finished runs read a file that is newer than their result: they are not computed
+    again.
+
     Args:
         plan: the runs of the sweep.
 
     Returns:
-        Lines of text; none if no new run has an earlier one.
+        Lines of text; none if there are no such runs.
     """
+    return _computed_again(plan) + _outdated(plan)
+
+
+def _computed_again(plan: Plan) -> list[str]:
     found = list(_earlier_runs(plan))
     if not found:
         return []
@@ -59,6 +70,42 @@ def _earlier_runs(plan: Plan) -> Iterator[tuple[Run, str]]:
         mine = folders.get(os.path.join(os.path.dirname(run.folder), run.name))
         if mine and run.kind not in (REGIONS, CHOICE) and not os.path.isdir(run.folder):
             yield run, max(mine, key=os.path.getmtime)
+
+
+def _outdated(plan: Plan) -> list[str]:
+    """A line per file that has been written after the result of a finished training."""
+    runs: dict[str, list[str]] = {}
+    for run in plan.runs.values():
+        if run.kind in (REGIONS, CHOICE) or not is_finished(run):
+            continue
+        ended = os.path.getmtime(run.product)
+        for path in _files(run):
+            if os.path.getmtime(path) > ended:
+                runs.setdefault(path, []).append(run.folder)
+    return [
+        f"{path} is newer than the results of {len(folders)} finished runs, which are not computed "
+        f"again; for that, delete {' '.join(folders[:_SHOWN])}"
+        + (f" and {len(folders) - _SHOWN} more" if len(folders) > _SHOWN else "")
+        for path, folders in runs.items()
+    ]
+
+
+def _files(run: Run) -> set[str]:
+    """Local files that a run's config names: weights, annotations, regions, label splits."""
+    words = [word for word in run.tasks[0] if not word.startswith("@")]
+    at = words.index(CONFIG) + 1
+    todo = [OmegaConf.to_container(load(words[at], words[at + 1 :]))]
+    found = set()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict | list):
+            todo += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            path = value.removeprefix("coco://").partition("?")[0]  # ?images=DIR or ?part=NAME
+            path = os.path.expanduser(unquote(path) if path != value else path)
+            if os.path.isfile(path):
+                found.add(path)
+    return found
 
 
 def _changes(run: Run, folder: str) -> str:

@@ -16,6 +16,8 @@ from region_pretrain.sweeps.earlier import describe_earlier
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
 from region_pretrain.sweeps.plan import make_plan
 
+PARTS = ("train", "test")
+
 
 def make(folder, **changes):
     values = {"finetune": {"det": {"config": DETECTOR}}, "baselines": {"random": {}}}
@@ -88,6 +90,52 @@ def test_the_newest_earlier_run_counts_and_names_are_compared_exactly(tmp_path):
     lines = describe_earlier(make(tmp_path, images_seen=1280, pretrain=both))
     assert names(lines) == ["soco_seed0", "soco_seed0_det"]
     assert lines[1].endswith(": train.max_iter: 20 -> 40")
+
+
+def test_files_that_were_replaced_after_the_results(coco_folder, tmp_path):
+    weights, split = tmp_path / "w.pth", tmp_path / "split.json"
+    annotations = coco_folder.rename(tmp_path / "a&b") / "ann.json"
+    split.write_text('{"50": {"0": ["2", "8"], "1": ["9", "77"]}}')
+    weights.touch()
+    data = f"coco://{tmp_path}/a%26b/ann.json?images={tmp_path}/a%26b/images"
+    plan = make(
+        tmp_path / "out",
+        seeds=[0, 1],
+        baselines={"random": {}, "own": {"init_checkpoint": f"{weights}?part=teacher"}},
+        finetune={
+            "det": {
+                "config": DETECTOR,
+                "overrides": [f"dataloader.{part}.dataset.names='{data}'" for part in PARTS],
+                "label_fractions": [0.5],
+                "label_split": str(split),
+            }
+        },
+    )
+    for run in plan.runs.values():
+        compute(run)
+    assert describe_earlier(plan) == []
+    tuned = [run for run in plan.runs.values() if run.kind == FINETUNE]
+    mine = [run.folder for run in tuned if run.name.startswith("own")]
+    later = os.path.getmtime(tuned[-1].product) + 1
+    os.utime(weights, (later, later))
+    assert describe_earlier(plan) == [
+        f"{weights} is newer than the results of 2 finished runs, which are not computed again; "
+        f"for that, delete {' '.join(mine)}"
+    ]
+    for path in (annotations, split):
+        os.utime(path, (later, later))
+    said = describe_earlier(plan)
+    assert sorted(line.split()[0] for line in said) == sorted(
+        map(str, (weights, annotations, split))
+    )
+    assert all(
+        "of 6 finished" in line and " and 1 more" in line for line in said if "w.pth" not in line
+    )
+    os.remove(tuned[0].product)  # it is computed again anyway
+    assert any("of 5 finished" in line for line in describe_earlier(plan))
+    pretrained = entries(plan, PRETRAIN, seed=0)[0].product  # as after its folder was deleted
+    os.utime(pretrained, (later, later))
+    assert any(line.startswith(f"{pretrained} is newer") for line in describe_earlier(plan))
 
 
 def test_many_runs_are_counted(tmp_path):
