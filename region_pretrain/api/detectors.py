@@ -12,7 +12,7 @@ from detectron2.config import LazyCall as L
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from region_pretrain.config import complete_train, get_config, load_file
+from region_pretrain.config import complete_train, get_config, load_file, override_config
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.given import as_lazy_detector, given_part, refer_to
 from region_pretrain.yacs import (
@@ -20,6 +20,7 @@ from region_pretrain.yacs import (
     is_yacs,
     override_yacs,
     read_yacs,
+    split_overrides,
     to_lazy_config,
 )
 
@@ -47,16 +48,24 @@ def plain(detector: AnyDetector) -> str | DictConfig | CfgNode | nn.Module:
     return detector
 
 
-def detection_config(detector: AnyDetector) -> DictConfig:
+def detection_config(detector: AnyDetector, overrides: Sequence[str] = ()) -> DictConfig:
     """A complete config for fine-tuning a detector, which the caller may change.
 
     A built detector and a bare ``model`` are trained on boxes, and on masks if they have a mask
     head, with Detectron2's augmentation and 1x schedule.
 
+    Args:
+        detector: see :data:`AnyDetector`.
+        overrides: ``key=value``, also with keys of a yacs config.
+
     Raises:
-        UserError: the config cannot be loaded or converted, or is not one of a detector.
+        UserError: the config cannot be loaded or converted, or is not one of a detector; an
+            override is invalid.
     """
-    detector = of_yacs(plain(detector))
+    upper, rest = split_overrides(overrides)
+    detector = of_yacs(plain(detector), upper)
+    if upper and not isinstance(detector, CfgNode):
+        raise UserError(f"override {upper[0]!r}: the detector is not a yacs config")
     if isinstance(detector, str):
         cfg = load_file(detector)
     elif isinstance(detector, CfgNode):
@@ -67,7 +76,7 @@ def detection_config(detector: AnyDetector) -> DictConfig:
         cfg = _around(detector)
     if "dataloader" not in cfg or not {"test", "evaluator"} & set(cfg.dataloader):
         raise UserError("detector: not a detection config, which has dataloader.test")
-    return complete_train(cfg)
+    return override_config(complete_train(cfg), rest, "")
 
 
 def of_yacs(detector: AnyDetector, overrides: Sequence[str] = ()) -> AnyDetector:

@@ -21,14 +21,13 @@ from region_pretrain.api.detectors import (
 from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
-from region_pretrain.config import complete_train, num_classes_keys, override_config
+from region_pretrain.config import complete_train, num_classes_keys
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan
 from region_pretrain.engine.labelled_data import check_labelled_data, difference_of
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.given import detector_in, modes_kept
-from region_pretrain.yacs import split_overrides
 
 _NAMES = "dataloader.{}.dataset.names"
 
@@ -84,11 +83,12 @@ def finetune(
             "init the run or the checkpoint"
         )
     detector = _detector_of(init) if detector is None else detector
-    cfg = _with_overrides(detection_config(detector), overrides)
+    cfg = detection_config(detector, overrides)
     for split, argument, value in (("train", "train", train), ("test", "val", val)):
         _set_names(cfg, split, data.name(argument, value, classes))
     for key in num_classes_keys(cfg):
-        OmegaConf.update(cfg, key, None)
+        if not any(text.lstrip("+").startswith(f"{key}=") for text in overrides):
+            OmegaConf.update(cfg, key, None)
     is_module = isinstance(init, nn.Module)
     set_run(cfg, steps, epochs, output_dir, None if is_module or init is None else init)
     if init is None:
@@ -143,13 +143,6 @@ def _saved_detector(init: str | os.PathLike | None) -> str | None:
                 continue
             return path
     return None
-
-
-def _with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    of_yacs, _ = split_overrides(overrides)
-    if of_yacs:
-        raise UserError(f"override {of_yacs[0]!r}: change the yacs config before it is passed")
-    return override_config(cfg, overrides, "")
 
 
 def _set_names(cfg: DictConfig, split: str, names: Any) -> None:
@@ -217,7 +210,7 @@ def evaluate(
         raise UserError(
             f"{detector.output_dir} is a pre-training, not a detector: fine-tune it first"
         )
-    cfg = _with_overrides(detection_config(config or _detector_of(detector)), overrides)
+    cfg = detection_config(config or _detector_of(detector), overrides)
     model = detector if is_module else None
     if isinstance(detector, Finetuned):
         model, sets.given = detector.model, dict(detector.given)

@@ -16,7 +16,7 @@ from region_pretrain.api.session import isolated
 from region_pretrain.engine.methods import default_recipe
 from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore, generate
-from region_pretrain.regions.elsewhere import FileRecipe, attach, load_boxes
+from region_pretrain.regions.elsewhere import FileRecipe, attach, load_boxes, refuse_annotations
 from region_pretrain.regions.preview import preview_image
 from region_pretrain.regions.recipes import GroundTruthRecipe, Recipe, change, get_recipe
 from region_pretrain.regions.summary import format_summary
@@ -99,7 +99,9 @@ def make_regions(
     names = data.name("images", images)
     with isolated(data.given):
         records = records_of(names, annotations=isinstance(recipe, GroundTruthRecipe))
-        records = records if given is None else attach(records, given)
+        if boxes is not None:
+            refuse_annotations(os.fspath(boxes), names)
+            records = attach(records, given)
         path = _default_path(names, recipe) if out is None else os.path.expanduser(os.fspath(out))
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         summary = generate.make_regions(

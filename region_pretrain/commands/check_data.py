@@ -12,6 +12,7 @@ import logging
 
 import region_pretrain.data.emoji  # noqa: F401
 import region_pretrain.data.shapes  # noqa: F401  registers data sets
+from region_pretrain import registration
 from region_pretrain.commands import text_parser
 from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.errors import UserError, exit_on_user_error
@@ -25,6 +26,13 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help="registered data sets, coco://ANN.json?images=DIR, voc://ROOT?split=NAME, folder://DIR",
+    )
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .py file or module that registers data sets",
     )
     parser.add_argument(
         "--decode", action="store_true", help="decode every image; default: read the headers"
@@ -44,6 +52,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     for flag, value in (("--max-images", args.max_images), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
+    registration.execute(args.register)
     found = []
     for name in args.names:
         found.append(inspect(name, args.decode, args.max_images, args.workers))

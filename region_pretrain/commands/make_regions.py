@@ -27,7 +27,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.emoji  # noqa: F401
@@ -36,7 +35,7 @@ from region_pretrain import registration
 from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
-from region_pretrain.dataset_names import folder_name, is_path_name, parse
+from region_pretrain.dataset_names import folder_name
 from region_pretrain.engine.detector_regions import DetectorBoxes
 from region_pretrain.engine.feature_regions import FeatureBoxes, load_trained
 from region_pretrain.errors import UserError, exit_on_user_error
@@ -49,6 +48,7 @@ from region_pretrain.regions.elsewhere import (
     FileRecipe,
     attach,
     load_boxes,
+    refuse_annotations,
 )
 from region_pretrain.regions.generate import Prepare, make_regions
 from region_pretrain.regions.preview import draw_preview
@@ -61,6 +61,8 @@ from region_pretrain.regions.recipes import (
     get_recipe,
 )
 from region_pretrain.regions.summary import format_summary
+
+logger = logging.getLogger(__name__)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -240,25 +242,13 @@ def _elsewhere(
     return records, change(DetectorRecipe("detector-v1", source=detector.digest), changes), detector
 
 
-def _annotations_of(name: str) -> str | None:
-    """The COCO json of a data set, if it has one."""
-    if is_path_name(name):
-        source = parse(name)
-        return source.path if source.scheme == "coco" else None
-    return MetadataCatalog.get(name).get("json_file") if name in MetadataCatalog.list() else None
-
-
-def _refuse_annotations(args: argparse.Namespace, names: str | list[str]) -> None:
-    """Refuse the data set's own annotations as boxes from elsewhere."""
-    for name in [names] if isinstance(names, str) else names:
-        annotations = _annotations_of(name)
-        if args.boxes is None or annotations is None:
-            continue
-        if os.path.realpath(args.boxes) == os.path.realpath(annotations):
-            raise UserError(
-                f"--from {args.boxes} has the annotations of {name}: for annotated boxes as "
-                "regions, leave out --from and give --recipe ground_truth-v1"
-            )
+def _recipe_of(path: str) -> str | None:
+    """The recipe of an existing store, which it keeps if no other is given; None: the default."""
+    found = RegionStore.open(path).manifest["recipe"]
+    if found.split("+")[0] in ELSEWHERE:
+        return None
+    logger.info("%s has recipe %s", path, found)
+    return found
 
 
 def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) -> list[str]:
@@ -325,9 +315,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if args.preview is not None and args.preview < 1:
         raise UserError(f"--preview {args.preview}: draw at least one image")
 
+    if not elsewhere and args.recipe is None and not changes and os.path.isfile(args.out):
+        args.recipe = _recipe_of(args.out)
     recipe = None if elsewhere else get_recipe(args.recipe or "soco-v1", changes)
     labels = isinstance(recipe, GroundTruthRecipe)
-    _refuse_annotations(args, names)
+    if args.boxes is not None:
+        refuse_annotations(args.boxes, names)
     records, prepare = get_records(names, annotations=labels, boxes=True), None
     if wants_slurm(args):
         submit_shards(args, "tools/make_regions.py", _arguments(args, names, changes), args.out)

@@ -40,9 +40,9 @@ _CONTAINERS = (
     "student",
     "online_network",
 )
+#: In the names of OpenMMLab's files: the trunk was converted from Caffe2.
+_CAFFE = re.compile(r"_(caffe|msra)")
 #: Parts of names that mark a copy of the network which is not the one to fine-tune.
-#: Trunks that OpenMMLab converted from Caffe2, under the names of torchvision.
-_CAFFE = r"resnet\d+_(caffe|msra)"
 _COPIES = re.compile(r"(^|[._])(k|key|target|momentum|ema|teacher)([._]|$)")
 #: Parameters of a ConvNeXt that only timm stores without dimensions of 1.
 _PER_CHANNEL = (".gamma", ".grn.weight", ".grn.bias")
@@ -314,7 +314,7 @@ def _translated(path: str, state: dict[str, Tensor], scheme: Scheme, prefix: str
         numbered = swap_anchor_axes(numbered)
     title = scheme.title + (f" under {prefix!r}" if prefix else "")
     facts = IMAGENET if scheme.imagenet else Facts()
-    if scheme.imagenet and re.match(_CAFFE, os.path.basename(path)):
+    if (scheme.imagenet or scheme.library == "mmdet") and _CAFFE.search(os.path.basename(path)):
         facts = MSRA
     return Weights(path, title, numbered, names, unused, prefix, facts)
 

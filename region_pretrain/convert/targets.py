@@ -225,6 +225,7 @@ def detectron2_lines(
     """Overrides of a LazyConfig, then of a yacs config."""
     lazy: dict[str, str] = {}
     yacs: dict[str, str] = {}
+    comments: list[str] = []  # on the LazyConfig
     lines, res5 = unknown_pixels(facts), any(name.startswith("roi_heads.res5.") for name in state)
     if facts.input_format:
         lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
@@ -259,6 +260,10 @@ def detectron2_lines(
         if net.groups > 1:
             yacs["MODEL.RESNETS.NUM_GROUPS"] = str(net.groups)
             yacs["MODEL.RESNETS.WIDTH_PER_GROUP"] = str(net.group_width)
+        if (facts.res5_dilation or 1) > 1:
+            yacs["MODEL.RESNETS.RES5_DILATION"] = str(facts.res5_dilation)
+            dilated = f"# and make {'roi_heads.res5' if res5 else 'res5'} with first_stride=1 and "
+            comments.append(f"{dilated}dilation={facts.res5_dilation} (DC5)")
     if pyramid:
         level = numbered(tensors, r"fpn_lateral(\d+)\.weight")[0]
         width = str(rows(tensors, f"fpn_lateral{level}.weight"))
@@ -266,7 +271,7 @@ def detectron2_lines(
         norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts)
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
-    lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items())]
+    lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items()), *comments]
     if facts.timm is None and "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
         lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
     return [*lines, "# yacs", *(f"{key} {value}" for key, value in yacs.items())]

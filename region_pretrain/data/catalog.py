@@ -98,6 +98,10 @@ def _get_one(name: str, annotations: bool, boxes: bool) -> list[dict]:
     check_registered(name)
     if is_path_name(name) and not annotations and (source := parse(name)).scheme == "coco":
         return read_like(source, load_coco_images(source.path, source.images, boxes))
+    if not annotations and DatasetCatalog[name].__module__ == "detectron2.data.datasets.coco":
+        metadata = MetadataCatalog.get(name)
+        if PathManager.isfile(metadata.json_file):  # else the error below
+            return load_coco_images(metadata.json_file, metadata.image_root, boxes)
     try:
         records = DatasetCatalog.get(name)
     except OSError as error:

@@ -66,10 +66,13 @@ class CocoData:
 
     @property
     def keypoints(self) -> dict[str, list]:
-        """Detectron2's metadata of keypoints; flips exchange ``left`` and ``right`` in names."""
+        """Detectron2's metadata of keypoints; flips exchange ``left`` and ``right`` in names, which
+        may have capital letters."""
         names = self.keypoint_names
-        swapped = [(name, name.replace("left", "right")) for name in names if "left" in name]
-        pairs = [pair for pair in swapped if pair[1] in names]
+        lower = {name.lower(): name for name in names}
+        left = [name for name in names if "left" in name.lower()]
+        pairs = [(name, lower.get(name.lower().replace("left", "right"))) for name in left]
+        pairs = [pair for pair in pairs if pair[1] is not None]
         return {"keypoint_names": names, "keypoint_flip_map": pairs} if names else {}
 
     @property

@@ -109,8 +109,9 @@ class PretrainDataset:
     the file; and a ``reading``, see :class:`~region_pretrain.images.reading.Reading`.
 
     Raises:
-        UserError: no images; a store of other images, of another recipe or of annotated boxes; too
-            many images missing from the store; or ``labels`` for images without a class.
+        UserError: no images; no store although the views need one; a store of other images, of
+            another recipe or of annotated boxes; too many images missing from the store; or
+            ``labels`` for images without a class.
     """
 
     def __init__(
@@ -124,6 +125,11 @@ class PretrainDataset:
         labels: bool = False,
         allow_ground_truth: bool = False,
     ) -> None:
+        if regions is None and views.needs_regions:
+            raise UserError(
+                "dataloader.train.dataset.regions is empty, but these views need regions: make "
+                "them with region-pretrain regions and name the store"
+            )
         records = get_records(names, annotations=False, unique=regions is not None)
         if labels:
             _label(records, names)

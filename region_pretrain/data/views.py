@@ -38,7 +38,12 @@ class ViewSampler(Contract, ABC):
     The number of views, their sizes and ``K``, the number of region slots of each, are the same for
     all images. All randomness comes from the generator that is passed in, so a sample is the same
     with any number of loader workers and after a resume.
+
+    Attributes:
+        needs_regions: refuse a data set without a region store, as nothing would be learnt.
     """
+
+    needs_regions = False
 
     @abstractmethod
     def __call__(

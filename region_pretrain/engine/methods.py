@@ -122,7 +122,7 @@ def _use_adamw(cfg: DictConfig) -> None:
     adamw = get_config("common/adamw_pretrain.py")
     cfg.optimizer, cfg.lr_multiplier = adamw.optimizer, adamw.lr_multiplier
     cfg.train.merge_with(adamw.train)
-    logger.info(
+    logger.warning(  # before the run logs: information would be lost
         "the detector's trunk has layer norms: optimiser and schedule are those of "
         "configs/common/adamw_pretrain.py, not the method's"
     )

@@ -84,11 +84,15 @@ class EncodedImage:
         """Find out whether the image can be decoded, without decoding an ordinary JPEG or PNG.
 
         Raises:
-            UnreadableImage: the file is truncated, too large, damaged or not an image.
+            UnreadableImage: the file is truncated, too large, damaged or not an image, or its bands
+                do not suit the reading options.
         """
         header = self._header
         if header is None or not (header.ordinary or header.deep):
             self.decode()
+        else:
+            check_pixels(header.width, header.height, self.name)
+            self.reading.check(header.bands, header.alpha, self.name)
 
     def decode(self, reduce: int = 1) -> np.ndarray:
         """Decode the image.

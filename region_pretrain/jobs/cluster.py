@@ -229,7 +229,13 @@ def _override(cluster: Cluster, items: Sequence[str], where: str) -> Cluster:
         else:
             name = _field(key, known, where)
             changes[name] = _value(name, value)
-    return _replace(cluster, changes, where)
+    found = _replace(cluster, changes, where)
+    if found.nodes > 1 and any(item.startswith("gpus=") for item in items):
+        raise UserError(
+            f"{where}: gpus=N is the number of a node here, and of a job for sbatch: with "
+            f"nodes={found.nodes} write gpus-per-node=N"
+        )
+    return found
 
 
 def _replace(cluster: Cluster, changes: dict[str, Any], where: str) -> Cluster:

@@ -341,6 +341,7 @@ class Parts:
         listing = f"{self.out}.unreadable.txt"
         if unreadable:
             write_text_atomic(listing, "".join(map(_line, unreadable)))
+            logger.warning("unreadable images, listed in %s: %s", listing, _first_names(unreadable))
         elif os.path.exists(listing):
             os.remove(listing)  # written by an earlier run; the files have been fixed since
         if len(unreadable) > tolerated:
@@ -364,6 +365,11 @@ class Parts:
 def _content(store: RegionStore) -> tuple[str | None, int]:
     """What changes when a store is extended."""
     return store.manifest.get("image_list"), len(store)
+
+
+def _first_names(unreadable: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join(printable(key) for key, _ in unreadable[:3])
+    return names + (f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else "")
 
 
 def _line(pair: tuple[str, str]) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import unquote
 
+from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, read_saved
@@ -32,8 +33,7 @@ _SHOWN = 5
 def describe_earlier(plan: Plan) -> list[str]:
     """Which runs will be computed although one of the same name has been, and what has changed.
 
-    Then, which finished runs read a file that is newer than their result: they are not computed
-    again.
+    Then, which finished runs are older than a file that they read: they are not computed again.
 
     Args:
         plan: the runs of the sweep.
@@ -73,21 +73,32 @@ def _earlier_runs(plan: Plan) -> Iterator[tuple[Run, str]]:
 
 
 def _outdated(plan: Plan) -> list[str]:
-    """A line per file that has been written after the result of a finished training."""
-    runs: dict[str, list[str]] = {}
-    for run in plan.runs.values():
-        if run.kind in (REGIONS, CHOICE) or not is_finished(run):
+    """A line per file that has been written after a result that is made of it.
+
+    The line lists all finished runs that have to be deleted for another result: those that read the
+    file, and those that follow from them, such as the choice of a learning rate.
+    """
+    newer: dict[str, set[str]] = {}  # run id -> the files that it is older than
+    for run in plan.runs.values():  # parents first
+        if not is_finished(run):
             continue
         ended = os.path.getmtime(run.product)
-        for path in _files(run):
-            if os.path.getmtime(path) > ended:
-                runs.setdefault(path, []).append(run.folder)
-    return [
-        f"{path} is newer than the results of {len(folders)} finished runs, which are not computed "
-        f"again; for that, delete {' '.join(folders[:_SHOWN])}"
-        + (f" and {len(folders) - _SHOWN} more" if len(folders) > _SHOWN else "")
-        for path, folders in runs.items()
-    ]
+        read = {
+            p for p in (plan.runs[parent].product for parent in run.parents) if os.path.isfile(p)
+        }
+        if run.kind not in (REGIONS, CHOICE):
+            read |= _files(run)
+        newer[run.id] = {path for path in read if os.path.getmtime(path) > ended}
+        newer[run.id].update(*(newer.get(parent, ()) for parent in run.parents))
+    lines = []
+    for path in sorted(set().union(*newer.values())):
+        folders = [plan.runs[run].folder for run, files in newer.items() if path in files]
+        names = " ".join(map(os.path.basename, folders))
+        lines.append(
+            f"{path} is newer than the results of {len(folders)} finished runs, which are not "
+            f"computed again; for that, delete in {os.path.dirname(folders[0])}: {names}"
+        )
+    return lines
 
 
 def _files(run: Run) -> set[str]:
@@ -103,6 +114,8 @@ def _files(run: Run) -> set[str]:
         elif isinstance(value, str):
             path = value.removeprefix("coco://").partition("?")[0]  # ?images=DIR or ?part=NAME
             path = os.path.expanduser(unquote(path) if path != value else path)
+            if value in MetadataCatalog:
+                path = MetadataCatalog.get(value).get("json_file") or ""
             if os.path.isfile(path):
                 found.add(path)
     return found

@@ -98,8 +98,10 @@ class SweepPictures:
         count = self._sweep.pictures
         path = os.path.join(self._folder, f"{os.path.basename(run.folder)}-{kind}{count}.png")
         config = os.path.join(run.folder, "config.yaml")
-        if not os.path.exists(path):
-            if not os.path.exists(config) and not state.is_finished(run):
+        finished = state.is_finished(run)
+        drawn = os.path.exists(path)
+        if not drawn or finished and os.path.getmtime(run.product) > os.path.getmtime(path):
+            if not os.path.exists(config) and not finished:
                 return []  # it has not started
             try:
                 cfg = load_config(config)

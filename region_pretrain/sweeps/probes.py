@@ -6,7 +6,8 @@ import csv
 import io
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +53,8 @@ def probe_checkpoints(
 
     The probes are those of ``tools/probe.py`` on the data of the fine-tuning, and the sweep's other
     fine-tunings, such as a short one with a frozen trunk. Finished probes, in the sweep's folder
-    ``probes``, are not repeated.
+    ``probes``, are not repeated, unless their fine-tuning has been since. Relative paths refer to
+    the folder that the sweep was started in.
 
     Args:
         folder: the sweep's output folder.
@@ -65,6 +67,7 @@ def probe_checkpoints(
     """
     if metric not in METRICS:
         raise UserError(f"no metric {metric!r}; known: {', '.join(METRICS)}")
+    folder = os.path.abspath(folder)
     sweep = state.read_sweep(folder)
     groups = _finetunings(sweep)
     names = list(dict.fromkeys(name for name, _ in groups))
@@ -79,7 +82,8 @@ def probe_checkpoints(
     found = []
     for labels, (run, ap) in tqdm(measured.items(), desc="probes", unit="checkpoint"):
         checkpoint = ProbedCheckpoint(labels, ap)
-        _add_probe(checkpoint, _probe(run, folder, sweep.configs))
+        with _inside(sweep.cwd):
+            _add_probe(checkpoint, _probe(run, folder, sweep.configs))
         for other in names:
             others = groups.get((other, labels), []) if other != finetune else []
             value = _mean(others, metric)
@@ -157,11 +161,23 @@ def _mean(runs: Sequence[Run], metric: str) -> float | None:
     )
 
 
+@contextmanager
+def _inside(folder: str) -> Iterator[None]:
+    """Work in a folder, if it still exists."""
+    before = os.getcwd()
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _probe(run: Run, sweep: str, copies: Mapping[str, str]) -> Mapping[str, Any]:
     """The probe of the weights and data of a fine-tuning, made once."""
     folder = os.path.join(sweep, "probes", os.path.basename(run.folder))
     path = os.path.join(folder, PROBE_FILE)
-    if os.path.exists(path):
+    if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(run.product):
         return read_json(path, dict, "delete it to probe again")
     (task,) = run.tasks
     config, *overrides = task[task.index(CONFIG) + 1 :]

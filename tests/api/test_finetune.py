@@ -8,12 +8,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from narrow import CPU, SMALL, narrow_config
+from omegaconf import OmegaConf
 
 import region_pretrain as rp
+from region_pretrain.api.detectors import detection_config
 from region_pretrain.config import load_config
 from region_pretrain.reporting import pictures
 
@@ -210,6 +213,22 @@ def test_results_are_written_beside_the_weights(data, tmp_path, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "det").exists()
 
 
+def test_overrides_of_a_yacs_config_and_of_the_number_of_classes():
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    for detector in (name, model_zoo.get_config(name)):
+        upper = ["MODEL.RESNETS.NORM=SyncBN", "optimizer.lr=0.5"]
+        cfg = detection_config(detector, upper)
+        assert OmegaConf.select(cfg, "model.cfg.MODEL.RESNETS.NORM") == "SyncBN"
+        assert cfg.optimizer.lr == 0.5
+
+
+def test_an_overridden_number_of_classes_is_compared_with_the_data(data, tmp_path):
+    given = arguments(data, tmp_path / "a")
+    given["overrides"] = [*given["overrides"], "model.roi_heads.num_classes=4"]
+    with pytest.raises(rp.UserError, match="num_classes=4, but coco://.* has 3 classes"):
+        rp.finetune(None, detector=narrow_config(), **given)
+
+
 BAD = [
     ({"init": "absent.pth"}, "weights do not come with a detection config: give detector="),
     ({"init": None, "detector": None}, "give detector=CONFIG"),
@@ -217,7 +236,7 @@ BAD = [
     ({"val": "coco://x"}, "has no images="),
     ({"classes": ["dog"]}, r"classes=\['dog'\], but the data's are \['dog', 'ant', 'cat'\]"),
     ({"train": [{"file_name": "x", "annotations": []}]}, "train: records with annotations need"),
-    ({"overrides": ["MODEL.MASK_ON=False"]}, "change the yacs config before it is passed"),
+    ({"overrides": ["MODEL.MASK_ON=False"]}, "MASK_ON=False': the detector is not a yacs config"),
     ({"steps": 0}, "nothing to train"),
     ({"detector": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"}, "not a detection config"),
 ]  # fmt: skip

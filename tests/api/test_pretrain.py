@@ -385,3 +385,11 @@ def test_bad_arguments_of_regions(region_folder):
         rp.make_regions(region_folder.images, "byol")
     with pytest.raises(rp.UserError, match="overlop"):
         rp.make_regions(region_folder.images, recipe="grid-v1", overlop=1)
+
+
+def test_a_data_sets_own_annotations_are_not_boxes_of_another_program(coco_folder, tmp_path):
+    data = (str(coco_folder / "ann.json"), str(coco_folder / "images"))
+    for images in (data, [f"coco://{data[0]}?images={data[1]}"]):
+        with pytest.raises(rp.UserError, match="ann.json has the annotations of coco://"):
+            rp.make_regions(images, boxes=coco_folder / "ann.json", out=tmp_path / "r.arrow")
+    assert not (tmp_path / "r.arrow").exists()

@@ -41,6 +41,22 @@ def test_mmdetections_config_computes_the_same(checkpoint, tmp_path):
     assert "strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)" in text
 
 
+def test_detectron2s_config_computes_the_same(checkpoint, tmp_path):
+    detector, path = checkpoint
+    _, lines = write_export(path, "detectron2", str(tmp_path / "out.pth"))
+    assert "# and make res5 with first_stride=1 and dilation=2 (DC5)" in lines
+    keys = [line.replace(" ", "=", 1) for line in lines[lines.index("# yacs") + 1 :]]
+    plain = [*NARROW, "MODEL.RESNETS.RES5_DILATION=1"]
+    cfg = load_config("COCO-Detection/faster_rcnn_R_50_DC5_1x.yaml", [*plain, *keys])
+    other = instantiate(cfg.model).eval()
+    state = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    other.load_state_dict(state, strict=False)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = detector.backbone(image)["res5"], other.backbone(image)["res5"]
+    assert ours.shape[-1] == 4 and torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("to", ["torchvision", "timm", "mmdet"])
 def test_deformable_convolutions_are_refused(checkpoint, tmp_path, to):
     content = torch.load(checkpoint[1], weights_only=True)

@@ -278,3 +278,23 @@ def test_openmmlabs_copies_of_caffe2s_networks_have_its_pixels_and_strides(tmp_p
     assert read_weights(str(tmp_path / name)).facts == MSRA
     os.rename(tmp_path / name, tmp_path / "resnet50-0676ba61.pth")
     assert read_weights(str(tmp_path / "resnet50-0676ba61.pth")).facts == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("faster_rcnn_r50_caffe_fpn_1x_coco_bbox_mAP-0.378_20200504.pth", MSRA),
+        ("faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth", Facts()),
+    ],
+)
+def test_openmmlabs_detectors_on_caffe2s_networks(tmp_path, name, facts):
+    trunk = torchvision.models.resnet50(weights=None).state_dict()
+    state = {f"backbone.{k}": v for k, v in trunk.items() if not k.startswith("fc.")}
+    for level, width in enumerate((256, 512, 1024, 2048)):
+        for part, channels, side in (("lateral", width, 1), ("fpn", 256, 3)):
+            conv = f"neck.{part}_convs.{level}.conv"
+            state[f"{conv}.weight"] = torch.zeros(256, channels, side, side)
+            state[f"{conv}.bias"] = torch.zeros(256)
+    torch.save({"meta": {}, "state_dict": state}, tmp_path / name)
+    weights = read_weights(str(tmp_path / name))
+    assert weights.facts == facts and "fpn_lateral2.weight" in weights.tensors

@@ -249,6 +249,21 @@ def test_a_correct_json_is_read_as_detectron2_reads_it(write_coco):
     assert data.records[0]["annotations"][0]["keypoints"] == [4.5, 5.5, 2, 6.5, 7.5, 1]
 
 
+def test_flips_exchange_the_names_of_left_and_right_whatever_their_case(write_coco):
+    given = ["nose", "Left_eye", "Right_eye", "LEFT_EAR", "RIGHT_EAR", "left_hip", "tail_left"]
+
+    def change(data):
+        for annotation in data["annotations"]:
+            annotation.update(keypoints=[1, 1, 2] * len(given), num_keypoints=len(given))
+        for category in data["categories"]:
+            category.update(keypoints=given)
+
+    assert load_coco(*write_coco(change)).keypoints == {
+        "keypoint_names": given,
+        "keypoint_flip_map": [("Left_eye", "Right_eye"), ("LEFT_EAR", "RIGHT_EAR")],
+    }
+
+
 def test_missing_area_and_box_of_an_rle_mask(write_coco):
     def change(data):
         a = data["annotations"][0]

@@ -1,13 +1,17 @@
 """Registered data sets whose COCO json is fixed for training and evaluation."""
 
 import copy
+import glob
 import json
+import os
+import shutil
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 
+from region_pretrain.data.catalog import get_records
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.errors import UserError
 
@@ -42,6 +46,22 @@ def test_stock_data_sets_are_fixed(write_coco, registered):
     assert records[0] == records[1] == records[2] and records[1] is not records[2]
     assert not mend_registered(registered, evaluated=True).fixed  # now a correct one
     assert mend_registered(registered) is None
+
+
+def test_pre_training_reads_the_mended_names(write_coco, registered):
+    def with_backslashes(data):
+        for image in data["images"]:
+            image["file_name"] = f"sub\\{image['file_name']}"
+
+    path, root = write_coco(with_backslashes)
+    os.makedirs(f"{root}/sub")
+    for image in glob.glob(f"{root}/*.*"):
+        shutil.move(image, f"{root}/sub")
+    register_coco_instances(registered, {}, path, root)
+    records = get_records(registered, annotations=False)
+    mended = load_coco(path, root).records
+    assert [r["file_name"] for r in records] == [r["file_name"] for r in mended]
+    assert len(records) == 3 and all(os.path.isfile(r["file_name"]) for r in records)
 
 
 def test_training_needs_no_copy_and_evaluation_afterwards_does(write_coco, registered, cache):

@@ -278,14 +278,16 @@ def test_a_mapper_that_reads_another_channel_order_is_refused(tmp_path):
     assert load_method("soco", str(path)).model.input_format == "RGB"
 
 
-def test_trunks_with_layer_norms_are_trained_with_adamw():
+def test_trunks_with_layer_norms_are_trained_with_adamw(caplog):
     swin = str(CONFIG_ROOT / "detection/mask_rcnn_swin_t_fpn.py")
     cfg = load_method("soco", swin, ["train.epochs=20", "optimizer.lr=0.001"])
     assert cfg.optimizer._target_ == "torch.optim.adamw.AdamW" or cfg.optimizer._target_ is AdamW
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (0.001, 0.05)
     assert (cfg.lr_multiplier.warmup_epochs, cfg.train.clip_grad.max_norm) == (10, 3.0)
     assert cfg.train.output_dir == "output/soco" and cfg.train.base_batch_size == 256
-    assert load_method("soco", LSJ).optimizer._target_ is LARS
+    assert "optimiser and schedule are those of configs/common/adamw_pretrain.py" in caplog.text
+    caplog.clear()
+    assert load_method("soco", LSJ).optimizer._target_ is LARS and not caplog.text
 
 
 def test_a_saved_fine_tuning_config_is_a_detector(tmp_path):

@@ -240,12 +240,27 @@ def test_an_image_above_the_limit_is_refused_before_decoding(tmp_path, monkeypat
     monkeypatch.setenv("REGION_PRETRAIN_MAX_PIXELS", "599")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     message = rf"big\.{suffix} has 30x20 pixels.*limit of 599.*REGION_PRETRAIN_MAX_PIXELS=600$"
-    for function in (read_image, lambda path: EncodedImage.read(path).size()):
+    for function in (
+        read_image,
+        lambda path: EncodedImage.read(path).size(),
+        lambda path: EncodedImage.read(path).check(),
+    ):
         with pytest.raises(UnreadableImage, match=message):
             function(path)
     monkeypatch.setenv("REGION_PRETRAIN_MAX_PIXELS", "many")
     with pytest.raises(UserError, match="REGION_PRETRAIN_MAX_PIXELS=many: must be a number"):
         read_image(path)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_the_check_finds_bands_that_do_not_exist(tmp_path, dtype):
+    path = str(tmp_path / "a.png")
+    cv2.imwrite(path, _random(3, dtype))
+    image = EncodedImage.read(path, None, {"bands": [4, 3, 2]})
+    for function in (image.check, image.decode):
+        with pytest.raises(UnreadableImage, match="has 3 bands: change &bands=4,3,2"):
+            function()
+    EncodedImage.read(path, None, {"bands": [3, 2, 1]}).check()
 
 
 def test_the_default_limit_replaces_pillows(tmp_path, monkeypatch):

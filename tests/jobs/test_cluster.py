@@ -49,6 +49,7 @@ def test_slurms_forms_of_a_time(text, minutes):
         ("gres=gpu:a100:4", "gres=gpu:a100:4 without tasks"),
         ("gpus-per-node=4,tasks-per-node=2", "there is one task per GPU"),
         ("gpus-per-node=4,gres=gpu:4", "both request GPUs"),
+        ("nodes=2,gpus=8", "with nodes=2 write gpus-per-node=N"),
         ("time=2", "time=2 minutes is not longer than signal_seconds=120"),
         ("clusters/nowhere.py,nodes=2", "no cluster file clusters/nowhere.py"),
     ],

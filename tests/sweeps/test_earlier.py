@@ -13,7 +13,7 @@ from region_pretrain.config import load_config, to_yaml
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import submission
 from region_pretrain.sweeps.earlier import describe_earlier
-from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL
 from region_pretrain.sweeps.plan import make_plan
 
 PARTS = ("train", "test")
@@ -27,6 +27,8 @@ def make(folder, **changes):
 def compute(run, *without):
     """Write what a training of the run leaves, without some keys of its config."""
     os.makedirs(run.folder)
+    if run.kind == CHOICE:
+        Path(run.product).touch()
     if run.kind in (REGIONS, CHOICE):
         return
     cfg = load_config(run.tasks[0][1], [a for a in run.tasks[0][2:] if not a.startswith("@")])
@@ -115,27 +117,50 @@ def test_files_that_were_replaced_after_the_results(coco_folder, tmp_path):
         compute(run)
     assert describe_earlier(plan) == []
     tuned = [run for run in plan.runs.values() if run.kind == FINETUNE]
-    mine = [run.folder for run in tuned if run.name.startswith("own")]
+    mine = [os.path.basename(run.folder) for run in tuned if run.name.startswith("own")]
     later = os.path.getmtime(tuned[-1].product) + 1
     os.utime(weights, (later, later))
     assert describe_earlier(plan) == [
         f"{weights} is newer than the results of 2 finished runs, which are not computed again; "
-        f"for that, delete {' '.join(mine)}"
+        f"for that, delete in {tmp_path}/out/runs: {' '.join(mine)}"
     ]
     for path in (annotations, split):
         os.utime(path, (later, later))
-    said = describe_earlier(plan)
-    assert sorted(line.split()[0] for line in said) == sorted(
-        map(str, (weights, annotations, split))
-    )
-    assert all(
-        "of 6 finished" in line and " and 1 more" in line for line in said if "w.pth" not in line
-    )
+    of = {str(annotations): "6", str(split): "6", str(weights): "2"}
+    assert {line.split()[0]: line.split()[7] for line in describe_earlier(plan)} == of
     os.remove(tuned[0].product)  # it is computed again anyway
-    assert any("of 5 finished" in line for line in describe_earlier(plan))
-    pretrained = entries(plan, PRETRAIN, seed=0)[0].product  # as after its folder was deleted
-    os.utime(pretrained, (later, later))
-    assert any(line.startswith(f"{pretrained} is newer") for line in describe_earlier(plan))
+    assert sum("of 5 finished" in line for line in describe_earlier(plan)) == 2
+
+
+def test_what_follows_from_an_outdated_run_is_outdated(tmp_path):
+    """Else the fine-tunings would keep the learning rate or the weights of the replaced file."""
+    weights = tmp_path / "w.pth"
+    weights.touch()
+    plan = make(
+        tmp_path / "out",
+        pretrain={
+            "soco": {"config": SOCO, "overrides": [f"train.init_checkpoint={weights}"]},
+            "moco": {"config": MOCO},
+        },
+        finetune={"det": {"config": DETECTOR, **RATES}},
+    )
+    for run in plan.runs.values():
+        compute(run)
+    later = os.path.getmtime(run.product) + 1
+    os.utime(weights, (later, later))
+    (said,) = describe_earlier(plan)
+    found = [name.rpartition("-")[0] for name in said.partition("runs: ")[2].split()]
+    soco = [run.name for run in plan.runs.values() if "soco" in run.name and run.kind != REGIONS]
+    assert found == soco and len(soco) == 5  # with two trials and their choice
+    # Only the pre-training was deleted and computed again, then also the trials.
+    os.utime(weights, (0, 0))
+    (pretrained,) = entries(plan, PRETRAIN, init="soco")
+    os.utime(pretrained.product, (later, later))
+    (said,) = describe_earlier(plan)
+    assert said.startswith(f"{pretrained.product} is newer than the results of 4 finished")
+    for run in entries(plan, TRIAL, init="soco"):
+        os.utime(run.product, (later + 1, later + 1))
+    assert all("of 2 finished" in line for line in describe_earlier(plan)[:2])
 
 
 def test_many_runs_are_counted(tmp_path):

@@ -72,7 +72,7 @@ def given(cfg):
         "seconds": {"features": 2.0, "second_view": 3.0, "knn": 0.25, "linear": 0.5},
     }
     target = Path(cfg.train.output_dir, "probe.json")
-    target.parent.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result))
     return result
 
@@ -113,6 +113,25 @@ def test_table_and_file(folder, monkeypatch):
 
     monkeypatch.setattr(probes, "do_probe", twice)
     assert probes.probe_checkpoints(str(folder)) == found
+
+
+def test_a_probe_is_repeated_once_its_fine_tuning_has_been(folder, monkeypatch):
+    probed = []
+    monkeypatch.setattr(probes, "do_probe", lambda cfg: probed.append(cfg) or given(cfg))
+    probes.probe_checkpoints(str(folder))
+    product = probed[1].train.output_dir.replace("probes", "runs") + "/results.json"
+    later = os.path.getmtime(product) + 5
+    os.utime(product, (later, later))
+    probes.probe_checkpoints(str(folder))
+    assert len(probed) == 5 and probed[4] == probed[1]
+
+
+def test_relative_paths_refer_to_the_folder_of_the_start(folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(probes, "do_probe", lambda cfg: seen.append(os.getcwd()) or given(cfg))
+    monkeypatch.chdir(tmp_path)
+    probes.probe_checkpoints("out")
+    assert seen == [str(ROOT)] * 4 and os.getcwd() == str(tmp_path)
 
 
 def test_each_fine_tuning_and_pre_training_has_a_probe_of_its_own(folder, monkeypatch):

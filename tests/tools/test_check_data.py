@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from region_pretrain.commands.check_data import main
@@ -45,6 +46,18 @@ def test_usable_data_exit_with_0(check, names):
     assert printed.count("    thing          2         2") == 2
     assert "fixed: 2 x no area; computed from the mask or the box (e.g. annotation 1)" in printed
     assert "error" not in printed and "in common" not in printed
+
+
+def test_data_sets_that_code_registers(check, names, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        "register_coco_instances('checked_by_code', {}, 'val.json', 'images')\n"
+    )
+    try:
+        code, printed = check("checked_by_code", "--register", str(tmp_path / "mine.py"))
+    finally:
+        DatasetCatalog.pop("checked_by_code", None), MetadataCatalog.pop("checked_by_code", None)
+    assert code == 0 and "boxes: 2, " in printed
 
 
 def test_what_stops_exits_with_1(check, names, tmp_path):

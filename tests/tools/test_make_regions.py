@@ -68,6 +68,26 @@ def test_folder_with_a_preview(tmp_path, photos):
     assert "2/2" in result.stderr  # progress
 
 
+def test_a_store_keeps_its_recipe_if_no_other_is_given(tmp_path, photos, caplog, capsys):
+    """Else the command for the preview would ask to delete hours of search."""
+    caplog.set_level(logging.INFO)
+    common = ["--images", str(photos), "--out", str(tmp_path / "r.arrow"), "--workers", "1"]
+    make_regions.main([*common, "--working-size", "100", "--mode", "single"])
+    boxes = RegionStore.open(str(tmp_path / "r.arrow")).manifest["boxes"]
+    make_regions.main([*common, "--preview", "2"])
+    assert (tmp_path / "r.arrow.preview.png").exists()
+    assert "r.arrow has recipe soco-v1+mode=single+working_size=100" in caplog.text
+    Image.new("RGB", (90, 60), "red").save(photos / "new.png")
+    make_regions.main(common)
+    store = RegionStore.open(str(tmp_path / "r.arrow"))
+    assert "new.png" in store.keys() and store.manifest["boxes"] >= boxes
+    assert store.manifest["recipe"] == "soco-v1+mode=single+working_size=100"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        make_regions.main([*common, "--recipe", "soco-v1"])
+    assert "not with recipe soco-v1" in capsys.readouterr().err
+
+
 def test_shards_and_then_one_more_call(tmp_path, photos, capsys, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)

@@ -119,7 +119,7 @@ def test_a_config_that_names_the_boxes(results, tmp_path, capsys):
         ("--from-features a b --min-score 0.5", "min_score=0.5: these boxes have no scores"),
         ("--from results.json --top few", "top=few is not a whole number"),
         ("--from missing.json", "no such file or folder of boxes: missing.json"),
-        ("--from ann.json", "--from ann.json has the annotations of coco://ann.json"),
+        ("--from ann.json", "ann.json has the annotations of coco://ann.json"),
         (
             "--recipe file-v1",
             "file-v1 needs its source: region-pretrain regions --from PATH",
@@ -147,7 +147,7 @@ def test_annotations_of_a_registered_data_set_are_refused_too(results, capsys):
     finally:
         DatasetCatalog.remove("own_annotated"), MetadataCatalog.remove("own_annotated")
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: --from ./ann.json has the annotations of own_annotated")
+    assert line.startswith("error: ./ann.json has the annotations of own_annotated")
     assert not os.path.exists("r.arrow")
 
 

@@ -209,7 +209,7 @@ class PointRegionContrast(PretrainingModel):
                 self._warned = True
                 logger.warning(
                     "no image of this batch has a region in both views. If this persists, only "
-                    "images are contrasted (views.maps.kind=boxes needs dataset.regions)"
+                    "images are contrasted"
                 )
             outputs["loss_point"] = self.weights["point"] * mean_over_ranks(total, count)
             outputs["points/similarity"] = similarity

@@ -18,7 +18,12 @@ from region_pretrain.projects.point_region_contrast.correspondence import (
     match_cells,
     view_window,
 )
-from region_pretrain.projects.point_region_contrast.maps import NO_REGION, MapSource, RegionMap
+from region_pretrain.projects.point_region_contrast.maps import (
+    NO_REGION,
+    BoxMaps,
+    MapSource,
+    RegionMap,
+)
 from region_pretrain.projects.point_region_contrast.pictures import draw_views
 
 POSITIVES = ("region", "location")
@@ -84,7 +89,7 @@ class PointRegionViews(ViewSampler):
             raise UserError(f"views.min_overlap={min_overlap} must be in [0, 1]")
         self.size = (size, size)
         self.photometry = photometry
-        self.maps = maps
+        self.maps, self.needs_regions = maps, isinstance(maps, BoxMaps)
         self.num_regions, self.points, self.pairs = num_regions, points, pairs
         self.positives = positives
         self.cells = cells

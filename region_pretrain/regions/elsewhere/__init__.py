@@ -1,7 +1,7 @@
 """Regions that another program computed: files of boxes, masks and label maps, and networks."""
 
 from region_pretrain.regions.elsewhere.formats import FORMATS, Boxes, load_boxes
-from region_pretrain.regions.elsewhere.matching import attach
+from region_pretrain.regions.elsewhere.matching import attach, refuse_annotations
 from region_pretrain.regions.elsewhere.recipe import DetectorRecipe, FeaturesRecipe, FileRecipe
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "FileRecipe",
     "attach",
     "load_boxes",
+    "refuse_annotations",
 ]

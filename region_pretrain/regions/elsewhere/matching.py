@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 
+from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
 from region_pretrain.regions.elsewhere.formats import Boxes
 
@@ -157,3 +159,28 @@ class _Names:
     def _clean(self, name: str) -> str:
         name = posixpath.normpath(name.replace("\\", "/"))
         return posixpath.splitext(name)[0] if self._without_ending else name
+
+
+def refuse_annotations(path: str, names: Any) -> None:
+    """Refuse a data set's own annotations as boxes of another program.
+
+    Args:
+        path: the file of boxes.
+        names: one or several data sets, registered or named by path; others are not checked.
+
+    Raises:
+        UserError: it is the COCO json of one of them.
+    """
+    for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
+        annotations = None
+        if is_path_name(name):
+            source = parse(name)
+            annotations = source.path if source.scheme == "coco" else None
+        elif name in MetadataCatalog.list():
+            annotations = MetadataCatalog.get(name).get("json_file")
+        mine = os.path.realpath(os.path.expanduser(path))
+        if annotations is not None and mine == os.path.realpath(annotations):
+            raise UserError(
+                f"{path} has the annotations of {name}, not boxes of another program: for "
+                "annotated boxes as regions, give recipe ground_truth-v1 instead"
+            )

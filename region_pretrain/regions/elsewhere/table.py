@@ -54,9 +54,9 @@ class BoxTable(NamedTuple):
         """
         if len(boxes):
             finite = boxes[np.isfinite(boxes).all(axis=1)]
-            if len(finite) and finite.max() <= 1 and (finite % 1).any():
+            if len(finite) and finite.max() < 2 and (finite % 1).any():  # 1 + rounding of x + width
                 raise ValueError(
-                    "all coordinates are between 0 and 1: they must be pixels of the image"
+                    "all coordinates are fractions of the image's sides: they must be its pixels"
                 )
         order = np.argsort(rows, kind="stable")
         offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(names)))])

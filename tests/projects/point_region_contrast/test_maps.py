@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.errors import UserError
 from region_pretrain.projects.point_region_contrast.maps import (
     NO_REGION,
@@ -73,6 +74,13 @@ def test_maps_of_pixels_find_the_colours(kind, options):
     assert min(common) >= 48 and len({np.bincount(c).argmax() for c in found.T}) == 4
     again = source(480, 320, NONE, image)(centers + shifts)
     assert (again == found).all()
+
+
+def test_maps_of_boxes_need_a_region_store(noise_folder, make_views):
+    """Without one there would be no points, and only whole images would be contrasted."""
+    with pytest.raises(UserError, match="dataset.regions is empty, but these views need regions"):
+        PretrainDataset(f"folder://{noise_folder}", make_views(kind="boxes"))
+    assert len(PretrainDataset(f"folder://{noise_folder}", make_views())) == 12
 
 
 def test_kmeans_of_uniform_and_tiny_images():
