@@ -88,6 +88,10 @@ _VALUES = (
 )
 
 
+#: Models and optimisers that could be built, as text.
+_BUILT: set[str] = set()
+
+
 @functools.cache
 def _build_once(path: str, overrides: tuple[str, ...]) -> None:
     cfg = load(path, overrides)
@@ -179,13 +183,17 @@ def _build(cfg: DictConfig) -> None:
         names = instantiate(cfg.dataloader.train.get("dataset", {}).get("names", []))
         for name in [names] if isinstance(names, str) else names:
             check_registered(name)
+    instantiate(cfg.lr_multiplier)
+    parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.optimizer)]
+    if (text := repr(parts)) in _BUILT:  # e.g. of another length
+        return
     with on_meta_device():
         model = instantiate(cfg.model)
     if not detection:
         check_contract(model)
     cfg.optimizer.params.model = model
     instantiate(cfg.optimizer)
-    instantiate(cfg.lr_multiplier)
+    _BUILT.add(text)
 
 
 #: Keys of ``train`` that only affect how a run is kept or resumed, with their defaults. Others of
