@@ -60,4 +60,5 @@ def run_scripts() -> Callable[[list[list[str]]], None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "config" in metafunc.fixturenames:
-        metafunc.parametrize("config", CONFIGS, ids=lambda c: Path(c).stem)
+        configs = getattr(metafunc.module, "CONFIGS", CONFIGS)
+        metafunc.parametrize("config", configs, ids=lambda c: Path(c).stem)

@@ -1,14 +1,26 @@
 """Two processes on simulated GPUs, under NCCL's rules."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+#: One recipe per method: their other ones do not differ in what processes exchange.
+CONFIGS = [
+    "projects/BYOL/configs/byol_r18_b32_shapes.py",
+    "projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py",
+    "projects/MCL/configs/mcl_r18-fpn_b32_shapes.py",
+    "projects/MoCo/configs/moco-v2_r18_b32_shapes.py",
+    "projects/PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.py",
+    "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py",
+]
+
 
 @pytest.fixture(scope="module")
-def ranks(run_scripts, configs, images, tmp_path_factory):
+def ranks(run_scripts, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    common = ["steps.py", str(folder), images, *configs, "--world", "2", "--rank"]
+    common = ["steps.py", str(folder), images, *CONFIGS, "--world", "2", "--rank"]
     run_scripts([[*common, "0"], [*common, "1"]])
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -42,3 +54,8 @@ def test_methods_with_regions_are_run_with_unequal_numbers_and_with_none(ranks):
     parts = {config.split("/")[1]: set(ranks[0][config]) for config in ranks[0]}
     assert all(parts[m] == {"unequal", "empty"} for m in ("SoCo", "CCOP", "PointRegionContrast"))
     assert all(parts[method] == {"all"} for method in ("BYOL", "MoCo", "MCL"))
+
+
+def test_every_method_with_such_a_recipe_is_here():
+    found = {path.parts[-3] for path in ROOT.glob("projects/*/configs/*shapes.py")}
+    assert {config.split("/")[1] for config in CONFIGS} == found and len(CONFIGS) == len(found)
