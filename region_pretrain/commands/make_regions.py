@@ -90,7 +90,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="FILE", help="the store to write, e.g. x.arrow")
     parser.add_argument(
-        "--recipe", metavar="ID", help=f"{', '.join(RECIPES)} (default: the config's, or soco-v1)"
+        "--recipe",
+        metavar="ID",
+        help=f"{', '.join(RECIPES)} (default: the config's or the existing store's, or soco-v1)",
     )
     parser.add_argument(
         "--set",

@@ -77,6 +77,13 @@ def recipe(method: str, detector: DictConfig) -> DictConfig:
     for key in ("head", "projector", "predictor", "image_head", "region_head", "affinity_head"):
         if "hidden_dim" in (cfg.model.get(key) or {}):
             cfg.model[key].hidden_dim = 16
+    views = cfg.dataloader.train.dataset.views
+    if "sizes" in views:  # 128 pixels instead of 224, which MCL's head is for
+        views.sizes = [side * 4 // 7 for side in views.sizes]
+    elif "montage" not in views:
+        views.size = 128
+        if "cells" in views:
+            views.cells = 32
     return cfg
 
 
@@ -84,13 +91,6 @@ def a_batch(cfg: DictConfig, region_folder):
     views = cfg.dataloader.train.dataset.views
     if "montage" in views:  # for 4 images instead of 128
         views.montage.images_per_canvas = [1, 2, 4, 4][: len(views.montage.ratios)]
-        views.montage.size = cfg.model.montage.size = 128
-    elif "sizes" in views:
-        views.sizes = [side * 4 // 7 for side in views.sizes]  # 128 instead of 224
-    else:
-        views.size = 128
-        if "cells" in views:
-            views.cells = 32
     dataset = PretrainDataset(
         f"folder://{region_folder.images}", instantiate(views), region_folder.store
     )
