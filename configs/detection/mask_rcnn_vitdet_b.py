@@ -1,7 +1,7 @@
 """Mask R-CNN ViTDet-B, COCO, 100 epochs with large-scale jitter.
 
-ViTDet (arXiv 2203.16527), appendix A.2, with Detectron2's model. What differs is ours: biases and
-all norms are not decayed, and autocast uses bfloat16.
+ViTDet (arXiv 2203.16527), appendix A.2, with Detectron2's model. What differs is ours: biases, all
+norms and the tables of relative positions are not decayed, and autocast uses bfloat16.
 """
 
 from detectron2 import model_zoo

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -20,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from region_pretrain import registration
 from region_pretrain.data.coco_fixes import fix_file_names
-from region_pretrain.data.findings import Findings
+from region_pretrain.data.findings import Findings, id_key
 from region_pretrain.data.folder import load_image_folder, local_folder
 from region_pretrain.data.sources import read_like, register
 from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
@@ -233,7 +234,7 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
         records = [
             {
                 "file_name": os.path.join(folder, image["file_name"]),
-                "image_id": image["id"],
+                "image_id": _whole(image["id"]),
                 **{key: image[key] for key in ("height", "width") if image.get(key) is not None},
             }
             for image in data["images"]
@@ -249,13 +250,19 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
     return sorted(records, key=_by_id)
 
 
+def _whole(value: Any) -> Any:
+    """1.0 as 1, as in labelled data, so that the keys of regions agree."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _add_boxes(records: list[dict], annotations: list[dict]) -> None:
     """Add annotated boxes to the records of their images."""
-    by_id = {record["image_id"]: record for record in records}
+    by_id = {id_key(record["image_id"]): record for record in records}
     for annotation in annotations:
         try:
             box = [float(value) for value in annotation["bbox"]]
-            record, crowd = by_id[annotation["image_id"]], int(annotation.get("iscrowd") or 0)
+            record = by_id[id_key(annotation["image_id"])]
+            crowd = int(annotation.get("iscrowd") or 0)
         except (LookupError, TypeError, ValueError, AttributeError):
             continue
         if len(box) == 4 and all(map(math.isfinite, box)):

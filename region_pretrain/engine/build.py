@@ -106,6 +106,18 @@ def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
 
 
 @contextmanager
+def fast_kernels(train: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """:func:`use_fast_kernels`, until the end of the context."""
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    use_fast_kernels(train, device)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+@contextmanager
 def without_cudnn_benchmark() -> Iterator[None]:
     """Switch ``train.cudnn_benchmark`` off for images that all have different shapes.
 

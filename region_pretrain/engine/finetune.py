@@ -28,7 +28,12 @@ from torch import nn
 
 from region_pretrain.config import complete_train
 from region_pretrain.data.workers import share_batches_of
-from region_pretrain.engine.build import TrainingData, build_model, resolve_device
+from region_pretrain.engine.build import (
+    TrainingData,
+    build_model,
+    fast_kernels,
+    resolve_device,
+)
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
 from region_pretrain.engine.labelled_data import (
     Classes,
@@ -128,7 +133,8 @@ def do_evaluate(cfg: DictConfig, model: nn.Module | None = None) -> Results:
     if model is None:
         model = _trained(cfg, classes)
     on_main_process(lambda: make_writable(cfg.train.output_dir, "train.output_dir"))
-    with missing_files_are_user_errors():
+    device = next(model.parameters()).device
+    with missing_files_are_user_errors(), fast_kernels(cfg.train, device):
         results = do_test(cfg, model)
     if comm.is_main_process():
         _write_results(os.path.join(cfg.train.output_dir, "results_eval.json"), results)

@@ -140,7 +140,12 @@ def _decode_deep_png(data: bytes, header: Header, reading: Reading, name: str) -
     values = _decode_with_opencv(data, cv2.IMREAD_UNCHANGED)
     if values is None:
         return None
-    return reading.to_rgb(_in_rgb_order(values, header.bands), header.alpha, name)
+    if header.key is None:
+        return reading.to_rgb(_in_rgb_order(values, header.bands), header.alpha, name)
+    colours = _in_rgb_order(values, 3)[..., : len(header.key)]  # OpenCV may return alpha or not
+    opaque = (colours != np.array(header.key, np.uint16)).any(axis=2, keepdims=True)
+    values = np.concatenate([colours, opaque * np.uint16(65535)], axis=2)
+    return reading.to_rgb(values, header.alpha, name)
 
 
 def _in_rgb_order(values: np.ndarray, bands: int) -> np.ndarray:

@@ -27,7 +27,9 @@ class Header(NamedTuple):
         alpha: whether the last band is an alpha channel.
         ordinary: 8 bits, grey or RGB, no transparency and not truncated, which OpenCV reads
             correctly.
-        deep: 16 bits and not truncated, which OpenCV reads correctly.
+        deep: 16 bits and not truncated, of which OpenCV reads the colours correctly.
+        key: the colour that is transparent in a deep file, one value per band; counted as a band of
+            alpha.
     """
 
     width: int
@@ -37,6 +39,7 @@ class Header(NamedTuple):
     alpha: bool = False
     ordinary: bool = False
     deep: bool = False
+    key: tuple[int, ...] | None = None
 
 
 def read_header(data: bytes) -> Header | None:
@@ -87,11 +90,14 @@ def _png_header(data: bytes) -> Header | None:
         return None
     # OpenCV reads grey, RGB and palette correctly; Pillow handles transparency and animation.
     simple, exif, elsewhere, complete = colour in (0, 2, 3), b"", False, False
+    animated, key = False, None
     position = 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind in (b"tRNS", b"acTL"):
-            simple = False
+            simple, animated = False, animated or kind == b"acTL"
+            if kind == b"tRNS" and bits == 16 and length == {0: 2, 2: 6}.get(colour):
+                key = struct.unpack_from(f">{length // 2}H", data, position + 8)
         elif kind == b"eXIf":
             exif = data[position + 8 : position + 8 + length]
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
@@ -100,7 +106,7 @@ def _png_header(data: bytes) -> Header | None:
             complete = True
             break
         position += length + 12
-    alpha = colour in (4, 6)
+    alpha = colour in (4, 6) or key is not None
     orientation = _orientation(exif, data if elsewhere else b"")
     return Header(
         width,
@@ -109,7 +115,8 @@ def _png_header(data: bytes) -> Header | None:
         bands=(1 if colour in (0, 4) else 3) + alpha,
         alpha=alpha,
         ordinary=bits == 8 and simple and complete,
-        deep=bits == 16 and (simple or alpha) and complete,
+        deep=bits == 16 and (simple or alpha) and complete and not animated,
+        key=key,
     )
 
 

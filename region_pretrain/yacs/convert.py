@@ -242,7 +242,8 @@ def _train(cfg: CfgNode) -> dict[str, Any]:
         device="cpu" if device == "cpu" else None,  # null: a GPU if there is one
         amp=dict(enabled=cfg.SOLVER.AMP.ENABLED, dtype="float16"),
         cudnn_benchmark=cfg.CUDNN_BENCHMARK,
-        checkpointer=dict(period=cfg.SOLVER.CHECKPOINT_PERIOD),
+        float32_matmul_precision="highest",  # PyTorch's own, which an empty FLOAT32_PRECISION keeps
+        checkpointer=dict(period=cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=None),
         eval_period=cfg.TEST.EVAL_PERIOD,
         precise_bn=dict(enabled=cfg.TEST.PRECISE_BN.ENABLED, num_iter=cfg.TEST.PRECISE_BN.NUM_ITER),
     )

@@ -108,6 +108,22 @@ def test_coco_folder_gives_the_same_keys_and_files_as_the_json(coco):
         load_coco_images(None, root)
 
 
+def test_image_ids_without_labels_are_those_with_labels(coco_folder):
+    """Keys of regions are ids: pandas writes 30.0, and annotations may have "30"."""
+    path = coco_folder / "ann.json"
+    data = json.loads(path.read_text())
+    for image in data["images"]:
+        image["id"] = float(image["id"])
+    for annotation in data["annotations"]:
+        annotation["image_id"] = str(annotation["image_id"])
+    path.write_text(json.dumps(data))
+    name = f"coco://{path}?images={coco_folder / 'images'}"
+    plain = get_records(name, annotations=False, boxes=True)
+    full = get_records(name, annotations=True)
+    assert [r["image_id"] for r in plain] == [r["image_id"] for r in full] == [2, 8, 9, 30, 77, 581]
+    assert [len(r["annotations"]) for r in plain] == [2] * 6
+
+
 def test_built_in_sets_lie_under_the_datasets_root(tmp_path):
     """A fresh interpreter, as the root is read at import; one set has no json."""
     touch(tmp_path / "coco/train2017", "000000000009.jpg", "000000000025.jpg")

@@ -19,6 +19,7 @@ from region_pretrain.engine.build import (
     build_optimizer,
     check_batch_size,
     clipping,
+    fast_kernels,
     log_schedule,
     resolve_device,
     scale_lr,
@@ -302,6 +303,12 @@ def test_a_gpu_uses_tf32_and_cudnns_benchmark_as_configured(monkeypatch):
         assert not torch.backends.cudnn.benchmark  # the images of an evaluation differ in shape
         raise RuntimeError
     assert torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(RuntimeError), fast_kernels(train, torch.device("cuda", 0)):
+        assert found == ["high"] * 2 and torch.backends.cudnn.benchmark
+        raise RuntimeError
+    assert found == ["high", "high", before] and not torch.backends.cudnn.benchmark
     train.float32_matmul_precision = "fast"
     with pytest.raises(UserError, match="precision=fast: must be one of highest, high, medium"):
         use_fast_kernels(train, torch.device("cpu"))

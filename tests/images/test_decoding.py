@@ -88,6 +88,24 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, check_size):
         check_size(path, image)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("bits", [None, 12])
+def test_sixteen_bit_png_with_a_transparent_colour(tmp_path, check_size, channels, bits):
+    """As GDAL marks pixels without data; Pillow reads the upper bytes of such RGB files."""
+    deep = np.random.default_rng(0).integers(0, 4096, (5, 7, channels)).astype(">u2")
+    deep[1, 2], deep[3, 4] = 77, 77
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    key = (b"tRNS", np.full(channels, 77, ">u2").tobytes())
+    path = tmp_path / "a.png"
+    path.write_bytes(png(7, 5, 16, {1: 0, 3: 2}[channels], rows, [key]))
+    expected = np.round(deep * 255.0 / 4095) if bits else deep >> 8
+    expected = np.broadcast_to(expected, (5, 7, 3)).copy()
+    expected[1, 2] = expected[3, 4] = 255
+    image = EncodedImage.read(str(path), None, {"bits": bits} if bits else None).decode()
+    assert (image == expected).all()
+    check_size(str(path), image)
+
+
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_sixteen_bit_colour_and_alpha_png(tmp_path, check_size, colour, channels):
     rng = np.random.default_rng(0)

@@ -262,6 +262,8 @@ def test_train_keys(coco):
     assert train.amp == {"enabled": True, "dtype": "float16"}  # as AMPTrainer
     assert train.precise_bn == {"enabled": True, "num_iter": 9}
     assert (train.device, train.base_batch_size) == ("cpu", None)
+    # Detectron2 changes nothing and keeps every periodic checkpoint.
+    assert train.float32_matmul_precision == "highest" and train.checkpointer.max_to_keep is None
     assert load_config(FASTER_FPN).train.seed == 0 and load_config(FASTER_FPN).train.device is None
 
 
