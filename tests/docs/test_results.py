@@ -26,7 +26,12 @@ NAMES = {
 
 
 BYOL_TWICE = "BYOL, learning rate x 2"
-BELOW = ("byol", "bbox/AP")  # the one with a pair below random weights
+#: The pairs below random weights.
+BELOW = {
+    ("byol", "bbox/AP"): [-3.0, -0.6],
+    ("moco", "bbox/AP"): [-1.9],
+    ("moco", "segm/AP"): [-0.2],
+}
 
 
 def table(text, *header):
@@ -67,7 +72,7 @@ def test_readme():
             continue
         means.append(aps["mean"])
         pairs = pair(row.values("bbox/AP"), rows["random"].values("bbox/AP"))
-        assert len(pairs) == 9
+        assert len(pairs) == (9 if label in ("MCL", "SoCo") else 12)
         assert line[4] == f"{difference(pairs).mean:+.1f}"
         assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
     assert len(lines) == 7 and means == sorted(means, reverse=True)
@@ -194,16 +199,28 @@ def test_readings():
     for key in ("bbox/AP", "segm/AP"):
         for init in NAMES.values():
             below = [v for v in pairs(init, "random", key).values() if v < 0]
-            assert [round(v, 1) for v in below] == ([-3.0] if (init, key) == BELOW else [])
-            regions = init not in ("moco", "byol")
-            assert (errors(init, "random", key)[1] > 0) == (regions or key == "segm/AP")
+            assert [round(v, 1) for v in below] == BELOW.get((init, key), [])
+            assert (errors(init, "random", key)[1] > 0) == (init != "byol" or key == "segm/AP")
         for init, reference in itertools.product(("soco", "mcl"), ("moco", "byol")):
             assert min(pairs(init, reference, key).values()) > 0
             assert errors(init, reference, key)[1] > 0
-        for init in ("ccop", "point"):
-            assert errors(init, "moco", key)[1] < 0 and errors(init, "byol", key)[1] < 0
-    for init in ("ccop", "point"):
-        assert sum(value > 0 for value in pairs(init, "moco").values()) == 7
+        for init in ("soco", "mcl", "ccop", "point"):
+            for reference in ("random", "moco", "byol"):
+                more = errors(init, reference, key)[0] > 2
+                assert more == ((init, reference, key) != ("point", "byol", "segm/AP"))
+    assert round(errors("point", "byol", "segm/AP")[0], 1) == 1.8
+    for key, excluded in (
+        ("bbox/AP", {("ccop", "moco"), ("point", "moco"), ("ccop", "byol")}),
+        ("segm/AP", {("point", "moco")}),
+    ):
+        for both in itertools.product(("ccop", "point"), ("moco", "byol")):
+            assert (errors(*both, key)[1] > 0) == (both in excluded)
+    positive = {
+        both: sum(value > 0 for value in pairs(*both).values())
+        for both in itertools.product(("ccop", "point"), ("moco", "byol"))
+    }
+    assert list(positive.values()) == [10, 10, 10, 11]
+    assert sum(len(pairs(init, "random")) for init in NAMES.values()) == 66
 
 
 def test_settings():
