@@ -355,6 +355,7 @@ def test_a_stopped_sweep_resumes_and_its_minutes_add_up(demo):
     rows = metrics(mine)
     assert [row["iteration"] for row in rows] == list(range(40))
     assert [r["iteration"] for r in rows if "probe/knn_fpn" in r] == [0, 39]
+    attempts = state.attempts(mine)  # the last one may not have recorded its end yet
     minutes = sum((a["ended"] or a["started"]) - a["started"] for a in attempts) / 60
     (row,) = re.findall(
         r"<tr>\s*<td><a [^>]*>soco_seed0</a></td>.*", (out / "report.html").read_text()
