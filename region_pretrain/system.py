@@ -6,6 +6,7 @@ Nothing here imports PyTorch.
 from __future__ import annotations
 
 import getpass
+import itertools
 import multiprocessing
 import os
 import re
@@ -44,7 +45,9 @@ def gpus() -> list[str]:
     """The NVIDIA GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
+        names = (name.strip() for name in given.split(",") if name.strip())
+        # As CUDA does, which hides those after -1, NoDevFiles or another name that is unknown.
+        return list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from region_pretrain.api.data import Data, DataSets, records_of
 from region_pretrain.api.session import isolated
+from region_pretrain.dataset_names import absolute, is_path_name
 from region_pretrain.engine.methods import default_recipe
 from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore, generate
@@ -96,7 +97,7 @@ def make_regions(
     elif changes:
         raise UserError(f"{', '.join(changes)}: set the fields of the recipe object instead")
     data = DataSets()
-    names = data.name("images", images)
+    names = _absolute(data.name("images", images))
     with isolated(data.given):
         records = records_of(names, annotations=isinstance(recipe, GroundTruthRecipe))
         if boxes is not None:
@@ -110,6 +111,12 @@ def make_regions(
     store = Regions.open(path)
     store.images, store.records, store.summary = images, records, summary or {}
     return store
+
+
+def _absolute(names: Any) -> Any:
+    if isinstance(names, list):
+        return [_absolute(name) for name in names]
+    return absolute(names) if isinstance(names, str) and is_path_name(names) else names
 
 
 def digits_of(names: Any) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import transforms as T
-from detectron2.layers import ROIAlign
+from detectron2.layers import CycleBatchNormList, ROIAlign
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes, BoxMode, ImageList
 from detectron2.utils import comm
@@ -117,11 +117,23 @@ class RegionReader(nn.Module):
             pooled = self.pooler(inputs, boxes)  # (R, C, S, S)
             found[FPN] = pooled.mean(dim=(2, 3))
             if self.tower is not None:
-                found[TOWER] = self.pooler([self.tower(x) for x in inputs], boxes).mean(dim=(2, 3))
+                found[TOWER] = self.pooler(self._tower_maps(inputs), boxes).mean(dim=(2, 3))
             for name, head in self.heads.items():
                 vectors = head(pooled)
                 found[name] = vectors.mean(dim=(2, 3)) if vectors.dim() == 4 else vectors
         return found
+
+    def _tower_maps(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The tower's maps; norms that have statistics per level count from the first one."""
+        norms = [m for m in self.tower.modules() if isinstance(m, CycleBatchNormList)]
+        before = [norm._pos for norm in norms]
+        try:
+            for norm in norms:
+                norm._pos = 0
+            return [self.tower(x) for x in inputs]
+        finally:
+            for norm, position in zip(norms, before, strict=True):
+                norm._pos = position
 
     def _read_trunk(self, maps: Mapping[str, Tensor], boxes: list[Boxes]) -> Tensor:
         strides = {name: shape.stride for name, shape in self.trunk.output_shape().items()}
@@ -226,7 +238,8 @@ def _local_regions(
     backbone, device = reader.backbone, next(reader.backbone.parameters()).device
     mean, std, input_format = _pixels(model, input_format)
     found = []
-    with evaluating(reader):
+    # A compiled trunk would be compiled for each shape, and would not see the hook.
+    with evaluating(reader), torch.compiler.set_stance("force_eager"):
         for start, batch in batches:
             loaded = [load_region(record, input_format, augmentations) for record in batch]
             images = ImageList.from_tensors(

@@ -75,6 +75,7 @@ class PicturesHook(HookBase):
             return
         try:
             rows = draw()
+            sheet = pictures.sheet(rows, _HEIGHT) if rows and comm.is_main_process() else None
         except Exception as error:  # raised by any data set, sampler or model
             self._given_up.add(name)
             logger.warning(
@@ -84,9 +85,9 @@ class PicturesHook(HookBase):
             return
         if rows is None:
             self._given_up.add(name)
-        elif comm.is_main_process():
-            sheet = torch.from_numpy(pictures.sheet(rows, _HEIGHT)).permute(2, 0, 1)
-            self.trainer.storage.put_image(f"pictures/{name}", sheet)
+        elif sheet is not None:
+            image = torch.from_numpy(sheet).permute(2, 0, 1)
+            self.trainer.storage.put_image(f"pictures/{name}", image)
 
     def _views(self) -> Rows:
         batch = self.trainer.loader.first_images(self.trainer.iter, self.num_images)

@@ -50,6 +50,7 @@ def _git(folder: str | os.PathLike[str], *arguments: str) -> str | None:
             ["git", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
+            errors="surrogateescape",  # folders may have any bytes in their names
             timeout=20,  # a large repository on a network file system
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
         )

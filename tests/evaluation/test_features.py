@@ -8,7 +8,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.data import transforms as T
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CycleBatchNormList, ShapeSpec
 from detectron2.modeling.backbone import SimpleFeaturePyramid, ViT
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.structures import Boxes
@@ -26,9 +26,9 @@ DETECTOR = [*NARROW, "MODEL.ROI_HEADS.NUM_CLASSES=3", "MODEL.RETINANET.NUM_CLASS
 DETECTOR += ["MODEL.PIXEL_STD=[57.375,57.12,58.395]"]
 
 
-def yacs_detector(name: str) -> nn.Module:
+def yacs_detector(name: str, *overrides: str) -> nn.Module:
     torch.manual_seed(0)
-    return instantiate(load_config(name, DETECTOR).model).eval()
+    return instantiate(load_config(name, [*DETECTOR, *overrides]).model).eval()
 
 
 def narrow_backbone(backbone) -> None:
@@ -138,6 +138,19 @@ def test_one_stage_detectors_pool_their_pyramid_and_tower(dicts, kind):
                 expected[level].append(pooled(some, boxes, (8, 16, 32)).mean(dim=(2, 3)))
     for level in expected:
         close(found[level], expected[level])
+
+
+def test_a_probe_does_not_shift_norms_with_statistics_per_level(dicts):
+    """Three of five levels are read: the next batch would begin with the fourth."""
+    model = yacs_detector("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "MODEL.RETINANET.NORM=BN")
+    norms = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    for norm in norms:
+        for level, part in enumerate(norm):
+            part.running_mean.fill_(0.1 * level)
+    found = read_regions(model, model_reader(model), [dicts[0]] * 2, batch_size=1).features
+    first, second = found["tower"].chunk(2)
+    torch.testing.assert_close(first, second)
+    assert norms and {norm._pos for norm in norms} == {0}
 
 
 def test_a_model_without_input_format_is_asked_for_it(dicts):

@@ -164,6 +164,24 @@ def test_a_picture_that_fails_is_one_warning(tmp_path, region_folder, monkeypatc
     assert (tmp_path / "run" / "model_final.pth").exists()
 
 
+def test_a_method_without_anything_to_show_does_not_end_the_run(
+    tmp_path, region_folder, monkeypatch
+):
+    monkeypatch.setattr(SoCoViews, "pictures", lambda self, batch: [])
+    overrides = [
+        *SHORT,
+        f"dataloader.train.dataset.names=folder://{region_folder.images}",
+        f"dataloader.train.dataset.regions={region_folder.store}",
+        "dataloader.train.total_batch_size=2",
+        "train.pictures.period=1",
+        f"train.output_dir={tmp_path / 'run'}",
+    ]
+    path = str(ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
+    do_pretrain(load_config(path, overrides))
+    assert (tmp_path / "run" / "model_final.pth").exists()
+    assert "no pictures of views" not in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_the_number_of_images_is_checked():
     with pytest.raises(UserError, match="train.pictures.num_images=0: must be at least 1"):
         PicturesHook(1, 0)

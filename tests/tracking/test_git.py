@@ -34,6 +34,15 @@ def test_commit_and_changes_of_tracked_files(repository):
     assert git.state_of(repository) == {"commit": commit, "dirty": True}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_folders_may_have_any_bytes_in_their_names(tmp_path, monkeypatch):
+    folder = os.fsencode(tmp_path) + b"/\xe9tudes"
+    os.mkdir(folder)
+    run(os.fsdecode(folder), "init", "-q")
+    monkeypatch.chdir(os.fsdecode(folder))
+    git.git_state()
+
+
 def test_no_repository_and_no_git(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git.state_of(tmp_path) == {}
