@@ -23,7 +23,6 @@ from detectron2.utils.env import seed_all_rng
 
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
-from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.reporting.pictures import first_views, sheet, view_pictures
 from region_pretrain.reporting.plots import draw_detections
 from region_pretrain.sweeps import state, submission
@@ -349,13 +348,12 @@ def test_a_stopped_sweep_resumes_and_its_minutes_add_up(demo):
     assert not state.is_finished(mine)
     done = run(folder, "--wait", *only, pretrain=long, output="stopped")
     assert done.returncode == 0, done.stdout + done.stderr
-    attempts = read_attempts(mine.folder)
+    attempts = state.attempts(mine)  # the last one may not have recorded its end yet
     assert len(attempts) == 2 and attempts[0]["outcome"] != "finished"
     assert attempts[1]["start"] == attempts[0]["stop"] != ""
     rows = metrics(mine)
     assert [row["iteration"] for row in rows] == list(range(40))
     assert [r["iteration"] for r in rows if "probe/knn_fpn" in r] == [0, 39]
-    attempts = state.attempts(mine)  # the last one may not have recorded its end yet
     minutes = sum((a["ended"] or a["started"]) - a["started"] for a in attempts) / 60
     (row,) = re.findall(
         r"<tr>\s*<td><a [^>]*>soco_seed0</a></td>.*", (out / "report.html").read_text()

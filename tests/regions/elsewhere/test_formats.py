@@ -256,10 +256,8 @@ FAULTS = {
         "entry 1: some boxes have a score and others have none",
     ),
     "relative.json": ('[{"image_id": 1, "bbox": [0.1, 0.2, 0.3, 0.4]}]', "are fractions of"),
-    "rounded.json": (  # the right side is at 1.00000003
-        '[{"image_id": 1, "bbox": [0.6000000238418579, 0.1, 0.4000000059604645, 0.5]}]',
-        "are fractions of",
-    ),
+    # The right side is at 1.00000003.
+    "rounded.json": ('[{"image_id": 1, "bbox": [0.60000003, 0.1, 0.4, 0.5]}]', "are fractions of"),
     "images.json": ('{"images": []}', "it has images, but no annotations"),
     "nothing.json": ('{"info": {}}', "neither annotations nor lists of boxes"),
     "mask.json": ('{"a.png": [{"area": 3}]}', "image 'a.png': entry 0 has no bbox"),
