@@ -387,6 +387,14 @@ def test_bad_arguments_of_regions(region_folder):
         rp.make_regions(region_folder.images, recipe="grid-v1", overlop=1)
 
 
+def test_the_default_store_is_that_of_the_absolute_path(coco_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = os.path.relpath(coco_folder)
+    for root in (coco_folder, relative):
+        rp.make_regions((f"{root}/ann.json", f"{root}/images"), recipe="grid-v1", workers=1)
+    assert len(list((tmp_path / "regions").glob("*.arrow"))) == 1
+
+
 def test_a_data_sets_own_annotations_are_not_boxes_of_another_program(coco_folder, tmp_path):
     data = (str(coco_folder / "ann.json"), str(coco_folder / "images"))
     for images in (data, [f"coco://{data[0]}?images={data[1]}"]):

@@ -9,6 +9,7 @@ import pytest
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from omegaconf import ListConfig
 
 from region_pretrain.commands import make_regions
 from region_pretrain.config import get_config
@@ -16,6 +17,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.regions import RegionStore
+from region_pretrain.regions.elsewhere import refuse_annotations
 
 
 @pytest.fixture
@@ -149,6 +151,13 @@ def test_annotations_of_a_registered_data_set_are_refused_too(results, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ./ann.json has the annotations of own_annotated")
     assert not os.path.exists("r.arrow")
+
+
+def test_annotations_of_a_config_with_several_data_sets_are_refused_too():
+    names = ListConfig(["folder://images", "coco://ann.json?images=images"])
+    with pytest.raises(UserError, match="ann.json has the annotations of coco://ann.json"):
+        refuse_annotations("./ann.json", names)
+    refuse_annotations("./other.json", names)
 
 
 def test_jobs_receive_the_arguments(results, monkeypatch):

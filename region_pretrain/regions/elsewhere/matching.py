@@ -171,7 +171,8 @@ def refuse_annotations(path: str, names: Any) -> None:
     Raises:
         UserError: it is the COCO json of one of them.
     """
-    for name in [names] if isinstance(names, str) else names if isinstance(names, list) else []:
+    several = names if isinstance(names, Sequence) else []  # also of a config
+    for name in [names] if isinstance(names, str) else several:
         annotations = None
         if is_path_name(name):
             source = parse(name)
