@@ -103,9 +103,10 @@ def _outdated(plan: Plan) -> list[str]:
 
 def _files(run: Run) -> set[str]:
     """Local files that a run's config names: weights, annotations, regions, label splits."""
-    words = [word for word in run.tasks[0] if not word.startswith("@")]
-    at = words.index(CONFIG) + 1
-    todo = [OmegaConf.to_container(load(words[at], words[at + 1 :]))]
+    if CONFIG not in run.tasks[0]:
+        return set()
+    config, overrides = _config(run)
+    todo = [OmegaConf.to_container(load(config, overrides))]
     found = set()
     while todo:
         value = todo.pop()
@@ -121,19 +122,25 @@ def _files(run: Run) -> set[str]:
     return found
 
 
+def _config(run: Run) -> tuple[str, list[str]]:
+    """The config of a run and its overrides, without the file of a choice."""
+    words = [word for word in run.tasks[0] if not word.startswith("@")]
+    at = words.index(CONFIG) + 1
+    return words[at], words[at + 1 :]
+
+
 def _changes(run: Run, folder: str) -> str:
     """``key: old -> new`` of the settings that differ from a run's saved config."""
-    arguments = [word for word in run.tasks[0] if not word.startswith("@")]
+    config, overrides = _config(run)
     # The file of a choice, which the saved config has the learning rate of, may not exist yet.
-    chosen = ("optimizer.lr",) if len(arguments) < len(run.tasks[0]) else ()
-    at = arguments.index(CONFIG) + 1
+    chosen = ("optimizer.lr",) if any(word.startswith("@") for word in run.tasks[0]) else ()
     try:
         saved = read_saved(os.path.join(folder, "config.yaml"))
     except UserError:
         return "its config.yaml cannot be read"
     changed = [
         f"{key}: {old} -> {new}"
-        for key, (old, new) in changed_keys(saved, load(arguments[at], arguments[at + 1 :])).items()
+        for key, (old, new) in changed_keys(saved, load(config, overrides)).items()
         if not any(key == k or key.startswith(f"{k}.") for k in (*_NOT_SETTINGS, *chosen))
     ]
     more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
