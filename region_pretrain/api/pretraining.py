@@ -276,7 +276,7 @@ def _check_before_search(cfg: DictConfig) -> None:
     if path is None or path != _own_regions(cfg) or os.path.exists(path):
         return
     to_yaml(cfg)
-    check_writers(cfg.train.writers)
+    check_writers(cfg.train)
     batch, count = cfg.dataloader.train.total_batch_size, len(records_of(dataset.names))
     if count < batch:
         raise UserError(

@@ -87,7 +87,7 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
     with ExitStack() as leases:
 
         def claim() -> int:
-            check_writers(cfg.train.writers)
+            check_writers(cfg.train)
             try:
                 PathManager.mkdirs(folder)
                 leases.enter_context(hold(folder))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from detectron2.config import instantiate
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
@@ -30,14 +29,17 @@ from region_pretrain.tracking.service import SERVICES, RunInfo, check_package, r
 logger = logging.getLogger(__name__)
 
 NAMES = ("console", "json", "tensorboard", "csv", *SERVICES)
+_LONGEST_TAG = 64  # Weights & Biases refuses longer ones
 
 
-def check_writers(writers: Sequence[Any]) -> None:
-    """Check ``train.writers`` before anything is loaded.
+def check_writers(train: DictConfig) -> None:
+    """Check ``train.writers`` and ``train.tracking`` before anything is loaded.
 
     Raises:
-        UserError: an unknown name, a package that is not installed, or no ``json``.
+        UserError: an unknown name, a package that is not installed, no ``json``, or tags that the
+            services would refuse.
     """
+    writers = train.writers
     for entry in writers:
         if isinstance(entry, str) and entry not in NAMES:
             near = difflib.get_close_matches(entry, NAMES, n=1)
@@ -52,6 +54,13 @@ def check_writers(writers: Sequence[Any]) -> None:
             check_package(entry)
     if "json" not in writers:
         raise UserError("train.writers must contain json: resuming and reports need metrics.json")
+    tags = train.tracking.tags
+    fits = [isinstance(tag, str) and 1 <= len(tag) <= _LONGEST_TAG for tag in tags or ()]
+    if isinstance(tags, str) or not all(fits):
+        raise UserError(
+            f"train.tracking.tags={tags}: a list of texts of 1 to {_LONGEST_TAG} characters is "
+            "needed, e.g. ['first', 'long']"
+        )
 
 
 def build_writers(cfg: DictConfig, start_iter: int, max_iter: int) -> list[EventWriter]:
@@ -107,7 +116,7 @@ def _run_info(cfg: DictConfig, service: str, logged: int) -> RunInfo:
         project=tracking.project,
         name=tracking.name or os.path.basename(folder),
         group=tracking.group,
-        tags=tuple(tracking.tags),
+        tags=tuple(tracking.tags or ()),
         config=read_saved(path),
         config_text=text,
         git=git_state(),

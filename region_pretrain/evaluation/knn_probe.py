@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 from torch import nn
@@ -50,6 +50,9 @@ class KNNProbeHook(HookBase):
             resizing.
         max_size: maximum length of the longer side in pixels after resizing.
         input_format: ``"RGB"`` or ``"BGR"``; only needed for models without it, such as FCOS.
+
+    Raises:
+        UserError: a number is too small.
     """
 
     def __init__(
@@ -64,6 +67,13 @@ class KNNProbeHook(HookBase):
         max_size: int = 1333,
         input_format: str | None = None,
     ) -> None:
+        at_least = {"period": 0, "k": 1, "max_images": 1, "batch_size": 1}
+        given = {"period": period, "k": k, "max_images": max_images, "batch_size": batch_size}
+        for name, value in given.items():
+            if value is not None and value < at_least[name]:
+                raise UserError(
+                    f"the kNN probe has {name}={value}, which must be at least {at_least[name]}"
+                )
         self._period = period
         self._names = _as_list(train_names), _as_list(val_names)
         self._k = k
@@ -119,7 +129,7 @@ class KNNProbeHook(HookBase):
         return result
 
     def _read(self, names: list[str]) -> list[dict[str, Any]]:
-        dicts = get_detection_dataset_dicts(names, filter_empty=False)
+        dicts = [record for name in names for record in DatasetCatalog.get(name)]
         return with_boxes(dicts, ", ".join(names))[: self._max_images]
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -32,6 +34,7 @@ _BOX_COLOURS = (
 )
 _GREY = (170, 170, 170)
 _LABEL_WIDTH = 360  # pixels; labels on narrower pictures are not legible
+_LABEL_SIZE = 14  # pixels
 
 
 def metric_curve(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
@@ -183,13 +186,28 @@ def draw_boxes(
 def _draw_label(
     picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str, inside: bool
 ):
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.5
-    (width, height), below = cv2.getTextSize(text, font, scale, 1)
+    font = _font(frozenset(text))
+    width, (above, below) = round(font.getlength(text)), font.getmetrics()
+    height = above + below + 1
     x = max(0, min(x, picture.shape[1] - width - 4))
-    # The text's baseline; above the box if there is room.
-    y = y + height + 4 if inside else max(height + 4, y)
-    cv2.rectangle(picture, (x, y - height - 4), (x + width + 3, y + below - 2), colour, cv2.FILLED)
-    cv2.putText(picture, text, (x + 2, y - 1), font, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    top = y if inside else max(0, y - height)  # above the box if there is room
+    cv2.rectangle(picture, (x, top), (x + width + 3, top + height), colour, cv2.FILLED)
+    image = Image.fromarray(picture)
+    ImageDraw.Draw(image).text((x + 2, top + 1), text, (0, 0, 0), font)
+    picture[:] = image
+
+
+@cache
+def _font(characters: frozenset[str]) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, or an installed font that has the characters that it lacks."""
+    usual = font_manager.findfont("DejaVu Sans")
+    installed = sorted(entry.fname for entry in font_manager.fontManager.ttflist)
+    # Matplotlib's LastResort has a sign per script instead of the characters.
+    for path in (usual, *(path for path in installed if "LastResort" not in path)):
+        font = font_manager.get_font(path)
+        if all(font.get_char_index(ord(character)) for character in characters):
+            return ImageFont.truetype(path, _LABEL_SIZE)
+    return ImageFont.truetype(usual, _LABEL_SIZE)
 
 
 def draw_detections(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -60,8 +60,7 @@ class MlflowService(Service):
             self._client.update_run(tracked.id, status="RUNNING")
         self._run_id = tracked.id
         self.report("info", f"MLflow: {tracked.url or f'run {tracked.id}'}")
-        if not run.data.params:
-            self._log_config()
+        self._log_config(run.data.params)
         try:
             self._client.log_text(self._run_id, self.info.config_text, "config.yaml")
         except Exception as error:  # a server need not have a place for files
@@ -96,10 +95,12 @@ class MlflowService(Service):
         path = f"{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         return f"{parts.scheme}://{path}/#/experiments/{experiment}/runs/{run_id}"
 
-    def _log_config(self) -> None:
+    def _log_config(self, known: Mapping[str, str]) -> None:
+        """Send what an earlier attempt has not, which an outage may have ended between requests."""
         from mlflow.entities import Param
 
-        leaves = [Param(_name(key), value[:_LONGEST]) for key, value in _leaves(self.info.config)]
+        named = {_name(key): value[:_LONGEST] for key, value in _leaves(self.info.config)}
+        leaves = [Param(name, value) for name, value in named.items() if name not in known]
         for start in range(0, len(leaves), _PER_REQUEST):
             self._client.log_batch(self._run_id, params=leaves[start : start + _PER_REQUEST])
 
@@ -131,7 +132,7 @@ def _name(text: str) -> str:
 
 
 def _tags(info: RunInfo) -> Iterator[tuple[str, str]]:
-    yield from ((tag, "") for tag in info.tags)
+    yield from ((_name(tag), "") for tag in info.tags)
     if info.group:
         yield "group", info.group
     yield "output_dir", info.output_dir

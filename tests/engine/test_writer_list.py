@@ -49,8 +49,17 @@ class ListWriter(EventWriter):
 )
 def test_wrong_writers(writers, message):
     with pytest.raises(UserError) as error:
-        check_writers(OmegaConf.create(writers))
+        check_writers(OmegaConf.create({"writers": writers, "tracking": {"tags": []}}))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("tags", ["first", ["a", ""], [3], ["x" * 65]])
+def test_tags_that_a_service_would_refuse(tags):
+    train = OmegaConf.create({"writers": ["json", "wandb"], "tracking": {"tags": tags}})
+    with pytest.raises(UserError, match="^train.tracking.tags=.*1 to 64 characters"):
+        check_writers(train)
+    train.tracking.tags = ["x" * 64, "Größe"]
+    check_writers(train)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -318,12 +318,15 @@ def test_bad_input_is_reported_before_the_first_step(names):
     model = make_detector()
     records = [{"file_name": "x.png", "image_id": 0}, {"file_name": "y.png", "annotations": []}]
     crowds = [{"file_name": "x.png", "image_id": 0, "annotations": [{"iscrowd": 1}]}]
-    for unlabelled in (records, records[1:], crowds):
+    for unlabelled in ([], records, records[1:], crowds):
         DatasetCatalog.register("probe_unlabelled", lambda given=unlabelled: given)
         hook = with_trainer(KNNProbeHook(1, "probe_unlabelled"), model, start_iter=3)
         with pytest.raises(UserError, match="probe_unlabelled has none"):
             hook.before_train()
         DatasetCatalog.remove("probe_unlabelled")
+    for name, value in {"k": 0, "max_images": 0, "batch_size": 0, "period": -1}.items():
+        with pytest.raises(UserError, match=f"{name}={value}, which must be at least"):
+            KNNProbeHook(**{"period": 9, "train_names": "probe_train", name: value})
     hook = with_trainer(KNNProbeHook(9, "probe_train"), model)
     hook.trainer.log_period = 10
     with pytest.raises(UserError, match="period=9, but metrics are written every train.log_period"):

@@ -5,6 +5,8 @@ import json
 import cv2
 import numpy as np
 import pytest
+from matplotlib import font_manager
+from PIL import ImageFont
 
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
@@ -205,6 +207,25 @@ def test_detections_below_the_threshold_are_left_out():
     scored = draw_detections(*args, scores=[1.0, 1.0])
     label = slice(180, 199), slice(200, 300)
     assert coloured(scored[label], GREEN).sum() > coloured(truth[label], GREEN).sum()
+
+
+def test_labels_have_the_characters_of_their_class():
+    """As drawn by Pillow in DejaVu Sans, which has Latin, Greek and Cyrillic ones."""
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
+    image, boxes = np.zeros((100, 400, 3), np.uint8), np.array([[20, 40, 300, 90]])
+    for name in ("vélo", "собака", "σκύλος"):
+        mask = font.getmask(name)
+        expected = np.array(mask, dtype=int).reshape(mask.size[::-1]) > 200
+        picture = draw_detections(image, boxes, [1], ["", name])
+        dark = picture[:40].max(-1) < 50
+        windows = np.lib.stride_tricks.sliding_window_view(dark[:, 20:], expected.shape)
+        assert (windows == expected).mean((2, 3)).max() > 0.97, name
+
+
+def test_a_label_that_no_font_has_is_drawn_all_the_same():
+    image, boxes = np.zeros((100, 400, 3), np.uint8), np.array([[20, 40, 300, 90]])
+    picture = draw_detections(image, boxes, [1], ["", "\U0010fff0" * 3])
+    assert coloured(picture[20:38], GREEN).sum() > 200
 
 
 def test_the_same_region_has_the_same_colour_in_both_views():

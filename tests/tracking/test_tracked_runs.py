@@ -15,7 +15,8 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
 from region_pretrain.tracking.git import git_state
-from region_pretrain.tracking.service import read_tracked
+from region_pretrain.tracking.mlflow_service import MlflowService
+from region_pretrain.tracking.service import RunInfo, read_tracked
 
 ALL = ["console", "json", "tensorboard", "csv", "wandb", "mlflow"]
 
@@ -30,7 +31,7 @@ class Picture(HookBase):
 
 
 def config(folder, **train):
-    tracking = {"project": "tiny", "group": "g", "tags": ["t"], "seconds": 30}
+    tracking = {"project": "tiny", "group": "g", "tags": ["t", "50%"], "seconds": 30}
     cfg = make_config(folder, writers=ALL, tracking=tracking, log_period=2, **train)
     cfg.train.hooks = [L(Picture)(), L(StopAt)()]
     return cfg
@@ -115,7 +116,8 @@ def test_config_commit_and_checkpoints_are_recorded(resumed, wandb_records, mlfl
     run = mlflow_client.get_run(tracked["mlflow"].id)
     assert run.data.params["optimizer.lr"] == "2.0" and run.data.params["train.max_iter"] == "None"
     assert run.data.tags["checkpoints/model_final.pth"] == value
-    assert run.data.tags["group"] == "g" and run.data.tags["t"] == ""
+    assert run.data.tags["group"] == "g"
+    assert run.data.tags["t"] == run.data.tags["50_"] == ""
     for place, facts in state.items():
         assert run.data.tags[f"git.{place}.commit"] == facts["commit"]
         assert run.data.tags[f"git.{place}.dirty"] == str(facts["dirty"])
@@ -128,12 +130,35 @@ def test_config_commit_and_checkpoints_are_recorded(resumed, wandb_records, mlfl
     runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     settings = values(runs[0].config.update)
     assert settings["optimizer"]["lr"] == 2.0 and settings["git"] == state
-    assert (runs[0].project, runs[0].run_group, list(runs[0].tags)) == ("tiny", "g", ["t"])
+    assert (runs[0].project, runs[0].run_group, list(runs[0].tags)) == ("tiny", "g", ["t", "50%"])
     summary = {}
     for record in records:
         if record.WhichOneof("record_type") == "summary":
             summary |= values(record.summary.update)
     assert summary["checkpoints/model_final.pth"] == value
+
+
+def test_a_config_that_an_outage_cut_short_is_completed(tmp_path, monkeypatch, mlflow_client):
+    from mlflow import MlflowClient
+
+    requests, log_batch = [], MlflowClient.log_batch
+
+    def fails_second(self, run_id, *args, **kwargs):
+        requests.append(kwargs.get("params"))
+        if len(requests) == 2:
+            raise ConnectionError("no route")
+        return log_batch(self, run_id, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fails_second)
+    config = {f"key{i}": i for i in range(250)}
+    info = RunInfo(str(tmp_path), config=config, project="cut short", name="run")
+    service = MlflowService(info, lambda *_: None)
+    with pytest.raises(ConnectionError):
+        service.open(last_try=False)
+    service.open(last_try=False)
+    run = mlflow_client.get_run(read_tracked(str(tmp_path))["mlflow"].id)
+    assert run.data.params == {key: str(value) for key, value in config.items()}
+    assert [len(params) for params in requests] == [100, 100, 100, 50]
 
 
 def test_a_run_that_was_deleted_in_mlflow_is_replaced(tmp_path, monkeypatch, mlflow_client):
