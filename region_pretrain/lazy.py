@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -26,12 +27,7 @@ _DATA = {
 _PYTHON = "tag:yaml.org,2002:python/"
 
 
-#: With libyaml's parser, where PyYAML was built with it: several times as fast.
-_Unsafe = getattr(yaml, "CUnsafeLoader", yaml.UnsafeLoader)
-_Safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _ConfigLoader(_Unsafe):
+class _Restricted:
     """Reads the tags that ``LazyConfig.save`` writes; calls nothing but the classes of ``_DATA``.
 
     Names (``!!python/name``) are imported, as those of ``_target_`` are.
@@ -51,11 +47,8 @@ class _ConfigLoader(_Unsafe):
         yaml.FullLoader.set_python_instance_state(self, instance, state, unsafe=False)
 
 
-class _PlainLoader(_Safe):
-    """Reads every tag of Python as plain text and containers; imports and calls nothing."""
-
-
 def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    """The value of any tag of Python as text and containers; imports and calls nothing."""
     if isinstance(node, yaml.ScalarNode):
         return suffix.removeprefix("name:") + node.value
     if isinstance(node, yaml.MappingNode):
@@ -64,7 +57,21 @@ def _plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
     return tuple(values) if suffix == "tuple" else {suffix: values}
 
 
-_PlainLoader.add_multi_constructor(_PYTHON, _plain)
+def _loaders(unsafe: type, safe: type) -> tuple[type, type]:
+    """Loaders of complete configs, and of the plain ones that import nothing."""
+    config, plain = type("ConfigLoader", (_Restricted, unsafe), {}), type("Plain", (safe,), {})
+    plain.add_multi_constructor(_PYTHON, _plain)
+    return config, plain
+
+
+_PURE = _loaders(yaml.UnsafeLoader, yaml.SafeLoader)
+#: With libyaml's parser, where PyYAML was built with it: several times as fast.
+_FAST = _loaders(yaml.CUnsafeLoader, yaml.CSafeLoader) if yaml.__with_libyaml__ else _PURE
+
+
+def _loaders_for(text: str) -> tuple[type, type]:
+    """libyaml refuses escaped surrogates, which stand for the bytes of paths that are not UTF-8."""
+    return _PURE if re.search(r"\\u[dD][89a-fA-F]", text) else _FAST
 
 
 def load_yaml(text: str) -> Any:
@@ -74,7 +81,7 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: the text is not YAML, or has an object that could run code.
         Exception: a name cannot be imported.
     """
-    return yaml.load(text, _ConfigLoader)
+    return yaml.load(text, _loaders_for(text)[0])
 
 
 def load_plain_yaml(text: str) -> Any:
@@ -83,7 +90,7 @@ def load_plain_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML.
     """
-    return yaml.load(text, _PlainLoader)
+    return yaml.load(text, _loaders_for(text)[1])
 
 
 def value_of(file: str, key: str) -> Any:

@@ -63,9 +63,18 @@ def detection_config(detector: AnyDetector, overrides: Sequence[str] = ()) -> Di
             override is invalid.
     """
     upper, rest = split_overrides(overrides)
-    detector = of_yacs(plain(detector), upper)
-    if upper and not isinstance(detector, CfgNode):
-        raise UserError(f"override {upper[0]!r}: the detector is not a yacs config")
+    return override_config(saved_detection_config(detector, upper), rest, "")
+
+
+def saved_detection_config(detector: AnyDetector, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+    """:func:`detection_config` without running the code of its ``train.register``.
+
+    Raises:
+        UserError: the config cannot be loaded or converted, or is not one of a detector.
+    """
+    detector = of_yacs(plain(detector), yacs_overrides)
+    if yacs_overrides and not isinstance(detector, CfgNode):
+        raise UserError(f"override {yacs_overrides[0]!r}: the detector is not a yacs config")
     if isinstance(detector, str):
         cfg = load_file(detector)
     elif isinstance(detector, CfgNode):
@@ -76,7 +85,7 @@ def detection_config(detector: AnyDetector, overrides: Sequence[str] = ()) -> Di
         cfg = _around(detector)
     if "dataloader" not in cfg or not {"test", "evaluator"} & set(cfg.dataloader):
         raise UserError("detector: not a detection config, which has dataloader.test")
-    return override_config(complete_train(cfg), rest, "")
+    return complete_train(cfg)
 
 
 def of_yacs(detector: AnyDetector, overrides: Sequence[str] = ()) -> AnyDetector:

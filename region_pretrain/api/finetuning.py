@@ -17,6 +17,7 @@ from region_pretrain.api.detectors import (
     DETECTOR_FILE,
     AnyDetector,
     detection_config,
+    saved_detection_config,
 )
 from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
@@ -86,8 +87,9 @@ def finetune(
     cfg = detection_config(detector, overrides)
     for split, argument, value in (("train", "train", train), ("test", "val", val)):
         _set_names(cfg, split, data.name(argument, value, classes))
+    given = {text.lstrip("+").partition("=")[0] for text in overrides}
     for key in num_classes_keys(cfg):
-        if not any(text.lstrip("+").startswith(f"{key}=") for text in overrides):
+        if not given & {key, key.removeprefix("model.cfg.")}:  # a yacs config's
             OmegaConf.update(cfg, key, None)
     is_module = isinstance(init, nn.Module)
     set_run(cfg, steps, epochs, output_dir, None if is_module or init is None else init)
@@ -138,7 +140,7 @@ def _saved_detector(init: str | os.PathLike | None) -> str | None:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             try:
-                detection_config(path)
+                saved_detection_config(path)
             except UserError:
                 continue
             return path

@@ -22,8 +22,8 @@ from region_pretrain.engine.build import (
     build_optimizer,
     clipping,
     resolve_device,
-    use_fast_kernels,
 )
+from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.trunk import compile_trunks

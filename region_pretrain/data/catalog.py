@@ -101,7 +101,8 @@ def _get_one(name: str, annotations: bool, boxes: bool) -> list[dict]:
         return read_like(source, load_coco_images(source.path, source.images, boxes))
     if not annotations and DatasetCatalog[name].__module__ == "detectron2.data.datasets.coco":
         metadata = MetadataCatalog.get(name)
-        if PathManager.isfile(metadata.json_file):  # else the error below
+        # Names are fixed with the files at hand; all others are Detectron2's to find or to miss.
+        if os.path.isfile(metadata.json_file) and os.path.isdir(metadata.image_root):
             return load_coco_images(metadata.json_file, metadata.image_root, boxes)
     try:
         records = DatasetCatalog.get(name)
@@ -199,7 +200,8 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
     """The images of a data set in COCO's layout, sorted by id.
 
     Args:
-        json_file: COCO json, of which only ``images`` is read. With None, the files of the folder
+        json_file: COCO json, of which only ``images`` is read; an image that it lists twice counts
+            once. With None, the files of the folder
             are listed; the number at the end of a file name is the image's id.
         image_root: the images' folder.
         boxes: read the boxes of ``annotations`` too; see :func:`get_records`.
@@ -247,7 +249,8 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
         ) from error
     if not records:
         raise UserError(f"{json_file} lists no images")
-    return sorted(records, key=_by_id)
+    once = {(record["image_id"], record["file_name"]): record for record in records}
+    return sorted(once.values(), key=_by_id)
 
 
 def _whole(value: Any) -> Any:

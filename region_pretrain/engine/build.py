@@ -6,8 +6,7 @@ import copy
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +32,6 @@ logger = logging.getLogger(__name__)
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 #: A shorter warm-up of a fine-tuning, in iterations, is probably not meant.
 _WARMUP = 100
-_PRECISIONS = ("highest", "high", "medium")
 
 
 @runtime_checkable
@@ -87,47 +85,6 @@ def resolve_device(name: str | None) -> torch.device:
     if name == "cuda":
         logger.warning("train.device=cuda, but this machine has no CUDA GPU: using the CPU")
     return torch.device("cpu")
-
-
-def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
-    """Apply ``train.cudnn_benchmark`` and ``train.float32_matmul_precision`` to a run on a GPU.
-
-    Raises:
-        UserError: PyTorch does not know this precision.
-    """
-    precision = train["float32_matmul_precision"]
-    if precision not in _PRECISIONS:
-        raise UserError(
-            f"train.float32_matmul_precision={precision}: must be one of {', '.join(_PRECISIONS)}"
-        )
-    if device.type == "cuda":  # some CPUs have TF32 as well; their results stay what they were
-        torch.backends.cudnn.benchmark = train["cudnn_benchmark"]
-        torch.set_float32_matmul_precision(precision)
-
-
-@contextmanager
-def fast_kernels(train: Mapping[str, Any], device: torch.device) -> Iterator[None]:
-    """:func:`use_fast_kernels`, until the end of the context."""
-    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    use_fast_kernels(train, device)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.set_float32_matmul_precision(before[1])
-
-
-@contextmanager
-def without_cudnn_benchmark() -> Iterator[None]:
-    """Switch ``train.cudnn_benchmark`` off for images that all have different shapes.
-
-    cuDNN would try all its algorithms for each shape.
-    """
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int:

@@ -31,10 +31,10 @@ from region_pretrain.data.workers import share_batches_of
 from region_pretrain.engine.build import (
     TrainingData,
     build_model,
-    fast_kernels,
     resolve_device,
 )
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
+from region_pretrain.engine.kernels import fast_kernels
 from region_pretrain.engine.labelled_data import (
     Classes,
     check_labelled_data,

@@ -16,8 +16,8 @@ from detectron2.utils.events import EventWriter
 from omegaconf import DictConfig
 from torch import nn
 
-from region_pretrain.engine.build import without_cudnn_benchmark
 from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
+from region_pretrain.engine.kernels import without_cudnn_benchmark
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.tracker import TrackerWriter

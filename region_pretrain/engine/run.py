@@ -32,7 +32,6 @@ from region_pretrain.engine.build import (
     resolve_device,
     resolve_max_iter,
     scale_lr,
-    use_fast_kernels,
     warn_of_few_steps,
     warn_of_long_queues,
     warn_of_single_images,
@@ -48,6 +47,7 @@ from region_pretrain.engine.hooks import (
     EvaluationHook,
     MetricsHook,
 )
+from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
 from region_pretrain.engine.memory import MORE_SHARED_MEMORY, check_shared_memory
 from region_pretrain.engine.output_dir import claim_output_dir, start_logging

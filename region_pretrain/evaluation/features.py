@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, BoxMode, ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from region_pretrain.engine.build import without_cudnn_benchmark
+from region_pretrain.engine.kernels import without_cudnn_benchmark
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_record, size_mismatch
@@ -45,7 +45,7 @@ class Regions(NamedTuple):
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """Set modules to eval mode without gradients; restores the mode of each submodule.
 
-    Images of any shape may pass (:func:`~region_pretrain.engine.build.without_cudnn_benchmark`).
+    Images of any shape may pass (:func:`~region_pretrain.engine.kernels.without_cudnn_benchmark`).
     """
     modes = {m: m.training for module in modules if module is not None for m in module.modules()}
     try:

@@ -18,6 +18,8 @@ from region_pretrain.overrides import apply_overrides
 
 FINAL = "final"
 _NAME = re.compile(r"[\w.+-]+")
+#: Arguments of the search that change the recipe, whose id the pre-training compares.
+_OF_RECIPE = ("--recipe", "--set", "--mode", "--working-size")
 
 
 @dataclass
@@ -247,6 +249,12 @@ def _check(sweep: Sweep) -> None:
         raise UserError(f"sweep.pictures={sweep.pictures}: must be at least 0")
     if sweep.regions.shards < 1:
         raise UserError(f"sweep.regions.shards={sweep.regions.shards}: must be at least 1")
+    for word in sweep.regions.arguments:
+        if word.partition("=")[0] in _OF_RECIPE:
+            raise UserError(
+                f"sweep.regions.arguments has {word}, but the recipe is the pre-training's: add "
+                'dataloader.train.dataset.recipe="soco-v1+FIELD=VALUE" to its overrides'
+            )
     for name in sweep.pretrain:
         _check_chain(sweep, name)
     for name, entry in sweep.finetune.items():

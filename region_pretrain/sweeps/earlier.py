@@ -15,7 +15,7 @@ from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError
 from region_pretrain.sweeps.configs import load
 from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
-from region_pretrain.sweeps.state import is_finished
+from region_pretrain.sweeps.state import finished_at, is_finished
 
 #: Keys that do not make a run another one, or whose values are paths that the sweep chooses.
 _NOT_SETTINGS = (
@@ -27,6 +27,8 @@ _NOT_SETTINGS = (
     "train.init_checkpoint",
     "dataloader.train.dataset.regions",
 )
+#: Overrides among the arguments of the tool that makes regions.
+_OF_REGIONS = ("dataloader.", "train.register=")
 _SHOWN = 5
 
 
@@ -82,14 +84,11 @@ def _outdated(plan: Plan) -> list[str]:
     for run in plan.runs.values():  # parents first
         if not is_finished(run):
             continue
-        ended = os.path.getmtime(run.product)
-        read = {
-            p for p in (plan.runs[parent].product for parent in run.parents) if os.path.isfile(p)
-        }
-        if run.kind not in (REGIONS, CHOICE):
-            read |= _files(run)
-        newer[run.id] = {path for path in read if os.path.getmtime(path) > ended}
-        newer[run.id].update(*(newer.get(parent, ()) for parent in run.parents))
+        ended = finished_at(run)
+        files = {path for path in _files(run) if os.path.getmtime(path) > ended}
+        parents = [plan.runs[parent] for parent in run.parents]
+        files |= {p.product for p in parents if is_finished(p) and finished_at(p) > ended}
+        newer[run.id] = files.union(*(newer.get(parent.id, ()) for parent in parents))
     lines = []
     for path in sorted(set().union(*newer.values())):
         folders = [plan.runs[run].folder for run, files in newer.items() if path in files]
@@ -102,11 +101,14 @@ def _outdated(plan: Plan) -> list[str]:
 
 
 def _files(run: Run) -> set[str]:
-    """Local files that a run's config names: weights, annotations, regions, label splits."""
+    """Local files that a run's config names as data or weights."""
     if CONFIG not in run.tasks[0]:
         return set()
     config, overrides = _config(run)
-    todo = [OmegaConf.to_container(load(config, overrides))]
+    cfg = OmegaConf.to_container(load(config, overrides))
+    todo = [cfg["dataloader"], cfg["model"], cfg["train"].get("init_checkpoint")]
+    if run.kind == REGIONS:
+        todo = [cfg["dataloader"]["train"]["dataset"]["names"]]
     found = set()
     while todo:
         value = todo.pop()
@@ -125,8 +127,10 @@ def _files(run: Run) -> set[str]:
 def _config(run: Run) -> tuple[str, list[str]]:
     """The config of a run and its overrides, without the file of a choice."""
     words = [word for word in run.tasks[0] if not word.startswith("@")]
-    at = words.index(CONFIG) + 1
-    return words[at], words[at + 1 :]
+    config, *overrides = words[words.index(CONFIG) + 1 :]
+    if run.kind == REGIONS:  # the tool has other arguments as well
+        overrides = [word for word in overrides if word.lstrip("+").startswith(_OF_REGIONS)]
+    return config, overrides
 
 
 def _changes(run: Run, folder: str) -> str:

@@ -100,7 +100,7 @@ class SweepPictures:
         config = os.path.join(run.folder, "config.yaml")
         finished = state.is_finished(run)
         drawn = os.path.exists(path)
-        if not drawn or finished and os.path.getmtime(run.product) > os.path.getmtime(path):
+        if not drawn or finished and state.finished_at(run) > os.path.getmtime(path):
             if not os.path.exists(config) and not finished:
                 return []  # it has not started
             try:

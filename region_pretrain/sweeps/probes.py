@@ -177,7 +177,7 @@ def _probe(run: Run, sweep: str, copies: Mapping[str, str]) -> Mapping[str, Any]
     """The probe of the weights and data of a fine-tuning, made once."""
     folder = os.path.join(sweep, "probes", os.path.basename(run.folder))
     path = os.path.join(folder, PROBE_FILE)
-    if os.path.exists(path) and os.path.getmtime(path) >= os.path.getmtime(run.product):
+    if os.path.exists(path) and os.path.getmtime(path) >= state.finished_at(run):
         return read_json(path, dict, "delete it to probe again")
     (task,) = run.tasks
     config, *overrides = task[task.index(CONFIG) + 1 :]

@@ -284,6 +284,12 @@ def attempts(run: Run) -> list[Attempt]:
     return found
 
 
+def finished_at(run: Run) -> float:
+    """Unix time at which a finished run wrote its product, also in a copy of the sweep's folder."""
+    ended = [attempt.get("ended") or 0.0 for attempt in attempts(run)]
+    return max(ended, default=0.0) or os.path.getmtime(run.product)
+
+
 def minutes(run: Run) -> float:
     """Total minutes of a run's ended attempts."""
     return sum((a.get("ended") or a["started"]) - a["started"] for a in attempts(run)) / 60

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import region_pretrain as rp
 from region_pretrain.api.detectors import detection_config
-from region_pretrain.config import load_config
+from region_pretrain.config import get_config, load_config, to_yaml
 from region_pretrain.reporting import pictures
 
 CLASSES = ["dog", "ant", "cat"]  # by id
@@ -222,8 +222,19 @@ def test_overrides_of_a_yacs_config_and_of_the_number_of_classes():
         assert cfg.optimizer.lr == 0.5
 
 
+def test_the_error_of_a_run_that_registers_a_missing_file_is_its_own(tmp_path):
+    text = to_yaml(get_config("detection/mask_rcnn_r18_fpn_shapes.py"))
+    (tmp_path / "config.yaml").write_text(text.replace("register: []", "register: [/gone.py]"))
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(rp.UserError, match="train.register: .*/gone.py"):
+        rp.finetune(str(tmp_path))
+
+
 def test_an_overridden_number_of_classes_is_compared_with_the_data(data, tmp_path):
     given = arguments(data, tmp_path / "a")
+    upper = {**given, "overrides": [*given["overrides"], "MODEL.ROI_HEADS.NUM_CLASSES=4"]}
+    with pytest.raises(rp.UserError, match="NUM_CLASSES=4, but coco://.* has 3 classes"):
+        rp.finetune(None, detector="COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", **upper)
     given["overrides"] = [*given["overrides"], "model.roi_heads.num_classes=4"]
     with pytest.raises(rp.UserError, match="num_classes=4, but coco://.* has 3 classes"):
         rp.finetune(None, detector=narrow_config(), **given)

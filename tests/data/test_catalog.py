@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from empty_files import touch
 
 from region_pretrain.data.catalog import (
@@ -122,6 +122,27 @@ def test_image_ids_without_labels_are_those_with_labels(coco_folder):
     full = get_records(name, annotations=True)
     assert [r["image_id"] for r in plain] == [r["image_id"] for r in full] == [2, 8, 9, 30, 77, 581]
     assert [len(r["annotations"]) for r in plain] == [2] * 6
+
+
+def test_registered_sets_without_a_folder_are_read_as_by_detectron2(coco_folder, tmp_path):
+    """Complete paths in the json, and an ``image_root`` of "", absent or elsewhere."""
+    data = json.loads((coco_folder / "ann.json").read_text())
+    for image in data["images"]:
+        image["file_name"] = str(coco_folder / "images" / image["file_name"])
+    data["images"].append(data["images"][0])  # pycocotools merges them
+    path = tmp_path / "complete.json"
+    path.write_text(json.dumps(data))
+    for root in ("", str(tmp_path / "absent"), str(tmp_path)):
+        register_coco_instances("complete", {}, str(path), root)
+        try:
+            found = get_records("complete", annotations=False)
+            expected = DatasetCatalog.get("complete")
+        finally:
+            DatasetCatalog.remove("complete")
+            MetadataCatalog.remove("complete")
+        assert len(found) == 6
+        for key in ("file_name", "image_id"):
+            assert [r[key] for r in found] == [r[key] for r in expected]
 
 
 def test_built_in_sets_lie_under_the_datasets_root(tmp_path):

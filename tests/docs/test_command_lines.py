@@ -5,6 +5,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -217,6 +218,31 @@ def test_python_block_compiles_and_its_imports_work(code):
         namespace = {}
         exec(code, namespace)
         parse_sweep(namespace["sweep"], "documented")
+
+
+def test_a_json_is_divided_without_a_rest(tmp_path, monkeypatch):
+    """The page's example: each image and box in one part, and all categories in each."""
+    page = text_of(ROOT / "docs/own_data.md")
+    (code,) = (
+        code for code in re.findall(r"```python\n(.+?)```", page, re.DOTALL) if "sample" in code
+    )
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(500)]
+    boxes = [{"id": i, "image_id": i % 450, "category_id": 1} for i in range(900)]
+    whole = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "all.json").write_text(json.dumps(whole))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "<documentation>", "exec"), {})
+    parts = [
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in ("train", "held_out", "test")
+    ]
+    assert [len(part["images"]) for part in parts] == [300, 100, 100]
+    for key in ("images", "annotations"):
+        found = sorted((entry for part in parts for entry in part[key]), key=lambda e: e["id"])
+        assert found == whole[key]
+    for part in parts:
+        ids = {image["id"] for image in part["images"]}
+        assert {a["image_id"] for a in part["annotations"]} <= ids
+        assert part["categories"] == whole["categories"]
 
 
 def anchors(path: Path) -> set[str]:

@@ -83,6 +83,34 @@ def probes():
         return list(csv.DictReader(file))
 
 
+def test_pages_of_the_methods():
+    rows = {row.init: row for row in read_csv(str(CSV))}
+    folders = "SoCo", "MCL", "CCOP", "PointRegionContrast", "BYOL", "MoCo"
+    for folder, init in zip(folders, NAMES.values(), strict=True):
+        text = " ".join((ROOT / f"projects/{folder}/README.md").read_text().split())
+        box, mask, *reference = (
+            "{mean:.1f} ± {std:.1f}".format(**rows[name].statistics(metric))
+            for name in (init, "random")
+            for metric in ("bbox/AP", "segm/AP")
+        )
+        random = f"against {reference[0]} and {reference[1]} from random weights"
+        assert f"{box} box AP and {mask} mask AP, {random}" in text, folder
+
+
+def test_hours_on_a_gpu():
+    """Images x epochs, divided by the measured images per second."""
+    speed = table((ROOT / "docs/gpu.md").read_text(), "recipe", "images per step")[2:]
+    rates = {line[0].partition(",")[0]: float(line[2].replace(",", "")) for line in speed}
+    page = (ROOT / "docs/own_data.md").read_text()
+    (_, *header), _, *lines = table(page, "images seen", "BYOL")
+    assert len(header) == 6 and len(lines) == 2
+    for million, *hours in lines:
+        images = float(million.split()[0]) * 1e6
+        for name, value in zip(header, hours, strict=True):
+            rate = rates[name[0].upper() + name[1:]]
+            assert value == f"{images / rate / 3600:.1f}", (million, name)
+
+
 def test_page_of_the_probes():
     lines, page = probes(), (ROOT / "docs/probes.md").read_text()
     names = {"kNN": "knn", "linear": "linear", "found again": "retrieval"}

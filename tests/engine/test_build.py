@@ -19,17 +19,16 @@ from region_pretrain.engine.build import (
     build_optimizer,
     check_batch_size,
     clipping,
-    fast_kernels,
     log_schedule,
     resolve_device,
     scale_lr,
-    use_fast_kernels,
     warn_of_few_steps,
     warn_of_long_queues,
     wrap_model,
 )
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.engine.hooks import no_side_effects
+from region_pretrain.engine.kernels import fast_kernels, use_fast_kernels
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.solver.schedules import warmup_multistep
@@ -312,3 +311,16 @@ def test_a_gpu_uses_tf32_and_cudnns_benchmark_as_configured(monkeypatch):
     train.float32_matmul_precision = "fast"
     with pytest.raises(UserError, match="precision=fast: must be one of highest, high, medium"):
         use_fast_kernels(train, torch.device("cpu"))
+
+
+def test_a_programs_newer_precision_setting_is_kept():
+    """Once it is used, PyTorch refuses to tell the older one."""
+    matmul, train = torch.backends.cuda.matmul, config().train
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        matmul.fp32_precision = "ieee"
+        try:
+            with fast_kernels(train, device):
+                assert matmul.fp32_precision == ("tf32" if device.type == "cuda" else "ieee")
+            assert matmul.fp32_precision == "ieee"
+        finally:
+            torch.set_float32_matmul_precision("highest")

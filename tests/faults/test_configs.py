@@ -12,10 +12,10 @@ from detectron2 import model_zoo
 from detectron2.config import LazyConfig
 from detectron2.layers import ShapeSpec
 from hypothesis import given
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tiny_run import make_config
 
-from region_pretrain.config import CONFIG_ROOT, complete_train, load_config, load_file
+from region_pretrain.config import CONFIG_ROOT, complete_train, load_config, load_file, to_yaml
 from region_pretrain.engine.output_dir import claim_output_dir
 from region_pretrain.errors import UserError
 from region_pretrain.lazy import load_plain_yaml, load_yaml
@@ -81,6 +81,16 @@ def test_values_that_detectron2_saves_are_read_again(tmp_path):
     assert load_plain_yaml(path.read_text())["d"] == "torch.nn.modules.activation.ReLU"
     text = yaml.dump({"a": saved["a"]})
     assert load_yaml(text) == load_plain_yaml(text) == {"a": (1, (2, "x"))}
+
+
+def test_paths_that_are_not_utf_8_come_back(tmp_path):
+    """Their bytes are surrogates, whose escapes libyaml refuses."""
+    folder = os.fsdecode(b"/data/\xe9tudes")
+    text = to_yaml(OmegaConf.create({"train": {"output_dir": folder}, "a": "é 😀"}))
+    assert "\\uDCE9" in text
+    for read in (load_yaml, load_plain_yaml):
+        assert read(text) == {"train": {"output_dir": folder}, "a": "é 😀"}
+        assert read('"\\ud83d"') == "\ud83d" and read('"\\u00e9"') == "é"
 
 
 def test_shipped_and_zoo_configs_read_as_with_detectron2s_loader(tmp_path):

@@ -72,6 +72,8 @@ def test_values_defaults_and_overrides(file):
         ("sweep.pretrain.two.overrides=train.seed=1", "form key=value"),
         ("sweep.pretrain=[one.py]", "sweep.pretrain=.*Cannot merge"),
         ("sweep.regions.shards=0", "shards"),
+        ("sweep.regions.arguments=[--working-size,500]", "has --working-size, but the recipe is"),
+        ("sweep.regions.arguments=[--set=min_side=9]", "to its overrides"),
         (
             "+sweep.pretrain.two.init_from=three",
             "sweep.pretrain.two.init_from=three: sweep.pretrain has no three, only one, two$",

@@ -11,6 +11,7 @@ from sweep_plans import DETECTOR, MOCO, RATES, SOCO, entries, sweep
 
 from region_pretrain.config import load_config, to_yaml
 from region_pretrain.jobs.cluster import Cluster
+from region_pretrain.regions.writing import write_store
 from region_pretrain.sweeps import submission
 from region_pretrain.sweeps.earlier import describe_earlier
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL
@@ -27,6 +28,8 @@ def make(folder, **changes):
 def compute(run, *without):
     """Write what a training of the run leaves, without some keys of its config."""
     os.makedirs(run.folder)
+    if run.kind == REGIONS:
+        write_store(run.product, [], {"recipe": load_config(SOCO).dataloader.train.dataset.recipe})
     if run.kind == CHOICE:
         Path(run.product).touch()
     if run.kind in (REGIONS, CHOICE):
@@ -130,6 +133,50 @@ def test_files_that_were_replaced_after_the_results(coco_folder, tmp_path):
     assert {line.split()[0]: line.split()[7] for line in describe_earlier(plan)} == of
     os.remove(tuned[0].product)  # it is computed again anyway
     assert sum("of 5 finished" in line for line in describe_earlier(plan)) == 2
+
+
+def test_regions_of_replaced_annotations_are_outdated_too(coco_folder, tmp_path):
+    """Else the pre-training would read the boxes of the old annotations once more."""
+    data = f"coco://{coco_folder}/ann.json?images={coco_folder}/images"
+    names = f"dataloader.train.dataset.names='{data}'"
+    plan = make(tmp_path, pretrain={"soco": {"config": SOCO, "overrides": [names]}})
+    for run in plan.runs.values():
+        compute(run)
+    assert describe_earlier(plan) == []
+    later = os.path.getmtime(run.product) + 1
+    os.utime(coco_folder / "ann.json", (later, later))
+    (said,) = describe_earlier(plan)
+    assert said.startswith(f"{coco_folder}/ann.json is newer than the results of 3 finished runs")
+    found = {name.rpartition("-")[0] for name in said.partition("runs: ")[2].split()}
+    assert found == {"regions_soco", "soco_seed0", "soco_seed0_det"}
+
+
+def test_only_data_and_weights_count(tmp_path, monkeypatch):
+    """Not a tracker's file, which each run appends to, nor a file called like some other value."""
+    log = tmp_path / "log"
+    writer = f"{{_target_:builtins.print,path:{log}}}"
+    overrides = [f"train.writers=[json,console,{writer}]"]
+    plan = make(tmp_path / "out", pretrain_overrides=overrides, finetune_overrides=overrides)
+    for run in plan.runs.values():
+        compute(run)
+    monkeypatch.chdir(tmp_path)
+    later = os.path.getmtime(run.product) + 1
+    for name in ("log", "console", "cpu"):
+        Path(name).touch()
+        os.utime(name, (later, later))
+    assert describe_earlier(plan) == []
+
+
+def test_a_copied_sweep_is_as_old_as_its_original(tmp_path):
+    """``cp -r`` gives all files the time of the copy, in any order."""
+    plan = make(tmp_path)
+    for i, run in enumerate(plan.runs.values()):
+        compute(run)
+        attempt = {"job": "1", "restart": 0, "host": "x", "started": 100.0 * i, "start": ""}
+        attempt |= {"ended": 100.0 * i + 50, "outcome": "finished", "stop": ""}
+        Path(run.folder, "attempts.json").write_text(json.dumps([attempt]))
+        os.utime(run.product, (1e9 - i, 1e9 - i))
+    assert describe_earlier(plan) == []
 
 
 def test_what_follows_from_an_outdated_run_is_outdated(tmp_path):

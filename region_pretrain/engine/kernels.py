@@ -1,0 +1,66 @@
+"""Settings of cuDNN and of matrix products on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from region_pretrain.errors import UserError
+
+_PRECISIONS = ("highest", "high", "medium")
+
+
+def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
+    """Apply ``train.cudnn_benchmark`` and ``train.float32_matmul_precision`` to a run on a GPU.
+
+    Raises:
+        UserError: PyTorch does not know this precision.
+    """
+    precision = train["float32_matmul_precision"]
+    if precision not in _PRECISIONS:
+        raise UserError(
+            f"train.float32_matmul_precision={precision}: must be one of {', '.join(_PRECISIONS)}"
+        )
+    if device.type == "cuda":  # some CPUs have TF32 as well; their results stay what they were
+        torch.backends.cudnn.benchmark = train["cudnn_benchmark"]
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def fast_kernels(train: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """:func:`use_fast_kernels`, until the end of the context."""
+    if device.type != "cuda":
+        use_fast_kernels(train, device)
+        yield
+        return
+    matmul, newer = torch.backends.cuda.matmul, None
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program uses PyTorch's newer setting, which this one cannot tell
+        newer = matmul.fp32_precision
+    use_fast_kernels(train, device)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        if newer is None:
+            torch.set_float32_matmul_precision(precision)
+        else:
+            matmul.fp32_precision = newer
+
+
+@contextmanager
+def without_cudnn_benchmark() -> Iterator[None]:
+    """Switch ``train.cudnn_benchmark`` off for images that all have different shapes.
+
+    cuDNN would try all its algorithms for each shape.
+    """
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
