@@ -310,6 +310,44 @@ def test_settings():
             assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init
 
 
+def test_better_regions():
+    rows = {row.init: row for row in read_csv(str(ROOT / "docs/results/shapes_regions.csv"))}
+    long = {row.init: row for row in read_csv(str(CSV))}
+    page = (ROOT / "projects/README.md").read_text()
+    page = page[page.index("### Better regions") : page.index("### Emoji")]
+    inits = {
+        "SoCo, annotated boxes": "soco_annotated",
+        "CCOP, annotated boxes": "ccop_annotated",
+        "point-level region contrast, annotated boxes": "point_annotated",
+        "point-level region contrast, selective search": "point_boxes",
+    }
+    found = {}
+    lines = table(page, "regions", "box AP")[2:]
+    assert [line[0] for line in lines] == list(inits) and list(rows) == list(inits.values())
+    for label, *cells in lines:
+        init, expected = inits[label], []
+        for key in ("bbox/AP", "segm/AP"):
+            whole = long[init.split("_")[0]].values(key)
+            mine = {seeds[:2]: value for seeds, value in rows[init].values(key).items()}
+            own = {seeds[:2]: value for seeds, value in whole.items() if seeds[0] == 0}
+            assert list(mine) == list(own) == [(0, 0), (0, 1), (0, 2)]
+            for values in (mine, own):
+                numbers = list(values.values())
+                mean, std = statistics.fmean(numbers), statistics.stdev(numbers)
+                expected.append(f"{mean:.1f} ± {std:.1f}")
+            differences = [mine[seeds] - own[seeds] for seeds in mine]
+            expected.append(", ".join(f"{value:+.1f}" for value in differences))
+            found[init, key] = differences
+        assert cells == expected, label
+    text = " ".join(page.split())
+    soco, boxes = found["soco_annotated", "bbox/AP"], found["point_boxes", "bbox/AP"]
+    assert max(soco) < 0 and f"SoCo loses {-statistics.fmean(soco):.1f} box AP" in text
+    assert f"are {statistics.fmean(boxes):.1f} above for point-level" in text
+    assert sum(value < 0 for value in boxes) == 1
+    for init in ("ccop_annotated", "point_annotated"):
+        assert min(found[init, "bbox/AP"]) < 0 < max(found[init, "bbox/AP"])
+
+
 def test_emoji():
     rows = {row.init: row.by_seeds for row in read_csv(str(ROOT / "docs/results/emoji_long.csv"))}
     values = {init: next(iter(seeds.values())) for init, seeds in rows.items()}

@@ -73,7 +73,7 @@ def test_values_defaults_and_overrides(file):
         ("sweep.pretrain=[one.py]", "sweep.pretrain=.*Cannot merge"),
         ("sweep.regions.shards=0", "shards"),
         ("sweep.regions.arguments=[--working-size,500]", "has --working-size, but the recipe is"),
-        ("sweep.regions.arguments=[--set=min_side=9]", "to its overrides"),
+        ("sweep.regions.arguments=['--set=min_side=9']", "to its overrides"),
         (
             "+sweep.pretrain.two.init_from=three",
             "sweep.pretrain.two.init_from=three: sweep.pretrain has no three, only one, two$",
