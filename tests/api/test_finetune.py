@@ -222,12 +222,12 @@ def test_overrides_of_a_yacs_config_and_of_the_number_of_classes():
         assert cfg.optimizer.lr == 0.5
 
 
-def test_the_error_of_a_run_that_registers_a_missing_file_is_its_own(tmp_path):
+def test_the_error_of_a_run_that_registers_a_missing_file_is_its_own(data, tmp_path):
     text = to_yaml(get_config("detection/mask_rcnn_r18_fpn_shapes.py"))
     (tmp_path / "config.yaml").write_text(text.replace("register: []", "register: [/gone.py]"))
     (tmp_path / "model_final.pth").touch()
     with pytest.raises(rp.UserError, match="train.register: .*/gone.py"):
-        rp.finetune(str(tmp_path))
+        rp.finetune(str(tmp_path), **arguments(data, tmp_path / "out"))
 
 
 def test_an_overridden_number_of_classes_is_compared_with_the_data(data, tmp_path):
