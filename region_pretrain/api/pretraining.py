@@ -18,9 +18,9 @@ from region_pretrain.api.data import Data, DataSets, records_of
 from region_pretrain.api.detectors import (
     DETECTOR_FILE,
     AnyDetector,
+    detection_config,
     of_yacs,
     plain,
-    saved_detection_config,
 )
 from region_pretrain.api.regions import digits_of
 from region_pretrain.api.results import Pretrained, Run
@@ -305,7 +305,7 @@ def _describe(detector: AnyDetector) -> AnyDetector:
     if detector is None or isinstance(detector, nn.Module):
         return detector
     try:
-        return saved_detection_config(detector)
+        return detection_config(detector)
     except UserError:  # e.g. a yacs config without data sets, which pre-training does not need
         return detector
 

@@ -36,21 +36,21 @@ def fast_kernels(train: Mapping[str, Any], device: torch.device) -> Iterator[Non
         use_fast_kernels(train, device)
         yield
         return
-    matmul, newer = torch.backends.cuda.matmul, None
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, precision, newer = torch.backends.cudnn.benchmark, None, {}
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the program uses PyTorch's newer setting, which this one cannot tell
-        newer = matmul.fp32_precision
+    except RuntimeError:  # the program uses PyTorch's newer settings, which this one cannot tell
+        places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        newer = {place: place.fp32_precision for place in places}
     use_fast_kernels(train, device)
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-        if newer is None:
+        if precision is not None:
             torch.set_float32_matmul_precision(precision)
-        else:
-            matmul.fp32_precision = newer
+        for place, value in newer.items():
+            place.fp32_precision = value
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from detectron2.config import instantiate
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from region_pretrain.config import read_saved
 from region_pretrain.engine.random_state import random_state_kept
@@ -55,8 +55,8 @@ def check_writers(train: DictConfig) -> None:
     if "json" not in writers:
         raise UserError("train.writers must contain json: resuming and reports need metrics.json")
     tags = train.tracking.tags
-    fits = [isinstance(tag, str) and 1 <= len(tag) <= _LONGEST_TAG for tag in tags or ()]
-    if isinstance(tags, str) or not all(fits):
+    listed = tags is None or isinstance(tags, list | tuple | ListConfig)
+    if not listed or not all(isinstance(t, str) and 0 < len(t) <= _LONGEST_TAG for t in tags or ()):
         raise UserError(
             f"train.tracking.tags={tags}: a list of texts of 1 to {_LONGEST_TAG} characters is "
             "needed, e.g. ['first', 'long']"

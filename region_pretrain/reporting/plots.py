@@ -186,15 +186,17 @@ def draw_boxes(
 def _draw_label(
     picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str, inside: bool
 ):
+    text = " ".join(text.split())
     font = _font(frozenset(text))
     width, (above, below) = round(font.getlength(text)), font.getmetrics()
     height = above + below + 1
     x = max(0, min(x, picture.shape[1] - width - 4))
     top = y if inside else max(0, y - height)  # above the box if there is room
     cv2.rectangle(picture, (x, top), (x + width + 3, top + height), colour, cv2.FILLED)
-    image = Image.fromarray(picture)
-    ImageDraw.Draw(image).text((x + 2, top + 1), text, (0, 0, 0), font)
-    picture[:] = image
+    patch = picture[top : top + height + 1, x : x + width + 4]
+    image = Image.fromarray(patch)
+    ImageDraw.Draw(image).text((2, 1), text, (0, 0, 0), font)
+    patch[:] = image
 
 
 @cache

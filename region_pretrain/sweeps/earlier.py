@@ -81,12 +81,12 @@ def _outdated(plan: Plan) -> list[str]:
     file, and those that follow from them, such as the choice of a learning rate.
     """
     newer: dict[str, set[str]] = {}  # run id -> the files that it is older than
-    products = {run.product for run in plan.runs.values()}
     for run in plan.runs.values():  # parents first
         if not is_finished(run):
             continue
         ended = finished_at(run)
-        files = {path for path in _files(run) - products if os.path.getmtime(path) > ended}
+        own = os.path.dirname(run.folder) + os.sep  # files of runs are as old as these runs
+        files = {p for p in _files(run) if not p.startswith(own) and os.path.getmtime(p) > ended}
         parents = [plan.runs[parent] for parent in run.parents]
         files |= {p.product for p in parents if is_finished(p) and finished_at(p) > ended}
         newer[run.id] = files.union(*(newer.get(parent.id, ()) for parent in parents))

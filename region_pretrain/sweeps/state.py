@@ -286,7 +286,8 @@ def attempts(run: Run) -> list[Attempt]:
 
 def finished_at(run: Run) -> float:
     """Unix time at which a finished run wrote its product, also in a copy of the sweep's folder."""
-    ended = [attempt.get("ended") or 0.0 for attempt in attempts(run)]
+    done = [a for a in attempts(run) if a.get("outcome", "finished") == "finished"]
+    ended = [attempt.get("ended") or 0.0 for attempt in done]
     return max(ended, default=0.0) or os.path.getmtime(run.product)
 
 

@@ -313,14 +313,20 @@ def test_a_gpu_uses_tf32_and_cudnns_benchmark_as_configured(monkeypatch):
         use_fast_kernels(train, torch.device("cpu"))
 
 
-def test_a_programs_newer_precision_setting_is_kept():
-    """Once it is used, PyTorch refuses to tell the older one."""
-    matmul, train = torch.backends.cuda.matmul, config().train
+def test_a_programs_newer_precision_settings_are_kept():
+    """Once they differ, PyTorch refuses to tell the older one."""
+    places, train = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), config().train
+    train.float32_matmul_precision = "highest"
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+        places[0].fp32_precision = "tf32"
+        before = [place.fp32_precision for place in places]
         try:
+            with pytest.raises(RuntimeError):
+                torch.get_float32_matmul_precision()
             with fast_kernels(train, device):
-                assert matmul.fp32_precision == ("tf32" if device.type == "cuda" else "ieee")
-            assert matmul.fp32_precision == "ieee"
+                inside = places[0].fp32_precision
+            assert inside == ("ieee" if device.type == "cuda" else "tf32")
+            assert [place.fp32_precision for place in places] == before
         finally:
             torch.set_float32_matmul_precision("highest")

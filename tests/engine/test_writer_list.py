@@ -53,7 +53,7 @@ def test_wrong_writers(writers, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("tags", ["first", ["a", ""], [3], ["x" * 65]])
+@pytest.mark.parametrize("tags", ["first", ["a", ""], [3], ["x" * 65], 3, {"a": 1}])
 def test_tags_that_a_service_would_refuse(tags):
     train = OmegaConf.create({"writers": ["json", "wandb"], "tracking": {"tags": tags}})
     with pytest.raises(UserError, match="^train.tracking.tags=.*1 to 64 characters"):

@@ -226,6 +226,8 @@ def test_a_label_that_no_font_has_is_drawn_all_the_same():
     image, boxes = np.zeros((100, 400, 3), np.uint8), np.array([[20, 40, 300, 90]])
     picture = draw_detections(image, boxes, [1], ["", "\U0010fff0" * 3])
     assert coloured(picture[20:38], GREEN).sum() > 200
+    broken = draw_detections(image, boxes, [1], ["", "a\nb"])
+    assert np.array_equal(broken, draw_detections(image, boxes, [1], ["", "a b"]))
 
 
 def test_the_same_region_has_the_same_colour_in_both_views():

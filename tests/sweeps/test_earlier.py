@@ -16,6 +16,7 @@ from region_pretrain.sweeps import submission
 from region_pretrain.sweeps.earlier import describe_earlier
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL
 from region_pretrain.sweeps.plan import make_plan
+from region_pretrain.sweeps.state import finished_at
 
 PARTS = ("train", "test")
 
@@ -177,6 +178,18 @@ def test_a_copied_sweep_is_as_old_as_its_original(tmp_path):
         Path(run.folder, "attempts.json").write_text(json.dumps([attempt]))
         os.utime(run.product, (1e9 - i, 1e9 - i))
     assert describe_earlier(plan) == []
+
+
+def test_only_a_finished_attempt_tells_when_a_run_ended(tmp_path):
+    """A failed run may have been completed by hand, which records no attempt."""
+    (run,) = entries(make(tmp_path), FINETUNE, init="soco")
+    compute(run)
+    attempt = {"job": "1", "restart": 0, "host": "x", "started": 1.0, "start": "", "ended": 2.0}
+    for outcome, ended in (("failed", 1e9), ("finished", 2.0)):
+        attempt |= {"outcome": outcome, "stop": ""}
+        Path(run.folder, "attempts.json").write_text(json.dumps([attempt]))
+        os.utime(run.product, (1e9, 1e9))
+        assert finished_at(run) == ended
 
 
 def test_what_follows_from_an_outdated_run_is_outdated(tmp_path):
