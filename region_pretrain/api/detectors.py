@@ -63,10 +63,10 @@ def detection_config(detector: AnyDetector, overrides: Sequence[str] = ()) -> Di
             override is invalid.
     """
     upper, rest = split_overrides(overrides)
-    return override_config(saved_detection_config(detector, upper), rest, "")
+    return override_config(load_detection_config(detector, upper), rest, "")
 
 
-def saved_detection_config(detector: AnyDetector, yacs_overrides: Sequence[str] = ()) -> DictConfig:
+def load_detection_config(detector: AnyDetector, yacs_overrides: Sequence[str] = ()) -> DictConfig:
     """:func:`detection_config` without running the code of its ``train.register``.
 
     Raises:

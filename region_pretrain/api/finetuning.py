@@ -17,7 +17,7 @@ from region_pretrain.api.detectors import (
     DETECTOR_FILE,
     AnyDetector,
     detection_config,
-    saved_detection_config,
+    load_detection_config,
 )
 from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
@@ -140,7 +140,7 @@ def _saved_detector(init: str | os.PathLike | None) -> str | None:
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             try:
-                saved_detection_config(path)
+                load_detection_config(path)
             except UserError:
                 continue
             return path

@@ -201,8 +201,8 @@ def load_coco_images(json_file: str | None, image_root: str, boxes: bool = False
 
     Args:
         json_file: COCO json, of which only ``images`` is read; an image that it lists twice counts
-            once. With None, the files of the folder
-            are listed; the number at the end of a file name is the image's id.
+            once. With None, the files of the folder are listed; the number at the end of a file
+            name is the image's id.
         image_root: the images' folder.
         boxes: read the boxes of ``annotations`` too; see :func:`get_records`.
 

@@ -67,13 +67,14 @@ class KNNProbeHook(HookBase):
         max_size: int = 1333,
         input_format: str | None = None,
     ) -> None:
-        at_least = {"period": 0, "k": 1, "max_images": 1, "batch_size": 1}
-        given = {"period": period, "k": k, "max_images": max_images, "batch_size": batch_size}
-        for name, value in given.items():
-            if value is not None and value < at_least[name]:
-                raise UserError(
-                    f"the kNN probe has {name}={value}, which must be at least {at_least[name]}"
-                )
+        for name, value, least in (
+            ("period", period, 0),
+            ("k", k, 1),
+            ("max_images", max_images, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"the kNN probe has {name}={value}, which must be at least {least}")
         self._period = period
         self._names = _as_list(train_names), _as_list(val_names)
         self._k = k

@@ -253,7 +253,7 @@ def _check(sweep: Sweep) -> None:
         if word.partition("=")[0] in _OF_RECIPE:
             raise UserError(
                 f"sweep.regions.arguments has {word}, but the recipe is the pre-training's: add "
-                'dataloader.train.dataset.recipe="soco-v1+FIELD=VALUE" to its overrides'
+                'dataloader.train.dataset.recipe="RECIPE+FIELD=VALUE" to its overrides'
             )
     for name in sweep.pretrain:
         _check_chain(sweep, name)

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import HookBase
 from narrow import SMALL, narrow_config
 from PIL import Image
 
 import region_pretrain as rp
-from region_pretrain.api.detectors import detection_config
-from region_pretrain.api.pretraining import compose
 from region_pretrain.config import changed_keys, load_file
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.methods import load_method
@@ -306,26 +304,6 @@ def test_records_are_data(region_folder, tmp_path):
     assert np.array_equal(np.asarray(rp.show_views(run)), np.asarray(rp.show_views(folder)))
     with pytest.raises(rp.UserError, match="a config cannot contain records"):
         rp.pretrain_config("soco", **given)
-
-
-def test_yacs_configs_are_detectors(region_folder, tmp_path):
-    cfg = get_cfg()
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.NORM = "BN"
-    composed = rp.pretrain_config("moco", images=region_folder.images, detector=cfg)
-    assert composed.model.res5.norm == "BN"
-    # The defaults have no data sets; those of a fine-tuning come from its own arguments.
-    upper = ["MODEL.RESNETS.STEM_OUT_CHANNELS=32", "MODEL.RESNETS.NORM=SyncBN"]
-    for detector in (cfg, "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"):
-        given = {"detector": detector, "overrides": [*upper, "MODEL.BACKBONE.FREEZE_AT=0"]}
-        composed = compose("moco", images=region_folder.images, **given)
-        described = detection_config(composed.detector).model.cfg.MODEL
-        assert (described.RESNETS.STEM_OUT_CHANNELS, described.RESNETS.NORM) == (32, "SyncBN")
-        assert described.BACKBONE.FREEZE_AT == 0 and composed.cfg.model.res5.norm == "SyncBN"
-    assert cfg.MODEL.RESNETS.NORM == "BN"
-    with pytest.raises(rp.UserError, match="the detector: MODEL.BACKBONE.NAME=x"):
-        cfg.MODEL.BACKBONE.NAME = "x"
-        rp.pretrain_config("moco", detector=cfg)
 
 
 BAD = [
