@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import Counter, deque
@@ -285,10 +286,14 @@ def attempts(run: Run) -> list[Attempt]:
 
 
 def finished_at(run: Run) -> float:
-    """Unix time at which a finished run wrote its product, also in a copy of the sweep's folder."""
+    """Unix time at which a finished run wrote its product, also in a copy of the sweep's folder.
+
+    The earlier of two times, as a copy makes the file's later, and a process records its end
+    seconds after it has written the file.
+    """
     done = [a for a in attempts(run) if a.get("outcome", "finished") == "finished"]
-    ended = [attempt.get("ended") or 0.0 for attempt in done]
-    return max(ended, default=0.0) or os.path.getmtime(run.product)
+    ended = max((attempt.get("ended") or 0.0 for attempt in done), default=0.0)
+    return min(ended or math.inf, os.path.getmtime(run.product))
 
 
 def minutes(run: Run) -> float:

@@ -192,6 +192,17 @@ def test_only_a_finished_attempt_tells_when_a_run_ended(tmp_path):
         assert finished_at(run) == ended
 
 
+def test_a_product_is_older_than_the_end_of_its_process(tmp_path):
+    """A picture drawn from it while the process is still leaving is not drawn again."""
+    (run,) = entries(make(tmp_path), FINETUNE, init="soco")
+    compute(run)
+    attempt = {"job": "1", "restart": 0, "host": "x", "started": 1.0, "start": "", "ended": 9.0}
+    attempt |= {"outcome": "finished", "stop": ""}
+    Path(run.folder, "attempts.json").write_text(json.dumps([attempt]))
+    os.utime(run.product, (5.0, 5.0))
+    assert finished_at(run) == 5.0
+
+
 def test_what_follows_from_an_outdated_run_is_outdated(tmp_path):
     """Else the fine-tunings would keep the learning rate or the weights of the replaced file."""
     weights = tmp_path / "w.pth"
