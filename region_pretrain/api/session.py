@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 
 from region_pretrain.data.sources import forget_labels
+from region_pretrain.engine.kernels import backends_kept
 from region_pretrain.engine.output_dir import logging_kept
 from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainer import Trainer
@@ -57,7 +58,7 @@ def isolated(given: Given | None = None, verbose: bool = True) -> Iterator[None]
         stack.enter_context(random_state_kept())
         stack.enter_context(logging_kept(console))
         stack.enter_context(_catalogues_kept())
-        stack.enter_context(_backends_kept())
+        stack.enter_context(backends_kept())
         for name, (records, classes) in (given or {}).items():
             _register(name, records, classes)
         stack.callback(forget_labels)
@@ -91,16 +92,6 @@ def _catalogues_kept() -> Iterator[None]:
             found = vars(MetadataCatalog.get(name))
             found.clear()
             found.update(values)
-
-
-@contextmanager
-def _backends_kept() -> Iterator[None]:
-    benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = benchmark
-        torch.set_float32_matmul_precision(precision)
 
 
 def hooks_of(callbacks: Callback | Sequence[Callback]) -> list[HookBase]:

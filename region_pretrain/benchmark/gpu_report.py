@@ -128,9 +128,9 @@ def measure_use(
 def _fitting_plan(cfg: DictConfig, size: int, images: tuple[str, str], memory: float) -> Plan:
     """The plan of one process with at most ``size`` images, halved until they fit."""
     while True:
-        cfg = copy.deepcopy(cfg)
-        cfg.dataloader.train.total_batch_size = size
-        plan = plan_step(cfg, 1, images)
+        mine = copy.deepcopy(cfg)  # planning changes it
+        mine.dataloader.train.total_batch_size = size
+        plan = plan_step(mine, 1, images)
         fewer = size
         while fewer > max(1, plan.fitting(memory)):
             fewer //= 2

@@ -91,13 +91,6 @@ class Plan:
         """Memory that does not depend on the batch size."""
         return self.parameters + self.momentum + self.buffers + self.optimizer + self.buckets
 
-    def peak_of(self, images: int) -> float:
-        """The peak with another number of images per GPU.
-
-        That of the backward pass is linear in it; that of the optimiser's step is constant.
-        """
-        return max(self.late_peak, self.fixed + (self.peak - self.fixed) * images / self.images)
-
     def fitting(self, memory: float) -> int:
         """Images per GPU that fit into a GPU of this many bytes."""
         left = memory * (1 - _RESERVE)

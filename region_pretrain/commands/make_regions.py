@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         refuse_annotations(args.boxes, names)
     records, prepare = get_records(names, annotations=labels, boxes=True), None
     if wants_slurm(args):
-        submit_shards(args, "tools/make_regions.py", _arguments(args, names, changes), args.out)
+        submit_shards(args, _arguments(args, names, changes), args.out)
         return
     if elsewhere:
         records, recipe, prepare = _elsewhere(args, records, changes)

@@ -21,8 +21,8 @@ from region_pretrain.config import load_config
 from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable
+from region_pretrain.reporting.boxes import to_png
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures, sheet
-from region_pretrain.reporting.plots import to_png
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ def unknown_pixels(facts: Facts) -> list[str]:
     return []
 
 
-def pixel_lines(facts: Facts, what: str) -> list[str]:
+def pixel_lines(facts: Facts) -> list[str]:
     """Python lines with mean and std of images in [0, 1]."""
     lines = unknown_pixels(facts)
     if not lines:
@@ -28,7 +28,7 @@ def pixel_lines(facts: Facts, what: str) -> list[str]:
             f"std = {values(facts.pixel_std, 1 / 255)}",
         ]
     if facts.input_format == "BGR":
-        lines.append(f"# {what} must be fed BGR images: image[[2, 1, 0]]")
+        lines.append("# the model must be fed BGR images: image[[2, 1, 0]]")
     return lines
 
 

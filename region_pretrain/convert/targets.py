@@ -41,7 +41,7 @@ def _not_filled(expected: Iterable[str], state: Sequence[str]) -> list[str]:
 def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
     net = ResNetLayout(tensors)
     lines = ["from torch import nn", f"from torchvision.models.resnet import {net.block}, ResNet"]
-    lines += [*pixel_lines(facts, "the model"), *stride_lines(facts, net)]
+    lines += [*pixel_lines(facts), *stride_lines(facts, net)]
     if net.planes != [64, 128, 256, 512] or net.stem != 64:
         lines.append(
             f"# torchvision's ResNet has no widths {net.planes} and stem {net.stem}: build your own"

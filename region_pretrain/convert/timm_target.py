@@ -22,7 +22,7 @@ def own_lines(facts: Facts, state: Sequence[str]) -> list[str]:
         facts: what the weights presume.
         state: timm's names that are filled.
     """
-    lines = ["import timm", *pixel_lines(facts, "the model")]
+    lines = ["import timm", *pixel_lines(facts)]
     if facts.timm is None:
         return [*lines, "# build the timm model that the detector has: the file lacks its name"]
     options = dict(facts.timm)
@@ -79,7 +79,7 @@ def check_plain_resnet(path: str, arguments: Mapping[str, Any], to: str) -> None
 
 
 def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
-    lines = ["import timm", *pixel_lines(facts, "the model")]
+    lines = ["import timm", *pixel_lines(facts)]
     kind = trunk_kind(tensors)
     if kind == "ResNet":
         net = ResNetLayout(tensors)

@@ -112,9 +112,9 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
     Raises:
         UserError: more files are missing; the message names their number and the first one.
     """
-    chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED)).round().astype(int)
+    chosen = _spread(records)
     keys = ("file_name", "sem_seg_file_name")
-    files = [str(records[i][k]) for k in keys for i in chosen if k in records[i]]
+    files = [str(record[k]) for k in keys for record in chosen if k in record]
     files = [file for file in files if "://" not in file]
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:  # a network disk answers slowly
         exists = list(pool.map(os.path.exists, files))
@@ -131,9 +131,14 @@ def check_image_files(records: Sequence[dict], key: str, tolerated: int = 0) -> 
     logger.warning("%s", message)
 
 
+def _spread(records: Sequence[dict]) -> list[dict]:
+    """Up to 4000 records, spread evenly."""
+    chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED))
+    return [records[i] for i in chosen.round().astype(int)]
+
+
 def _check_test_images(records: Sequence[dict]) -> None:
     """Check that images are complete: up to 4000, spread evenly over the records."""
-    chosen = np.linspace(0, len(records) - 1, min(len(records), _FILES_CHECKED)).round().astype(int)
 
     def error_of(record: dict) -> str:
         try:
@@ -142,7 +147,7 @@ def _check_test_images(records: Sequence[dict]) -> None:
             return str(error)
         return ""
 
-    some = [records[i] for i in chosen if "file_name" in records[i]]
+    some = [record for record in _spread(records) if "file_name" in record]
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         errors = [error for error in pool.map(error_of, some) if error]
     if errors:

@@ -24,6 +24,7 @@ from region_pretrain.engine.tracker import TrackerWriter
 from region_pretrain.engine.writer_list import build_writers
 from region_pretrain.errors import Stopped, UserError, describe
 from region_pretrain.metrics import Results, newest_iteration
+from region_pretrain.modeling.given import training_modes_kept
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +114,9 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
 
     Within it, cuDNN takes images of any shape (:func:`without_cudnn_benchmark`).
     """
-    modes = [(module, module.training) for module in model.modules()]
-    with random_state_kept(), without_cudnn_benchmark():
-        try:
-            yield
-        finally:
-            for module, training in modes:  # Detectron2 leaves them in eval mode after an error
-                module.training = training
+    # Detectron2 leaves modules in eval mode after an error.
+    with random_state_kept(), without_cudnn_benchmark(), training_modes_kept(model):
+        yield
 
 
 class EvaluationHook(HookBase):

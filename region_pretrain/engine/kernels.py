@@ -32,17 +32,20 @@ def use_fast_kernels(train: Mapping[str, Any], device: torch.device) -> None:
 @contextmanager
 def fast_kernels(train: Mapping[str, Any], device: torch.device) -> Iterator[None]:
     """:func:`use_fast_kernels`, until the end of the context."""
-    if device.type != "cuda":
+    with backends_kept():
         use_fast_kernels(train, device)
         yield
-        return
+
+
+@contextmanager
+def backends_kept() -> Iterator[None]:
+    """Restore the caller's settings of cuDNN and of matrix products at the end of the context."""
     benchmark, precision, newer = torch.backends.cudnn.benchmark, None, {}
     try:
         precision = torch.get_float32_matmul_precision()
     except RuntimeError:  # the program uses PyTorch's newer settings, which this one cannot tell
         places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         newer = {place: place.fp32_precision for place in places}
-    use_fast_kernels(train, device)
     try:
         yield
     finally:

@@ -78,7 +78,7 @@ def load_method(
     path, (pretrain, *parts) = _recipe(method, ("pretrain", *_PARTS))
     # What they register may be the detector's modules.
     execute(_register_of(overrides))
-    around, entries = _load_detector(detector, of_yacs)
+    around, entries = load_detector(detector, of_yacs)
     is_built = isinstance(detector, nn.Module)
     model = pretrain(around)
     cfg = DictConfig(
@@ -130,23 +130,19 @@ def _use_adamw(cfg: DictConfig) -> None:
 
 def load_detector(
     detector: str | DictConfig | CfgNode | nn.Module, yacs_overrides: Sequence[str] = ()
-) -> DictConfig:
+) -> tuple[DictConfig, list[str]]:
     """``model`` of a detection config, with lazy modules even if the config is one of yacs.
 
     Args:
         detector: see :func:`load_method`.
         yacs_overrides: overrides of a yacs config.
 
+    Returns:
+        The model, and the ``train.register`` of the config, which has been executed.
+
     Raises:
         UserError: the config cannot be loaded or converted, or is not that of a detector.
     """
-    return _load_detector(detector, yacs_overrides)[0]
-
-
-def _load_detector(
-    detector: str | DictConfig | CfgNode | nn.Module, yacs_overrides: Sequence[str]
-) -> tuple[DictConfig, list[str]]:
-    """:func:`load_detector`, and the ``train.register`` of its config, which has been executed."""
     name = f"--detector {detector}" if isinstance(detector, str) else "the detector"
     try:
         if isinstance(detector, nn.Module | CfgNode):

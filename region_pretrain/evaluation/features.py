@@ -21,6 +21,7 @@ from region_pretrain.engine.kernels import without_cudnn_benchmark
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_record, size_mismatch
+from region_pretrain.modeling.given import training_modes_kept
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_of
 
 #: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
@@ -47,15 +48,11 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
 
     Images of any shape may pass (:func:`~region_pretrain.engine.kernels.without_cudnn_benchmark`).
     """
-    modes = {m: m.training for module in modules if module is not None for m in module.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        with torch.no_grad(), without_cudnn_benchmark():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    given = [module for module in modules if module is not None]
+    with training_modes_kept(*given), torch.no_grad(), without_cudnn_benchmark():
+        for part in (part for module in given for part in module.modules()):
+            part.training = False
+        yield
 
 
 class RegionReader(nn.Module):

@@ -164,8 +164,8 @@ def parse_slurm(text: str) -> Cluster:
             ``clusters/mine.py,nodes=2``.
 
     Raises:
-        UserError: an unknown key (the message suggests similar ones), an invalid value, or
-            contradictory settings.
+        UserError: an unknown key (the message suggests similar ones), an invalid value, a file for
+            another kind of cluster, or contradictory settings.
     """
     items: list[str] = []
     for piece in re.split(r",(?![^\[]*\])", text):  # but not at the comma of n[1,2]
@@ -174,7 +174,10 @@ def parse_slurm(text: str) -> Cluster:
         else:
             items[-1] += f",{piece}"
     if items[0].endswith(".py"):
-        return load_cluster(items[0], items[1:])
+        cluster = load_cluster(items[0], items[1:])
+        if cluster.kind != "slurm":
+            raise UserError(f"--slurm {text}: the file has kind={cluster.kind}, not slurm")
+        return cluster
     return _override(Cluster(), items, "--slurm")
 
 

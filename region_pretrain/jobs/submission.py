@@ -66,7 +66,7 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
             "--num-gpus, --num-machines and --dist-url do not apply with --slurm: use "
             "--slurm nodes=N,gpus-per-node=M"
         )
-    cluster = _cluster(args)
+    cluster = parse_slurm(args.slurm)
     cfg = config_of(args)
     check_batch(cfg, cluster)
     text = to_yaml(cfg)
@@ -86,13 +86,12 @@ def submit_training(args: argparse.Namespace, tool: str) -> None:
     _submit([job], cluster, folder, output_dir, args.dry_run, {config: text})
 
 
-def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str], out: str) -> None:
+def submit_shards(args: argparse.Namespace, arguments: Sequence[str], out: str) -> None:
     """Submit a job array with one job per shard.
 
     Args:
         args: parsed command line with ``slurm``, ``dry_run`` and ``shards``.
-        tool: ``tools/NAME.py``, which accepts ``--shard I/N``.
-        arguments: arguments common to all shards.
+        arguments: arguments of ``tools/make_regions.py`` common to all shards.
         out: the output file; the array's own files are in ``<out>.slurm``.
 
     Raises:
@@ -100,7 +99,7 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
     """
     if args.shards < 1:
         raise UserError(f"--shards {args.shards}: must be at least 1")
-    cluster = _cluster(args)
+    cluster = parse_slurm(args.slurm)
     if cluster.nodes * cluster.tasks > 1:
         raise UserError(
             "--slurm: each shard is a job of one process; use --shards N for more jobs, and "
@@ -109,7 +108,7 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
     folder = f"{out}.slurm"
     jobs = [
         ToolJob(
-            tool=tool,
+            tool="tools/make_regions.py",
             arguments=[*arguments, "--shard", f"{i}/{args.shards}"],
             output_dir=os.path.join(folder, f"shard{i}"),
             root=str(ROOT),
@@ -119,13 +118,6 @@ def submit_shards(args: argparse.Namespace, tool: str, arguments: Sequence[str],
         for i in range(args.shards)
     ]
     _submit(jobs, cluster, folder, out, args.dry_run, {})
-
-
-def _cluster(args: argparse.Namespace) -> Cluster:
-    cluster = parse_slurm(args.slurm)
-    if cluster.kind != "slurm":
-        raise UserError(f"--slurm {args.slurm}: the file has kind={cluster.kind}, not slurm")
-    return cluster
 
 
 def _submit(

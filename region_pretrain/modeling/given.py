@@ -137,6 +137,17 @@ def weights_kept(detector: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def training_modes_kept(*modules: nn.Module) -> Iterator[None]:
+    """Restore train or eval mode of modules and their submodules after the context."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
 def modes_kept(detector: nn.Module) -> Iterator[None]:
     """Restore which parameters are trained, and train or eval mode, after the context.
 
@@ -146,15 +157,14 @@ def modes_kept(detector: nn.Module) -> Iterator[None]:
     classes = [(module, type(module), set(module._forward_hooks)) for module in detector.modules()]
     held = {module for module in detector.modules() if "train" in module.__dict__}
     gradients = [(p, p.requires_grad) for p in detector.parameters()]
-    modes = [(module, module.training) for module in detector.modules()]
     try:
-        yield
+        with training_modes_kept(detector):
+            yield
     finally:
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
             parameter.__dict__.pop("is_unread", None)  # see modeling/pyramid.py
-        for module, training in modes:
-            module.training = training
+        for module in detector.modules():
             if module not in held:
                 module.__dict__.pop("train", None)
         for module, kind, hooks in classes:

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from region_pretrain.files import write_text_atomic
-from region_pretrain.reporting.plots import to_png
+from region_pretrain.reporting.boxes import to_png
 
 _TEMPLATES = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 

@@ -24,7 +24,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.images import SamePixels, read_record
 from region_pretrain.modeling.given import weights_kept
 from region_pretrain.modeling.meta_arch import check_contract, renew_momentum_copies
-from region_pretrain.reporting.plots import draw_detections, draw_regions
+from region_pretrain.reporting.boxes import draw_detections, draw_regions
 
 _GAP = 8  # pixels between the pictures of a sheet
 

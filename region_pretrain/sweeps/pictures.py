@@ -21,7 +21,7 @@ from region_pretrain.engine.checkpoint import FINAL as FINAL_CHECKPOINT
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.files import write_atomic
 from region_pretrain.reporting import html, pictures
-from region_pretrain.reporting.plots import to_png
+from region_pretrain.reporting.boxes import to_png
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL
 from region_pretrain.sweeps.graph import FINETUNE, Run

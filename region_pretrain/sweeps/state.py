@@ -30,6 +30,7 @@ ENDED = (FINISHED, FAILED, BLOCKED, CANCELLED)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _SUBMITIT = "submitit ERROR"  # its traceback follows, which repeats the tool's output
 _TAIL_BYTES = 20_000
+_CAUSE_LINES = 15
 
 
 @dataclass
@@ -225,7 +226,7 @@ def tail(path: str, count: int = 15) -> list[str]:
     return list(deque((line for line in lines if line), maxlen=count))
 
 
-def failure(run: Run, count: int = 15) -> list[str]:
+def failure(run: Run) -> list[str]:
     """The cause of a failure: the tool's error message on bad input, otherwise its log's tail.
 
     That of the newest attempt of the latest submission that failed, which may be any process of any
@@ -235,19 +236,19 @@ def failure(run: Run, count: int = 15) -> list[str]:
     failed = [a for a in attempts(run) if a.get("error") and a["job"] in record.job_ids]
     if failed:
         newest = max(failed, key=lambda attempt: attempt.get("ended") or attempt["started"])
-        return _cause(newest["error"].splitlines(), count)
+        return _cause(newest["error"].splitlines())
     for path in record.logs:
         lines = tail(path, 200)
         ends = [i for i, line in enumerate(lines) if line.startswith(_SUBMITIT)]
         lines = lines[: ends[0]] if ends else lines
         if lines:
-            return _cause(lines, count)
+            return _cause(lines)
     return []
 
 
-def _cause(lines: list[str], count: int) -> list[str]:
+def _cause(lines: list[str]) -> list[str]:
     last = lines[-1].strip() if lines else ""
-    return [last] if last.startswith("error: ") else lines[-count:]
+    return [last] if last.startswith("error: ") else lines[-_CAUSE_LINES:]
 
 
 def progress(run: Run) -> Progress | None:

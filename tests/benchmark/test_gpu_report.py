@@ -41,11 +41,14 @@ def test_the_batch_is_halved_until_its_plan_fits(monkeypatch):
 
     def plan(cfg, gpus, images):
         planned.append(cfg.dataloader.train.total_batch_size)
-        return Plan(planned[-1], gpus, "float32", *[0] * 13, peak=100 * planned[-1])
+        dtype, cfg.train.amp.dtype = cfg.train.amp.dtype, "bfloat16"  # as plan_step does
+        return Plan(planned[-1], gpus, dtype, *[0] * 13, peak=100 * planned[-1])
 
     monkeypatch.setattr(gpu_report, "plan_step", plan)
     cfg = load_config(str(ROOT / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"), [])
-    assert gpu_report._fitting_plan(cfg, 32, ("", ""), 1200).images == 8  # 10 fit into 90 %
+    cfg.train.amp.dtype = "float16"
+    fitting = gpu_report._fitting_plan(cfg, 32, ("", ""), 1200)
+    assert (fitting.images, fitting.precision) == (8, "float16")  # 10 fit into 90 %
     assert planned == [32, 8] and cfg.dataloader.train.total_batch_size == 32
     assert gpu_report._fitting_plan(cfg, 32, ("", ""), 50).images == 1
 

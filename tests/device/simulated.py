@@ -57,6 +57,24 @@ _ONLY_CUDA = {
     for name in vars(CpuKernels)
     if name.startswith("batch_norm")
 }
+
+
+def _in_float32(func):
+    """Computed in float32 and rounded: many CPUs emulate bfloat16, several times slower."""
+
+    def compute(*args):
+        halves = [t.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        if torch.bfloat16 not in halves:
+            return func(*args)
+        wide = tree_map(lambda t: t.float() if isinstance(t, torch.Tensor) else t, args)
+        return tree_map(lambda t: t if t is None else t.bfloat16(), func(*wide))
+
+    return compute
+
+
+_CONVOLUTIONS = {
+    f: _in_float32(f) for f in (aten.convolution.default, aten.convolution_backward.default)
+}
 #: What autocast casts on CUDA, as far as the models use it.
 _TO_HALF = ("convolution", "conv2d", "linear", "matmul", "mm", "mv", "bmm", "addmm", "baddbmm")
 _TO_FLOAT = (
@@ -212,7 +230,7 @@ def _dispatch(func, args, kwargs):
     )
     if to_device:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    out = _ONLY_CUDA.get(func, func)(*args, **kwargs)
+    out = (_ONLY_CUDA | _CONVOLUTIONS).get(func, func)(*args, **kwargs)
     if device is not None and not to_device:
         return out  # a copy to the CPU
     if func is aten._to_copy.default and any(out is t for t in tree_leaves(args)):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_run import make_config
 
+from region_pretrain.api.session import isolated
 from region_pretrain.config import complete_train
 from region_pretrain.engine.hooks import no_side_effects
 from region_pretrain.engine.kernels import fast_kernels, use_fast_kernels
@@ -54,6 +55,9 @@ def test_a_programs_newer_precision_settings_are_kept():
             with fast_kernels(train, device):
                 inside = places[0].fp32_precision
             assert inside == ("ieee" if device.type == "cuda" else "tf32")
+            assert [place.fp32_precision for place in places] == before
+            with isolated():  # as the calls of the Python API
+                torch.set_float32_matmul_precision("medium")
             assert [place.fp32_precision for place in places] == before
         finally:
             torch.set_float32_matmul_precision("highest")

@@ -87,7 +87,7 @@ def test_a_converted_detector_has_detectron2s_names_and_shapes(name):
     cfg = read_yacs(find_config_file(name), ["MODEL.DEVICE=meta"])
     with torch.device("meta"):
         stock = build_yacs_model(cfg)
-        lazy = load_detector(name)
+        lazy, _ = load_detector(name)
         backbone = instantiate(lazy.backbone)
         assert state_of(backbone) == state_of(stock.backbone)
         assert backbone.output_shape() == stock.backbone.output_shape()

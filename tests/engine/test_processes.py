@@ -23,6 +23,7 @@ from tiny_run import (
     train_in_process,
     use_all_groups_and_end,
     write_ranks,
+    write_threads,
 )
 from torch import distributed as dist
 from torch.multiprocessing import ProcessRaisedException
@@ -44,7 +45,6 @@ def test_one_process_runs_here():
     assert seen == ["here"]
 
 
-@pytest.mark.spawns
 def test_two_processes_train_as_one(tmp_path):
     # Losses are means over the batch, so equal shares average to the whole; SyncBN sees it all.
     model = {"noise": 0.0, "norm": "SyncBN"}
@@ -342,10 +342,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_processes_of_a_scheduler_share_the_cores_of_their_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    assert start_as_a_scheduler("write_threads", str(tmp_path)) == [0, 0]
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == [str(share)] * 2
-    cores = str(len(os.sched_getaffinity(0)))
-    monkeypatch.setenv("OMP_NUM_THREADS", cores)
-    assert start_as_a_scheduler("write_threads", str(tmp_path)) == [0, 0]
-    assert [(tmp_path / rank).read_text() for rank in "01"] == [cores] * 2
+    cores, out = len(os.sched_getaffinity(0)), tmp_path / "out"
+
+    def run(more):
+        os.environ |= more
+        torch.set_num_threads(cores + 1)
+        launch(write_threads, 1, device="cpu", args=(str(tmp_path),))
+
+    def threads():
+        children = [Process(partial(run, more), out) for more in environments()]
+        assert [child.wait(LONG) for child in children] == [0, 0], out.read_text()
+        return [int((tmp_path / rank).read_text()) for rank in "01"]
+
+    assert threads() == [max(1, cores // 2)] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's choice, as PyTorch read it at its start
+    assert threads() == [cores + 1] * 2

@@ -69,6 +69,9 @@ def test_a_settings_file_and_overrides(tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("cluster = dict(partition='x', time='1:00:00', setup=['module load cuda'])")
     assert load_cluster(str(mine)).time == 60
+    mine.write_text("cluster = dict(kind='local')")
+    with pytest.raises(UserError, match="mine.py,qos=high: the file has kind=local, not slurm"):
+        parse_slurm(f"{mine},qos=high")
     mine.write_text("cluster = dict(partitions='x')")
     with pytest.raises(UserError, match="mine.py: no setting 'partitions'; did you mean partition"):
         load_cluster(str(mine))

@@ -235,7 +235,7 @@ DETECTORS: dict[str, Callable[[], DictConfig]] = {
         num_heads=(1, 2, 2, 4),
         window_size=4,
     ),
-    "timm's ResNeSt, FPN": partial(_timm, "resnest14d", stem_width=8),
+    "timm's ResNeSt, FPN": partial(_timm, "resnest14d", stem_width=8, channels=(8, 16, 24, 32)),
     "timm's EfficientNet, FPN": partial(_timm, "efficientnet_b0"),
     "timm's ViT, simple pyramid": _timm_vit,
 }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import skimage.data
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from forked import run_tool
 from PIL import Image
 
 from region_pretrain.commands import make_regions
@@ -21,18 +19,10 @@ from region_pretrain.data.shapes import ShapesSpec
 from region_pretrain.regions import RegionStore
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "make_regions.py"
 
 
-def run(*arguments, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def run(*arguments, cwd):
+    return run_tool("make_regions.py", *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 
 from region_pretrain.data.batch import View
 from region_pretrain.projects.ccop.candidates import Candidates
+from region_pretrain.reporting.boxes import draw_boxes
 from region_pretrain.reporting.pictures import view_pixels
-from region_pretrain.reporting.plots import draw_boxes
 
 REGION, VALID, INVALID, CHOSEN = (255, 255, 255), (85, 150, 255), (150, 150, 150), (255, 215, 0)
 

@@ -11,8 +11,8 @@ from region_pretrain.data.photometry import Photometry
 from region_pretrain.data.two_crops import checked_crop_area
 from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.projects.mcl.montage import Montage
+from region_pretrain.reporting.boxes import draw_regions
 from region_pretrain.reporting.pictures import view_pixels
-from region_pretrain.reporting.plots import draw_regions
 
 
 class MCLViews(ViewSampler):

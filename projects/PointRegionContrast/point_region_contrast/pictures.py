@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import cycle, islice
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
 from torch import Tensor
 
 from region_pretrain.data.batch import View, ViewBatch
+from region_pretrain.reporting.boxes import draw_boxes
 from region_pretrain.reporting.pictures import view_pixels
-from region_pretrain.reporting.plots import draw_boxes
 
 _SHOWN = 12  # places per pair of views
-_COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(int).tolist()
-_HEAT = colormaps["inferno"]
 _POINT = (0, 235, 235)
+
+
+@cache
+def _palette() -> list[list[int]]:
+    from matplotlib import colormaps  # slow, and not needed in a training
+
+    return (255 * np.array(colormaps["tab20"].colors)).astype(int).tolist()
+
+
+def _colours(count: int) -> list[list[int]]:
+    return list(islice(cycle(_palette()), count))
 
 
 def draw_points(
@@ -70,7 +80,7 @@ def draw_views(batch: ViewBatch, slots: int) -> list[list[np.ndarray]]:
     rows = []
     for i in range(len(batch)):
         shown = np.unique(batch.views[0].region_ids[i, :slots][batch.views[0].valid[i, :slots]])
-        colour = {id_: _COLOURS[n % len(_COLOURS)] for n, id_ in enumerate(shown.tolist())}
+        colour = dict(zip(shown.tolist(), _colours(len(shown)), strict=True))
         row = []
         for view, images in zip(batch.views[:2], pixels, strict=False):
             valid = view.valid[i, :slots]
@@ -80,11 +90,10 @@ def draw_views(batch: ViewBatch, slots: int) -> list[list[np.ndarray]]:
         if len(batch.views) > 2:
             there = np.flatnonzero(batch.views[2].valid[i].numpy())
             few = there[np.linspace(0, len(there) - 1, min(_SHOWN, len(there))).astype(int)]
-            colours = [_COLOURS[n % len(_COLOURS)] for n in range(len(few))]
             numbers = [str(n + 1) for n in range(len(few))]
             for v, at in ((0, slots + few), (2, few)):
                 xy = batch.views[v].boxes[i, at, :2].numpy()
-                row.append(draw_points(pixels[v][i], xy, colours, numbers))
+                row.append(draw_points(pixels[v][i], xy, _colours(len(few)), numbers))
         rows.append(row)
     return rows
 
@@ -134,7 +143,8 @@ def draw_affinities(
 def _draw_heat(image: np.ndarray, affinity: np.ndarray) -> np.ndarray:
     picture = draw_boxes(image, np.zeros((0, 4)))
     heat = cv2.resize(affinity, picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
-    colours = 255 * _HEAT(heat / heat.max())[..., :3]
+    levels = (255 * heat / heat.max()).clip(0, 255).astype(np.uint8)
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
     grey = picture.mean(axis=2, keepdims=True)
     mixed = np.clip(0.65 * colours + 0.35 * grey, 0, 255).astype(np.uint8)
     _write(mixed, f"x{affinity.max() * affinity.size:.1f}", (6, mixed.shape[0] - 8))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
-from scipy.ndimage import find_objects
 
 from region_pretrain.images.pillow import open_with_pillow
 from region_pretrain.regions.elsewhere.table import BoxTable, errors_name
@@ -56,6 +55,8 @@ def label_boxes(labels: np.ndarray, with_zero: bool = False) -> np.ndarray:
     Returns:
         ``(N, 4)`` int64 XYXY, half-open, in the order of the labels.
     """
+    from scipy.ndimage import find_objects  # slow, and read by every training
+
     values, index = np.unique(labels, return_inverse=True)
     places = find_objects(index.reshape(labels.shape).astype(np.int32) + 1)
     boxes = np.array([[x.start, y.start, x.stop, y.stop] for y, x in places], np.int64)

@@ -20,8 +20,8 @@ from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
 from region_pretrain.projects.ccop import Feedback
 from region_pretrain.regions import RegionStore, write_store
+from region_pretrain.reporting.boxes import _LABEL_WIDTH
 from region_pretrain.reporting.pictures import first_views, model_pictures
-from region_pretrain.reporting.plots import _LABEL_WIDTH
 
 ROOT = Path(__file__).parents[3]
 RECIPE = ROOT / "projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py"

@@ -15,8 +15,8 @@ from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.reporting.boxes import _LABEL_WIDTH
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures
-from region_pretrain.reporting.plots import _LABEL_WIDTH
 
 CONFIGS = CONFIG_ROOT.parent / "projects/PointRegionContrast/configs"
 VIEWS = "dataloader.train.dataset.views"
