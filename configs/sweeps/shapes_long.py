@@ -16,7 +16,7 @@ the fine-tuning starts; train it first:
 ``docs/results/shapes_long.csv`` has the rows of its ``results.csv``; tables and figures are made by
 
     python tools/sweep.py tables docs/results/shapes_long.csv --reference random --reference moco \\
-        --out output/shapes_long
+        --reference byol --out output/shapes_long
 """
 
 from .common.shapes_benchmark import benchmark

@@ -71,12 +71,31 @@ class DataSets:
         labelled = classes is not None and any("annotations" in record for record in records)
         if labelled and not classes:
             raise UserError(f"{argument}: records with annotations need classes=[...], their names")
+        if not labelled:  # the key of an image's regions
+            records = [{"image_id": r.get("file_name"), **r} for r in records]
+        for i, record in enumerate(records):
+            _check_record(f"{argument}[{i}]", record, classes if labelled else None)
         facts = (records, list(classes or ()))
         # The same for equal records in another process, e.g. in order to resume.
         text = json.dumps(_plain(facts))
         name = f"records-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         self.given[name] = facts
         return name
+
+
+def _check_record(where: str, record: dict, classes: Sequence[str] | None) -> None:
+    for key in ("file_name", "image_id"):
+        if record.get(key) is None:
+            raise UserError(f"{where}: a record needs {key!r}, as Detectron2's dataset dicts")
+    for j, annotation in enumerate(record.get("annotations", ()) if classes else ()):
+        for key in ("bbox", "bbox_mode", "category_id"):
+            if key not in annotation:
+                raise UserError(f"{where}: annotation {j} needs {key!r}, as in Detectron2")
+        if not 0 <= annotation["category_id"] < len(classes):
+            raise UserError(
+                f"{where}: annotation {j} has category_id={annotation['category_id']}, but it is "
+                f"an index into the {len(classes)} classes, from 0"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -96,8 +115,11 @@ def _named(argument: str, name: str) -> str:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return folder_name(os.path.abspath(path))
-    if name.endswith(("/", os.sep)):
-        raise UserError(f"{argument}={name!r}: there is no such folder")
+    if os.path.isfile(path) or "*" in name or name.startswith((".", "/", "~")) or name[-1:] == "/":
+        raise UserError(
+            f"{argument}={name!r}: there is no such folder; for single images, pass records: "
+            "[{'file_name': PATH}, ...]"
+        )
     return name
 
 

@@ -115,7 +115,7 @@ def finetune(
     )
 
 
-def _detector_of(init: Weights | nn.Module | None) -> AnyDetector:
+def _detector_of(init: Weights | nn.Module | None, argument: str = "detector") -> AnyDetector:
     if isinstance(init, nn.Module):
         return init
     if isinstance(init, Finetuned):
@@ -123,8 +123,8 @@ def _detector_of(init: Weights | nn.Module | None) -> AnyDetector:
     found = init.detector if isinstance(init, Run) else _saved_detector(init)
     if found is None:
         raise UserError(
-            "the weights do not come with a detection config: give detector=CONFIG, the detector "
-            "to fine-tune"
+            f"the weights do not come with a detection config: give {argument}=CONFIG, that of the "
+            "detector"
         )
     return found
 
@@ -212,7 +212,10 @@ def evaluate(
         raise UserError(
             f"{detector.output_dir} is a pre-training, not a detector: fine-tune it first"
         )
-    cfg = detection_config(config or _detector_of(detector), overrides)
+    config_of = config or _detector_of(detector, "config")
+    if config is None and os.path.basename(str(config_of)) == DETECTOR_FILE:
+        raise UserError(f"{detector} is a pre-training, not a detector: fine-tune it first")
+    cfg = detection_config(config_of, overrides)
     model = detector if is_module else None
     if isinstance(detector, Finetuned):
         model, sets.given = detector.model, dict(detector.given)

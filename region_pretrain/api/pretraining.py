@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from glob import escape, glob
 from typing import Any, NamedTuple
 
 import torch
@@ -255,13 +256,28 @@ def set_run(
 
 
 def weights_of(init: Weights) -> str:
-    """The checkpoint of a run or of its folder; other names do not change."""
+    """The checkpoint of a run or of its folder; other names do not change.
+
+    Raises:
+        UserError: it is no such thing, or a path where no weights are.
+    """
     if isinstance(init, Run):
         return init.checkpoint
     if not isinstance(init, str | os.PathLike):
         raise UserError(f"init={init!r}: must be a finished run, or the path or name of weights")
     path = os.path.expanduser(os.fspath(init))
-    return os.path.join(path, "model_final.pth") if os.path.isdir(path) else path
+    if not os.path.isdir(path):
+        if is_local(path) and not os.path.exists(path.partition("?")[0]):
+            raise UserError(f"there is no file or folder {path}")
+        return path
+    if os.path.isfile(final := os.path.join(path, "model_final.pth")):
+        return final
+    if found := sorted(glob(os.path.join(escape(path), "model_*.pth"))):
+        raise UserError(
+            f"the run in {path} is not finished: continue it with resume=True, or name its "
+            f"newest weights, {found[-1]}"
+        )
+    raise UserError(f"{path} has no model_final.pth: name the folder of a run, or weights")
 
 
 def _own_regions(cfg: DictConfig) -> str:

@@ -87,12 +87,15 @@ def check_registered(name: str) -> None:
     register(name)
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        hint = f"; did you mean {', '.join(near)}?" if near else ", and there is no such folder"
         if os.path.isdir(os.path.expanduser(name)):
             hint = f"; for a folder, write {folder_name(name)}"
         elif name.endswith(".json"):
             hint = f"; for a COCO json, write {FORMS['coco']}"
-        raise UserError(f"no data set is called {name!r}{hint}")
+        raise UserError(
+            f"no data set is called {name!r}{hint} (one that your code registers needs that code "
+            "in train.register)"
+        )
 
 
 def _get_one(name: str, annotations: bool, boxes: bool) -> list[dict]:

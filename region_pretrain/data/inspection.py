@@ -77,8 +77,14 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
                 continue
             findings, records = data.findings, data.records
         boxes = (a for record in records for a in record.get("annotations", ()))
-        if split == "train" and all(a.get("iscrowd") for a in boxes):
+        empty = (split == "train" or evaluated) and all(a.get("iscrowd") for a in boxes)
+        if empty and split == "train":
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
+        if empty and "train" in names:
+            raise UserError(
+                f"data set {name!r} has no boxes, so its AP is undefined: name labelled images in "
+                "dataloader.test.dataset.names (val= in Python)"
+            )
         if evaluated:
             check_evaluated_masks(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))

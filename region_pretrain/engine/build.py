@@ -66,7 +66,10 @@ def resolve_device(name: str | None) -> torch.device:
             SLURM gave the job GPUs that PyTorch cannot use.
     """
     if name not in (None, "cuda", "mps", "cpu"):
-        raise UserError(f"train.device={name}: must be cuda, mps, cpu or null")
+        raise UserError(
+            f"train.device={name}: must be cuda, mps, cpu or null (CUDA_VISIBLE_DEVICES=N chooses "
+            "a GPU)"
+        )
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("train.device=mps: PyTorch finds no Apple GPU; set train.device=cpu")
@@ -104,6 +107,11 @@ def resolve_max_iter(train: DictConfig, iterations_per_epoch: int | None) -> int
         )
     else:
         max_iter = int(train.epochs * iterations_per_epoch)
+        if max_iter < 1:
+            raise UserError(
+                f"train.epochs={train.epochs}, of {iterations_per_epoch} iterations each: there is "
+                "nothing to train"
+            )
     if max_iter < 1:
         raise UserError(f"train.max_iter={max_iter}: there is nothing to train")
     if train.log_period < 1 or train.accumulate_steps < 1:

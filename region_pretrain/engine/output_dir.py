@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -56,7 +56,7 @@ _ELSEWHERE = tuple(
         *("INPUT", "TEST.EVAL_PERIOD", "TEST.PRECISE_BN", "MODEL.DEVICE", "MODEL.WEIGHTS"),
     )
 )
-#: Keys that may differ as well if train.allow_new_length is set.
+#: Keys that may differ as well if train.allow_new_length is set and the length differs, or did.
 LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "optimizer.base_lr")
 
 
@@ -134,8 +134,11 @@ def _without_observers(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "train": {**config["train"], "hooks": kept}}
 
 
+def _is_in(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+
 def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
-    allowed = HARMLESS + _ELSEWHERE + (LENGTH if cfg.train.allow_new_length else ())
     # A run of an earlier version lacks keys that have been added since.
     saved = {**saved, "train": {**saved_train_defaults(), **saved["train"]}}
     changed = {
@@ -144,14 +147,17 @@ def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
             _without_observers(saved), _without_observers(load_plain_yaml(to_yaml(cfg)))
         ).items()
         if key.rsplit(".", 1)[-1] not in HARMLESS_OF_LOADERS
-        and not any(key == k or key.startswith(f"{k}.") for k in allowed)
+        and not _is_in(key, HARMLESS + _ELSEWHERE)
         # A built detector, of which another one of these shapes exists, e.g. in a traceback.
         and not (key.endswith(".detector") and len({without_numbers(v[1:-1]) for v in values}) == 1)
     }
+    longer = not changed.keys().isdisjoint(("train.epochs", "train.max_iter"))
+    if cfg.train.allow_new_length and (longer or saved["train"]["allow_new_length"]):
+        changed = {key: both for key, both in changed.items() if not _is_in(key, LENGTH)}
     if changed:
         shown = [f"{key}: {a} -> {b}" for key, (a, b) in list(changed.items())[:10]]
         more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
-        longer = all(key.startswith(LENGTH) for key in changed)
+        longer &= all(_is_in(key, LENGTH) for key in changed)
         hint = ", set train.allow_new_length=True to make the run longer," if longer else ""
         raise UserError(
             f"cannot resume with a config that differs from {path}: {'; '.join(shown)}{more}. "

@@ -169,6 +169,12 @@ class Parts:
                 write_text_atomic(path, json.dumps(self._plan))
                 return
         for key, value in self._plan.items():
+            if found.get(key) != value and key.startswith("image"):
+                raise UserError(
+                    f"{self.folder} contains unfinished regions of other images "
+                    f"({found.get('images')} then, {len(self.records)} now): put removed ones back "
+                    "and new ones aside until the search has finished, or delete that folder"
+                )
             if found.get(key) != value:
                 raise UserError(
                     f"{self.folder} contains unfinished regions of another run: its {key} is "
@@ -348,7 +354,8 @@ class Parts:
             raise UserError(
                 f"{len(unreadable)} of {self._total} images cannot be read, more than the "
                 f"{tolerated} that are tolerated (e.g. {unreadable[0][1]}): fix the files listed "
-                f"in {listing} or raise --max-unreadable, and run again; finished parts are kept"
+                f"in {listing} or raise --max-unreadable, and run again; finished parts are kept, "
+                "if no file is removed before the search has finished"
             )
 
     def _check_dropped(self, manifests: Sequence[dict]) -> None:

@@ -45,7 +45,7 @@ def plot_curves(
         curves: name -> curve; the legend marks empty ones as having no data.
         x_label: label of the x axis.
         y_label: label of the y axis.
-        errors: name -> half the length of the error bar at each point.
+        errors: name -> half the length of the error bar at each point; NaN: no bar.
         log_x: use a logarithmic x axis, with a tick at each x value. Points with error bars are
             drawn slightly beside it, so that the bars do not cover each other.
 
@@ -57,7 +57,8 @@ def plot_curves(
     for i, (name, (x, y)) in enumerate(curves.items()):
         marker = "o" if len(x) <= 30 else None
         bars = (errors or {}).get(name)
-        shift = 1.01 ** (i - (len(curves) - 1) / 2) if bars and log_x else 1
+        bars = None if bars is None or np.isnan(bars).all() else bars
+        shift = 1.01 ** (i - (len(curves) - 1) / 2) if bars is not None and log_x else 1
         axes.errorbar(
             [value * shift for value in x],
             y,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,11 +107,12 @@ def _draw(title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
         curves: dict[str, Curve] = {}
         errors: dict[str, list[float]] = {}
         for name, row in (flat or {}).items():
-            if (mean := row.statistics(key)["mean"]) is not None:
-                curves[name] = [seen[0], seen[-1]], [mean, mean]
+            if (value := row.statistics(key))["mean"] is not None:
+                curves[name] = [seen[0], seen[-1]], [value["mean"]] * 2
+                errors[name] = [math.nan if value["std"] is None else value["std"]] * 2
         for name, rows in groups.items():
             points = sorted(
-                (x(row), value["mean"], value["std"] or 0.0)
+                (x(row), value["mean"], math.nan if value["std"] is None else value["std"])
                 for row in rows
                 if (value := row.statistics(key))["mean"] is not None
             )
@@ -119,6 +121,7 @@ def _draw(title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
                 curves[name] = places, means
         if curves:
             png = plot_curves(curves, axis, f"{METRICS[key]} (%)", errors=errors, log_x=True)
-            caption = f"{METRICS[key]} against {axis}{text}: mean ± standard deviation"
-            found.append(Figure(f"{title}_{METRICS[key].lower().replace(' ', '_')}", caption, png))
+            name = METRICS[key]
+            caption = f"{name} against {axis}{text}: mean ± standard deviation of several runs"
+            found.append(Figure(f"{title}_{name.lower().replace(' ', '_')}", caption, png))
     return found

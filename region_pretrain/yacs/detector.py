@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone as detectron2_backbone
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
@@ -94,10 +96,16 @@ def _backbone(cfg: CfgNode) -> DictConfig:
 def _roi_heads(cfg: CfgNode) -> dict[str, Any]:
     _check("MODEL.ROI_HEADS.NAME", cfg.MODEL.ROI_HEADS.NAME, _ROI_HEADS)
     box, features = cfg.MODEL.ROI_BOX_HEAD, list(cfg.MODEL.ROI_HEADS.IN_FEATURES)
+    shapes = _feature_maps(cfg)
+    if missing := [name for name in features if name not in shapes]:
+        raise UserError(
+            f"MODEL.ROI_HEADS.IN_FEATURES={features}: {cfg.MODEL.BACKBONE.NAME} has no "
+            f"{', '.join(missing)}, but {', '.join(shapes)}"
+        )
     size = box.POOLER_RESOLUTION
     pooler = L(ROIPooler)(
         output_size=size,
-        scales=[1.0 / _stride(cfg, name) for name in features],
+        scales=[1.0 / shapes[name].stride for name in features],
         sampling_ratio=box.POOLER_SAMPLING_RATIO,
         pooler_type=box.POOLER_TYPE,
     )
@@ -105,8 +113,7 @@ def _roi_heads(cfg: CfgNode) -> dict[str, Any]:
         return dict(in_features=features, pooler=pooler, res5=_res5(cfg))
     heads = dict(box_in_features=features, box_pooler=pooler)
     _check("MODEL.ROI_BOX_HEAD.NAME", box.NAME, ("FastRCNNConvFCHead",))
-    level = features[0]
-    channels = cfg.MODEL.FPN.OUT_CHANNELS if level[0] == "p" else _channels(cfg, int(level[3:]))
+    channels = shapes[features[0]].channels
     box_head = L(FastRCNNConvFCHead)(
         input_shape=L(ShapeSpec)(channels=channels, height=size, width=size),
         conv_dims=[box.CONV_DIM] * box.NUM_CONV,
@@ -138,10 +145,12 @@ def _channels(cfg: CfgNode, stage: int) -> int:
     return cfg.MODEL.RESNETS.RES2_OUT_CHANNELS * 2 ** (stage - 2)
 
 
-def _stride(cfg: CfgNode, name: str) -> int:
-    """Of ``p2`` to ``p5``, or ``res2`` to ``res5``."""
-    stride = 2 ** int(name.removeprefix("res").removeprefix("p"))
-    return stride // cfg.MODEL.RESNETS.RES5_DILATION if name == "res5" else stride
+def _feature_maps(cfg: CfgNode) -> dict[str, ShapeSpec]:
+    """Names, channels and strides of the backbone's feature maps."""
+    # Without memory, but for backbones of others, which may compute with their weights.
+    device = "meta" if cfg.MODEL.BACKBONE.NAME in _RESNETS else "cpu"
+    with torch.random.fork_rng([]), torch.device(device):
+        return detectron2_backbone(cfg).output_shape()
 
 
 def _check(key: str, value: str, known: tuple[str, ...]) -> None:

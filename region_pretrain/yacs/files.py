@@ -8,7 +8,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -85,7 +85,12 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
     Returns:
         (those whose first part is in upper case, the others).
+
+    Raises:
+        UserError: they are not a list.
     """
+    if isinstance(overrides, str | Mapping):
+        raise UserError(f"overrides={overrides!r}: must be a list of key=value")
     upper = [text for text in overrides if _YACS_OVERRIDE.match(text)]
     return upper, [text for text in overrides if text not in upper]
 

@@ -241,12 +241,24 @@ def test_an_overridden_number_of_classes_is_compared_with_the_data(data, tmp_pat
 
 
 BAD = [
-    ({"init": "absent.pth"}, "weights do not come with a detection config: give detector="),
+    ({"init": "absent.pth"}, "there is no file or folder absent.pth"),
+    ({"init": __file__}, "weights do not come with a detection config: give detector="),
     ({"init": None, "detector": None}, "give detector=CONFIG"),
     ({"train": "folder"}, "a folder has no boxes"),
     ({"val": "coco://x"}, "has no images="),
     ({"classes": ["dog"]}, r"classes=\['dog'\], but the data's are \['dog', 'ant', 'cat'\]"),
     ({"train": [{"file_name": "x", "annotations": []}]}, "train: records with annotations need"),
+    *(
+        ({"val": [{"file_name": "x", **record}], "classes": ["a"]}, message)
+        for record, message in (
+            ({"annotations": []}, r"val\[0\]: a record needs 'image_id'"),
+            ({"image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}, "0 needs 'bbox_mode'"),
+            (
+                {"image_id": 1, "annotations": [{"bbox": 0, "bbox_mode": 0, "category_id": 1}]},
+                "category_id=1, but it is an index into the 1 classes, from 0",
+            ),
+        )
+    ),
     ({"overrides": ["MODEL.MASK_ON=False"]}, "MASK_ON=False': the detector is not a yacs config"),
     ({"steps": 0}, "nothing to train"),
     ({"detector": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"}, "not a detection config"),
@@ -258,7 +270,7 @@ def test_bad_arguments_are_one_error(data, tmp_path, changes, message):
     given = {"init": None, "detector": narrow_config(), **arguments(data, tmp_path / "a")}
     if changes.get("train") == "folder":
         changes = {"train": data[1]}
-    if changes.get("init") == "absent.pth":
+    if changes.get("init"):
         given.pop("detector")
     with pytest.raises(rp.UserError, match=message) as error:
         rp.finetune(**{**given, **changes})
@@ -268,6 +280,14 @@ def test_bad_arguments_are_one_error(data, tmp_path, changes, message):
 def test_bad_arguments_of_pictures_and_evaluation(tmp_path):
     with pytest.raises(rp.UserError, match="run='x': must be what finetune returned"):
         rp.show_detections("x")
+    with pytest.raises(rp.UserError, match="there is no file or folder absent"):
+        rp.evaluate("absent")
+    (tmp_path / "model_0000002.pth").write_text("")
+    with pytest.raises(rp.UserError, match="is not finished: .* resume=True, or .*_0000002.pth"):
+        rp.evaluate(str(tmp_path))
+    (tmp_path / "model_final.pth").write_text("")
+    with pytest.raises(rp.UserError, match="give config=CONFIG"):
+        rp.evaluate(str(tmp_path))
     with pytest.raises(rp.UserError, match="data= is needed to evaluate a built detector"):
         rp.evaluate(torch.nn.Linear(1, 1))
     with pytest.raises(rp.UserError, match="count=0, height=224"):

@@ -307,8 +307,10 @@ def test_records_are_data(region_folder, tmp_path):
 
 
 BAD = [
-    ({"images": "absent"}, "no data set is called 'absent'"),
+    ({"images": "absent"}, "no data set is called 'absent', and there is no such folder"),
     ({"images": "absent/"}, "images='absent/': there is no such folder"),
+    ({"images": "absent/*.jpg"}, "no such folder; for single images, pass records"),
+    ({"images": [{"image_id": 3}]}, r"images\[0\]: a record needs 'file_name'"),
     ({"images": 3}, "images=3: must be a folder"),
     ({"images": ("absent", "a.json")}, "the json comes first, then the folder"),
     ({"images": ("a.json", "absent")}, "images: there is no a.json"),
@@ -319,9 +321,12 @@ BAD = [
     ({"method": "simclr"}, "simclr: must be one of BYOL, CCOP"),
     ({"epochs": 2}, "steps= and epochs= exclude each other"),
     ({"init": 3}, "init=3: must be a finished run"),
+    ({"init": "absent.pth"}, "there is no file or folder absent.pth"),
+    ({"init": "tests"}, "tests has no model_final.pth: name the folder of a run"),
     ({"callbacks": 3}, "callbacks: 3 is neither a function"),
     ({"callbacks": Stop}, "neither a function nor a HookBase object"),
     ({"overrides": ["train.x=1"]}, "train.x"),
+    ({"overrides": "train.x=1"}, "overrides='train.x=1': must be a list of key=value"),
     ({"batch_size": 13}, "12 images, fewer than one batch"),
     ({"regions": "absent.arrow"}, "no region store absent.arrow"),
     ({"method": rp.get_config("detection/mask_rcnn_r18_fpn_shapes.py"), "detector": None,

@@ -301,6 +301,9 @@ def test_crowds_alone_cannot_be_trained_on(coco_folder):
     cfg = get_config("detection/mask_rcnn_r18_fpn_shapes.py")
     with pytest.raises(UserError, match="has no boxes: it cannot be trained on"):
         prepare_labels(cfg, {"train": [coco_name(coco_folder)]})
+    prepare_labels(cfg, {"test": [coco_name(coco_folder)]})  # its detections are wanted, not its AP
+    with pytest.raises(UserError, match="has no boxes, so its AP is undefined"):
+        prepare_labels(cfg, {"train": [], "test": [coco_name(coco_folder)]})
 
 
 def test_edited_voc_labels_are_read_again(tmp_path):

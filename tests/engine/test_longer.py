@@ -57,6 +57,14 @@ def test_another_learning_rate_may_be_given(tmp_path):
     assert rates == first + [pytest.approx(lr / 4) for lr in at_once[20:]]
 
 
+def test_another_learning_rate_needs_another_length(tmp_path):
+    do_pretrain(make_config(tmp_path))
+    cfg = make_config(tmp_path, allow_new_length=True)
+    cfg.optimizer.lr = cfg.optimizer.lr / 4
+    with pytest.raises(UserError, match="optimizer.lr: .* Undo the change or choose another"):
+        do_pretrain(cfg, resume=True)
+
+
 class Interrupt(HookBase):
     def after_step(self):
         if self.trainer.iter == 29:

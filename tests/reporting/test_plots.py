@@ -123,6 +123,8 @@ def test_error_bars_and_a_logarithmic_axis():
     # A bar from 0 to 2 at the peak; without it, the curve crosses each column once.
     heights = [max(np.ptp(b[b[:, 1] == x, 0]) for x in np.unique(b[:, 1])) for b in found]
     assert heights[0] < 30 and heights[1] > 400
+    unknown = plot_curves(curve, "x", "y", {"line": [np.nan] * 3}, log_x=True)
+    assert unknown == plot_curves(curve, "x", "y", log_x=True)
 
 
 def test_error_bars_of_equal_points_do_not_cover_each_other():

@@ -311,8 +311,9 @@ def test_curves_of_the_figures(monkeypatch):
     drawn.clear()
     rows = rows_of(counts=(100,), lengths=(64, 32))
     figures(rows)
-    curves, x_label, *_ = drawn[0]
+    curves, x_label, _, errors = drawn[0]
     assert x_label == "images seen in pre-training"
+    assert errors["random weights"] == [rows[0].statistics("bbox/AP")["std"]] * 2
     flat = rows[0].statistics("bbox/AP")["mean"]
     assert list(curves) == list(METHODS.values())
     assert curves["random weights"] == ([352, 384], [flat, flat])

@@ -6,6 +6,8 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from forked import run_tool
 from zoo import SMALL
 
@@ -20,6 +22,7 @@ from region_pretrain.yacs import (
     split_overrides,
     to_lazy_config,
 )
+from region_pretrain.yacs.detector import lazy_detector
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
@@ -219,6 +222,43 @@ def test_a_detector_of_a_fork(tmp_path):
     fork.MODEL.FORK_WIDTH = 3
     with torch.device("meta"):
         assert type(instantiate(to_lazy_config(fork).model)).__name__ == "ForksRCNN"
+
+
+@pytest.mark.parametrize(("name", "channels", "stride"), [("p3", 48, 16), ("stage3", 24, 8)])
+def test_a_backbone_of_ones_own_has_its_own_channels_and_strides(
+    name, channels, stride, monkeypatch
+):
+    class OwnBackbone(Backbone):
+        def __init__(self, cfg, input_shape):
+            super().__init__()
+            self.rates = [x.item() for x in torch.linspace(0, 1, 3)]
+            self.conv = torch.nn.Conv2d(input_shape.channels, channels, 3)
+
+        def forward(self, x):
+            return {name: self.conv(x)}
+
+        def output_shape(self):
+            return {name: ShapeSpec(channels=channels, stride=stride)}
+
+    monkeypatch.setitem(BACKBONE_REGISTRY._obj_map, "OwnBackbone", OwnBackbone)
+    cfg = get_cfg()
+    cfg.merge_from_file(find_config_file(FASTER))
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "OwnBackbone", "cpu"
+    for key in ("ROI_HEADS", "RPN"):
+        cfg.MODEL[key].IN_FEATURES = [name]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32]]
+    stock = build_model(cfg).roi_heads
+    state = torch.random.get_rng_state()
+    heads = lazy_detector(cfg).roi_heads
+    assert torch.equal(torch.random.get_rng_state(), state)
+    pooler = instantiate(heads.box_pooler)
+    for built in (pooler, stock.box_pooler):
+        assert [level.spatial_scale for level in built.level_poolers] == [1 / stride]
+    head = instantiate(heads.box_head)
+    assert head.fc1.weight.shape == stock.box_head.fc1.weight.shape
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2"]
+    with pytest.raises(UserError, match=f"OwnBackbone has no p2, but {name}"):
+        lazy_detector(cfg)
 
 
 def test_an_unknown_key_in_a_file_and_yacs_overrides_of_other_configs(tmp_path):

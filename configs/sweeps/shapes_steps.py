@@ -1,0 +1,31 @@
+"""Does the gain last when the fine-tuning is three times as long? SoCo and MCL on Shapes.
+
+    python tools/sweep.py --config configs/sweeps/shapes_steps.py --jobs 2
+
+As ``shapes_long.py``, with 300 and with 900 steps on the same 100 labelled scenes. The sweep uses
+the folder of that sweep, with the runs that it has.
+"""
+
+from .common.shapes_benchmark import benchmark
+from .shapes_long import LONG, SHARED
+
+#: Fine-tuning iterations; the first are those of the long size.
+ITERATIONS = [300, 900]
+
+_sweeps = {
+    iterations: benchmark(
+        **{
+            **LONG,
+            "title": "Shapes benchmark: AP against the length of fine-tuning",
+            "methods": {name: LONG["methods"][name] for name in ("soco", "mcl")},
+            "learning_rates": [0.1],
+            "iterations": iterations,
+        }
+    )
+    for iterations in ITERATIONS
+}
+sweep = {
+    **_sweeps[ITERATIONS[0]],
+    **SHARED,
+    "finetune": {f"steps{n}": one["finetune"]["detector"] for n, one in _sweeps.items()},
+}
