@@ -18,6 +18,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from region_pretrain import registration
 from region_pretrain.data.coco_fixes import fix_file_names
@@ -28,6 +29,10 @@ from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, pars
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_MAY_HAVE_16_BITS = (".png", ".tif", ".tiff")
+_EXAMINED_FILES = 8
+_examined: set[str] = set()
 
 
 def get_records(
@@ -74,8 +79,34 @@ def get_records(
                 )
             origin[key] = name
         logger.info("%s: %d images", name, len(found))
+        _warn_of_few_bits(name, found)
         records += found
     return records
+
+
+def _warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
+    """Warn of 16-bit images with values of a 12-bit camera, which would be nearly black."""
+    if name in _examined:
+        return
+    _examined.add(name)
+    some = [r for r in records if str(r["file_name"]).lower().endswith(_MAY_HAVE_16_BITS)]
+    some = [record for record in some if "bits" not in record.get("reading", {})]
+    highest: dict[int, str] = {}
+    for record in some[:: max(1, len(some) // _EXAMINED_FILES)]:
+        try:
+            with Image.open(record["file_name"]) as image:
+                if not image.mode.startswith("I"):
+                    return
+                highest[image.getextrema()[1]] = record["file_name"]
+        except Exception:  # what cannot be read is reported where it is needed
+            continue
+    if highest and max(highest) < 1 << 12:
+        logger.warning(
+            "%s: 16-bit images such as %s have values up to %d of 65,535 only, and are read as "
+            "nearly black: add ?bits=12 (or as many bits as the camera has) to the name, "
+            "folder://DIR?bits=12",
+            *(name, highest[max(highest)], max(highest)),
+        )
 
 
 def check_registered(name: str) -> None:

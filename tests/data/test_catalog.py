@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from empty_files import touch
+from PIL import Image
 
 from region_pretrain.data.catalog import (
     get_records,
@@ -252,3 +254,21 @@ def test_registered_sets_without_records_or_keys_are_refused(name):
     DatasetCatalog.register(name, lambda: [{"file_name": "x.jpg"}])
     with pytest.raises(UserError, match="without file_name or image_id"):
         get_records(name)
+
+
+def test_images_of_a_12_bit_camera_are_nearly_black(tmp_path, caplog):
+    folder = tmp_path / "xray"
+    folder.mkdir()
+    for i in range(20):
+        values = np.full((8, 8), 4095 if i == 18 else 300, np.uint16)
+        Image.fromarray(values).save(folder / f"{i:02}.png")
+    (folder / "20.png").write_bytes(b"")
+    warning = "values up to 4095 of 65,535 only, and are read as nearly black: add ?bits=12"
+    for _ in range(2):
+        get_records(f"folder://{folder}")
+    assert caplog.text.count(warning) == 1 and "xray/" in caplog.text
+    caplog.clear()
+    get_records(f"folder://{folder}?bits=12")
+    Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(folder / "00.png")
+    get_records(f"folder://{folder}?bands=1,1,1")
+    assert warning not in caplog.text
