@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import instantiate
+from detectron2.data import DatasetCatalog
 from omegaconf import DictConfig
 
 from region_pretrain.data.catalog import get_records
@@ -71,10 +72,10 @@ class DataSets:
         labelled = classes is not None and any("annotations" in record for record in records)
         if labelled and not classes:
             raise UserError(f"{argument}: records with annotations need classes=[...], their names")
-        if not labelled:  # the key of an image's regions
+        if argument not in ("val", "data"):  # the key of an image's regions
             records = [{"image_id": r.get("file_name"), **r} for r in records]
         for i, record in enumerate(records):
-            _check_record(f"{argument}[{i}]", record, classes if labelled else None)
+            _check_record(f"{argument}[{i}]", record, labelled)
         facts = (records, list(classes or ()))
         # The same for equal records in another process, e.g. in order to resume.
         text = json.dumps(_plain(facts))
@@ -83,19 +84,13 @@ class DataSets:
         return name
 
 
-def _check_record(where: str, record: dict, classes: Sequence[str] | None) -> None:
-    for key in ("file_name", "image_id"):
+def _check_record(where: str, record: dict, labelled: bool) -> None:
+    for key in ("image_id",) if labelled else ("file_name", "image_id"):
         if record.get(key) is None:
             raise UserError(f"{where}: a record needs {key!r}, as Detectron2's dataset dicts")
-    for j, annotation in enumerate(record.get("annotations", ()) if classes else ()):
-        for key in ("bbox", "bbox_mode", "category_id"):
-            if key not in annotation:
-                raise UserError(f"{where}: annotation {j} needs {key!r}, as in Detectron2")
-        if not 0 <= annotation["category_id"] < len(classes):
-            raise UserError(
-                f"{where}: annotation {j} has category_id={annotation['category_id']}, but it is "
-                f"an index into the {len(classes)} classes, from 0"
-            )
+    for i, annotation in enumerate(record.get("annotations") or () if labelled else ()):
+        if "bbox" in annotation and "bbox_mode" not in annotation:
+            raise UserError(f"{where}: annotation {i} needs 'bbox_mode', as in Detectron2")
 
 
 def _plain(value: Any) -> Any:
@@ -115,6 +110,10 @@ def _named(argument: str, name: str) -> str:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return folder_name(os.path.abspath(path))
+    if name in DatasetCatalog:
+        return name
+    if name.endswith(".json") and os.path.isfile(path):
+        raise UserError(f"{argument}={name!r}: give (json, folder), the folder of its images too")
     if os.path.isfile(path) or "*" in name or name.startswith((".", "/", "~")) or name[-1:] == "/":
         raise UserError(
             f"{argument}={name!r}: there is no such folder; for single images, pass records: "

@@ -19,7 +19,7 @@ from region_pretrain.api.detectors import (
     detection_config,
     load_detection_config,
 )
-from region_pretrain.api.pretraining import Weights, set_run, weights_of
+from region_pretrain.api.pretraining import Weights, check_weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys
@@ -95,6 +95,8 @@ def finetune(
     set_run(cfg, steps, epochs, output_dir, None if is_module or init is None else init)
     if init is None:
         cfg.train.init_checkpoint = ""
+    if not resume:
+        check_weights(cfg.train.init_checkpoint)
     if batch_size is not None:
         cfg.dataloader.train.total_batch_size = batch_size
     if lr is not None:
@@ -135,7 +137,9 @@ def _saved_detector(init: str | os.PathLike | None) -> str | None:
         return zoo.read_card(init).metadata.get("Detector")
     if init is None:
         return None
-    folder = os.path.dirname(weights_of(init))
+    path = weights_of(init)
+    check_weights(path)
+    folder = os.path.dirname(path)
     for name in (DETECTOR_FILE, "config.yaml"):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
@@ -221,6 +225,7 @@ def evaluate(
         model, sets.given = detector.model, dict(detector.given)
     elif not is_module:
         path = cfg.train.init_checkpoint = weights_of(detector)
+        check_weights(path)
         # The run's own folder, also if it was moved or the call is from another one.
         if config is None and os.path.isfile(path):
             cfg.train.output_dir = os.path.dirname(os.path.abspath(path))

@@ -133,6 +133,7 @@ def pretrain(
         stack.enter_context(isolated(given, verbose))
         if not resume:
             refuse_existing_run(cfg.train.output_dir)
+            check_weights(cfg.train.init_checkpoint)
         _check_before_search(cfg)
         find_regions(cfg)
         if is_built:
@@ -256,28 +257,34 @@ def set_run(
 
 
 def weights_of(init: Weights) -> str:
-    """The checkpoint of a run or of its folder; other names do not change.
-
-    Raises:
-        UserError: it is no such thing, or a path where no weights are.
-    """
+    """The checkpoint of a run or of its folder; other names do not change."""
     if isinstance(init, Run):
         return init.checkpoint
     if not isinstance(init, str | os.PathLike):
         raise UserError(f"init={init!r}: must be a finished run, or the path or name of weights")
     path = os.path.expanduser(os.fspath(init))
-    if not os.path.isdir(path):
-        if is_local(path) and not os.path.exists(path.partition("?")[0]):
-            raise UserError(f"there is no file or folder {path}")
-        return path
-    if os.path.isfile(final := os.path.join(path, "model_final.pth")):
-        return final
-    if found := sorted(glob(os.path.join(escape(path), "model_*.pth"))):
+    return os.path.join(path, "model_final.pth") if os.path.isdir(path) else path
+
+
+def check_weights(path: str) -> None:
+    """Refuse a local path, from :func:`weights_of`, at which there is no file.
+
+    Raises:
+        UserError: there is none; the message names the newest weights of an unfinished run.
+    """
+    if not path or not is_local(path) or os.path.exists(path):
+        return
+    path = path.rpartition("?")[0] or path  # options of the file
+    if os.path.exists(path):
+        return
+    folder, name = os.path.split(path)
+    found = sorted(glob(os.path.join(escape(folder), "model_[0-9]*.pth")))
+    if name == "model_final.pth" and found:
         raise UserError(
-            f"the run in {path} is not finished: continue it with resume=True, or name its "
+            f"the run in {folder} is not finished: continue it with resume=True, or name its "
             f"newest weights, {found[-1]}"
         )
-    raise UserError(f"{path} has no model_final.pth: name the folder of a run, or weights")
+    raise UserError(f"there is no {path}: name the folder of a finished run, or weights")
 
 
 def _own_regions(cfg: DictConfig) -> str:
@@ -287,7 +294,7 @@ def _own_regions(cfg: DictConfig) -> str:
 
 def _check_before_search(cfg: DictConfig) -> None:
     """Raise now what would end the run after the search for regions, which may take hours."""
-    dataset, init = cfg.dataloader.train.dataset, cfg.train.init_checkpoint
+    dataset = cfg.dataloader.train.dataset
     path = dataset.get("regions")
     if path is None or path != _own_regions(cfg) or os.path.exists(path):
         return
@@ -298,8 +305,6 @@ def _check_before_search(cfg: DictConfig) -> None:
         raise UserError(
             f"the data set has {count} images, fewer than one batch: lower batch_size={batch}"
         )
-    if init and is_local(init) and not os.path.exists(init.partition("?")[0]):
-        raise UserError(f"cannot read the checkpoint {init}: no such file")
 
 
 def find_regions(cfg: DictConfig) -> None:

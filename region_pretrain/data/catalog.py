@@ -13,12 +13,12 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
 from region_pretrain import registration
 from region_pretrain.data.coco_fixes import fix_file_names
@@ -27,6 +27,7 @@ from region_pretrain.data.folder import load_image_folder, local_folder
 from region_pretrain.data.sources import read_like, register
 from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
 from region_pretrain.errors import UserError
+from region_pretrain.images.pillow import open_with_pillow
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,10 @@ def _warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
     some = [r for r in records if str(r["file_name"]).lower().endswith(_MAY_HAVE_16_BITS)]
     some = [record for record in some if "bits" not in record.get("reading", {})]
     highest: dict[int, str] = {}
-    for record in some[:: max(1, len(some) // _EXAMINED_FILES)]:
+    for record in some[:: max(1, -(-len(some) // _EXAMINED_FILES))]:
         try:
-            with Image.open(record["file_name"]) as image:
+            data = Path(record["file_name"]).read_bytes()
+            with open_with_pillow(data, record["file_name"]) as image:
                 if not image.mode.startswith("I"):
                     return
                 highest[image.getextrema()[1]] = record["file_name"]
@@ -103,7 +105,7 @@ def _warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
     if highest and max(highest) < 1 << 12:
         logger.warning(
             "%s: 16-bit images such as %s have values up to %d of 65,535 only, and are read as "
-            "nearly black: add ?bits=12 (or as many bits as the camera has) to the name, "
+            "nearly black: name them by path with as many bits as the camera has, e.g. "
             "folder://DIR?bits=12",
             *(name, highest[max(highest)], max(highest)),
         )

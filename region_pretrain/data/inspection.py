@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from PIL import Image
@@ -29,6 +27,7 @@ from region_pretrain.data.coco_fixes import upright_size
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.data.findings import Finding, Findings
 from region_pretrain.data.masks import check_evaluated_masks
+from region_pretrain.data.other_labels import check_voc_files
 from region_pretrain.data.sources import findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
@@ -68,23 +67,20 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             evaluators = evaluator_classes(name)
         evaluated = split == "test" and COCOEvaluator in evaluators
         if split == "test" and PascalVOCDetectionEvaluator in evaluators:
-            _check_voc_files(name)
+            check_voc_files(name)
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)
         else:
             data = mend_registered(name, evaluated)
             if data is None:
+                if evaluated and "train" in names:
+                    _refuse_no_boxes(name, DatasetCatalog.get(name))
                 continue
             findings, records = data.findings, data.records
-        boxes = (a for record in records for a in record.get("annotations", ()))
-        empty = (split == "train" or evaluated) and all(a.get("iscrowd") for a in boxes)
-        if empty and split == "train":
+        if split == "train" and not _has_boxes(records):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
-        if empty and "train" in names:
-            raise UserError(
-                f"data set {name!r} has no boxes, so its AP is undefined: name labelled images in "
-                "dataloader.test.dataset.names (val= in Python)"
-            )
+        if evaluated and "train" in names:
+            _refuse_no_boxes(name, records)
         if evaluated:
             check_evaluated_masks(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
@@ -92,22 +88,22 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
     return list(lines)
 
 
-def _check_voc_files(name: str) -> None:
-    """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
-    metadata = MetadataCatalog.get(name)
-    listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
-    with PathManager.open(listing) as file:
-        images = file.read().split()
-    for image in images:
-        path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
-        try:
-            parse_rec(path)
-        except Exception as error:  # a missing file or key, text that is no number, damaged XML
-            raise UserError(
-                f"{path} cannot be evaluated with VOC's metric ({type(error).__name__}: {error}): "
-                "each object needs name, pose, truncated and difficult, and whole numbers as "
-                "corners; complete the file, or use COCOEvaluator"
-            ) from error
+def _has_boxes(records: Sequence[Mapping]) -> bool:
+    boxes = (a for record in records for a in record.get("annotations", ()))
+    return not all(a.get("iscrowd") for a in boxes)
+
+
+def _refuse_no_boxes(name: str, records: Sequence[Mapping]) -> None:
+    """An evaluation after a training that would have no AP."""
+    if not any("annotations" in record for record in records):  # such as COCO's test images
+        logger.warning(
+            "data set %r has no annotations: detections are written, but there is no AP", name
+        )
+    elif not _has_boxes(records):
+        raise UserError(
+            f"data set {name!r} has no boxes, so its AP is undefined: name labelled images in "
+            "dataloader.test.dataset.names (val= in Python)"
+        )
 
 
 def summary(

@@ -40,6 +40,7 @@ from region_pretrain.engine.labelled_data import (
     check_labelled_data,
     compare_with_checkpoint,
     missing_files_are_user_errors,
+    warn_of_same_data,
 )
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.processes import fail_together, on_main_process
@@ -190,6 +191,7 @@ def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase]
     """
     complete_train(cfg)
     classes = check_labelled_data(cfg, training=True)
+    warn_of_same_data(cfg)
     with start_run(cfg, resume):
         classes.log()
         return _train(cfg, classes, resume, hooks)

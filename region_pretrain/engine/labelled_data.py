@@ -91,12 +91,6 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
         # Before Detectron2 loads what may need fixing.
         lines = prepare_labels(cfg, names) if fix else []
         classes = {split: classes_of(f"dataloader.{split}", names[split]) for split in splits}
-    if same := sorted(set(names["test"]).intersection(names.get("train", ()))):
-        logger.warning(
-            "%s is both dataloader.train and dataloader.test: the AP is that of images that are "
-            "trained on",
-            _shown(same),
-        )
     first = splits[0]
     own = _maps_classes(cfg)
     if training and (difference := difference_of(classes["train"], classes["test"])):
@@ -107,6 +101,17 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
         )
     followed = _compare_number(cfg, classes[first], names[first], own)
     return Classes(classes[first], names[first], followed, tuple(lines))
+
+
+def warn_of_same_data(cfg: DictConfig) -> None:
+    """Warn of a data set for both training and evaluation."""
+    train, test = (_dataset_names(cfg, split) for split in ("train", "test"))
+    if same := [name for name in test if name in train]:
+        logger.warning(
+            "%s is both dataloader.train and dataloader.test: the AP is that of images that are "
+            "trained on",
+            _shown(same),
+        )
 
 
 @contextmanager

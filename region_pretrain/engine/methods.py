@@ -150,7 +150,8 @@ def load_detector(
                 raise UserError(f"override {yacs_overrides[0]!r}: it is built already")
             if isinstance(detector, nn.Module):
                 return as_lazy_detector(detector), []
-            return lazy_detector(override_yacs(detector.clone(), yacs_overrides)), []
+            with on_meta_device():
+                return lazy_detector(override_yacs(detector.clone(), yacs_overrides)), []
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
         entries = list(OmegaConf.select(cfg, "train.register") or [])
         execute(entries)
@@ -158,7 +159,8 @@ def load_detector(
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if target is build_detector:
-            return lazy_detector(as_cfg_node(model.cfg)), entries
+            with on_meta_device():
+                return lazy_detector(as_cfg_node(model.cfg)), entries
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):

@@ -60,7 +60,8 @@ class Detector:
 
     def __init__(self, detector: DictConfig | CfgNode | nn.Module) -> None:
         if isinstance(detector, CfgNode):
-            detector = lazy_detector(detector)
+            with on_meta_device():
+                detector = lazy_detector(detector)
         elif isinstance(detector, DictConfig) and "backbone" not in detector:
             detector = model_of(detector)
         if not all(_get(detector, key) is not None for key in ("backbone", "pixel_mean")):

@@ -9,7 +9,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone as detectron2_backbone
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, BottleneckBlock, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
@@ -34,7 +33,8 @@ def lazy_detector(cfg: CfgNode) -> DictConfig:
 
     Args:
         cfg: a complete yacs config of an R-CNN with FPN, C4 or dilated C5, of a Cascade R-CNN or of
-            a RetinaNet. Its backbone may be any in Detectron2's registry.
+            a RetinaNet. Its backbone may be any in Detectron2's registry, and is built once on the
+            default device, for its feature maps.
 
     Returns:
         ``backbone``, ``pixel_mean``, ``pixel_std``, ``input_format`` and, of an R-CNN,
@@ -147,10 +147,8 @@ def _channels(cfg: CfgNode, stage: int) -> int:
 
 def _feature_maps(cfg: CfgNode) -> dict[str, ShapeSpec]:
     """Names, channels and strides of the backbone's feature maps."""
-    # Without memory, but for backbones of others, which may compute with their weights.
-    device = "meta" if cfg.MODEL.BACKBONE.NAME in _RESNETS else "cpu"
-    with torch.random.fork_rng([]), torch.device(device):
-        return detectron2_backbone(cfg).output_shape()
+    with torch.random.fork_rng([]):
+        return build_backbone(plain(cfg)).output_shape()
 
 
 def _check(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -296,7 +296,7 @@ def test_a_lazy_name_in_a_config(coco_folder):
     assert len(instantiate(lazy)) == 6
 
 
-def test_crowds_alone_cannot_be_trained_on(coco_folder):
+def test_crowds_alone_cannot_be_trained_on(coco_folder, caplog):
     change(coco_folder, lambda data: [a.update(iscrowd=1) for a in data["annotations"]])
     cfg = get_config("detection/mask_rcnn_r18_fpn_shapes.py")
     with pytest.raises(UserError, match="has no boxes: it cannot be trained on"):
@@ -304,6 +304,15 @@ def test_crowds_alone_cannot_be_trained_on(coco_folder):
     prepare_labels(cfg, {"test": [coco_name(coco_folder)]})  # its detections are wanted, not its AP
     with pytest.raises(UserError, match="has no boxes, so its AP is undefined"):
         prepare_labels(cfg, {"train": [], "test": [coco_name(coco_folder)]})
+    record = {"file_name": "x", "image_id": 1, "width": 4, "height": 4, "annotations": []}
+    DatasetCatalog["mine"] = lambda: [record]
+    MetadataCatalog.get("mine").thing_classes = ["a"]
+    with pytest.raises(UserError, match="'mine' has no boxes, so its AP is undefined"):
+        prepare_labels(cfg, {"train": [], "test": ["mine"]})
+    sources.forget_labels()
+    change(coco_folder, lambda data: data.pop("annotations"))  # as COCO's test-dev
+    prepare_labels(cfg, {"train": [], "test": [coco_name(coco_folder)]})
+    assert "has no annotations: detections are written, but there is no AP" in caplog.text
 
 
 def test_edited_voc_labels_are_read_again(tmp_path):

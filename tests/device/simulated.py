@@ -63,9 +63,9 @@ def _in_float32(func):
     """Computed in float32 and rounded: many CPUs emulate bfloat16, several times slower."""
 
     def compute(*args):
-        halves = [t.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
-        if torch.bfloat16 not in halves:
-            return func(*args)
+        kinds = {t.dtype for t in tree_leaves(args) if isinstance(t, torch.Tensor)}
+        if kinds != {torch.bfloat16}:
+            return func(*args)  # which raises if they differ
         wide = tree_map(lambda t: t.float() if isinstance(t, torch.Tensor) else t, args)
         return tree_map(lambda t: t if t is None else t.bfloat16(), func(*wide))
 

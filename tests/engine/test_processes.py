@@ -45,6 +45,7 @@ def test_one_process_runs_here():
     assert seen == ["here"]
 
 
+@pytest.mark.spawns
 def test_two_processes_train_as_one(tmp_path):
     # Losses are means over the batch, so equal shares average to the whole; SyncBN sees it all.
     model = {"noise": 0.0, "norm": "SyncBN"}

@@ -37,7 +37,7 @@ TRUNK_MAPS = dict.fromkeys(DETECTORS, ("res5", 32)) | {
     "MViTv2, FPN": ("scale5", 64),
     "RegNet, FPN": ("s4", 128),
     "timm's Swin, FPN": ("res5", 64),
-    "timm's ResNeSt, FPN": ("res5", 2048),
+    "timm's ResNeSt, FPN": ("res5", 128),
     "timm's EfficientNet, FPN": ("res5", 320),
     "timm's ViT, simple pyramid": ("res4", 16),
 }

@@ -1,5 +1,6 @@
 """Every method around every kind of detector: one step, then back into the detector."""
 
+import copy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -120,10 +121,10 @@ def test_one_step_and_back_into_the_detector(name, method, region_folder, tmp_pa
     lazy, expected = DETECTORS[name](), FILLED[name][method]
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected) as error:
-            recipe(method, lazy)
+            recipe(method, copy.deepcopy(lazy))
         assert "\n" not in str(error.value)
         return
-    cfg = recipe(method, lazy)
+    cfg = recipe(method, copy.deepcopy(lazy))
     torch.manual_seed(0)
     model = instantiate(cfg.model).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
