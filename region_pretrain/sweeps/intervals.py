@@ -89,7 +89,9 @@ def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:
 
         variance of the mean = (MS_pretrain + MS_finetune - MS_residual) / (K M)
 
-    A negative component of variance counts as 0. The degrees of freedom are Satterthwaite's.
+    A component of variance that would be negative is 0: without one of the seeds' the variance is
+    ``MS / (K M)`` of the other, and without both it is that of K M independent pairs, as where the
+    residual likelihood is largest. The degrees of freedom are Satterthwaite's.
     An incomplete grid, or a single seed on one level, gives the mean only.
 
     Args:
@@ -114,19 +116,18 @@ def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:
 def _crossed(table: np.ndarray) -> tuple[float, float]:
     """Variance of the mean of a (K, M) table with crossed random effects, and its freedom."""
     k, m = table.shape
+    table = table - table.mean()
     rows, columns = table.mean(1), table.mean(0)
-    residual = table - rows[:, None] - columns + table.mean()
-    degrees = k - 1, m - 1, (k - 1) * (m - 1)
-    squares = m * rows.var(ddof=1), k * columns.var(ddof=1), (residual**2).sum() / degrees[2]
-    # Components of variance are not negative: leave out the level whose own would be.
-    signs = max(
-        ((1, 1, -1), (1, 0, 0), (0, 1, 0)),
-        key=lambda s: sum(a * b for a, b in zip(s, squares, strict=True)),
-    )
-    terms = [s * square for s, square in zip(signs, squares, strict=True)]
-    spread = sum(term**2 / degree for term, degree in zip(terms, degrees, strict=True))
-    freedom = sum(terms) ** 2 / spread if spread else 1.0
-    return sum(terms) / (k * m), freedom
+    residual = table - rows[:, None] - columns
+    degrees = np.array([k - 1, m - 1, (k - 1) * (m - 1)])
+    sums = np.array([m * (rows**2).sum(), k * (columns**2).sum(), (residual**2).sum()])
+    squares = sums / degrees
+    if (pooled := sums.sum() / degrees.sum()) >= max(squares[:2]):
+        return pooled / (k * m), float(degrees.sum())
+    # The largest of three: it leaves out the level whose own component would be negative.
+    signs = np.array([(1, 1, -1), (1, 0, 0), (0, 1, 0)])
+    terms = max(signs * squares, key=np.sum)
+    return terms.sum() / (k * m), terms.sum() ** 2 / (terms**2 / degrees).sum()
 
 
 def _with_interval(mean: float, variance: float, freedom: float) -> Difference:

@@ -338,7 +338,7 @@ BAD = [
     ("changes", "message"),
     [
         ({"batch_size": 13}, "12 images, fewer than one batch: lower batch_size=13"),
-        ({"init": "r5O.pth"}, "cannot read the checkpoint r5O.pth: no such file"),
+        ({"init": "r5O.pth"}, "there is no r5O.pth: name the folder of a finished run"),
         ({"overrides": ["train.writers=[console,jso]"]}, "there is no writer 'jso'"),
     ],
 )

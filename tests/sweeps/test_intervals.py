@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from region_pretrain.sweeps.intervals import Difference, difference, pair
 
@@ -83,6 +83,39 @@ def test_without_an_effect_of_fine_tuning_seeds_the_pre_trainings_decide():
     # More fine-tunings of the same three pre-trainings do not narrow the interval.
     more = difference(grid([row * 4 for row in table]))
     assert more.high - more.low == pytest.approx(found.high - found.low, rel=1e-9)
+
+
+def residual_likelihood(table):
+    """Variance of the mean at the maximum of the residual likelihood, components >= 0."""
+    k, m = table.shape
+    same = [np.kron(np.eye(k), np.ones((m, m))), np.kron(np.ones((k, k)), np.eye(m)), np.eye(k * m)]
+
+    def covariance(components):
+        return sum(c * part for c, part in zip(components, same, strict=True))
+
+    def loss(components):
+        precision, centred = np.linalg.inv(covariance(components)), table.ravel() - table.mean()
+        quadratic = centred @ precision @ centred + np.log(precision.sum())
+        return quadratic + np.linalg.slogdet(covariance(components))[1]
+
+    start = np.full(3, table.var())
+    bounds = [(0, None), (0, None), (1e-6, None)]
+    options = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000}
+    found = optimize.minimize(loss, start, bounds=bounds, options=options)
+    return covariance(found.x).sum() / (k * m) ** 2
+
+
+def test_no_component_of_variance_is_negative():
+    rng, independent = np.random.default_rng(0), 0
+    for pretrain, finetune in [*[(0, 0)] * 20, (1, 0), (0, 1), (2, 2)]:
+        table = rng.normal(0, 1, (4, 3))
+        table += pretrain * rng.normal(0, 1, (4, 1)) + finetune * rng.normal(0, 1, 3)
+        found = difference(grid(table))
+        assert found.standard_error**2 == pytest.approx(residual_likelihood(table), rel=1e-3)
+        # Without an effect of either seed, all pairs are independent.
+        simple = stats.ttest_1samp(table.ravel(), 0).confidence_interval(0.95)
+        independent += found.low == pytest.approx(simple.low, rel=1e-9)
+    assert 3 <= independent <= 12
 
 
 def test_coverage_with_three_times_three_seeds():
