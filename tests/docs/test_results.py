@@ -246,6 +246,10 @@ def test_steps_of_fine_tuning():
         f"from {mean('random', 'steps300'):.0f} to {mean('random', 'steps900'):.0f} box AP" in few
     )
     assert f"[from {gains[0]} to {gains[2]}]" in few
+    mcl, random = (mean(init, "steps900", 25) for init in ("mcl", "random"))
+    assert f"MCL is {mcl - random:.1f} above random weights ({mcl:.1f} and {random:.1f})" in page
+    assert f"MCL is still {mcl - random:.1f} above random weights" in front
+    assert f"On 25 images, with 900 steps, it was {mcl - random:.1f}." in few
     soco = read_csv(str(CSV))
     (values,) = (row.values("bbox/AP") for row in soco if row.init == "soco")
     means = [statistics.fmean(v for k, v in values.items() if k[0] == seed) for seed in range(4)]
