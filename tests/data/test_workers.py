@@ -106,7 +106,7 @@ def test_a_worker_is_silent_when_its_reader_leaves(tmp_path, worker):
         with socket.socket(socket.AF_UNIX) as reader:
             reader.connect(address)
             assert reader.recv(4)  # served in order: the other two have failed
-        text = (tmp_path / "output").read_text()
+            text = (tmp_path / "output").read_text()
         assert text == "" if worker else text.count("Traceback") == 2, text
     finally:
         os.kill(process.pid, 9)

@@ -3,11 +3,13 @@
 import csv
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from forked import run_tool
 from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, load_config
@@ -309,13 +311,15 @@ def finished(tmp_path_factory):
         *(f"sweep.{key}={json.dumps(values)}" for key, values in TINY.items()),
     ]
     environment = {
+        **os.environ,
         "DETECTRON2_DATASETS": str(folder / "datasets"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
 
     def tool(*words):
-        return run_tool("sweep.py", *words, cwd=ROOT, environment=environment)
+        command = [sys.executable, "tools/sweep.py", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     command = ["--config", "configs/sweeps/shapes_quick.py", "--jobs", "2", "--wait", *arguments]
     done = tool(*command)

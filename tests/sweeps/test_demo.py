@@ -20,7 +20,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
-from forked import run_tool
 
 from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
@@ -58,16 +57,18 @@ FINETUNE_SIZE = [
 ]
 
 
-def tool(folder, *words, typed=False):
-    datasets = {"DETECTRON2_DATASETS": str(folder / "datasets")}
-    environment = {**datasets, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if not typed:
-        return run_tool("sweep.py", *words, cwd=ROOT, environment=environment)
-    command, environment = [sys.executable, "tools/sweep.py", *words], os.environ | environment
+def tool(folder, *words):
+    environment = {
+        **os.environ,
+        "DETECTRON2_DATASETS": str(folder / "datasets"),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "tools/sweep.py", *words]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def run(folder, *words, pretrain=(), output="demo", typed=False):
+def run(folder, *words, pretrain=(), output="demo"):
     return tool(
         folder,
         *("--config", "configs/sweeps/demo.py", "--jobs", "1", *words),
@@ -75,14 +76,13 @@ def run(folder, *words, pretrain=(), output="demo", typed=False):
         f"sweep.output_dir={folder / output}",
         f"sweep.pretrain_overrides={json.dumps([*PRETRAIN_SIZE, *pretrain])}",
         f"sweep.finetune_overrides={json.dumps(FINETUNE_SIZE)}",
-        typed=typed,
     )
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    done = run(folder, "--wait", typed=True)
+    done = run(folder, "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import instantiate
-from forked import run_tool
 from sweep_plans import BYOL, DETECTOR, MOCO, sweep
 
 from region_pretrain.config import load_config
@@ -191,7 +192,8 @@ def test_command_line_probes_the_weights_on_the_data_of_the_fine_tuning(folder):
     for entry in plan.entries:
         if entry["kind"] == PRETRAIN:
             torch.save({"model": model.state_dict()}, plan.runs[entry["run"]].product)
-    done = run_tool("sweep.py", "probes", folder, cwd=ROOT)
+    command = [sys.executable, str(ROOT / "tools/sweep.py"), "probes", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = list(csv.DictReader((folder / "probes.csv").read_text().splitlines()))
     # The same weights and boxes: equal probes, whose correlation is 0.

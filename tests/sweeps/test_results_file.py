@@ -105,9 +105,10 @@ def cells(value, base):
     pretrain, finetune = (3 * gains.mean(axis).var(ddof=1) for axis in (1, 0))
     rest = gains - gains.mean(1, keepdims=True) - gains.mean(0, keepdims=True) + gains.mean()
     residual = (rest**2).sum() / 4
-    total = max(pretrain + finetune - residual, pretrain, finetune)
+    pooled = gains.var(ddof=1)  # where no effect of a seed is seen
+    total = max(pretrain + finetune - residual, pretrain, finetune, pooled)
     spread = pretrain**2 / 2 + finetune**2 / 2 + residual**2 / 4
-    freedom = 2 if total in (pretrain, finetune) else total**2 / spread
+    freedom = {pretrain: 2, finetune: 2, pooled: 8}.get(total, total**2 / spread)
     error = (total / 9) ** 0.5
     low, high = stats.t.interval(0.95, freedom, gains.mean(), error)
     return f"{gains.mean():+.1f} ± {error:.1f} [{low:+.1f}, {high:+.1f}]"
