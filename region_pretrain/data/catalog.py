@@ -97,9 +97,8 @@ def _warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
         try:
             data = Path(record["file_name"]).read_bytes()
             with open_with_pillow(data, record["file_name"]) as image:
-                if not image.mode.startswith("I"):
-                    return
-                highest[image.getextrema()[1]] = record["file_name"]
+                if image.mode.startswith("I"):
+                    highest[image.getextrema()[1]] = record["file_name"]
         except Exception:  # what cannot be read is reported where it is needed
             continue
     if highest and max(highest) < 1 << 12:

@@ -27,8 +27,7 @@ from region_pretrain.data.coco_fixes import upright_size
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.data.findings import Finding, Findings
 from region_pretrain.data.masks import check_evaluated_masks
-from region_pretrain.data.other_labels import check_voc_files
-from region_pretrain.data.sources import findings_of, read_like
+from region_pretrain.data.sources import check_voc_files, findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage, read_record
@@ -89,7 +88,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
 
 
 def _has_boxes(records: Sequence[Mapping]) -> bool:
-    boxes = (a for record in records for a in record.get("annotations", ()))
+    boxes = (a for record in records for a in record.get("annotations") or ())
     return not all(a.get("iscrowd") for a in boxes)
 
 

@@ -1,14 +1,11 @@
-"""Whether labels have what other heads are trained on, and what VOC's metric reads."""
+"""Whether labels have the keypoints and segmentation maps that a detector is trained on."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.errors import UserError
@@ -107,21 +104,3 @@ def _check_keypoints(records: Sequence[dict[str, Any]], key: str, number: int) -
                     f"{record.get('file_name')} has a box with {count} keypoints, but "
                     f"{key}={number}: all boxes need this many (x, y, visibility)"
                 )
-
-
-def check_voc_files(name: str) -> None:
-    """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
-    metadata = MetadataCatalog.get(name)
-    listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
-    with PathManager.open(listing) as file:
-        images = file.read().split()
-    for image in images:
-        path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
-        try:
-            parse_rec(path)
-        except Exception as error:  # a missing file or key, text that is no number, damaged XML
-            raise UserError(
-                f"{path} cannot be evaluated with VOC's metric ({type(error).__name__}: {error}): "
-                "each object needs name, pose, truncated and difficult, and whole numbers as "
-                "corners; complete the file, or use COCOEvaluator"
-            ) from error

@@ -18,6 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from region_pretrain import registration
@@ -193,3 +194,21 @@ def _voc_as_coco(records: Records, classes: list[str]) -> str:
 def _temporary_folder() -> tempfile.TemporaryDirectory:
     """Exists until this process ends."""
     return tempfile.TemporaryDirectory()
+
+
+def check_voc_files(name: str) -> None:
+    """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
+    metadata = MetadataCatalog.get(name)
+    listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
+    with PathManager.open(listing) as file:
+        images = file.read().split()
+    for image in images:
+        path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
+        try:
+            parse_rec(path)
+        except Exception as error:  # a missing file or key, text that is no number, damaged XML
+            raise UserError(
+                f"{path} cannot be evaluated with VOC's metric ({type(error).__name__}: {error}): "
+                "each object needs name, pose, truncated and difficult, and whole numbers as "
+                "corners; complete the file, or use COCOEvaluator"
+            ) from error

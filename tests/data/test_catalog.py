@@ -263,6 +263,7 @@ def test_images_of_a_12_bit_camera_are_nearly_black(tmp_path, caplog):
         values = np.full((8, 8), 4095 if i == 18 else 300, np.uint16)
         Image.fromarray(values).save(folder / f"{i:02}.png")
     (folder / "20.png").write_bytes(b"")
+    Image.new("L", (8, 8)).save(folder / "00.png")  # one of 8 bits
     warning = "values up to 4095 of 65,535 only, and are read as nearly black"
     for _ in range(2):
         get_records(f"folder://{folder}")

@@ -1,45 +1,22 @@
 """The tables of the long Shapes benchmark agree with the committed rows."""
 
-import csv
 import itertools
 import re
 import statistics
 from pathlib import Path
 
-import pytest
-from scipy.stats import spearmanr
+from result_pages import CSV, NAMES, ROOT, table
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
 from region_pretrain.sweeps.rows import read_csv
 
-ROOT = Path(__file__).parents[2]
-CSV = ROOT / "docs/results/shapes_long.csv"
-SETTINGS = ROOT / "docs/results/shapes_settings.csv"
-CHOSEN = ROOT / "docs/results/shapes_chosen.csv"
-LABELS = ROOT / "docs/results/shapes_labels.csv"
-LENGTHS = ROOT / "docs/results/shapes_lengths.csv"
-STEPS = ROOT / "docs/results/shapes_steps.csv"
-NAMES = {
-    "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
-    "BYOL": "byol", "MoCo v2": "moco",
-}  # fmt: skip
-
-
-BYOL_TWICE = "BYOL, learning rate x 2"
 #: The pairs below random weights.
 BELOW = {
     ("byol", "bbox/AP"): [-3.0, -0.6],
     ("moco", "bbox/AP"): [-1.9],
     ("moco", "segm/AP"): [-0.2],
 }
-
-
-def table(text, *header):
-    """Cells of the first table whose header starts with the given names."""
-    start = text.index("| " + " | ".join(header))
-    lines = text[start:].split("\n\n")[0].splitlines()
-    return [line.strip("| ").split(" | ") for line in lines]
 
 
 def test_page_of_the_benchmark(tmp_path):
@@ -79,11 +56,6 @@ def test_readme():
     assert len(lines) == 7 and means == sorted(means, reverse=True)
 
 
-def probes():
-    with open(ROOT / "docs/results/shapes_probes.csv", encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_pages_of_the_methods():
     rows = {row.init: row for row in read_csv(str(CSV))}
     folders = "SoCo", "MCL", "CCOP", "PointRegionContrast", "BYOL", "MoCo"
@@ -96,164 +68,6 @@ def test_pages_of_the_methods():
         )
         random = f"against {reference[0]} and {reference[1]} from random weights"
         assert f"{box} box AP and {mask} mask AP, {random}" in text, folder
-
-
-def test_hours_on_a_gpu():
-    """Images x epochs, divided by the measured images per second."""
-    speed = table((ROOT / "docs/gpu.md").read_text(), "recipe", "images per step")[2:]
-    rates = {line[0].partition(",")[0]: float(line[2].replace(",", "")) for line in speed}
-    page = (ROOT / "docs/own_data.md").read_text()
-    (_, *header), _, *lines = table(page, "images seen", "BYOL")
-    assert len(header) == 6 and len(lines) == 2
-    for million, *hours in lines:
-        images = float(million.split()[0]) * 1e6
-        for name, value in zip(header, hours, strict=True):
-            rate = rates[name[0].upper() + name[1:]]
-            assert value == f"{images / rate / 3600:.1f}", (million, name)
-
-
-def test_page_of_the_probes():
-    lines, page = probes(), (ROOT / "docs/probes.md").read_text()
-    names = {"kNN": "knn", "linear": "linear", "found again": "retrieval"}
-    names["variance within images"] = "variance_within"
-    levels = {"box head": "head", "FPN": "fpn", "trunk": "trunk"}
-    shown = table(page, "probe", "level")[2:]
-    assert len(lines) == 18 and len(shown) == 13
-    aps = [float(line["ap"]) for line in lines]
-    for name, level, rho, seconds in shown:
-        key = f"{names[name]}_{levels[level]}" if name in names else "frozen_trunk"
-        values = [float(line[key]) for line in lines]
-        assert float(rho) == pytest.approx(spearmanr(values, aps).statistic, abs=0.00501)
-        costs = [float(line[f"{key}_seconds"]) for line in lines]
-        assert float(seconds) == pytest.approx(sum(costs) / 18, abs=0.501)
-
-
-def test_lengths_of_pre_training(tmp_path):
-    rows = {row.init: row for row in read_csv(str(LENGTHS))}
-    page = (ROOT / "projects/README.md").read_text()
-    header, _, *lines = table(page, "images seen", "random weights")
-    names = {**NAMES, "point-level region contrast": "point"}
-    suffixes = {"3,488": "_sixteenth", "13,888": "_quarter", "55,552": ""}
-    assert [line[0] for line in lines] == list(suffixes) and len(header) == 8
-    means = {}
-    for seen, *cells in lines:
-        for label, cell in zip(header[1:], cells, strict=True):
-            init = names[label] + suffixes[seen] if label in names else "random"
-            values = [value for _, value in sorted(rows[init].values("bbox/AP").items())]
-            means[label, seen] = statistics.fmean(values)
-            shown = ", ".join(f"{value:.1f}" for value in values)
-            if len(values) > 2:
-                shown = f"{means[label, seen]:.1f} ± {statistics.stdev(values):.1f}"
-            assert cell == shown, (label, seen)
-    for row in read_csv(str(CSV)):
-        if row.init in rows:
-            assert row.by_seeds == rows[row.init].by_seeds
-    for line in probes():
-        if line["initialisation"].endswith("_quarter"):
-            (found,) = (
-                v for k, v in rows[line["initialisation"]].values("bbox/AP").items() if k[0] == 0
-            )
-            assert found == float(line["ap"])
-    _, *figures = write_tables(str(LENGTHS), ["random"], str(tmp_path))
-    assert any(figure.endswith("_images_box_ap.png") for figure in figures)
-    assert (ROOT / "docs/shapes_images.png").stat().st_size > 10_000
-    text, front = (" ".join(p.split()) for p in (page, (ROOT / "README.md").read_text()))
-    rises, fall, above = {}, {}, {}
-    for label in header[2:]:
-        values, key = rows[names[label]].values("bbox/AP"), names[label]
-        pairs = pair(values, rows[f"{key}_quarter"].values("bbox/AP"))
-        assert len(pairs) == 2
-        rises[label] = statistics.fmean(pairs.values())
-        fall[label] = [f"{value:.1f}" for value in pairs.values() if value < 0]
-        random = rows["random"].values("bbox/AP")
-        (above[label],) = pair(rows[f"{key}_sixteenth"].values("bbox/AP"), random).values()
-    assert {label: values for label, values in fall.items() if values} == {
-        "MoCo v2": ["-0.5"],
-        "SoCo": ["-0.9"],
-    }
-    assert (min(rises, key=rises.get), max(rises, key=rises.get)) == ("SoCo", "MCL")
-    shown = f"{min(rises.values()):.1f} (SoCo) to {max(rises.values()):.1f} (MCL)"
-    assert f"rise by {shown} on average" in text and f"rises by {shown}" in front
-    level, low, *_, high = sorted(above, key=above.get)
-    assert level == "MoCo v2" and abs(above[level]) < 0.1
-    assert f"{above[low]:.1f} ({low}) to {above[high]:.1f} ({high}) above random" in text
-    assert f"are {above[low]:.1f} to {above[high]:.1f} above random weights" in front
-    quarter = rows["soco_quarter"].values("bbox/AP").values()
-    assert f"differ by up to {max(quarter) - min(quarter):.1f} (SoCo)" in text
-
-
-def test_labels(tmp_path):
-    path, *figures = write_tables(str(LABELS), ["random"], str(tmp_path))
-    made = Path(path).read_text()
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against labels") : page.index("### Quick size")]
-    for caption in ("box AP", "mask AP"):
-        shown = table(page[page.index(f"labelled scenes, {caption}") :], "initialisation")
-        assert shown == table(made[made.index(f"labelled images: {caption}") :], "initialisation")
-    shown = table(page[page.index("would need") :], "initialisation")
-    assert shown == table(made[made.index("would need for the same box AP") :], "initialisation")
-    assert (ROOT / "docs/shapes_labels.png").stat().st_size > 10_000
-    assert any(figure.endswith("_labels_box_ap.png") for figure in figures)
-    aps = {(r.init, r.labels): r.statistics("bbox/AP")["mean"] for r in read_csv(str(LABELS))}
-    gains = {
-        n: [round(aps[init, n] - aps["random", n], 1) for init in ("soco", "mcl")]
-        for n in (25, 50, 100, 200, 400, 1000)
-    }
-    few = [gain for n in (25, 50, 100, 200) for gain in gains[n]]
-    for text in (page, (ROOT / "README.md").read_text()):
-        text = " ".join(text.split())
-        assert f"are {min(few)} to {max(few)} box AP above random weights on 25 to 200" in text
-        assert (
-            f"MCL on 25{' scenes' if text.startswith('###') else ''} ({aps['mcl', 25]:.1f})" in text
-        )
-        assert f"on 200 ({aps['random', 200]:.1f})" in text
-        assert "{} and {}".format(*gains[400]) in text and "{} and {}".format(*gains[1000]) in text
-    assert f"random weights gain {aps['random', 200] - aps['random', 100]:.1f}" in page
-
-
-def test_steps_of_fine_tuning():
-    """The gains, in the pairs of equal seeds, and where the pages name them."""
-    rows = {(r.init, r.finetune, r.labels): r for r in read_csv(str(STEPS))}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against fine-tuning steps") : page.index("### Settings of the")]
-    names = {"random weights": "random", "SoCo": "soco", "MCL": "mcl"}
-    columns = [("steps300", 100), ("steps900", 100), ("steps900", 25)]
-    for caption, key in (("box AP", "bbox/AP"), ("mask AP", "segm/AP")):
-        for label, *cells in table(page, caption, "300 steps")[2:]:
-            for column, cell in zip(columns, cells, strict=True):
-                row = rows.get((names[label], *column))
-                values = sorted(row.values(key).items()) if row else []
-                assert cell == (", ".join(f"{v:.1f}" for _, v in values) or "–"), (label, column)
-
-    def mean(init, steps, labels=100):
-        return statistics.fmean(rows[init, steps, labels].values("bbox/AP").values())
-
-    def gain(init, steps):
-        both = (rows[name, steps, 100].values("bbox/AP") for name in (init, "random"))
-        return statistics.fmean(pair(*both).values())
-
-    page, front = " ".join(page.split()), " ".join((ROOT / "README.md").read_text().split())
-    last = [f"{mean(init, 'steps900'):.1f}" for init in names.values()]
-    assert (
-        "weights reach {} box AP, MCL {} and SoCo {}".format(*map(last.__getitem__, (0, 2, 1)))
-        in front
-    )
-    gains = [f"{gain(i, f):.1f}" for f in ("steps300", "steps900") for i in ("mcl", "soco")]
-    text = "fall from {} and {} to {} and {}".format(*gains)
-    assert text in front and text in page
-    few = " ".join((ROOT / "docs/labelled_data.md").read_text().split())
-    assert (
-        f"from {mean('random', 'steps300'):.0f} to {mean('random', 'steps900'):.0f} box AP" in few
-    )
-    assert f"[from {gains[0]} to {gains[2]}]" in few
-    mcl, random = (mean(init, "steps900", 25) for init in ("mcl", "random"))
-    assert f"MCL is {mcl - random:.1f} above random weights ({mcl:.1f} and {random:.1f})" in page
-    assert f"MCL is still {mcl - random:.1f} above random weights" in front
-    assert f"On 25 images, with 900 steps, it was {mcl - random:.1f}." in few
-    soco = read_csv(str(CSV))
-    (values,) = (row.values("bbox/AP") for row in soco if row.init == "soco")
-    means = [statistics.fmean(v for k, v in values.items() if k[0] == seed) for seed in range(4)]
-    assert means[3] == min(means)
 
 
 def test_random_weights_on_two_processors():
@@ -307,136 +121,3 @@ def test_readings():
     }
     assert list(positive.values()) == [10, 10, 10, 11]
     assert sum(len(pairs(init, "random")) for init in NAMES.values()) == 72
-
-
-def test_settings():
-    rows = {row.init: row.values("bbox/AP") for row in read_csv(str(SETTINGS))}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Settings of the methods") : page.index("### Quick size")]
-    header, _, *lines = table(page, "method", "own settings")
-    suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated", "_groups"]
-    shown = 0
-    for name, line in zip(("ccop", "point", "byol", "moco"), lines, strict=True):
-        for suffix, cell in zip(suffixes, line[1:], strict=True):
-            values = rows.get(name + suffix, {})
-            aps = [f"{values[seed, 1000]:.1f}" for seed in (0, 1) if (seed, 1000) in values]
-            assert cell == (", ".join(aps) or "–"), name + suffix
-            shown += len(aps)
-    assert shown == sum(len(values) for values in rows.values()) == 31
-    chosen = {row.init: row for row in read_csv(str(CHOSEN))}
-    long = {row.init: row for row in read_csv(str(CSV))}
-    to = {"difference to random weights": "random", "to MoCo v2": "moco", "to BYOL": "byol"}
-    own = {"point_warm": {**to, "to temperature 0.1": "point"}, "byol_twice": to}
-    of = {"SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "point-level region contrast": "point"}
-    for title, init in (("temperature 0.2", "point_warm"), (BYOL_TWICE, "byol_twice")):
-        lines = table(page, title, "box AP")[2:]
-        row = chosen[init]
-        assert len(row.by_seeds) == 9
-        expected = []
-        found = [row.statistics(key) for key in ("bbox/AP", "segm/AP")]
-        expected.append(["n = 9", *(f"{aps['mean']:.1f} ± {aps['std']:.1f}" for aps in found)])
-        pairs = {label: (row, long[name]) for label, name in own[init].items()}
-        if init == "byol_twice":
-            pairs |= {f"{label} to it": (long[name], row) for label, name in of.items()}
-        for label, (a, b) in pairs.items():
-            both = [pair(a.values(key), b.values(key)) for key in ("bbox/AP", "segm/AP")]
-            expected.append([label, *(str(difference(values)) for values in both)])
-        assert lines == expected
-    page = " ".join(page.split())
-    gain = difference(pair(chosen["byol_twice"].values("bbox/AP"), long["byol"].values("bbox/AP")))
-    assert f"by 2.7 on average, and in the results by {gain.mean:.1f}." in page
-    means = {init: sum(values.values()) / len(values) for init, values in rows.items()}
-    below = [means["ccop"] - means[f"ccop_{s}"] for s in ("half", "twice", "warm", "boxes")]
-    assert f"{min(below):.1f} to {max(below):.1f} below its own settings" in page
-    assert f"annotated boxes are {means['ccop_annotated'] - means['ccop']:.1f} above" in page
-    assert f"by {means['point_warm'] - means['point']:.1f} on average" in page
-    gain = means["byol_twice"] - means["byol"]
-    assert f"BYOL is better with twice its learning rate for both seeds, by {gain:.1f} on" in page
-    assert all(rows["byol_twice"][at] > rows["byol"][at] for at in rows["byol"])
-    apart = rows["moco"][1, 1000] - rows["moco"][0, 1000]
-    assert f"MoCo v2 differ by {apart:.1f} with its own settings" in page
-    lower = means["moco"] - means["moco_groups"]
-    assert f"one better and one worse, and {lower:.1f} worse on average: that" in page
-    front = " ".join((ROOT / "README.md").read_text().split())
-    aps = {name: row.statistics("bbox/AP") for name, row in long.items()}
-    twice = chosen["byol_twice"].statistics("bbox/AP")
-    below = [aps[name]["mean"] - twice["mean"] for name in ("mcl", "soco")]
-    assert f"BYOL reaches {twice['mean']:.1f} ± {twice['std']:.1f} with twice its" in front
-    assert "{:.1f} and {:.1f} below MCL and SoCo".format(*below) in front
-    for init, values in rows.items():
-        if init.startswith("ccop_"):
-            assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init
-
-
-def test_better_regions():
-    rows = {row.init: row for row in read_csv(str(ROOT / "docs/results/shapes_regions.csv"))}
-    long = {row.init: row for row in read_csv(str(CSV))}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Better regions") : page.index("### Emoji")]
-    inits = {
-        "SoCo, annotated boxes": "soco_annotated",
-        "CCOP, annotated boxes": "ccop_annotated",
-        "point-level region contrast, annotated boxes": "point_annotated",
-        "point-level region contrast, selective search": "point_boxes",
-    }
-    found = {}
-    lines = table(page, "regions", "box AP")[2:]
-    assert [line[0] for line in lines] == list(inits) and list(rows) == list(inits.values())
-    for label, *cells in lines:
-        init, expected = inits[label], []
-        for key in ("bbox/AP", "segm/AP"):
-            whole = long[init.split("_")[0]].values(key)
-            mine = {seeds[:2]: value for seeds, value in rows[init].values(key).items()}
-            own = {seeds[:2]: value for seeds, value in whole.items() if seeds[0] == 0}
-            assert list(mine) == list(own) == [(0, 0), (0, 1), (0, 2)]
-            for values in (mine, own):
-                numbers = list(values.values())
-                mean, std = statistics.fmean(numbers), statistics.stdev(numbers)
-                expected.append(f"{mean:.1f} ± {std:.1f}")
-            differences = [mine[seeds] - own[seeds] for seeds in mine]
-            expected.append(", ".join(f"{value:+.1f}" for value in differences))
-            found[init, key] = differences
-        assert cells == expected, label
-    text = " ".join(page.split())
-    soco, boxes = found["soco_annotated", "bbox/AP"], found["point_boxes", "bbox/AP"]
-    assert max(soco) < 0 and f"SoCo is {-statistics.fmean(soco):.1f} box AP lower" in text
-    highest = max(rows["soco_annotated"].values("bbox/AP").values())
-    soco = long["soco"].values("bbox/AP")
-    nine = [value for seeds, value in soco.items() if seeds[0] < 3]
-    fourth = [value for seeds, value in soco.items() if seeds[0] == 3]
-    assert len(nine) == 9 and max(fourth) < highest < min(nine)
-    assert f"(at most {highest:.1f})" in text and f"(at least {min(nine):.1f})" in text
-    assert f"the fourth's ({min(fourth):.1f} to {max(fourth):.1f})" in text
-    assert f"are {statistics.fmean(boxes):.1f} above for point-level" in text
-    assert sum(value < 0 for value in boxes) == 1
-    for init in ("ccop_annotated", "point_annotated"):
-        assert min(found[init, "bbox/AP"]) < 0 < max(found[init, "bbox/AP"])
-
-
-def test_emoji():
-    rows = {row.init: row.by_seeds for row in read_csv(str(ROOT / "docs/results/emoji_long.csv"))}
-    values = {init: next(iter(seeds.values())) for init, seeds in rows.items()}
-    second = {init: list(seeds.values())[1] for init, seeds in rows.items() if len(seeds) > 1}
-    assert list(second) == ["random", "soco", "ccop"]
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Emoji") : page.index("### Quick size")]
-    names = {**NAMES, "random weights": "random", "point-level region contrast": "point"}
-    lines = table(page, "initialisation", "box AP", "box AP50")[2:]
-    assert len(lines) == 7
-    for label, *cells in lines:
-        assert cells == [f"{value:.1f}" for value in values[names[label]].values()]
-    for label, *cells in table(page, "second seed", "box AP")[2:]:
-        assert cells == [f"{value:.1f}" for value in second[names[label]].values()]
-    text = " ".join(page.split())
-
-    def above(init, key):
-        return values[init][key] - values["random"][key]
-
-    best = ("mcl", "point", "ccop")
-    box, mask = ([f"{above(init, key):.1f}" for init in best] for key in ("bbox/AP", "segm/AP"))
-    assert "are {}, {} and {} box AP above".format(*box) in text
-    assert "and {}, {} and {} in mask AP".format(*mask) in text
-    assert all(above(init, "bbox/AP") < 0 for init in ("moco", "byol", "soco"))
-    first = -above("soco", "bbox/AP")
-    ccop, soco = (second[n]["bbox/AP"] - second["random"]["bbox/AP"] for n in ("ccop", "soco"))
-    assert f"CCOP is {ccop:.1f} above and SoCo {-soco:.1f} below, after {first:.1f} with" in text

@@ -55,7 +55,7 @@ def label_boxes(labels: np.ndarray, with_zero: bool = False) -> np.ndarray:
     Returns:
         ``(N, 4)`` int64 XYXY, half-open, in the order of the labels.
     """
-    from scipy.ndimage import find_objects  # slow, and read by every training
+    from scipy.ndimage import find_objects  # slow; every training imports this module
 
     values, index = np.unique(labels, return_inverse=True)
     places = find_objects(index.reshape(labels.shape).astype(np.int32) + 1)
