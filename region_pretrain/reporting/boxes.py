@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cache
 
@@ -42,7 +43,7 @@ def draw_boxes(
         labels: N texts; empty ones are not drawn.
         colours: N RGB colours in 0-255.
         labels_inside: draw labels inside the boxes' corners, not above the boxes, for boxes that
-            touch each other.
+            touch each other. A label that would cover another one goes to another corner.
 
     Returns:
         (H', W', 3) uint8 RGB; H' / H = W' / W is a whole number.
@@ -60,26 +61,37 @@ def draw_boxes(
             line = colour if colour_or_black else (0, 0, 0)
             cv2.rectangle(picture, (x0, y0), (x1, y1), line, thickness)
     if labels is not None:
-        for (x0, y0, _, _), colour, label in zip(corners, colours, labels, strict=True):
+        taken = np.zeros((height, width), dtype=bool)
+        for box, colour, label in zip(corners, colours, labels, strict=True):
             if label:
-                _draw_label(picture, x0, y0, colour, label, labels_inside)
+                _draw_label(picture, taken, box, colour, label, labels_inside)
     return picture
 
 
 def _draw_label(
-    picture: np.ndarray, x: int, y: int, colour: tuple[int, int, int], text: str, inside: bool
+    picture: np.ndarray,
+    taken: np.ndarray,
+    box: Sequence[int],
+    colour: tuple[int, int, int],
+    text: str,
+    inside: bool,
 ):
+    """Draw a label at the corner of its box where it covers the least of ``taken``, and add it."""
     text = " ".join(text.split())
     font = _font(frozenset(text))
-    width, (above, below) = round(font.getlength(text)), font.getmetrics()
-    height = above + below + 1
-    x = max(0, min(x, picture.shape[1] - width - 4))
-    top = y if inside else max(0, y - height)  # above the box if there is room
-    cv2.rectangle(picture, (x, top), (x + width + 3, top + height), colour, cv2.FILLED)
-    patch = picture[top : top + height + 1, x : x + width + 4]
-    image = Image.fromarray(patch)
-    ImageDraw.Draw(image).text((2, 1), text, (0, 0, 0), font)
-    patch[:] = image
+    width, height = round(font.getlength(text)) + 4, sum(font.getmetrics()) + 2
+    x0, y0, x1, y1 = box
+    rows = (y0, y1 - height) if inside else (y0 - height + 1, y1, y0)
+    limit = np.maximum(0, np.subtract(taken.shape, (height, width)))
+    places = []
+    for start in itertools.product(rows, (x0, x1 - width)):
+        top, left = np.clip(start, 0, limit)
+        places.append((slice(top, top + height), slice(left, left + width)))
+    place = min(places, key=lambda place: taken[place].sum())  # the first of equals
+    taken[place] = True
+    label = Image.new("RGB", (width, height), colour)
+    ImageDraw.Draw(label).text((2, 1), text, (0, 0, 0), font)
+    picture[place] = np.asarray(label)[: picture[place].shape[0], : picture[place].shape[1]]
 
 
 @cache

@@ -42,6 +42,22 @@ def test_small_pictures_are_enlarged_by_a_whole_number():
     assert rows.min() <= 1 and columns.min() <= 1 and rows.max() >= 397 and columns.max() >= 397
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_labels_do_not_cover_each_other(inside):
+    image = np.zeros((400, 400, 3), np.uint8)
+    boxes = np.array([[50, 60, 250, 160], [50, 60, 300, 260], [52, 58, 320, 200], [1, 1, 60, 70]])
+    colours = [GREEN, (255, 70, 70), (85, 150, 255), (255, 215, 0)]
+    labels = ["12", "345", "66", "78"]
+    together = draw_boxes(image, boxes, labels, colours, labels_inside=inside)
+    for box, colour, label in zip(boxes, colours, labels, strict=True):
+        alone, bare = (draw_boxes(image, [box], [text], [colour], inside) for text in (label, ""))
+        rows, columns = np.nonzero((alone != bare).any(-1))
+        sign = alone[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        sign = np.ascontiguousarray(sign[4:-4, 4:-4])  # without the lines of its box
+        assert sign.max(-1).min() < 60 and coloured(sign, colour).any()  # text on its colour
+        assert cv2.matchTemplate(together, sign, cv2.TM_SQDIFF).min() < 99, label  # in float32
+
+
 def test_detections_below_the_threshold_are_left_out():
     image = np.zeros((400, 400, 3), np.uint8)
     boxes = np.array([[20, 60, 120, 160], [200, 200, 300, 300]], dtype=np.float32)
