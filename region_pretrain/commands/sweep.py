@@ -80,8 +80,8 @@ def _start(argv: list[str], prog: str) -> None:
 
     # submitit's local jobs need POSIX signals and sessions.
     here = "local" if os.name == "posix" else "debug"
-    kind = args.cluster or ("slurm" if args.slurm else here)
-    if args.slurm and kind != "slurm":
+    kind = args.cluster or (here if args.slurm is None else "slurm")
+    if args.slurm is not None and kind != "slurm":
         raise UserError(f"--slurm and --cluster {kind} contradict each other: give one of them")
     if args.jobs is not None and kind != "local":
         raise UserError(
@@ -96,7 +96,7 @@ def _start(argv: list[str], prog: str) -> None:
         count = len(gpus())
         if not 1 <= args.gpus_per_job <= count:
             raise UserError(f"--gpus-per-job {args.gpus_per_job}: this machine has {count} GPUs")
-    cluster = parse_slurm(args.slurm) if args.slurm else Cluster(kind=kind)
+    cluster = Cluster(kind=kind) if args.slurm is None else parse_slurm(args.slurm)
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)
     if args.gpus_per_job is not None:

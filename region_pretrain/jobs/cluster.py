@@ -159,8 +159,8 @@ def parse_slurm(text: str) -> Cluster:
 
     Args:
         text: comma-separated ``key=value`` with the keys of :class:`Cluster` or ``sbatch``, and
-            ``+key=value`` for any other option of ``sbatch``. A value may contain commas
-            (``exclude=n1,n2``). The first item may be a cluster file:
+            ``+key=value``, or ``+key`` for a flag, for any other option of ``sbatch``. A value may
+            contain commas (``exclude=n1,n2``). The first item may be a cluster file:
             ``clusters/mine.py,nodes=2``.
 
     Raises:
@@ -169,7 +169,7 @@ def parse_slurm(text: str) -> Cluster:
     """
     items: list[str] = []
     for piece in re.split(r",(?![^\[]*\])", text):  # but not at the comma of n[1,2]
-        if "=" in piece or not items:
+        if "=" in piece or piece.lstrip().startswith("+") or not items:
             items.append(piece.strip())
         else:
             items[-1] += f",{piece}"
@@ -178,7 +178,7 @@ def parse_slurm(text: str) -> Cluster:
         if cluster.kind != "slurm":
             raise UserError(f"--slurm {text}: the file has kind={cluster.kind}, not slurm")
         return cluster
-    return _override(Cluster(), items, "--slurm")
+    return _override(Cluster(), {}, items, "--slurm")
 
 
 def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
@@ -208,7 +208,7 @@ def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
         raise UserError(f"{path}: cpu={changes['cpu']!r} must be a dict of settings")
     if changes.get("cpu"):
         changes["cpu"] = _settings(changes["cpu"], f"{path}: cpu")
-    return _override(_replace(Cluster(), changes, path), overrides, path)
+    return _override(_replace(Cluster(), changes, path), settings, overrides, path)
 
 
 def _settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -220,20 +220,25 @@ def _settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     return changes
 
 
-def _override(cluster: Cluster, items: Sequence[str], where: str) -> Cluster:
+def _override(
+    cluster: Cluster, settings: Mapping[str, Any], items: Sequence[str], where: str
+) -> Cluster:
     known = [f.name for f in dataclasses.fields(Cluster) if f.name not in _NOT_IN_TEXT]
     changes: dict[str, Any] = {"extra": dict(cluster.extra)}
+    as_sbatch = "gpus" in settings
     for item in filter(None, items):
-        key, _, value = item.partition("=")
-        if not value:
+        key, equals, value = item.partition("=")
+        if key.startswith("+") and (value or not equals):
+            changes["extra"][key[1:]] = value or True  # submitit writes a flag
+        elif not value:
             raise UserError(f"{where}: {item!r} is not of the form key=value")
-        if key.startswith("+"):
-            changes["extra"][key[1:]] = value
         else:
             name = _field(key, known, where)
             changes[name] = _value(name, value)
+            if name == "gpus_per_node":
+                as_sbatch = key == "gpus"
     found = _replace(cluster, changes, where)
-    if found.nodes > 1 and any(item.startswith("gpus=") for item in items):
+    if found.nodes > 1 and as_sbatch:
         raise UserError(
             f"{where}: gpus=N is the number of a node here, and of a job for sbatch: with "
             f"nodes={found.nodes} write gpus-per-node=N"

@@ -74,8 +74,8 @@ def require_commands() -> None:
 
 
 def list_partitions() -> list[str]:
-    """The names of the cluster's partitions."""
-    return list(dict.fromkeys(_run("sinfo", "--noheader", "--format=%R").split()))
+    """The names of the cluster's partitions, also of hidden ones."""
+    return list(dict.fromkeys(_run("sinfo", "--all", "--noheader", "--format=%R").split()))
 
 
 def jobs_of(user: str = "") -> dict[str, str]:
@@ -87,8 +87,8 @@ def jobs_of(user: str = "") -> dict[str, str]:
         user: a name; empty for the user of this process.
     """
     whose = f"--user={user}" if user else "--me"
-    lines = _run("squeue", whose, "--noheader", "--array", "--format=%i %T").splitlines()
-    return dict(line.split() for line in lines if line.strip())
+    command = ("squeue", whose, "--all", "--noheader", "--array", "--format=%i %T")
+    return dict(line.split() for line in _run(*command).splitlines() if line.strip())
 
 
 def waiting_reasons(user: str = "") -> dict[str, str]:
@@ -98,14 +98,16 @@ def waiting_reasons(user: str = "") -> dict[str, str]:
         user: see :func:`jobs_of`.
     """
     whose = f"--user={user}" if user else "--me"
-    command = ("squeue", whose, "--states=PENDING", "--noheader", "--array", "--format=%i %r")
+    command = ("squeue", whose, "--all", "--states=PENDING", "--noheader", "--array")
+    command += ("--format=%i %r",)
     return dict(line.split(maxsplit=1) for line in _run(*command).splitlines() if " " in line)
 
 
 def job_state(job_id: str) -> str:
     """The state of a job, e.g. ``RUNNING``; "" if it has left the queue."""
+    command = ("squeue", "--all", "--noheader", "--format=%T", f"--jobs={job_id}")
     try:
-        return _run("squeue", "--noheader", "--format=%T", f"--jobs={job_id}", seconds=30).strip()
+        return _run(*command, seconds=30).strip()
     except Unavailable as error:
         if "Invalid job id" in str(error):
             return ""

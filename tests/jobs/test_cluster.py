@@ -41,6 +41,7 @@ def test_slurms_forms_of_a_time(text, minutes):
         ("partion=gpu", "--slurm: no setting 'partion'; did you mean partition"),
         ("quux=1", "known settings: partition, account"),
         ("nodes", "'nodes' is not of the form key=value"),
+        ("+nice=", r"'\+nice=' is not of the form key=value"),
         ("nodes=two", "nodes=two: must be an integer"),
         ("time=soon", "time=soon: must be minutes, HH:MM:SS"),
         ("mem=much", "mem_gb=much: must be a number of GB"),
@@ -66,7 +67,14 @@ def test_a_settings_file_and_overrides(tmp_path):
     changed = parse_slurm(f"{EXAMPLE},nodes=4,qos=high,+nice=10")
     assert (changed.nodes, changed.qos, changed.partition) == (4, "high", "gpu")
     assert changed.extra == {"comment": "region_pretrain", "nice": "10"}
+    flags = parse_slurm("+exclusive,partition=gpu,+overcommit,cpus-per-task=2")
+    assert flags.extra == {"exclusive": True, "overcommit": True}
+    assert (flags.partition, flags.cpus_per_task) == ("gpu", 2)
     mine = tmp_path / "mine.py"
+    mine.write_text("cluster = dict(nodes=2, gpus=8)")
+    with pytest.raises(UserError, match="mine.py: gpus=N is .* write gpus-per-node=N"):
+        load_cluster(str(mine))
+    assert load_cluster(str(mine), ["gpus-per-node=4"]).gpus_per_node == 4
     mine.write_text("cluster = dict(partition='x', time='1:00:00', setup=['module load cuda'])")
     assert load_cluster(str(mine)).time == 60
     mine.write_text("cluster = dict(kind='local')")
