@@ -120,9 +120,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--part-size",
         type=int,
-        default=1000,
         metavar="N",
-        help="images per part, the unit of resumption (default %(default)s)",
+        help="images per part, the unit of resumption (default 1000; with several shards fewer if "
+        "each would have less than four parts)",
     )
     parser.add_argument(
         "--preview", type=int, metavar="N", help="draw N images to FILE.preview.png"
@@ -323,6 +323,15 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     labels = isinstance(recipe, GroundTruthRecipe)
     if args.boxes is not None:
         refuse_annotations(args.boxes, names)
+    if args.slurm is None and args.shards != 1:
+        raise UserError(
+            f"--shards {args.shards} is the number of jobs with --slurm; without it, run "
+            f"--shard I/{args.shards} for every I from 0 to {args.shards - 1}"
+        )
+    if args.slurm is not None and args.shard != "0/1":
+        raise UserError(
+            f"--shard {args.shard} with --slurm: --shards {shard[2]} submits all of them"
+        )
     records, prepare = get_records(names, annotations=labels, boxes=True), None
     if wants_slurm(args):
         submit_shards(args, _arguments(args, names, changes), args.out)

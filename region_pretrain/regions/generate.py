@@ -50,7 +50,7 @@ def make_regions(
     workers: int | None = None,
     shard: tuple[int, int] = (0, 1),
     max_unreadable: float = 0.01,
-    part_size: int = 1000,
+    part_size: int | None = None,
     prepare: Prepare | None = None,
 ) -> dict | None:
     """Make the regions of a data set and write them to a store.
@@ -72,7 +72,8 @@ def make_regions(
             merges the parts.
         max_unreadable: largest fraction of the images that may be unreadable; at least one may,
             unless the fraction is 0.
-        part_size: images per part.
+        part_size: images per part, the unit of resumption; None: see
+            :class:`~region_pretrain.regions.parts.Parts`.
         prepare: called with the records of each missing part, e.g. to run a detector.
 
     Returns:
@@ -85,7 +86,7 @@ def make_regions(
         recipe = get_recipe(recipe)
     workers = len(cores()) if workers is None else workers
     index, count = shard
-    if workers < 1 or part_size < 1:
+    if workers < 1 or (part_size is not None and part_size < 1):
         raise UserError(f"workers={workers} and part_size={part_size} must be at least 1")
     if count < 1 or not 0 <= index < count:
         raise UserError(f"shard {index}/{count}: i/n needs 0 <= i < n")
@@ -96,7 +97,7 @@ def make_regions(
         raise UserError(f"{out} is a folder; name a file, e.g. {out}/regions.arrow")
 
     with _write_errors(out):
-        parts = Parts(records, out, recipe, part_size)
+        parts = Parts(records, out, recipe, part_size, count)
         return _make(parts, workers, shard, tolerated, prepare or iter)
 
 

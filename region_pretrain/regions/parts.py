@@ -24,7 +24,7 @@ from region_pretrain.images import readings_of
 from region_pretrain.regions.images import digest_of_keys, file_sizes, readable
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
-from region_pretrain.regions.summary import PRECISION_IOU, RECALL_IOUS, Hits, summarise
+from region_pretrain.regions.summary import Hits, as_part, summarise
 from region_pretrain.regions.writing import merge_stores, write_store
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 #: Name of the file in the folder of parts that describes them.
 PLAN = "plan.json"
 _COUNTS = ("given", "dropped", "clipped")
+_SIZE, _PARTS_PER_SHARD = 1000, 4  # images, if there is one shard; parts, if there are several
 _SAMPLE = 64  # images whose file sizes are compared with those of a later run
 
 
@@ -67,7 +68,9 @@ class Parts:
         records: Detectron2 dicts of all images.
         out: path of the store; if it exists, only images that it lacks are split into parts.
         recipe: the recipe.
-        size: images per part.
+        size: images per part; None: that of an unfinished run, otherwise 1,000, or fewer so that
+            each shard has four parts.
+        shards: between how many the parts are shared.
 
     Attributes:
         records: the images that the store lacks; none if they were unreadable and still are.
@@ -77,8 +80,10 @@ class Parts:
             or none of these images.
     """
 
-    def __init__(self, records: Sequence[dict], out: str, recipe: Recipe, size: int) -> None:
-        self.out, self.recipe, self.size = out, recipe, size
+    def __init__(
+        self, records: Sequence[dict], out: str, recipe: Recipe, size: int | None, shards: int = 1
+    ) -> None:
+        self.out, self.recipe = out, recipe
         self.folder = f"{out}.parts"
         keys = set()
         for record in records:
@@ -97,17 +102,25 @@ class Parts:
         self._refuse_other_files(records)
         self._before = self._base and _content(self._base)
         self.records = self._without_regions(records)
+        self.size = size or self._usual_size(shards)
         self._plan = {
             "recipe": recipe.id,
             "images": len(self.records),
             "image_list": self._image_list,
-            "part_size": size,
+            "part_size": self.size,
             "opencv": cv2.__version__,
             "reading": self._reading,
         }
 
     def __len__(self) -> int:
         return -(-len(self.records) // self.size)
+
+    def _usual_size(self, shards: int) -> int:
+        found = (self._found_plan() or {}).get("part_size")
+        if isinstance(found, int) and found > 0:
+            return found
+        enough = -(-len(self.records) // (_PARTS_PER_SHARD * shards))
+        return _SIZE if shards == 1 else max(1, min(_SIZE, enough))
 
     def records_of(self, part: int) -> Sequence[dict]:
         """The images of a part."""
@@ -321,7 +334,7 @@ class Parts:
                 return None
             if base is not None:
                 logger.info("Extending %s by %d images", self.out, len(self.records))
-                manifests.append(_as_part(base))
+                manifests.append(as_part(base.manifest["summary"]))
                 counts.append(base.counts())
                 paths.append(self.out)
             self._check_dropped(manifests)
@@ -382,19 +395,3 @@ def _first_names(unreadable: Sequence[tuple[str, str]]) -> str:
 def _line(pair: tuple[str, str]) -> str:
     key, error = map(printable, pair)
     return f"{key}\t{error}\n"
-
-
-def _as_part(store: RegionStore) -> dict[str, Any]:
-    """The facts of a finished store in the form of a part's."""
-    summary = store.manifest["summary"]
-    objects, judged = summary.get("objects", 0), summary.get("judged", 0)
-    found = [round(objects * summary.get(f"recall@{iou:g}", 0.0)) for iou in RECALL_IOUS]
-    precise = round(judged * summary.get(f"precision@{PRECISION_IOU:g}", 0.0))
-    return {
-        "unreadable": [],
-        "given": summary.get("given", summary["boxes"]),
-        "dropped": summary.get("dropped", 0),
-        "clipped": summary.get("clipped", 0),
-        "seconds": summary.get("seconds_per_image", 0.0) * summary["images"],
-        "hits": [objects, found, judged, precise],
-    }

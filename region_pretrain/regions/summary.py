@@ -102,6 +102,21 @@ def summarise(parts: Sequence[Mapping[str, Any]], counts: np.ndarray) -> dict[st
     return summary
 
 
+def as_part(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`summarise` reads from a part, for a finished store with this summary."""
+    objects, judged = summary.get("objects", 0), summary.get("judged", 0)
+    found = [round(objects * summary.get(f"recall@{iou:g}", 0.0)) for iou in RECALL_IOUS]
+    precise = round(judged * summary.get(f"precision@{PRECISION_IOU:g}", 0.0))
+    return {
+        "unreadable": [],
+        "given": summary.get("given", summary["boxes"]),
+        "dropped": summary.get("dropped", 0),
+        "clipped": summary.get("clipped", 0),
+        "seconds": summary.get("seconds_per_image", 0.0) * summary["images"],
+        "hits": [objects, found, judged, precise],
+    }
+
+
 def hits_of(part: Mapping[str, Any]) -> Hits:
     """The hits in the manifest of a part."""
     objects, found, judged, precise = part["hits"]

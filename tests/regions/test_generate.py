@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from region_pretrain.errors import UserError
 from region_pretrain.images import read_image, read_record
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
+from region_pretrain.regions.parts import Parts
 from region_pretrain.regions.recipes import get_recipe
 from region_pretrain.regions.summary import format_summary
 
@@ -75,6 +77,22 @@ def test_a_shard_does_only_its_own_parts(tmp_path, records):
     assert parts == {"part-000001.arrow", "part-000003.arrow"}
     keys = set(contents(f"{out}.parts/part-000003.arrow"))
     assert keys == {"im/9", "im/10"}
+
+
+def test_every_shard_has_parts_of_a_small_data_set(tmp_path, records):
+    """11 images are a single part of 1,000, and would be the work of the first of two shards."""
+    out = str(tmp_path / "r.arrow")
+    assert make_regions(records, out, "grid-v1", 1, (1, 2)) is None  # parts of 2 images
+    parts = {name: len(contents(name)) for name in glob.glob(f"{out}.parts/*.arrow")}
+    assert parts == {f"{out}.parts/part-{i:06d}.arrow": n for i, n in ((1, 2), (3, 2), (5, 1))}
+    # Another number of shards continues with the same parts.
+    assert make_regions(records, out, "grid-v1", 1, (0, 1))["images"] == 11
+    plain = str(tmp_path / "plain.arrow")
+    make_regions(records, plain, "grid-v1", 1)
+    assert contents(out) == contents(plain)
+    for shards, images, size in ((1, 9000, 1000), (16, 9000, 141), (16, 10**5, 1000), (9, 3, 1)):
+        many = [{"image_id": i, "file_name": "x"} for i in range(images)]
+        assert Parts(many, str(tmp_path / "n"), get_recipe("grid-v1"), None, shards).size == size
 
 
 def test_random_boxes_depend_on_the_image_and_not_on_its_position(tmp_path, records):

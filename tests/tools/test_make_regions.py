@@ -121,6 +121,8 @@ def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
         (["--images", "photos", "--shard", "3"], "--shard 3"),
         (["--images", "photos", "--shard", "2/2"], "0 <= i < n"),
         (["--images", "photos", "--preview", "0"], "--preview 0"),
+        (["--images", "photos", "--shards", "3"], "for every I from 0 to 2"),
+        (["--images", "photos", "--shard", "1/3", "--slurm", "nice"], "--shards 3 submits all"),
     ],
 )
 def test_invalid_arguments_end_with_one_line(
@@ -200,4 +202,4 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     # The jobs of shards know neither the config nor the working directory's names.
     args = make_regions.make_parser().parse_args(["--config-file", "x", "--out", "r.arrow", *code])
     made = make_regions._arguments(args, by_path, {})
-    assert made == ["--dataset", by_path, *code, "--out", "r.arrow", *made[-4:]]
+    assert made == ["--dataset", by_path, *code, "--out", "r.arrow", "--max-unreadable", "0.01"]
