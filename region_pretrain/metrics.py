@@ -14,6 +14,8 @@ from region_pretrain.json_files import read_json
 
 #: task -> metric -> percent; None where undefined, e.g. the AP of a class without boxes.
 Results = dict[str, dict[str, float | None]]
+#: The task in the results of a training that diverged, which has no other.
+DIVERGED = "diverged"
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:

@@ -71,6 +71,9 @@ train = dict(
     # Fine-tuning: largest fraction of the images that may be unreadable; each is replaced by the
     # next one, with a warning. One is always tolerated, unless the fraction is 0.
     max_unreadable=0.01,
+    # Fine-tuning: if it diverges, write this to results.json instead of failing, as the trials of a
+    # sweep's learning rates do.
+    diverged_is_result=False,
     # Write metrics and check for NaN every this many iterations.
     log_period=20,
     # Where metrics and pictures are written: console, json (required), tensorboard, csv, wandb,

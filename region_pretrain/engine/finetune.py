@@ -47,9 +47,9 @@ from region_pretrain.engine.processes import fail_together, on_main_process
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
-from region_pretrain.errors import UserError
+from region_pretrain.errors import NonFiniteLoss, UserError
 from region_pretrain.files import make_writable, write_text_atomic
-from region_pretrain.metrics import Results
+from region_pretrain.metrics import DIVERGED, Results
 from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.modeling.norms import broadcast_statistics
 
@@ -182,7 +182,8 @@ def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase]
 
     Returns:
         task -> metric -> value at the end of training (also in ``results.json``), on the main
-        process.
+        process. With ``train.diverged_is_result``, a training that diverges has a single task,
+        :data:`~region_pretrain.metrics.DIVERGED`, without metrics.
 
     Raises:
         UserError: the config, the data or the output folder is invalid, or the final evaluation
@@ -194,7 +195,16 @@ def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase]
     warn_of_same_data(cfg)
     with start_run(cfg, resume):
         classes.log()
-        return _train(cfg, classes, resume, hooks)
+        try:
+            return _train(cfg, classes, resume, hooks)
+        except NonFiniteLoss as error:
+            if not cfg.train.diverged_is_result:
+                raise
+            logger.warning("%s", error)
+            results: Results = {DIVERGED: {}}
+            if comm.is_main_process():
+                _write_results(os.path.join(cfg.train.output_dir, "results.json"), results)
+            return results
 
 
 def _train(

@@ -245,6 +245,11 @@ class Trainer(TrainerBase):
                 with self._autocast(), scalars:
                     try:
                         output = self.model(part)
+                    except FloatingPointError as error:  # of Detectron2's proposals
+                        raise NonFiniteLoss(
+                            f"training has diverged at iteration {self.iter}: {error} "
+                            f"{self._last_good()}"
+                        ) from error
                     except ValueError as error:  # PyTorch's text
                         if len(part) > 1 or "more than 1 value per channel" not in str(error):
                             raise
@@ -303,14 +308,12 @@ class Trainer(TrainerBase):
         if not found:
             return
         iteration, losses, rank = min(found, key=lambda entry: entry[0])
-        last = self.last_checkpoint() if self.last_checkpoint else ""
         raise NonFiniteLoss(
             f"loss became NaN or infinite at iteration {iteration}"
             + (f" on rank {rank}" if comm.get_world_size() > 1 else "")
             + ": "
             + ", ".join(f"{name}={value}" for name, value in losses.items())
-            + (f"; last good checkpoint: {last}" if last else "; there is no checkpoint yet")
-            + f". {_REMEDY}"
+            + f"; {self._last_good()}"
         )
 
     def check_weights(self) -> None:
@@ -323,11 +326,15 @@ class Trainer(TrainerBase):
         finite = not parameters or torch.stack([p.isfinite().all() for p in parameters]).all()
         if all(comm.all_gather(bool(finite))):
             return
-        last = self.last_checkpoint() if self.last_checkpoint else ""
         raise NonFiniteLoss(
-            f"weights became NaN or infinite at iteration {self.iter}, so they are not saved; last "
-            f"good checkpoint: {last or 'none'}. {_REMEDY}"
+            f"weights became NaN or infinite at iteration {self.iter}, so they are not saved; "
+            f"{self._last_good()}"
         )
+
+    def _last_good(self) -> str:
+        last = self.last_checkpoint() if self.last_checkpoint else ""
+        known = f"last good checkpoint: {last}" if last else "there is no checkpoint yet"
+        return f"{known}. {_REMEDY}"
 
     def _reset_clocks(self) -> None:
         self._data_seconds = self._step_seconds = 0.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
-from region_pretrain.metrics import read_results
+from region_pretrain.metrics import DIVERGED, read_results
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,8 @@ def mean_of_trials(values: Sequence[float | None]) -> float | None:
     """The mean metric of the trials of one learning rate.
 
     Args:
-        values: one per trial; None if its detector found nothing, which counts as 0.
+        values: one per trial; None if its detector found nothing or its training diverged, which
+            counts as 0.
 
     Returns:
         None if no trial found anything.
@@ -41,21 +42,27 @@ def choose(results: Sequence[Sequence[str]], metric: str, out: str) -> str:
         The learning rate, as written in ``results``.
 
     Raises:
-        UserError: a trial has no results, or none of them has the metric.
+        UserError: a trial has no results, none of them has the metric, or all have diverged.
     """
     task, name = metric.split("/")
     values: dict[str, list[float | None]] = {}
     known: list[str] = []
+    converged = False
     for rate, path in results:
         if not os.path.isfile(path):
             raise UserError(f"the trial of optimizer.lr={rate} has no {path}: run it first")
         found = read_results(path)
+        converged |= DIVERGED not in found
         for of, metrics in found.items():
             known += [f"{of}/{key}" for key, value in metrics.items() if value is not None]
         values.setdefault(rate, []).append(found.get(task, {}).get(name))
     if known and metric not in known:  # none at all: no detector found anything
         known = ", ".join(dict.fromkeys(known))
         raise UserError(f"the trials have no metric {metric}: choose from {known}")
+    if not converged:
+        raise UserError(
+            f"the trials of all learning rates have diverged ({', '.join(values)}): add a lower one"
+        )
     means = {rate: mean_of_trials(found) for rate, found in values.items()}
     best = max(means, key=lambda rate: means[rate] or 0.0)
     logger.info("%s by learning rate: %s; chosen: %s", metric, values, best)

@@ -227,7 +227,7 @@ def content(cfg: DictConfig, without: Sequence[str] = ()) -> str:
             node = node[part]
         node[last] = None
     values["train"] |= _HARMLESS
-    for key in ("writers", "tracking", "pictures"):
+    for key in ("writers", "tracking", "pictures", "diverged_is_result"):
         values["train"].pop(key, None)
     return json.dumps(values, default=_named, sort_keys=True)
 

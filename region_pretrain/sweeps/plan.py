@@ -36,6 +36,9 @@ from region_pretrain.tracking.service import SERVICES
 CHOICE_FILE = "chosen_learning_rate.txt"
 _FINAL_CHECKPOINT = f"{checkpoint.FINAL}.pth"
 _DATASET = "dataloader.train.dataset"
+#: Options of ``tools/make_regions.py``, with a value each, that do not affect the boxes.
+_HARMLESS = ("--workers", "--max-unreadable", "--part-size", "--preview")
+_WORKERS = ("--workers", "1")  # the default; always in a run's id, as it has been
 
 
 def make_plan(sweep: Sweep) -> Plan:
@@ -138,7 +141,7 @@ class _Planner:
             [
                 names if isinstance(names, str) else list(names),
                 dataset.get("recipe"),
-                generation.arguments,
+                [*_WORKERS, *_that_matter(generation.arguments)],
             ],
             "regions.arrow",
             tasks,
@@ -255,7 +258,7 @@ class _Planner:
                 if labels["init"] in self._sweep.pretrain:
                     mine["pretrain_seed"] = own[i % len(own)]
                 name = f"{slug}_lr{rate:g}" + (f"_seed{seed}" if len(seeds) > 1 else "")
-                more = [*entry.held_out, f"optimizer.lr={rate:g}"]
+                more = [*entry.held_out, f"optimizer.lr={rate:g}", "train.diverged_is_result=true"]
                 trials.append((rate, self._train(TRIAL, name, mine, more)))
 
         def tasks(folder: str) -> list[list[str]]:
@@ -352,6 +355,17 @@ class _Planner:
             parents,
             **labels,
         )
+
+
+def _that_matter(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a region search that affect its boxes."""
+    words, kept = iter(arguments), []
+    for word in words:
+        if word in _HARMLESS:
+            next(words, None)
+        elif not word.startswith(tuple(f"{option}=" for option in _HARMLESS)):
+            kept.append(word)
+    return kept
 
 
 def _registering(cfg: Any) -> list[str]:

@@ -31,6 +31,7 @@ from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import FailedElsewhere, launch
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage
+from region_pretrain.metrics import DIVERGED, read_results
 
 
 def metrics(folder):
@@ -276,6 +277,10 @@ def test_a_failed_last_step_is_not_evaluated(tmp_path, monkeypatch):
         do_train(make_detection_config(tmp_path, max_iter=2, hooks=[L(Bias)(iteration=1)]))
     assert calls == []
     assert not (tmp_path / "results.json").exists()
+    cfg = make_detection_config(tmp_path / "trial", max_iter=2, hooks=[L(Bias)(iteration=1)])
+    cfg.train.diverged_is_result = True
+    assert do_train(cfg) == {DIVERGED: {}} == read_results(str(tmp_path / "trial"))
+    assert calls == [] and "loss_y=nan" in (tmp_path / "trial/log.txt").read_text()
 
 
 def test_evaluation_only(tmp_path):

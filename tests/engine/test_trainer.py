@@ -1,4 +1,5 @@
 import math
+import re
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from region_pretrain.engine.hooks import CheckpointHook
 from region_pretrain.engine.trainer import StepScalars, Trainer, split_batch
-from region_pretrain.errors import UserError
+from region_pretrain.errors import NonFiniteLoss, UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
 
@@ -229,6 +230,25 @@ def test_nan_names_iteration_losses_and_checkpoint():
     assert "loss_main=nan" in message and "loss_l2=nan" in message
     assert "total_loss" not in message
     assert "last good checkpoint: out/model_3.pth" in message
+
+
+def test_detectron2s_proposals_that_are_nan_end_in_the_same_way():
+    class Diverged(TinyMethod):
+        def forward(self, batch):
+            if diverges:
+                raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+            return super().forward(batch)
+
+    diverges = False
+    train(Diverged(), 2)
+    diverges = True
+    with pytest.raises(NonFiniteLoss) as error:
+        train(Diverged(), 2, last_checkpoint=lambda: "out/model_3.pth")
+    assert re.match(
+        r"training has diverged at iteration 0: Predicted boxes or scores contain Inf/NaN. last "
+        "good checkpoint: out/model_3.pth. A lower optimizer.lr",
+        str(error.value),
+    )
 
 
 class NanStep(HookBase):

@@ -14,6 +14,7 @@ from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.json_files import build
+from region_pretrain.metrics import DIVERGED
 from region_pretrain.sweeps import configs, jobs, state, submission
 from region_pretrain.sweeps.choice import choose, read_choice
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL, Plan
@@ -99,6 +100,22 @@ def test_identical_runs_are_merged_whatever_their_names(tmp_path):
     renamed = {"x": twice["other"], "y": twice["soco"]}
     elsewhere = make_plan(sweep(tmp_path / "b", pretrain=renamed))
     assert set(elsewhere.runs) == set(found.runs)
+
+
+def test_how_a_region_search_runs_does_not_change_its_id(tmp_path):
+    def ids(*arguments):
+        regions = {"shards": 3, **({"arguments": list(arguments)} if arguments else {})}
+        return set(make_plan(sweep(tmp_path, regions=regions)).runs)
+
+    usual = ids()
+    for arguments in (
+        ("--workers", "16"),
+        ("--workers=16", "--max-unreadable", "0.03"),
+        ("--part-size", "50", "--preview=3"),
+    ):
+        assert ids(*arguments) == usual
+    assert ids("--boxes", "a.json", "--workers", "2") == ids("--workers=1", "--boxes", "a.json")
+    assert not usual & ids("--boxes", "a.json")
 
 
 def test_a_renamed_run_keeps_its_folder(tmp_path):
@@ -302,6 +319,17 @@ def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
     with pytest.raises(UserError, match="trials have no metric segm/AP: choose from bbox/AP$"):
         choose(trials, "segm/AP", out)
     assert choose([("0.3", paths["0.2"])], "segm/AP", out) == "0.3"  # nothing found, as above
+    diverged = tmp_path / "diverged.json"
+    diverged.write_text(json.dumps({DIVERGED: {}}))
+    assert choose([("0.4", str(diverged)), ("0.05", paths["0.05"])], "bbox/AP", out) == "0.05"
+    with pytest.raises(UserError, match=r"of all learning rates have diverged \(0.4, 0.8\): add a"):
+        choose([("0.4", str(diverged)), ("0.8", str(diverged))], "bbox/AP", out)
+
+
+def test_a_trial_that_diverges_is_a_result_and_a_fine_tuning_is_not(plan):
+    for kind, wanted in ((TRIAL, "true"), (FINETUNE, None)):
+        for run in entries(plan, kind):
+            assert overrides(run).get("train.diverged_is_result") == wanted
 
 
 def test_labelled_data_by_path(tmp_path, coco_folder, monkeypatch):
