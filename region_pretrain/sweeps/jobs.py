@@ -194,13 +194,15 @@ def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]
     Args:
         plan: the runs.
         live_now: returns :func:`live_jobs`. It is called after the records have been read, as a job
-            that is submitted in between would look as if it had failed.
+            that is submitted in between would look as if it had failed; not if all are finished.
 
     Returns:
-        Run id -> state.
+        Run id -> state. A run of several jobs of which one has failed blocks those that depend on
+        it, although it is ``running`` until the others end.
     """
     records = {run.id: state.read_record(run) for run in plan.runs.values()}
-    live, found = live_now(), {}
+    done = all(map(state.is_finished, plan.runs.values()))
+    live, found = {} if done else live_now(), {}
     for run in plan.runs.values():
         record = records[run.id]
         job_states = [live[j] for j in record.job_ids if j in live] if record else []
@@ -216,11 +218,18 @@ def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]
             found[run.id] = state.CANCELLED
         else:
             found[run.id] = state.FAILED if record.job_ids else state.WAITING
+    unfinished = [run for run in plan.runs.values() if found[run.id] != state.FINISHED]
+    failed = {
+        run.id
+        for run in unfinished
+        if found[run.id] == state.FAILED or state.failed_jobs(run, records[run.id])
+    }
     for run in plan.runs.values():  # SLURM cancels the dependants of a failed job
-        stuck = any(found[p] in (state.FAILED, state.BLOCKED) for p in run.parents)
+        stuck = any(p in failed or found[p] == state.BLOCKED for p in run.parents)
         if stuck and found[run.id] == state.FAILED and not read_attempts(run.folder):
             found[run.id] = state.BLOCKED
-    for blocked in state.blocked_by(plan, {i for i, s in found.items() if s == state.FAILED}):
+            failed.discard(run.id)
+    for blocked in state.blocked_by(plan, failed):
         if found[blocked] in (state.WAITING, state.FAILED):
             found[blocked] = state.BLOCKED
     return found

@@ -109,6 +109,8 @@ def _work(folder: str) -> None:
         ready = _startable(sweep, now)
         if not running and not ready:
             return
+        if ready and state.read_sweep(folder) != sweep:
+            continue  # it has just been started again
         for name in ready[: max(0, sweep.cluster.jobs - running)]:
             # Those of running jobs are in their records: another coordinator may have started them.
             busy = [

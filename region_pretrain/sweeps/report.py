@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from region_pretrain.engine.environment import machine, versions
 from region_pretrain.files import make_writable, write_atomic, write_text_atomic
+from region_pretrain.jobs import slurm
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.plots import metric_curve, plot_curves
 from region_pretrain.sweeps import jobs, state
@@ -28,6 +29,8 @@ HTML, MARKDOWN, CSV = "report.html", "report.md", "results.csv"
 def write_sweep_report(folder: str) -> list[str]:
     """Write the report of a sweep's current state into its folder.
 
+    It needs no SLURM: where SLURM does not answer, unfinished runs are ``unknown``.
+
     Returns:
         Paths of the page, the Markdown table and the CSV file.
 
@@ -35,7 +38,13 @@ def write_sweep_report(folder: str) -> list[str]:
         UserError: the folder contains no sweep.
     """
     sweep = state.read_sweep(folder)
-    now = jobs.states_now(sweep, folder)
+    try:
+        now = jobs.states_now(sweep, folder)
+    except slurm.Unavailable:
+        now = {
+            run.id: state.FINISHED if state.is_finished(run) else state.UNKNOWN
+            for run in sweep.plan.runs.values()
+        }
     rows = collect(sweep)
     found = tables(rows, _probes(sweep))
     paths = [os.path.join(folder, name) for name in (HTML, MARKDOWN, CSV)]

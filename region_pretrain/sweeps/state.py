@@ -23,7 +23,7 @@ from region_pretrain.sweeps.graph import REGIONS, Plan, Run
 _VERSION = 2
 _SWEEP, _RUN = "sweep.json", "run.json"
 WAITING, QUEUED, RUNNING, FINISHED = "waiting", "queued", "running", "finished"
-FAILED, BLOCKED, CANCELLED = "failed", "blocked", "cancelled"
+FAILED, BLOCKED, CANCELLED, UNKNOWN = "failed", "blocked", "cancelled", "unknown"
 #: States that a run leaves only when the sweep is started again.
 ENDED = (FINISHED, FAILED, BLOCKED, CANCELLED)
 
@@ -284,6 +284,14 @@ def attempts(run: Run) -> list[Attempt]:
             if "outcome" not in attempt:
                 attempt["ended"] = max(attempt["started"], os.path.getmtime(run.product))
     return found
+
+
+def failed_jobs(run: Run, record: Record | None) -> list[str]:
+    """The jobs of a run's submission, if there are several, that failed with an error."""
+    if record is None or len(record.job_ids) < 2:
+        return []
+    failed = {attempt["job"] for attempt in attempts(run) if attempt.get("outcome") == FAILED}
+    return sorted(failed.intersection(record.job_ids))
 
 
 def finished_at(run: Run) -> float:

@@ -46,6 +46,8 @@ def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
         word, record, at = now[run.id], state.read_record(run), state.progress(run)
         found = (reasons[job] for job in record.job_ids if job in reasons) if record else ()
         reason = next(found, "") if word == state.QUEUED else ""
+        if word in (state.RUNNING, state.QUEUED) and (failed := state.failed_jobs(run, record)):
+            reason = f"{len(failed)} of {len(record.job_ids)} jobs failed"
         rows.append(
             [
                 run.name,
@@ -112,6 +114,12 @@ def _text(sweep: SweepFile, now: dict[str, str], going: bool) -> tuple[str, bool
     parts = [tabulate(status_rows(sweep, now), HEADER, disable_numparse=True)]
     failed = (run for run in sweep.plan.runs.values() if now[run.id] == state.FAILED)
     parts += [f"{run.name} {_failure(sweep, now, run)}" for run in failed]
+    running = (run for run in sweep.plan.runs.values() if now[run.id] == state.RUNNING)
+    parts += [
+        "\n  ".join([f"{run.name}: failed jobs: {' '.join(ids)}", *state.failure(run)])
+        for run in running
+        if (ids := state.failed_jobs(run, state.read_record(run)))
+    ]
     return "\n\n".join([*parts, _summary(now, going, _is_here(sweep))]), going
 
 

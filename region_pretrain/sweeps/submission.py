@@ -99,17 +99,17 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     _refuse_jobs_elsewhere(sweep, folder)
     if sweep.cluster.kind == "slurm":
         _wait_for_cancelled(sweep, folder, say)
-    now = jobs.states_now(sweep, folder)
-    for run in sweep.plan.runs.values():
-        if now[run.id] in (state.FAILED, state.CANCELLED):
-            state.write_record(run, Record(state.read_record(run).submitted))
-    now = jobs.states_now(sweep, folder)
+    before = jobs.states_now(sweep, folder)
     # Later edits of the code and of configs do not affect the runs that wait.
     tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
     used = [task[task.index(CONFIG) + 1] for task in tasks if CONFIG in task]
     copies = configs.freeze(used, os.path.join(folder, "configs"))
     sweep = dataclasses.replace(sweep, root=take_snapshot(folder), configs=copies)
     state.write_sweep(folder, sweep)
+    for run in sweep.plan.runs.values():  # not before: a coordinator would start the earlier code
+        if before[run.id] in (state.FAILED, state.CANCELLED):
+            state.write_record(run, Record(state.read_record(run).submitted))
+    now = jobs.states_now(sweep, folder)
     for line in describe_earlier(sweep.plan):
         say(line)
     if left := jobs.left_behind(sweep, folder):
@@ -118,6 +118,13 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
             f"still queued or running, though the sweep no longer contains them: {names}; to stop "
             f"them as well, cancel the sweep: tools/sweep.py cancel {folder}"
         )
+    for run in sweep.plan.runs.values():
+        record = state.read_record(run)
+        if now[run.id] in (state.RUNNING, state.QUEUED) and (ids := state.failed_jobs(run, record)):
+            say(
+                f"{run.name}: {len(ids)} of {len(record.job_ids)} jobs failed: start the sweep "
+                "again when the others have ended"
+            )
     say(f"{folder}: {len(now)} runs: {state.counted(now)}")
     if sweep.cluster.kind == "slurm":
         _submit_slurm(sweep, folder, now)
@@ -182,7 +189,7 @@ def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
 
     Args:
         plan: the runs.
-        now: their states.
+        now: the states of those to look at.
 
     Returns:
         Pairs (runs of one kind, the unfinished runs that all of them depend on).
@@ -191,7 +198,7 @@ def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
     groups: dict[tuple, Group] = {}
     depth: dict[str, int] = {}
     for run in plan.runs.values():
-        if now[run.id] in kept:
+        if now.get(run.id, state.QUEUED) in kept:
             continue
         after = [plan.runs[p] for p in run.parents if now[p] != state.FINISHED]
         depth[run.id] = 1 + max((depth.get(p.id, 0) for p in after), default=0)
@@ -201,7 +208,8 @@ def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
 
 
 def _submit_slurm(sweep: SweepFile, folder: str, now: dict[str, str]) -> None:
-    groups = missing(sweep.plan, now)
+    # What is still blocked waits for a run of which a job has failed while others run.
+    groups = missing(sweep.plan, {i: word for i, word in now.items() if word != state.BLOCKED})
     for i, (runs, after) in enumerate(groups):
         ids = [job for run in after for job in state.read_record(run).job_ids]
         try:

@@ -127,6 +127,42 @@ def test_a_failure_blocks_only_its_dependants_and_can_be_started_again(sweeps, t
     assert len(sweeps.noted()) == before + 6
 
 
+def test_a_failed_run_waits_only_once_the_sweep_names_the_new_code(sweeps, monkeypatch):
+    sweeps.add("bad")
+    (run,) = sweeps.plan.runs.values()
+    state.claim(str(sweeps.folder), "mine")
+    state.write_record(run, state.Record(1, ["1"]))
+    seen, write = [], state.write_sweep
+
+    def write_sweep(folder, sweep):
+        seen.append(state.read_record(run).job_ids)
+        write(folder, sweep)
+
+    monkeypatch.setattr(state, "write_sweep", write_sweep)
+    monkeypatch.setattr(local, "start_coordinator", lambda folder: None)
+    sweeps.start()
+    assert seen == [["1"]] and state.read_record(run) == state.Record(1)
+
+
+def test_a_coordinator_submits_nothing_with_the_code_of_an_earlier_start(sweeps, monkeypatch):
+    sweeps.add("bad")
+    old, folder = sweeps.file(), str(sweeps.folder)
+    new = dataclasses.replace(old, root="/new")
+    versions, roots = [old, new, new, new], []
+
+    def submit_runs(runs, sweep, *_, **__):
+        roots.append(sweep.root)
+        Path(runs[0].folder).mkdir(parents=True)
+        Path(runs[0].product).touch()
+        return {run.id: [] for run in runs}
+
+    monkeypatch.setattr(state, "read_sweep", lambda _: versions.pop(0) if versions else new)
+    monkeypatch.setattr(local.jobs, "submit_runs", submit_runs)
+    monkeypatch.setattr(local, "_POLL_SECONDS", 0.01)
+    local._work(folder)
+    assert roots == ["/new"]
+
+
 def test_a_restarted_coordinator_continues_with_the_jobs_of_the_killed_one(sweeps, tmp_path):
     sweeps.add("long", word=f"wait:{tmp_path / 'gate'}")
     sweeps.add("later", "long")

@@ -1,6 +1,7 @@
 """Starting, cancelling and following a sweep on SLURM, according to what its queue contains."""
 
 import dataclasses
+import re
 
 import pytest
 from sweep_plans import DETECTOR, entries, sweep
@@ -14,6 +15,7 @@ from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import jobs, state, status, submission
 from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
 from region_pretrain.sweeps.plan import make_plan
+from region_pretrain.sweeps.report import write_sweep_report
 from region_pretrain.system import user_name
 
 
@@ -166,12 +168,35 @@ def test_the_status_says_why_a_job_waits(start, queue, sweeps, monkeypatch):
     ]
 
 
+def test_finished_runs_are_known_and_reported_without_slurm(start, queue, sweeps):
+    start()
+    queue.silent = 99
+    with pytest.raises(slurm.Unavailable):
+        status.status_text(str(sweeps.folder))
+    (sweeps.folder / "runs/pre/product").touch()
+    write_sweep_report(str(sweeps.folder))
+    assert "2 runs: 1 finished, 1 unknown." in (sweeps.folder / "report.md").read_text()
+    (sweeps.folder / "runs/det/product").touch()
+    queue.silent = 1
+    assert status.status_text(str(sweeps.folder))[0].endswith("\n2 finished")
+    write_sweep_report(str(sweeps.folder))
+    assert "2 runs: 2 finished." in (sweeps.folder / "report.md").read_text()
+    assert queue.silent == 1
+    queue.silent = 0
+
+
 def test_following_goes_on_while_slurm_does_not_answer(start, queue, sweeps, monkeypatch):
     start()
-    for name in ("pre", "det"):
-        (sweeps.folder / f"runs/{name}/product").touch()
     monkeypatch.setattr(status, "_SILENT_SECONDS", 0.01)
     queue.silent = 20
+
+    def jobs_of(user=""):
+        if queue.silent == 1:
+            for name in ("pre", "det"):
+                (sweeps.folder / f"runs/{name}/product").touch()
+        return queue.jobs_of(user)
+
+    monkeypatch.setattr(slurm, "jobs_of", jobs_of)
     said: list[str] = []
     status.wait(str(sweeps.folder), said.append)
     assert said[0] == "squeue failed: Socket timed out; asking again every 0.01 s"
@@ -192,6 +217,43 @@ def test_the_cause_of_a_failure_is_that_of_the_process_that_failed(sweeps):
     assert state.failure(run) == ["error: the disk broke"]
     state.write_record(run, state.Record(2, ["3", "4"], list(map(str, logs))))
     assert state.failure(run) == ["shard 0 ends"]  # of the next submission
+
+
+def test_a_failed_shard_blocks_what_needs_the_store_while_the_others_run(sweeps, queue):
+    sweeps.add("regions")
+    sweeps.add("pre", "regions")
+    sweeps.add("other")
+    regions, pre, _ = sweeps.plan.runs.values()
+    folder = str(sweeps.folder)
+
+    def start():
+        said: list[str] = []
+        file = dataclasses.replace(sweeps.file(), cluster=Cluster(), user=user_name())
+        submission.start(file, folder, said.append)
+        return said
+
+    def words():
+        return list(jobs.states_now(state.read_sweep(folder), folder).values())
+
+    start()
+    state.write_record(regions, state.Record(1, ["7_0", "7_1", "7_2"]))
+    queue.users[""] = {"7_1": "RUNNING", "2": "RUNNING"}  # SLURM has cancelled what depends on 7_0
+    start_attempt(f"{regions.folder}/shard2", "7_2", 0, "n1")
+    end_attempt(f"{regions.folder}/shard2", "finished")
+    assert words() == ["running", "failed", "running"]
+    start_attempt(f"{regions.folder}/shard0", "7_0", 0, "n1")
+    end_attempt(f"{regions.folder}/shard0", "failed", "error: the disk broke")
+    assert words() == ["running", "blocked", "running"]
+    text = status.status_text(folder)[0]
+    assert re.search(r"^regions +running \(1 of 3 jobs failed\)", text, re.M)
+    assert "\nregions: failed jobs: 7_0\n  error: the disk broke\n" in text
+    submitted = list(queue.submitted)
+    assert start()[0].startswith("regions: 1 of 3 jobs failed: start the sweep again when")
+    assert queue.submitted == submitted
+    queue.users[""] = {"2": "RUNNING"}
+    assert words() == ["failed", "blocked", "running"]
+    start()
+    assert queue.submitted == [*submitted, "regions", "pre"]
 
 
 def test_jobs_of_one_process_have_resources_of_their_own(sweeps, tmp_path):
