@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 
-from region_pretrain.modeling.preprocess import Preprocess
+from region_pretrain.modeling.preprocess import Preprocess, format_of_mean
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 _RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -67,6 +67,8 @@ def facts_of(model: nn.Module) -> Facts:
     else:
         input_format = getattr(model, "input_format", None)
     mean, std = (_values(getattr(source, key, None)) for key in ("pixel_mean", "pixel_std"))
+    if input_format is None and mean is not None:
+        input_format = format_of_mean(mean)
     blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
     strided = next((b for b in blocks if (2, 2) in (b.conv1.stride, b.conv2.stride)), None)
     norm = getattr(blocks[0].conv1, "norm", None) if blocks else None

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.preprocess import format_of_mean
 
 _modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
@@ -91,16 +92,16 @@ def as_lazy_detector(detector: nn.Module) -> DictConfig:
             f"{type(detector).__name__} is not a detector: it lacks backbone, pixel_mean or "
             "pixel_std"
         )
-    key = refer_to(detector)
+    key, mean = refer_to(detector), detector.pixel_mean.flatten().tolist()
 
     def part(name: str) -> DictConfig:
         return L(given_part)(detector=key, name=name)
 
     node: dict[str, Any] = {
         "backbone": part("backbone"),
-        "pixel_mean": detector.pixel_mean.flatten().tolist(),
+        "pixel_mean": mean,
         "pixel_std": detector.pixel_std.flatten().tolist(),
-        "input_format": getattr(detector, "input_format", None) or "BGR",
+        "input_format": getattr(detector, "input_format", None) or format_of_mean(mean) or "BGR",
     }
     heads = getattr(detector, "roi_heads", None)
     if heads is not None:

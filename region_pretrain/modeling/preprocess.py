@@ -13,6 +13,21 @@ from region_pretrain.data.photometry import apply_photometry
 from region_pretrain.errors import UserError
 
 
+def format_of_mean(pixel_mean: Sequence[float]) -> str | None:
+    """The channel order of a mean: the means of photographs are higher for red than for blue.
+
+    Detectron2's FCOS has a ``pixel_mean`` and no ``input_format``.
+
+    Args:
+        pixel_mean: three values.
+
+    Returns:
+        ``"RGB"`` or ``"BGR"``; None if the first value equals the last.
+    """
+    first, last = pixel_mean[0], pixel_mean[-1]
+    return None if first == last else "RGB" if first > last else "BGR"
+
+
 class Preprocess(nn.Module):
     """Photometric augmentation on the device, then the detector's channel order and normalisation.
 

@@ -1,5 +1,6 @@
 """What is derived from a detector's config or modules."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone import Backbone, SwinTransformer
 from omegaconf import DictConfig
 
+from region_pretrain.api.detectors import detection_config
 from region_pretrain.config import get_config
+from region_pretrain.convert.facts import differences, facts_of
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import Detector
+from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.region_head import SharedHeads, Towers
@@ -114,6 +118,21 @@ def test_fcos_has_the_format_of_its_mapper():
     cfg.model = model
     assert Detector(cfg).pixels["input_format"] == "RGB"
     assert "input_format" not in cfg.model  # which would not build any more
+
+
+def test_fcos_alone_has_the_format_of_its_mean():
+    rgb = get_config("detection/fcos_r50_fpn.py").model
+    assert "input_format" not in rgb and rgb.pixel_mean[0] > rgb.pixel_mean[2]
+    bgr = copy.deepcopy(rgb)
+    bgr.pixel_mean = list(rgb.pixel_mean)[::-1]
+    for model, wanted in ((rgb, "RGB"), (bgr, "BGR")):
+        built = instantiate(model)
+        assert Detector(model).pixels["input_format"] == wanted
+        assert Detector(built).pixels["input_format"] == wanted
+        assert as_lazy_detector(built).input_format == facts_of(built).input_format == wanted
+        assert detection_config(model).dataloader.train.mapper.image_format == wanted
+    cautions = differences(facts_of(instantiate(bgr)), facts_of(instantiate(rgb)))[1]
+    assert any("was trained on BGR images, the detector reads RGB" in text for text in cautions)
 
 
 def test_parts_may_refer_to_other_parts_of_the_detector():
