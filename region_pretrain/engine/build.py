@@ -305,13 +305,13 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
     Args:
         cfg: not changed; ``optimizer.params.model`` is filled in in a copy.
         model: not wrapped in DDP, which would prefix the parameters' names.
-        lr: replaces ``cfg.optimizer.lr``. A number in ``optimizer.params.base_lr``, which groups
-            use instead of ``optimizer.lr``, is scaled likewise.
+        lr: replaces ``cfg.optimizer.lr``. ``optimizer.params.base_lr``, which groups use instead
+            of ``optimizer.lr``, is scaled likewise.
     """
     config = copy.deepcopy(cfg.optimizer)
     config.params.model = model
     base_lr = config.params.get("base_lr")
-    if base_lr is not None and not OmegaConf.is_interpolation(config.params, "base_lr"):
+    if base_lr is not None and config.lr:  # "${optimizer.lr}" would still be that of cfg
         config.params.base_lr = base_lr * lr / config.lr
     config.lr = lr
     optimizer = instantiate(config)

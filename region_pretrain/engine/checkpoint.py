@@ -306,21 +306,27 @@ class RunCheckpointer(DetectionCheckpointer):
         remove_parts(self.save_dir)
         tagged = self.get_checkpoint_file()
         final = os.path.join(self.save_dir, f"{FINAL}.pth")
-        paths = [tagged, final] + [path for _, path in reversed(self.numbered())]
-        paths = [path for path in dict.fromkeys(paths) if path and PathManager.exists(path)]
-        if tagged and tagged not in paths:
+        numbered = {path: iteration for iteration, path in reversed(self.numbered())}
+        present = {path for path in (tagged, final) if path and PathManager.exists(path)}
+        if tagged in present and (data := _intact(tagged)) is not None:
+            return tagged, data
+        if tagged and tagged not in present:
             logger.warning("%s is missing; looking for an earlier checkpoint", tagged)
-        for path in paths:
-            try:
-                return path, read_run_checkpoint(path)
-            except DamagedCheckpoint as error:
-                logger.warning("%s; trying the checkpoint before it", error)
-        if not paths:
-            return None, None
-        raise UserError(
-            f"none of the {len(paths)} checkpoints in {self.save_dir} is readable; "
-            "remove them to start over"
-        )
+        # If a finished run was extended, later files are newer.
+        last = _intact(final) if final in present and final != tagged else None
+        for path, iteration in numbered.items():
+            if last is not None and last["iteration"] >= iteration:
+                break
+            if path != tagged and (data := _intact(path)) is not None:
+                return path, data
+        if last is not None:
+            return final, last
+        if present := present.union(numbered):
+            raise UserError(
+                f"none of the {len(present)} checkpoints in {self.save_dir} is readable; "
+                "remove them to start over"
+            )
+        return None, None
 
     def _check_run(self, path: str, run: dict[str, int]) -> None:
         for key in self.run.keys() & run.keys():
@@ -380,3 +386,12 @@ def _of_another_run(path: str, entry: str) -> Iterator[None]:
             f"{path} belongs to another run, its {entry} cannot be restored: {describe(error)}; "
             "remove it to continue from the checkpoint before it"
         ) from error
+
+
+def _intact(path: str) -> dict[str, Any] | None:
+    """The content of a run's checkpoint; None, with a warning, if it is damaged."""
+    try:
+        return read_run_checkpoint(path)
+    except DamagedCheckpoint as error:
+        logger.warning("%s; trying the checkpoint before it", error)
+        return None

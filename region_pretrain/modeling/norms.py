@@ -319,7 +319,10 @@ def use_local_batchnorm(model: nn.Module, group_size: int | None = None) -> nn.M
     _turn_sync_batchnorms_into(nn.BatchNorm2d, model)
     if group_size is not None:
         for module in model.modules():
-            if type(module) is nn.BatchNorm2d:
+            of_timm = isinstance(module, nn.BatchNorm2d) and hasattr(module, "act")
+            if type(module) is nn.BatchNorm2d or of_timm and type(module) is not GhostBatchNorm:
+                if type(module) is not nn.BatchNorm2d:
+                    module.register_forward_hook(_drop_and_activate)
                 module.__class__ = GhostBatchNorm
                 module.group_size = group_size
     return model

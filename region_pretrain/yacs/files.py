@@ -106,9 +106,11 @@ def read_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
         UserError: the file or an override has an unknown key or a value of the wrong type.
     """
     cfg = get_cfg()
-    _refuse_code(path)
     try:
+        _refuse_code(path)
         cfg.merge_from_file(path)
+    except UserError:
+        raise
     except Exception as error:  # yacs raises many kinds of exceptions
         reason = " ".join(str(error).strip("'\"").split())
         raise UserError(f"{path} is not a config of Detectron2: {reason}") from error

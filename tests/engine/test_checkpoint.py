@@ -144,6 +144,23 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path, caplog
     assert "model_0000005.pth is" in caplog.text
 
 
+def test_the_newest_intact_one_may_be_older_or_newer_than_that_of_a_finished_run(tmp_path):
+    checkpointer = make(tmp_path)
+    for iteration, name in ((1, "model_0000001"), (3, "model_final"), (5, None), (7, None)):
+        step(checkpointer)  # a finished run, then extended
+        checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
+    assert make(tmp_path).resume() == 8
+    truncate(tmp_path / "model_0000007.pth")
+    assert make(tmp_path).resume() == 6
+    truncate(tmp_path / "model_0000005.pth")
+    assert make(tmp_path).resume() == 4
+    truncate(tmp_path / "model_final.pth")
+    assert make(tmp_path).resume() == 2
+    truncate(tmp_path / "model_0000001.pth")
+    with pytest.raises(UserError, match="none of the 4 checkpoints .* is readable"):
+        make(tmp_path).resume()
+
+
 def test_when_all_are_damaged_it_does_not_start_over_silently(tmp_path):
     checkpointer = make(tmp_path)
     checkpointer.save("model_0000001", iteration=1)

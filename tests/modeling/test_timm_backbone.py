@@ -18,7 +18,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
-from region_pretrain.modeling.norms import use_local_batchnorm, use_sync_batchnorm
+from region_pretrain.modeling.norms import GhostBatchNorm, use_local_batchnorm, use_sync_batchnorm
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 SWIN = dict(img_size=64, embed_dim=24, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), window_size=4)
@@ -154,6 +154,22 @@ def test_the_norms_that_replace_synchronised_ones_keep_the_activations(replace):
     with torch.no_grad():
         pairs = zip(plain(images()).values(), sync(images()).values(), strict=True)
         assert all((a - b).abs().max() <= 1e-5 for a, b in pairs)
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_ghost_batch_norms_of_timm_see_their_group_only(norm):
+    plain, ghost = TimmBackbone("regnety_002"), TimmBackbone("regnety_002", norm=norm)
+    ghost.load_state_dict(plain.state_dict())
+    assert use_local_batchnorm(use_local_batchnorm(ghost, 2), 2) is ghost
+    norms = [module for module in ghost.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == 44 and {type(module) for module in norms} == {GhostBatchNorm}
+    both = torch.cat([images(), images() + 1])
+    with torch.no_grad():
+        parts = [plain(part) for part in both.split(2)]
+        found = ghost(both)
+    for name, value in found.items():
+        expected = torch.cat([part[name] for part in parts])
+        assert (value - expected).abs().max() <= 1e-5, name
 
 
 @pytest.mark.parametrize(

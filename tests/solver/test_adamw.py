@@ -202,14 +202,17 @@ def test_the_engine_scales_every_group_and_the_schedule_multiplies_them():
     )
 
 
-def test_the_engine_scales_a_base_lr_that_is_a_number():
+@pytest.mark.parametrize(
+    ("base_lr", "scaled"), [(3e-4, 6e-4), ("${..lr}", 2e-4), ("${optimizer.lr}", 2e-4)]
+)
+def test_the_engine_scales_a_base_lr(base_lr, scaled):
     """It would otherwise ignore ``optimizer.lr`` and the batch size."""
     model = nn.Linear(2, 2)
     cfg = OmegaConf.create({"optimizer": get_config("common/optim.py").adamw})
-    cfg.optimizer.params.base_lr = 3e-4
+    cfg.optimizer.params.base_lr = base_lr
     optimizer = build_optimizer(cfg, model, lr=2e-4)  # twice the batch size
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([6e-4] * 2)
-    assert cfg.optimizer.params.base_lr == 3e-4
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([scaled] * 2)
+    assert cfg.optimizer.lr == 1e-4
 
 
 def test_a_trunk_without_known_blocks():

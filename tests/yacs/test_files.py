@@ -1,5 +1,6 @@
 """Finding, recognising, reading and overriding yacs configs."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,18 @@ def test_a_file_cannot_run_code(tmp_path):
     assert cfg.train.max_iter == 7
     sizes = cfg.model.cfg.MODEL.ANCHOR_GENERATOR.SIZES
     assert sizes[1][2] == pytest.approx(64 * 2 ** (2 / 3))
+
+
+def test_a_base_that_is_missing_or_names_itself(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    for base, reason in (
+        ("Base-RCNN-FPN.yaml", "No such file.*Base-RCNN"),
+        ("mine.yaml", "recurs"),
+    ):
+        mine.write_text(f"_BASE_: {base}\nMODEL:\n  MASK_ON: True\n")
+        for load in (load_config, partial(load_method, "soco")):
+            with pytest.raises(UserError, match=f"mine.yaml is not a config of .*{reason}"):
+                load(str(mine))
 
 
 def test_a_semantic_segmentor_has_no_classes_of_things():
