@@ -13,6 +13,7 @@ from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.dataset_names import make_names_absolute
@@ -44,6 +45,22 @@ NUM_CLASSES = (
 )
 
 _MAX_ITER = ("train.max_iter", "model.cfg.SOLVER.MAX_ITER")
+
+
+class _Utf8(PathHandler):
+    """Opens local files as UTF-8: Detectron2 writes text in the encoding of the locale."""
+
+    PREFIX = "utf8://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
+        encoding = None if "b" in mode else "utf-8"
+        return open(path.removeprefix(self.PREFIX), mode, buffering, encoding)
+
+
+PathManager.register_handler(_Utf8(), allow_override=True)
 
 
 def get_config(name: str) -> DictConfig:
@@ -223,8 +240,8 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _from_yaml(path: str) -> DictConfig:
-    with PathManager.open(path, "r") as file:
-        content = load_yaml(file.read())
+    with PathManager.open(path, "rb") as file:
+        content = load_yaml(file.read().decode())
     if not isinstance(content, dict) or not isinstance(content.get("train", {}), dict):
         raise UserError(f"{path} is not a config: it must be a mapping, and its train as well")
     return OmegaConf.create(content, flags={"allow_objects": True})
@@ -239,8 +256,8 @@ def read_saved(path: str) -> dict[str, Any]:
         UserError: the file cannot be read, or is not a run's config.
     """
     try:
-        with PathManager.open(path, "r") as file:
-            content = load_plain_yaml(file.read())
+        with PathManager.open(path, "rb") as file:
+            content = load_plain_yaml(file.read().decode())
         if not isinstance(content, dict) or not isinstance(content.get("train"), dict):
             raise ValueError("it has no mapping called train")
     except Exception as error:  # damaged bytes raise many kinds of exceptions
@@ -311,7 +328,7 @@ def to_yaml(cfg: DictConfig) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "config.yaml")
-        LazyConfig.save(cfg, path)
+        LazyConfig.save(cfg, f"{_Utf8.PREFIX}{path}")
         if os.path.exists(f"{path}.pkl") or not os.path.exists(path):
             raise UserError(
                 f"{', '.join(unsaveable(cfg)) or 'the config'} cannot be saved as YAML: "

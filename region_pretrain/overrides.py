@@ -81,6 +81,8 @@ def _parse(cfg: DictConfig, text: str) -> tuple[str, Any, bool]:
         and equals
         and (is_new or _may_be_text(node, key) or is_path_name(raw))
     )
+    if literal and raw.startswith("\\\\"):  # a network path of Windows: Hydra halves them
+        return key, raw, is_new
     try:
         override = _parsed(text)
     except HydraException as error:

@@ -89,8 +89,8 @@ def read_metafile(path: str) -> dict[str, Card]:
         UserError: the file cannot be read, or is not a metafile.
     """
     try:
-        with PathManager.open(path, "r") as file:
-            content = yaml.safe_load(file.read())
+        with PathManager.open(path, "rb") as file:
+            content = yaml.safe_load(file.read().decode())
     except FileNotFoundError:
         raise UserError(f"there is no {path}: expected cards of weights") from None
     except Exception as error:

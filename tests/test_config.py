@@ -1,3 +1,5 @@
+import builtins
+
 import pytest
 from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config as get_detectron2_config
@@ -11,6 +13,7 @@ from region_pretrain.config import (
     get_config,
     load_config,
     load_file,
+    read_saved,
     to_yaml,
 )
 from region_pretrain.engine.build import resolve_max_iter
@@ -127,6 +130,25 @@ def test_every_key_of_the_shipped_train_config_has_a_comment():
     for key in get_config("common/train.py").train:
         (n,) = [n for n, line in enumerate(lines) if line.startswith(f"    {key}=")]
         assert lines[n - 1].strip().startswith("#"), key
+
+
+def test_configs_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    """As on Windows, where text is written as cp1252 by default."""
+    real = open
+
+    def opened(file, mode="r", buffering=-1, encoding=None, *args, **kwargs):
+        encoding = encoding if "b" in mode else encoding or "cp1252"
+        return real(file, mode, buffering, encoding, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    path = tmp_path / "mine.yaml"
+    cfg = make_config()
+    cfg.train.output_dir = "Größe/写真"
+    text = to_yaml(cfg)
+    assert "Größe/写真" in text
+    path.write_bytes(text.encode())
+    assert load_file(str(path)).train.output_dir == "Größe/写真"
+    assert read_saved(str(path))["train"]["output_dir"] == "Größe/写真"
 
 
 def test_a_config_that_cannot_be_saved_is_refused():

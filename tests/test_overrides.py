@@ -96,6 +96,7 @@ def test_a_group_may_be_replaced_by_a_group_or_null():
         ("1e-3", "1e-3"),
         ("true", "true"),
         ("C:\\runs", "C:\\runs"),
+        (r"\\server\share\my run", r"\\server\share\my run"),
         ("'quoted=1'", "quoted=1"),
         ("${same.width}", "${same.width}"),
         ("~/runs", os.path.expanduser("~/runs")),

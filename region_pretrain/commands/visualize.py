@@ -14,13 +14,12 @@ import argparse
 import os
 
 from detectron2.config import instantiate
-from detectron2.utils.file_io import PathManager
 
 from region_pretrain.commands import text_parser
 from region_pretrain.config import load_config
 from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
-from region_pretrain.files import make_writable
+from region_pretrain.files import make_writable, write_atomic
 from region_pretrain.reporting.boxes import to_png
 from region_pretrain.reporting.pictures import first_views, model_pictures, pictures, sheet
 
@@ -58,11 +57,13 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     cfg = load_config(args.config_file, args.opts)
     if args.weights and not args.method:
         raise UserError("--weights requires --method")
+    if os.path.isdir(args.output) or not args.output.lower().endswith(".png"):
+        raise UserError(f"--output {args.output}: name a file that ends in .png")
     refuse_output_among_images(args.output, instantiate(cfg.dataloader.train.dataset.names))
     make_writable(os.path.dirname(args.output), "the folder of --output")
     batch = first_views(cfg, args.num)
     draw = model_pictures(cfg, batch, args.weights) if args.method else pictures(cfg, batch)
     picture = sheet(draw, args.height)
-    with PathManager.open(args.output, "wb") as file:
-        file.write(to_png(picture, max_width=picture.shape[1]))
+    png = to_png(picture, max_width=picture.shape[1])
+    write_atomic(args.output, lambda file: file.write(png))
     print(f"{args.output}: {args.num} images, {picture.shape[1]} x {picture.shape[0]} pixels")

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.resnet import BottleneckBlock, CNNBlockBase
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from torch import nn
 
 from region_pretrain.modeling.preprocess import Preprocess, format_of_mean
@@ -25,7 +27,8 @@ class Facts:
         pixel_mean, pixel_std: per channel in the order of ``input_format``, for pixels in [0, 255].
         stride_in_1x1: whether a ResNet's bottlenecks have their stride in the first 1x1
             convolution instead of the 3x3 one.
-        norm: class of the trunk's norms, e.g. ``"SyncBatchNorm"``; only for information.
+        norm, fpn_norm, box_norm: class of the norms of a ResNet, of its FPN and of the box head's
+            convolutions, e.g. ``"SyncBatchNorm"``; only for information.
         timm: arguments of ``timm.create_model`` for the trunk if it is timm's.
         res5_dilation: of a ResNet's last stage; above 1 it has the stride of the one before (DC5).
     """
@@ -37,6 +40,8 @@ class Facts:
     norm: str | None = None
     timm: dict[str, Any] | None = None
     res5_dilation: int | None = None
+    fpn_norm: str | None = None
+    box_norm: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
@@ -71,17 +76,32 @@ def facts_of(model: nn.Module) -> Facts:
         input_format = format_of_mean(mean)
     blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
     strided = next((b for b in blocks if (2, 2) in (b.conv1.stride, b.conv2.stride)), None)
-    norm = getattr(blocks[0].conv1, "norm", None) if blocks else None
+    trunk, fpn, box_head = (
+        next((m for m in model.modules() if isinstance(m, kind)), None)
+        for kind in (CNNBlockBase, FPN, FastRCNNConvFCHead)
+    )
     of_timm = next((m for m in model.modules() if isinstance(m, TimmBackbone)), None)
     return Facts(
         input_format,
         mean,
         std,
         (None if of_timm is None else False) if strided is None else strided.conv1.stride == (2, 2),
-        None if norm is None else type(norm).__name__,
+        _norm_of(trunk),
         None if of_timm is None else of_timm.arguments,
         max((b.conv2.dilation[0] for b in blocks), default=None),
+        _norm_of(fpn),
+        _norm_of(box_head),
     )
+
+
+def _norm_of(module: nn.Module | None) -> str | None:
+    """The class of the norms in a module's convolutions, without those of a bottom-up trunk."""
+    norms = (
+        type(part.norm).__name__
+        for name, part in (() if module is None else module.named_modules())
+        if not name.startswith("bottom_up.") and isinstance(getattr(part, "norm", None), nn.Module)
+    )
+    return next(norms, None)
 
 
 def _values(tensor: torch.Tensor | None) -> tuple[float, ...] | None:

@@ -96,6 +96,7 @@ def _torchvision_detector(
     name = "MaskRCNN" if mask else "FasterRCNN"
     module = "mask_rcnn" if mask else "faster_rcnn"
     classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight")
+    classes = classes or rows(tensors, f"{_MASK}.predictor.weight")
     rpn_width = rows(tensors, f"{_RPN}.objectness_logits.weight")
     depth = len(numbered(tensors, rf"{re.escape(_RPN)}\.conv\.conv(\d+)\.weight")) or 1
     box, features = _torchvision_box(tensors, width)
@@ -199,9 +200,18 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
         lines.append(
             f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={convs}, "
             f"num_shared_fcs={len(fcs)}, fc_out_channels={rows(tensors, f'{_BOX}.fc1.weight')}"
-            f"{options}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
+            f"{options}, in_channels={width}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
         )
+    lines += _mmdet_mask(tensors, state)
     retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
+    if retina and (subnet := numbered(tensors, r"head\.cls_subnet\.(\d+)\.weight")):
+        anchors = rows(tensors, "head.bbox_pred.weight") // 4 or 9
+        predicted = rows(tensors, "head.cls_score.weight") // anchors
+        lines.append(
+            f"bbox_head = dict(type='RetinaHead', stacked_convs={len(subnet)}, in_channels={width}"
+            + (f", num_classes={predicted}" if "bbox_head.retina_cls.weight" in state else "")
+            + f", feat_channels={rows(tensors, f'head.cls_subnet.{subnet[0]}.weight')})"
+        )
     heads = ["rpn_head", "roi_head.bbox_head", "roi_head.bbox_head.fc_cls"]
     heads += ["roi_head.bbox_head.fc_reg"]
     predicts = any(name.startswith("roi_head.bbox_head.fc_cls.") for name in state)
@@ -210,6 +220,25 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
     if retina:
         heads = [f"bbox_head.{part}" for part in ("cls_convs", "retina_cls", "retina_reg")]
     return lines + _not_filled(heads, state)
+
+
+def _mmdet_mask(tensors: Mapping[str, Tensor], state: Sequence[str]) -> list[str]:
+    convs = numbered(tensors, rf"{re.escape(_MASK)}\.mask_fcn(\d+)\.weight")
+    if not convs or not any(name.startswith("roi_head.mask_head.") for name in state):
+        return []
+    first = tensors[f"{_MASK}.mask_fcn{convs[0]}.weight"]
+    options = f"in_channels={first.shape[1]}, conv_out_channels={len(first)}"
+    masks = rows(tensors, f"{_MASK}.predictor.weight")
+    boxes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
+    if masks == 1 < boxes:
+        options += f", num_classes={boxes}, class_agnostic=True"
+    elif masks:
+        options += f", num_classes={masks}"
+    norm = _mmdet_norm(tensors, f"{_MASK}.mask_fcn{convs[0]}")
+    return [
+        f"mask_head = dict(type='FCNMaskHead', num_convs={len(convs)}, {options}{norm})"
+        "  # of roi_head"
+    ]
 
 
 def _mmdet_norm(tensors: Mapping[str, Tensor], layer: str) -> str:
@@ -243,7 +272,7 @@ def detectron2_lines(
     elif trunk_kind(tensors) == "ResNet":
         net = ResNetLayout(tensors)
         trunk = "model.backbone.bottom_up" if pyramid else "model.backbone"
-        norm = _detectron2_norm(tensors, "stem.conv1", facts)
+        norm = _detectron2_norm(tensors, "stem.conv1", facts.norm)
         if net.bottleneck and facts.stride_in_1x1 is not None:
             stride = str(facts.stride_in_1x1)
             lazy[f"{trunk}.stages.stride_in_1x1"] = yacs["MODEL.RESNETS.STRIDE_IN_1X1"] = stride
@@ -268,7 +297,7 @@ def detectron2_lines(
         level = numbered(tensors, r"fpn_lateral(\d+)\.weight")[0]
         width = str(rows(tensors, f"fpn_lateral{level}.weight"))
         lazy["model.backbone.out_channels"] = yacs["MODEL.FPN.OUT_CHANNELS"] = width
-        norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts)
+        norm = _detectron2_norm(tensors, f"fpn_lateral{level}", _known(facts.fpn_norm, facts))
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items()), *comments]
@@ -289,7 +318,7 @@ def _detectron2_box(
     )
     if not fcs:
         return
-    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts)
+    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", _known(facts.box_norm, facts))
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
     lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
     lazy["model.roi_heads.box_head.conv_norm"] = yacs["MODEL.ROI_BOX_HEAD.NORM"] = norm
@@ -301,12 +330,17 @@ def _detectron2_box(
         yacs["MODEL.ROI_BOX_HEAD.CONV_DIM"] = str(convs[0])
 
 
-def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, facts: Facts) -> str:
+def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, known: str | None) -> str:
     if f"{layer}.norm.weight" not in tensors:
         return '""'
     if f"{layer}.norm.running_mean" not in tensors:
         return "GN"
-    return _NORMS.get(facts.norm or "", "BN")
+    return _NORMS.get(known or "", "BN")
+
+
+def _known(norm: str | None, facts: Facts) -> str | None:
+    """A part's norm; in files of earlier versions that of the trunk, unless it is frozen."""
+    return norm or (None if facts.norm == "FrozenBatchNorm2d" else facts.norm)
 
 
 _LINES = {"torchvision": _torchvision, "timm": timm_lines, "mmdet": _mmdet}

@@ -30,7 +30,11 @@ def own_lines(facts: Facts, state: Sequence[str]) -> list[str]:
     arguments = [repr(name), *(f"{key}={value!r}" for key, value in options.items())]
     with on_meta_device():
         complete = create_timm_model(name, **options).state_dict()
-    absent = dict.fromkeys(key.rpartition(".")[0] or key for key in complete if key not in state)
+    absent = dict.fromkeys(
+        key.rpartition(".")[0] or key
+        for key in complete
+        if key not in state and not key.endswith(".num_batches_tracked")  # no weight
+    )
     not_filled = [f"# not filled: {', '.join(absent)}"] if absent else []
     return [
         *lines,

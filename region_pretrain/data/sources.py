@@ -200,8 +200,8 @@ def check_voc_files(name: str) -> None:
     """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
     metadata = MetadataCatalog.get(name)
     listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
-    with PathManager.open(listing) as file:
-        images = file.read().split()
+    with PathManager.open(listing, "rb") as file:
+        images = file.read().decode().split()
     for image in images:
         path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
         try:

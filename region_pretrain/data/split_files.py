@@ -65,7 +65,7 @@ def read_split(
     if not PathManager.isfile(path):
         raise UserError(f"no such split file: {path}")
     try:
-        with PathManager.open(path) as file:
+        with PathManager.open(path, "rb") as file:
             content = json.load(file)
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error

@@ -96,7 +96,9 @@ class RegionReader(nn.Module):
         """The parameters of a level that the trunk lacks; the trunk's if there are none."""
         trunk = set(self.trunk.parameters())
         if level == FPN:
-            return set(self.backbone.parameters()) - trunk or trunk
+            coarser = getattr(self.backbone, "top_block", None)  # whose maps are not pooled
+            unread = set() if coarser is None else set(coarser.parameters())
+            return set(self.backbone.parameters()) - trunk - unread or trunk
         module = {TRUNK: self.trunk, TOWER: self.tower}.get(level)
         return set((self.heads[level] if module is None else module).parameters())
 

@@ -73,8 +73,8 @@ def is_yacs(path: str) -> bool:
     if not path.endswith((".yaml", ".yml")):
         return False
     try:
-        with PathManager.open(path, "r") as file:
-            text = file.read()
+        with PathManager.open(path, "rb") as file:
+            text = file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {describe(error)}") from error
     return not {"_BASE_", *get_cfg()}.isdisjoint(_TOP_LEVEL_KEY.findall(text))
@@ -135,8 +135,8 @@ def _calls_of_detectron2() -> set[tuple[str, str]]:
 
 def _calls(path: str) -> Iterator[tuple[str, str]]:
     """Tags of Python in a YAML file and its ``_BASE_``, each with the text of its node."""
-    with PathManager.open(path, "r") as file:
-        text = file.read()
+    with PathManager.open(path, "rb") as file:
+        text = file.read().decode()
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:

@@ -243,8 +243,10 @@ def test_mmdetection_s_names_and_shapes(tmp_path):
         "neck = dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, start_level=0, "
         "num_outs=5, norm_cfg=dict(type='SyncBN'))",
         "bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, "
-        "fc_out_channels=64, conv_out_channels=32, num_classes=5, "
+        "fc_out_channels=64, conv_out_channels=32, num_classes=5, in_channels=32, "
         "norm_cfg=dict(type='SyncBN'))  # of roi_head",
+        "mask_head = dict(type='FCNMaskHead', num_convs=4, in_channels=32, conv_out_channels=32, "
+        "num_classes=5, norm_cfg=dict(type='SyncBN'))  # of roi_head",
     ]
 
 

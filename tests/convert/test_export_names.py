@@ -22,7 +22,7 @@ from torchvision.models.detection import retinanet_resnet50_fpn
 
 from region_pretrain.convert import names
 from region_pretrain.convert.export import TARGETS, export_weights, matches_of, write_export
-from region_pretrain.convert.facts import IMAGENET, MSRA, Facts
+from region_pretrain.convert.facts import IMAGENET, MSRA, Facts, facts_of
 from region_pretrain.convert.recognise import read_weights
 from region_pretrain.errors import UserError
 
@@ -176,6 +176,52 @@ def test_class_agnostic_boxes_stay_behind(tmp_path):
         "# left out: the box predictor: torchvision has boxes per class, these are class-agnostic"
     ]
     assert comments(lines, "not filled") == ["# not filled: roi_heads.box_predictor"]
+
+
+@pytest.mark.parametrize("change", ["boxes", "convolutions"])
+def test_masks_alone_have_the_number_of_classes(tmp_path, change):
+    """Their predictor is exported, although the boxes', from which it is usually known, is not."""
+    ours = from_yacs(SMALL, ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True])
+    if change == "convolutions":
+        ours = from_yacs(SMALL, ["MODEL.ROI_BOX_HEAD.NUM_CONV", 4])
+        state = ours.state_dict()
+        ours = {name: value for name, value in state.items() if "box_predictor" not in name}
+    exported, lines = export_weights(save(tmp_path / "x.pth", ours), "torchvision")
+    model = built(lines)
+    assert "num_classes = 6  # class 0 is the background" in lines
+    assert not model.load_state_dict(exported, strict=False).unexpected_keys
+    assert len(model.roi_heads.mask_predictor.mask_fcn_logits.weight) == 6
+
+
+def test_mmdetections_heads_have_their_classes_and_widths(tmp_path):
+    def head_lines(model):
+        _, lines = export_weights(save(tmp_path / "x.pth", model), "mmdet")
+        return {line.partition(" = ")[0]: line for line in lines if "_head = " in line}
+
+    mask = head_lines(from_yacs(SMALL))
+    assert "in_channels=32" in mask["bbox_head"] and "num_classes=5" in mask["bbox_head"]
+    assert mask["mask_head"] == (
+        "mask_head = dict(type='FCNMaskHead', num_convs=4, in_channels=32, conv_out_channels=32, "
+        "num_classes=5)  # of roi_head"
+    )
+    agnostic = head_lines(from_yacs(SMALL, ["MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True]))
+    assert "num_classes=5, class_agnostic=True)" in agnostic["mask_head"]
+    assert head_lines(from_yacs(RETINA)) == {
+        "bbox_head": "bbox_head = dict(type='RetinaHead', stacked_convs=4, in_channels=32, "
+        "num_classes=5, feat_channels=32)"
+    }
+
+
+def test_detectron2s_lines_have_the_norm_of_each_part(tmp_path):
+    def lines_of(*changes):
+        model = from_yacs(SMALL, NORMED, changes)
+        return export_weights(save(tmp_path / "x.pth", model, facts_of(model)), "detectron2")[1]
+
+    lines = lines_of("MODEL.RESNETS.NORM", "FrozenBN")
+    assert {"MODEL.RESNETS.NORM FrozenBN", "MODEL.FPN.NORM BN"} <= set(lines)
+    assert {"MODEL.ROI_BOX_HEAD.NORM BN", "model.backbone.norm=BN"} <= set(lines)
+    lines = lines_of("MODEL.ROI_BOX_HEAD.NORM", "SyncBN")  # a ResNet-18 of basic blocks
+    assert {"MODEL.RESNETS.NORM BN", "MODEL.ROI_BOX_HEAD.NORM SyncBN"} <= set(lines)
 
 
 def test_pretrained_detector_names_what_is_not_filled(tmp_path):

@@ -262,6 +262,17 @@ def test_a_stage_is_filled_completely_or_not_at_all(tmp_path, name, change):
         load_pretrained(detector(name), saved(tmp_path, state))
 
 
+def test_frozen_norms_fill_timms(tmp_path):
+    """Which count batches, too, but that is no weight."""
+    model = randomise(detector("resnet18", norm="FrozenBN"))
+    path = str(tmp_path / "w.pth")
+    torch.save({"model": model.state_dict(), "detector": facts_of(model).to_dict()}, path)
+    state, lines = export_weights(path, "timm")
+    missing = built(lines).load_state_dict(state, strict=False).missing_keys
+    assert all(key.endswith(".num_batches_tracked") for key in missing)
+    assert not comments(lines, "not filled")
+
+
 @torch.no_grad()
 def test_timms_resnet_goes_to_torchvision_too(tmp_path):
     model = randomise(detector("resnet18"))

@@ -255,6 +255,11 @@ def test_the_parameters_of_each_level():
     assert {names[p].split(".")[2] for p in reader.parameters_of("head_stage1")} == {"1"}
     c4 = model_reader(yacs_detector("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
     assert c4.parameters_of("fpn") == c4.parameters_of("trunk") != c4.parameters_of("head")
+    dense = yacs_detector("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    names = {p: name for name, p in dense.named_parameters()}
+    found = {names[p] for p in model_reader(dense).parameters_of("fpn")}
+    assert "backbone.fpn_lateral3.weight" in found
+    assert not any("top_block" in name for name in found)  # its maps are not pooled
 
 
 def test_boxes_follow_the_augmentations_and_random_states_stay(dicts):

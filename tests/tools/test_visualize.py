@@ -10,6 +10,7 @@ from detectron2.config import instantiate
 from forked import run_tool
 from PIL import Image
 
+from region_pretrain.commands.visualize import main
 from region_pretrain.config import load_config
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import IDENTITY, PhotometryLayout
@@ -114,6 +115,13 @@ def test_command_line_refuses_a_missing_store_in_one_line(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("error: ") and "none.arrow" in last
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("output", ["", "v.txt"])
+def test_command_line_refuses_an_output_that_is_no_picture(tmp_path, output, capsys):
+    with pytest.raises(SystemExit):
+        main(["--config-file", str(CONFIG), *OVERRIDES, "--output", str(tmp_path / output)])
+    assert f"--output {tmp_path / output}: name a file that ends in .png" in capsys.readouterr().err
 
 
 def test_command_line_refuses_to_write_among_the_images(tmp_path):
