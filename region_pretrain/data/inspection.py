@@ -66,7 +66,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             evaluators = evaluator_classes(name)
         evaluated = split == "test" and COCOEvaluator in evaluators
         if split == "test" and PascalVOCDetectionEvaluator in evaluators:
-            check_voc_files(name)
+            check_voc_files(name, training="train" in names)
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)
         else:

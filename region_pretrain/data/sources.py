@@ -196,19 +196,47 @@ def _temporary_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
 
 
-def check_voc_files(name: str) -> None:
-    """Refuse XML files that VOC's metric cannot read; what is read is kept for the evaluation."""
+def check_voc_files(name: str, training: bool) -> None:
+    """Refuse files that VOC's metric cannot read; the XML that is read is kept for the evaluation.
+
+    Args:
+        name: a data set with the metadata of VOC, or its name by path.
+        training: refuse classes without an object as well, whose AP is undefined, unless the
+            classes are VOC's own.
+
+    Raises:
+        UserError: see above.
+    """
+    if is_path_name(name):
+        DatasetCatalog.get(name)  # sets its metadata
     metadata = MetadataCatalog.get(name)
     listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
     with PathManager.open(listing, "rb") as file:
-        images = file.read().decode().split()
+        images = [line.strip() for line in file.read().decode().splitlines()]
+    if "" in images:
+        raise UserError(
+            f"{listing}: line {images.index('') + 1} is empty, and VOC's metric reads it as the "
+            "name of an image: remove it"
+        )
+    if slashes := [c for c in metadata.thing_classes if "/" in c or os.sep in c]:
+        raise UserError(
+            f"{metadata.dirname}: VOC's metric writes a file per class, so {slashes[0]!r} is no "
+            "name for one: rename it, or use COCOEvaluator"
+        )
+    judged: set[str] = set()
     for image in images:
         path = os.path.join(metadata.dirname, "Annotations", f"{image}.xml")
         try:
-            parse_rec(path)
+            judged.update(box["name"] for box in parse_rec(path) if not box["difficult"])
         except Exception as error:  # a missing file or key, text that is no number, damaged XML
             raise UserError(
                 f"{path} cannot be evaluated with VOC's metric ({type(error).__name__}: {error}): "
                 "each object needs name, pose, truncated and difficult, and whole numbers as "
                 "corners; complete the file, or use COCOEvaluator"
             ) from error
+    absent = [c for c in metadata.thing_classes if c not in judged]
+    if training and absent and not set(metadata.thing_classes) <= set(CLASS_NAMES):
+        raise UserError(
+            f"{listing} has no image of {', '.join(absent)}, or only difficult ones, so VOC's AP "
+            "is undefined: add some, or use COCOEvaluator, which averages over the other classes"
+        )

@@ -257,13 +257,39 @@ def test_voc_files_that_cannot_be_evaluated_are_refused_before(tmp_path, old, ne
     path.write_text(path.read_text().replace(old, new))
     cfg = get_config("detection/faster_rcnn_r50_c4_voc.py")
     name = f"voc://{root}?split=val"
-    get_records(name)  # training accepts it
+    sources.register(name)
     if not reason:
         prepare_labels(cfg, {"test": [name]})
         return
     message = rf"{path} cannot be evaluated with VOC's metric \({reason}"
     with pytest.raises(UserError, match=message):
         prepare_labels(cfg, {"test": [name]})
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "message"),
+    [
+        (["weed", "crop"], [0, 1, 2], None),
+        (["weed", "crop", "soil"], [0, 3], "val.txt has no image of soil, or only difficult ones"),
+        (["weed", "n/a"], [0, 1, 2], "so 'n/a' is no name for one: rename it"),
+        (["weed", "crop"], [0, 1, "", 2], r"val.txt: line 3 is empty.*remove it"),
+        (["person", "car", "cat"], [0, 3], None),  # of VOC's classes some may be missing
+    ],
+)
+def test_what_would_break_vocs_metric_after_the_training(tmp_path, classes, images, message):
+    numbers = [n for n in images if n != ""]
+    root = make_voc(tmp_path / "mine", classes, {"val": numbers, "train": list(range(6))})
+    listing = root / "ImageSets/Main/val.txt"
+    listing.write_text("".join(f"{n:06d}\n" if n != "" else "\n" for n in images))
+    cfg = get_config("detection/faster_rcnn_r50_c4_voc.py")
+    names = {"train": [f"voc://{root}?split=train"], "test": [f"voc://{root}?split=val"]}
+    for (name,) in names.values():
+        sources.register(name)
+    if message is None:
+        prepare_labels(cfg, names)
+        return
+    with pytest.raises(UserError, match=message):
+        prepare_labels(cfg, names)
 
 
 def test_voc_with_other_classes_has_the_same_ones_in_all_splits(tmp_path):
