@@ -40,7 +40,13 @@ class Stopped(SystemExit):
 
 
 class NonFiniteLoss(UserError, FloatingPointError):
-    """A loss became NaN or infinite. The message names the last good checkpoint."""
+    """A loss became NaN or infinite. The message names the last good checkpoint.
+
+    Attributes:
+        everywhere: whether all processes raise it together.
+    """
+
+    everywhere = True
 
 
 def _output_is_closed() -> bool:

@@ -87,7 +87,7 @@ def _with_labels(batch: ViewBatch, cfg: DictConfig) -> ViewBatch:
 
 def loader_rates(cfg: DictConfig, seconds: float) -> LoaderRates:
     """Measure ``cfg.dataloader.train``; see :func:`benchmark_loader`."""
-    dataset = instantiate(cfg.dataloader.train.dataset)
+    dataset = instantiate(_without_labels(cfg).dataset)
     return benchmark_loader(dataset, cfg.dataloader.train.total_batch_size, seconds)
 
 
@@ -98,13 +98,13 @@ def step_rates(cfg: DictConfig, seconds: float) -> StepRates:
         UserError: the data set has fewer images than one batch.
     """
     size = cfg.dataloader.train.total_batch_size
-    dataset = instantiate(cfg.dataloader.train.dataset)
+    dataset = instantiate(_without_labels(cfg).dataset)
     if len(dataset) < size:
         raise UserError(
             f"dataloader.train.total_batch_size={size} exceeds the {len(dataset)} images: lower "
             "it, or raise --synthetic-images"
         )
-    batch = dataset.batch(0, 0, range(size))
+    batch = _with_labels(dataset.batch(0, 0, range(size)), cfg)
     return benchmark_step(make_trainer(cfg, resolve_device(cfg.train.device)), batch, seconds)
 
 

@@ -151,14 +151,16 @@ class AnnotationFixer:
         if not _is_number(a.get("area")) or a["area"] < 0:
             a["area"] = _mask_area(segmentation) if segmentation else box[2] * box[3]
             self._findings.add("no area; computed from the mask or the box", example)
-        crowd = a.get("iscrowd")
-        if crowd not in (0, 1):
+        crowd = _flag(a.get("iscrowd"))
+        if crowd is None:
             self._findings.add("no iscrowd; set to 0", example)
             crowd = 0
-        if a.pop("ignore", 0):
+        elif a["iscrowd"] not in (0, 1):
+            self._findings.add("iscrowd as text; converted", example)
+        if _flag(a.pop("ignore", 0)):
             self._findings.add("`ignore` set; replaced by iscrowd", example)
             crowd = 1
-        a["iscrowd"] = int(crowd)
+        a["iscrowd"] = crowd
         if a.get("keypoints", ()) is None:
             del a["keypoints"]
         if "keypoints" in a and "num_keypoints" not in a:
@@ -272,3 +274,9 @@ def _mask_box(segmentation: list | dict) -> list[float]:
 def compressed_rle(rle: dict) -> dict:
     """An RLE mask with its counts compressed, as Detectron2 needs it."""
     return mask_util.frPyObjects(rle, *rle["size"]) if isinstance(rle["counts"], list) else rle
+
+
+def _flag(value: Any) -> int | None:
+    """0 or 1, also of a boolean or a text; None for anything else."""
+    known = {"0": 0, "1": 1, "false": 0, "true": 1}
+    return known.get(str(value).strip().lower().removesuffix(".0"))

@@ -26,13 +26,23 @@ def check_other_labels(records: Sequence[dict[str, Any]], cfg: DictConfig) -> No
         cfg: the detection config.
 
     Raises:
-        UserError: a box has another number of keypoints than the detector, or an image has no
-            segmentation map.
+        UserError: a box has another number of keypoints than the detector, the data set has no
+            names of them, or an image has no segmentation map.
     """
     if OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint"):
         key, number = _first(cfg, _KEYPOINTS)
         if key:
             _check_keypoints(records, _shown(key), number)
+        names = OmegaConf.select(
+            cfg, "dataloader.train.mapper.keypoint_hflip_indices.dataset_names"
+        )
+        for name in [names] if isinstance(names, str) else names or ():
+            if MetadataCatalog.get(name).get("keypoint_names") is None:
+                raise UserError(
+                    f"{name} has no names of keypoints, by which horizontal flips exchange them: "
+                    'list them as "keypoints" in the category of its json, or set keypoint_names '
+                    "and keypoint_flip_map in its metadata"
+                )
     if _stuff_key(cfg):
         bare = [record for record in records if "sem_seg_file_name" not in record]
         if bare:

@@ -198,7 +198,7 @@ def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase]
         try:
             return _train(cfg, classes, resume, hooks)
         except NonFiniteLoss as error:
-            if not cfg.train.diverged_is_result:
+            if not (cfg.train.diverged_is_result and error.everywhere):
                 raise
             logger.warning("%s", error)
             results: Results = {DIVERGED: {}}

@@ -246,10 +246,14 @@ class Trainer(TrainerBase):
                     try:
                         output = self.model(part)
                     except FloatingPointError as error:  # of Detectron2's proposals
-                        raise NonFiniteLoss(
+                        diverged = NonFiniteLoss(
                             f"training has diverged at iteration {self.iter}: {error} "
                             f"{self._last_good()}"
-                        ) from error
+                        )
+                        # The weights, but not the images, are those of all processes.
+                        alone = comm.get_world_size() > 1 and self._weights_are_finite()
+                        diverged.everywhere = not alone
+                        raise diverged from error
                     except ValueError as error:  # PyTorch's text
                         if len(part) > 1 or "more than 1 value per channel" not in str(error):
                             raise
@@ -322,14 +326,16 @@ class Trainer(TrainerBase):
         Raises:
             NonFiniteLoss: a parameter is NaN or infinite, on any process.
         """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        finite = not parameters or torch.stack([p.isfinite().all() for p in parameters]).all()
-        if all(comm.all_gather(bool(finite))):
+        if all(comm.all_gather(self._weights_are_finite())):
             return
         raise NonFiniteLoss(
             f"weights became NaN or infinite at iteration {self.iter}, so they are not saved; "
             f"{self._last_good()}"
         )
+
+    def _weights_are_finite(self) -> bool:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return not parameters or bool(torch.stack([p.isfinite().all() for p in parameters]).all())
 
     def _last_good(self) -> str:
         last = self.last_checkpoint() if self.last_checkpoint else ""

@@ -9,11 +9,14 @@ import pytest
 
 from region_pretrain.benchmark.images import make_jpegs
 from region_pretrain.benchmark.loader import benchmark_loader
+from region_pretrain.benchmark.measure import loader_rates, use_images
 from region_pretrain.benchmark.timing import interleaved
+from region_pretrain.config import load_config
 from region_pretrain.data.dataset import PretrainDataset
 from region_pretrain.data.loader import PretrainLoader
 from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore
+from region_pretrain.shipped import ROOT
 
 
 def test_synthetic_files_have_the_documented_size_and_are_repeatable(tmp_path):
@@ -60,6 +63,14 @@ def test_kinds_take_turns_and_the_first_round_is_not_counted(monkeypatch):
     found = interleaved({"a": kind("a"), "b": kind("b")}, seconds=10)
     assert found == {"a": 2, "b": 5}
     assert calls == ["a", "b"] * 4  # a warm-up round, and at least three rounds
+
+
+def test_a_recipe_that_reads_labels_is_measured_without_them(tmp_path):
+    path = str(ROOT / "projects/MCL/configs/mcl-supervised_r50-fpn_32xb128-100ep_imagenet.py")
+    cfg = load_config(path, ["dataloader.train.total_batch_size=2"])
+    use_images(cfg, *make_jpegs(str(tmp_path), 2))
+    assert cfg.dataloader.train.dataset.labels
+    assert loader_rates(cfg, seconds=0.01).size[:2] == (500, 375)
 
 
 @pytest.fixture

@@ -148,6 +148,21 @@ def test_keypoints_of_a_json_by_path(coco, tmp_path):
     assert "no num_keypoints; counted" in (tmp_path / "run" / "log.txt").read_text()
 
 
+def test_keypoints_without_names_are_refused(coco, tmp_path):
+    """Many converters write none."""
+    path = Path(MetadataCatalog.get(coco).json_file)
+    data = json.loads(path.read_text())
+    for category in data["categories"]:
+        del category["keypoints"]
+    (tmp_path / "bare.json").write_text(json.dumps(data))
+    name = f"coco://{tmp_path / 'bare.json'}?images={MetadataCatalog.get(coco).image_root}"
+    cfg = small("keypoint_rcnn_r50_fpn.py", name, name, tmp_path / "run")
+    cfg.model.roi_heads.keypoint_head.num_keypoints = 3
+    cfg.dataloader.evaluator.kpt_oks_sigmas = [0.1] * 3
+    with pytest.raises(UserError, match=r"bare.json.* has no names of keypoints.*\"keypoints\""):
+        do_train(cfg)
+
+
 def test_keypoints_of_the_data_the_detector_and_the_evaluator_agree(coco, tmp_path):
     cfg = small("keypoint_rcnn_r50_fpn.py", coco, coco, tmp_path)
     cfg.dataloader.evaluator.kpt_oks_sigmas = [0.05] * 17

@@ -73,6 +73,7 @@ FIXES = {
     "no area": (each("annotations", lambda a: a.pop("area")), "no area; computed", 6),
     "area of a text": (first("annotations", area="200"), "no area; computed", 1),
     "no iscrowd": (each("annotations", lambda a: a.pop("iscrowd")), "no iscrowd; set to 0", 6),
+    "crowd as text": (first("annotations", iscrowd="1"), "iscrowd as text; converted", 1),
     "no size": (
         each("images", lambda i: (i.pop("width"), i.pop("height"))),
         "no width or height; taken from the file", 3,
@@ -204,6 +205,9 @@ def test_values_of_the_fixes(write_coco):
     assert boxes(FIXES["two points"][0])[0]["segmentation"] == rectangle(2, 3, 20, 10)
     assert [len(boxes(FIXES[k][0])) for k in ("empty box", "box outside", "ignore")] == [1, 1, 2]
     assert boxes(FIXES["ignore"][0])[0]["iscrowd"] == 1
+    assert boxes(FIXES["crowd as text"][0])[0]["iscrowd"] == 1
+    for text in ("0", "false", False):
+        assert boxes(first("annotations", ignore=text, iscrowd=text))[0]["iscrowd"] == 0
     assert [a["category_id"] for a in boxes(FIXES["categories of one name"][0])] == [0, 1]
 
     triangle = {"area": None, "segmentation": [[10, 10, 20, 10, 10, 30]]}

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from tiny_run import Batch, Loader, Poison, TinyMethod
 from torch import nn
@@ -232,7 +233,7 @@ def test_nan_names_iteration_losses_and_checkpoint():
     assert "last good checkpoint: out/model_3.pth" in message
 
 
-def test_detectron2s_proposals_that_are_nan_end_in_the_same_way():
+def test_detectron2s_proposals_that_are_nan_end_in_the_same_way(monkeypatch):
     class Diverged(TinyMethod):
         def forward(self, batch):
             if diverges:
@@ -249,6 +250,15 @@ def test_detectron2s_proposals_that_are_nan_end_in_the_same_way():
         "good checkpoint: out/model_3.pth. A lower optimizer.lr",
         str(error.value),
     )
+    assert error.value.everywhere
+    # Of several processes, others see it as well only if the weights, which they share, are NaN.
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    for weight, everywhere in ((0.0, False), (math.nan, True)):
+        model = Diverged()
+        torch.nn.init.constant_(next(model.parameters()), weight)
+        with pytest.raises(NonFiniteLoss) as error:
+            train(model, 2)
+        assert error.value.everywhere == everywhere
 
 
 class NanStep(HookBase):
