@@ -105,7 +105,7 @@ def _norm_of(module: nn.Module | None) -> str | None:
 
 
 def _values(tensor: torch.Tensor | None) -> tuple[float, ...] | None:
-    if tensor is None:
+    if tensor is None or tensor.is_meta:
         return None
     return tuple(round(value, 4) for value in tensor.flatten().tolist())
 

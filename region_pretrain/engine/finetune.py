@@ -13,6 +13,7 @@ from functools import partial
 from math import isnan
 from typing import Any
 
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import (
@@ -22,9 +23,10 @@ from detectron2.evaluation import (
     print_csv_format,
 )
 from detectron2.utils import comm
+from fvcore.nn import precise_bn
 from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from region_pretrain.config import complete_train
 from region_pretrain.data.workers import share_batches_of
@@ -77,7 +79,9 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
         share_batches_of(loader)
     with fail_together():
         broadcast_statistics(model)
-        with _prints_logged(), modes_kept(model):  # also those of single layers
+        # A compiled trunk would be compiled for each shape, of which there is a limit.
+        eager = torch.compiler.set_stance("force_eager")
+        with _prints_logged(), modes_kept(model), eager:  # modes also of single layers
             results = inference_on_dataset(model, loader, _Together(evaluator))
         if not comm.is_main_process() or not results:
             return {}
@@ -250,9 +254,31 @@ class _PreciseBN(hooks.PreciseBN):
     """Restarts its iterator on each update, so that a resumed run sees the same batches."""
 
     def update_stats(self) -> None:
+        self.trainer.check_weights()
         self._data_iter = None
-        super().update_stats()
+        usual = precise_bn._PopulationVarianceEstimator
+        precise_bn._PopulationVarianceEstimator = _OfRegions
+        try:
+            super().update_stats()
+        finally:
+            precise_bn._PopulationVarianceEstimator = usual
         self._data_iter = None
+
+
+class _OfRegions(precise_bn._PopulationVarianceEstimator):
+    """Leaves out batches without a region, by whose number fvcore would divide.
+
+    A head that never sees one keeps its statistics.
+    """
+
+    def __init__(self, mean_buffer: Tensor, var_buffer: Tensor) -> None:
+        super().__init__(mean_buffer, var_buffer)
+        self.pop_mean += mean_buffer
+        self.pop_square_mean += var_buffer + mean_buffer.square()
+
+    def update(self, batch_mean: Tensor, batch_var: Tensor, batch_size: int) -> None:
+        if batch_size:
+            super().update(batch_mean, batch_var, batch_size)
 
 
 def _precise_bn(cfg: DictConfig, trainer: Trainer, data: TrainingData) -> HookBase:

@@ -26,7 +26,14 @@ from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.registration import absolute, execute, path_hint, recording
 from region_pretrain.shipped import ROOT
-from region_pretrain.yacs import lazy_detector, override_yacs, split_overrides
+from region_pretrain.yacs import (
+    find_config_file,
+    is_yacs,
+    lazy_detector,
+    override_yacs,
+    read_yacs,
+    split_overrides,
+)
 from region_pretrain.yacs.build import as_cfg_node, build_detector
 
 logger = logging.getLogger(__name__)
@@ -152,6 +159,9 @@ def load_detector(
                 return as_lazy_detector(detector), []
             with on_meta_device():
                 return lazy_detector(override_yacs(detector.clone(), yacs_overrides)), []
+        if isinstance(detector, str) and is_yacs(path := find_config_file(detector)):
+            with on_meta_device():  # its data sets and solver are those of the fine-tuning
+                return lazy_detector(read_yacs(path, yacs_overrides)), []
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
         entries = list(OmegaConf.select(cfg, "train.register") or [])
         execute(entries)

@@ -92,9 +92,18 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
     Raises:
         UserError: there are such layers; the message contains the overrides that unfreeze them.
     """
+    message = frozen_without_weights(cfg, model, loaded)
+    if message and isinstance(model, PretrainingModel):
+        raise UserError(message)
+    if message:
+        logger.warning(message)
+
+
+def frozen_without_weights(cfg: DictConfig, model: nn.Module, loaded: Collection[str] = ()) -> str:
+    """The message of :func:`check_trainable`, which has the same arguments; "" if all is well."""
     part = detector_part(model)
     if not loaded and has_statistics(part):  # a built detector with weights
-        return
+        return ""
     frozen = [
         name
         for name, parameter in part.named_parameters()
@@ -116,14 +125,11 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
         if names
     ]
     if not found:
-        return
-    message = (
+        return ""
+    return (
         f"the detector's config freezes layers without weights ({'; '.join(found)}): add "
         f"{' '.join(_unfreezing(cfg))}, or give their weights with train.init_checkpoint"
     )
-    if isinstance(model, PretrainingModel):
-        raise UserError(message)
-    logger.warning(message)
 
 
 def _unfreezing(cfg: DictConfig) -> list[str]:

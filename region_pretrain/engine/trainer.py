@@ -31,6 +31,7 @@ Batch = ViewBatch | list[dict[str, Any]]
 #: Losses are checked for NaN at least this often (in iterations), even if the log period is longer.
 _MAX_UNCHECKED = 1000
 _REMEDY = "A lower optimizer.lr, a longer warm-up, train.clip_grad or bfloat16 may help"
+_LEAST_SCALE = 1e-3  # of a loss in float16; it starts at 65,536 and is halved at each skipped step
 _HISTORY = 100  # values that are kept of each metric, for averages
 
 
@@ -308,6 +309,11 @@ class Trainer(TrainerBase):
                     bad.pop("total_loss", None)
                 first_bad = (iteration, bad)
         self._unchecked.clear()
+        if first_bad is None and self.scaler and self.scaler.get_scale() < _LEAST_SCALE:
+            first_bad = (
+                self.iter,
+                {"gradients of all recent steps": nan},
+            )  # the scaler skips their steps
         found = [(*bad, rank) for rank, bad in enumerate(comm.all_gather(first_bad)) if bad]
         if not found:
             return

@@ -189,6 +189,28 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
     return report
 
 
+def check_fits(source: nn.Module, target: nn.Module) -> None:
+    """Check, before anything is trained, that weights of a pre-training will load into a detector.
+
+    Args:
+        source: the pre-training model, which may be on the meta device.
+        target: the detector; on the meta device, because it would be filled.
+
+    Raises:
+        UserError: see :func:`load_pretrained`.
+    """
+    state = {
+        name: tensor
+        for name, tensor in source.state_dict().items()
+        if name.startswith(tuple(f"{module}." for module in source.detector_modules))
+    }
+    names = {common_name(name): name for name in state}
+    weights = Weights("the file", "", dict(zip(names, state.values(), strict=True)), names)
+    weights.facts = facts_of(source)
+    report = _fill(target, weights)
+    _check(report, weights, differences(weights.facts, facts_of(target))[0], partial=False)
+
+
 def _fill(model: nn.Module, weights: Weights) -> TransferReport:
     """Load the tensors whose names and shapes fit."""
     ours = model.state_dict()

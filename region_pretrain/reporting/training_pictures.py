@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,9 @@ class PicturesHook(HookBase):
             return
         try:
             rows = draw()
-            sheet = pictures.sheet(rows, _HEIGHT) if rows and comm.is_main_process() else None
+            # The others draw the method's picture again only if the main process does.
+            with fail_together() if name == "method" else nullcontext():
+                sheet = pictures.sheet(rows, _HEIGHT) if rows and comm.is_main_process() else None
         except Exception as error:  # raised by any data set, sampler or model
             self._given_up.add(name)
             logger.warning(

@@ -12,12 +12,15 @@ from typing import Any
 
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from region_pretrain.config import load_config, override_config, to_yaml
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.few_label import find_split
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.labelled_data import check_labelled_data
+from region_pretrain.engine.trainable import frozen_without_weights
+from region_pretrain.engine.transfer import check_fits
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local, write_text_atomic
 from region_pretrain.modeling.init import on_meta_device
@@ -88,15 +91,20 @@ _VALUES = (
 )
 
 
-#: Models and optimisers that could be built, as text.
-_BUILT: set[str] = set()
+#: Models and optimisers that could be built, as text -> the model.
+_BUILT: dict[str, nn.Module] = {}
+
+
+def _built(path: str, overrides: Sequence[str]) -> nn.Module:
+    """The model of a config, on the meta device. Optimiser and schedule can be built, too."""
+    return _build_once(path, tuple(o for o in overrides if o.split("=")[0] not in _VALUES))
 
 
 @functools.cache
-def _build_once(path: str, overrides: tuple[str, ...]) -> None:
+def _build_once(path: str, overrides: tuple[str, ...]) -> nn.Module:
     cfg = load(path, overrides)
     try:
-        _build(cfg)
+        return _build(cfg)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # a constructor may raise anything
@@ -132,7 +140,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
         raise UserError(f"{path} {wrong}")
     if not detection:
         _check_store(cfg)
-    _build_once(path, tuple(o for o in overrides if o.split("=")[0] not in _VALUES))
+    _built(path, overrides)
     return cfg
 
 
@@ -174,7 +182,7 @@ def _check_store(cfg: DictConfig) -> None:
         )
 
 
-def _build(cfg: DictConfig) -> None:
+def _build(cfg: DictConfig) -> nn.Module:
     detection = "evaluator" in cfg.dataloader
     if detection:
         check_labelled_data(cfg, training=True, fix=False)
@@ -186,14 +194,44 @@ def _build(cfg: DictConfig) -> None:
     instantiate(cfg.lr_multiplier)
     parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.optimizer)]
     if (text := repr(parts)) in _BUILT:  # e.g. of another length
-        return
+        return _BUILT[text]
     with on_meta_device():
         model = instantiate(cfg.model)
     if not detection:
         check_contract(model)
     cfg.optimizer.params.model = model
     instantiate(cfg.optimizer)
-    _BUILT.add(text)
+    _BUILT[text] = model
+    return model
+
+
+@functools.cache
+def check_transfer(
+    config: str, overrides: tuple[str, ...], pretraining: tuple[str, tuple[str, ...]] | None
+) -> None:
+    """Check before any run that a detector starts from weights, or without frozen layers.
+
+    Args:
+        config, overrides: of the fine-tuning.
+        pretraining: config and overrides of the pre-training; None: random weights.
+
+    Raises:
+        UserError: the pre-trained weights will not load, or random layers are frozen.
+    """
+    cfg = checked_config(config, overrides, True)
+    model = _built(find_config_file(config), overrides)
+    if pretraining is None:
+        if message := frozen_without_weights(cfg, model):
+            raise UserError(message)
+        return
+    path, of_pretraining = pretraining
+    checked_config(path, of_pretraining, False)
+    try:
+        check_fits(_built(find_config_file(path), of_pretraining), model)
+    except UserError as error:
+        raise UserError(
+            f"the weights of {path} would not load into the detector of {config}: {error}"
+        ) from None
 
 
 #: Keys of ``train`` that only affect how a run is kept or resumed, with their defaults. Others of

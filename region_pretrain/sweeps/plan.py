@@ -15,6 +15,7 @@ from region_pretrain.engine import checkpoint
 from region_pretrain.errors import UserError
 from region_pretrain.sweeps.configs import (
     check_split,
+    check_transfer,
     check_weights,
     checked_config,
     content,
@@ -342,6 +343,17 @@ class _Planner:
             *more,
         ]
         cfg = checked_config(entry.config, tuple(overrides), True)
+        if init in self._sweep.pretrain:
+            weights_of = sweep.pretrain[init].config, tuple(self._pretrain_overrides(init))
+            check_transfer(entry.config, tuple(overrides), weights_of)
+        elif not cfg.train.init_checkpoint:
+            try:
+                check_transfer(entry.config, tuple(overrides), None)
+            except UserError as error:
+                raise UserError(
+                    f"sweep.baselines.{init} has no init_checkpoint, and {error}; the overrides "
+                    f"belong into sweep.baselines.{init}.finetune_overrides"
+                ) from None
         chosen = [f"@{choice.product}"] if choice else []
         return self._add(
             kind,

@@ -239,6 +239,16 @@ def test_frozen_layers_need_weights():
         check_trainable(cfg, build_pretraining_model(cfg, torch.device("meta")))
 
 
+@pytest.mark.parametrize("datasets", ["", "DATASETS: {TEST: ['val', 'test']}\n"])
+def test_data_sets_of_a_yacs_detector_do_not_matter(tmp_path, datasets):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"{datasets}TEST: {{AUG: {{ENABLED: True}}}}\n_BASE_: {find_config_file(FPN)}\n"
+    )
+    cfg = load_method("soco", str(path), TRAINABLE)
+    assert cfg.model == load_method("soco", FPN, TRAINABLE).model
+
+
 def test_frozen_layers_of_a_lazy_config():
     lazy = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py"
     with pytest.raises(UserError, match="freezes layers") as error:

@@ -289,6 +289,26 @@ def test_weights_that_the_last_update_made_nan_are_not_saved():
     assert saved == ["model_0000001"]
 
 
+def test_gradients_that_are_always_nan_stop_a_run_with_a_scaler_too():
+    """It skips these steps, so that losses and weights stay finite."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch):
+            return {"loss_a": (self.w * 0).abs().sqrt().sum()}
+
+    model = Root()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    trainer = Trainer(model, optimizer, Loader(8).iterate, log_period=1)
+    trainer.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(NonFiniteLoss, match="at iteration 2.: gradients of all recent steps=nan"):
+        trainer.train(0, 40)
+    assert model.w == 0
+
+
 def test_infinite_sum_of_finite_losses_stops_too():
     class Huge(nn.Module):
         def __init__(self):

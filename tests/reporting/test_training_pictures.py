@@ -1,5 +1,6 @@
 """Pictures during a run: what they show, and that the run does not notice them."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -7,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.utils import comm
 from forked import run_tool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from region_pretrain.config import load_config
 from region_pretrain.engine.finetune import do_train
 from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.processes import FailedElsewhere
 from region_pretrain.errors import UserError
 from region_pretrain.projects.soco import SoCoViews
+from region_pretrain.reporting import training_pictures
 from region_pretrain.reporting.pictures import (
     first_records,
     ground_truth_pictures,
@@ -116,6 +120,26 @@ def test_two_processes_draw_a_picture_that_needs_both(tmp_path, region_folder):
     assert [step for step, _ in found["pictures/method"]] == [0, 1]
     one_row = found["pictures/method"][0][1].shape[0]
     assert one_row == sheet([[np.zeros((9, 9, 3), np.uint8)]] * 2).shape[0]  # 2 images each
+
+
+def test_a_picture_that_only_the_main_process_cannot_lay_out_is_given_up_by_all(monkeypatch):
+    """Otherwise the others would draw the method's picture again, and wait for it."""
+    entered = []
+
+    @contextmanager
+    def fail_together():
+        entered.append(1)
+        yield
+        raise FailedElsewhere("rank 0")
+
+    monkeypatch.setattr(training_pictures, "fail_together", fail_together)
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    hook = training_pictures.PicturesHook(1, 1)
+    rows = [[np.zeros((4, 4, 3), np.uint8)]]
+    hook._put("method", lambda: rows)
+    assert entered == [1] and hook._given_up == {"method"}
+    hook._put("views", lambda: rows)  # which only the main process draws
+    assert entered == [1] and hook._given_up == {"method"}
 
 
 def test_a_fine_tuning_with_pictures_is_the_same_run(tmp_path, coco_folder):
