@@ -32,7 +32,7 @@ from region_pretrain.images.pillow import open_with_pillow
 logger = logging.getLogger(__name__)
 
 _MAY_HAVE_16_BITS = (".png", ".tif", ".tiff")
-_EXAMINED_FILES = 8
+_EXAMINED_HEADS, _EXAMINED_FILES = 500, 8
 _examined: set[str] = set()
 
 
@@ -80,34 +80,50 @@ def get_records(
                 )
             origin[key] = name
         logger.info("%s: %d images", name, len(found))
-        _warn_of_few_bits(name, found)
+        warn_of_few_bits(name, found)
         records += found
     return records
 
 
-def _warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
-    """Warn of 16-bit images with values of a 12-bit camera, which would be nearly black."""
+def warn_of_few_bits(name: str, records: Sequence[dict]) -> None:
+    """Warn of 16-bit images with values of a 12-bit camera, which would be nearly black.
+
+    Args:
+        name: the data set; each is examined once.
+        records: its records.
+    """
     if name in _examined:
         return
     _examined.add(name)
     some = [r for r in records if str(r["file_name"]).lower().endswith(_MAY_HAVE_16_BITS)]
-    some = [record for record in some if "bits" not in record.get("reading", {})]
+    some = [str(record["file_name"]) for record in some if "bits" not in record.get("reading", {})]
+    some = some[:: max(1, -(-len(some) // _EXAMINED_HEADS))]
+    some = [file for file in some if _may_have_16_bits(file)]
     highest: dict[int, str] = {}
-    for record in some[:: max(1, -(-len(some) // _EXAMINED_FILES))]:
+    for file in some[:: max(1, -(-len(some) // _EXAMINED_FILES))]:
         try:
-            data = Path(record["file_name"]).read_bytes()
-            with open_with_pillow(data, record["file_name"]) as image:
+            with open_with_pillow(Path(file).read_bytes(), file) as image:
                 if image.mode.startswith("I"):
-                    highest[image.getextrema()[1]] = record["file_name"]
+                    highest[image.getextrema()[1]] = file
         except Exception:  # what cannot be read is reported where it is needed
             continue
-    if highest and max(highest) < 1 << 12:
+    if highest and max(highest) < 1 << 15:
         logger.warning(
             "%s: 16-bit images such as %s have values up to %d of 65,535 only, and are read as "
             "nearly black: name them by path with as many bits as the camera has, e.g. "
             "folder://DIR?bits=12",
             *(name, highest[max(highest)], max(highest)),
         )
+
+
+def _may_have_16_bits(file: str) -> bool:
+    """Whether a PNG says so; always for a TIFF, which may say so anywhere."""
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(25)
+    except OSError:
+        return False
+    return not head.startswith(b"\x89PNG") or head[24:] == b"\x10"
 
 
 def check_registered(name: str) -> None:

@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from tabulate import tabulate
 from tqdm import tqdm
 
-from region_pretrain.data.catalog import check_registered, get_records
+from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import upright_size
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.data.findings import Finding, Findings
@@ -76,6 +76,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
                     _refuse_no_boxes(name, DatasetCatalog.get(name))
                 continue
             findings, records = data.findings, data.records
+        warn_of_few_bits(name, records)
         if split == "train" and not _has_boxes(records):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
         if evaluated and "train" in names:

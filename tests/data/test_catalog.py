@@ -15,11 +15,14 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from empty_files import touch
 from PIL import Image
 
+from region_pretrain.config import get_config
 from region_pretrain.data.catalog import (
     get_records,
     load_coco_images,
     register_image_folder,
 )
+from region_pretrain.data.inspection import prepare_labels
+from region_pretrain.data.sources import register
 from region_pretrain.errors import UserError
 
 
@@ -260,7 +263,7 @@ def test_images_of_a_12_bit_camera_are_nearly_black(tmp_path, caplog):
     folder = tmp_path / "xray"
     folder.mkdir()
     for i in range(20):
-        values = np.full((8, 8), 4095 if i == 18 else 300, np.uint16)
+        values = np.full((8, 8), 4095 if i == 16 else 300, np.uint16)
         Image.fromarray(values).save(folder / f"{i:02}.png")
     (folder / "20.png").write_bytes(b"")
     Image.new("L", (8, 8)).save(folder / "00.png")  # one of 8 bits
@@ -273,3 +276,23 @@ def test_images_of_a_12_bit_camera_are_nearly_black(tmp_path, caplog):
     Image.fromarray(np.full((8, 8), 60000, np.uint16)).save(folder / "00.png")
     get_records(f"folder://{folder}?bands=1,1,1")
     assert warning not in caplog.text
+
+
+def test_a_few_images_of_a_14_bit_camera_are_noticed_and_before_a_fine_tuning(tmp_path, caplog):
+    images = []
+    for i in range(60):
+        deep = i in (23, 47)
+        values = np.full((30, 40), 16383 if deep else 99, np.uint16 if deep else np.uint8)
+        Image.fromarray(values).save(tmp_path / f"{i:02}.png")
+        images.append({"id": i, "file_name": f"{i:02}.png", "width": 40, "height": 30})
+    warning = "values up to 16383 of 65,535 only, and are read as nearly black"
+    get_records(f"folder://{tmp_path}")
+    assert warning in caplog.text
+    caplog.clear()
+    box = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [2, 3, 9, 9], "area": 81, "iscrowd": 0}
+    data = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "all.json").write_text(json.dumps(data))
+    coco = f"coco://{tmp_path}/all.json?images={tmp_path}"
+    register(coco)
+    prepare_labels(get_config("detection/faster_rcnn_r50_c4_voc.py"), {"train": [coco]})
+    assert warning in caplog.text
