@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +15,7 @@ from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.registry import locate
 from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import distributed as dist
@@ -147,6 +149,13 @@ def scale_lr(cfg: DictConfig, data: TrainingData, max_iter: int) -> float:
             same = round(max_iter * base / data.total_batch_size)
             text += f"; as many images as at batch size {base}: train.max_iter={same}"
     logger.info("%s", text)
+    of_yacs = OmegaConf.select(cfg, "model.cfg.SOLVER.IMS_PER_BATCH")
+    if base is None and of_yacs not in (None, data.total_batch_size):
+        logger.warning(
+            "SOLVER.BASE_LR of a yacs config is not scaled with the batch size: for %d images "
+            "instead of %d, optimizer.lr=%g would be in proportion",
+            *(data.total_batch_size, of_yacs, lr * data.total_batch_size / of_yacs),
+        )
     return lr
 
 
@@ -257,11 +266,20 @@ def build_part(lazy: DictConfig, key: str) -> Any:
         key: its place in the config, e.g. ``dataloader.train``, for the error message.
 
     Raises:
-        UserError: a class lacks methods that its base class requires.
+        UserError: a class lacks methods that its base class requires, or has no argument that the
+            config gives.
     """
     try:
         return instantiate(lazy)
     except TypeError as error:
+        target = lazy._target_ if callable(lazy._target_) else locate(lazy._target_)
+        unknown = (
+            rf"{re.escape(target.__name__)}(\.__init__)?\(\) got an unexpected keyword argument"
+        )
+        if re.match(unknown, str(error)):
+            raise UserError(
+                f"{key}: {error}: remove it from the config or the overrides"
+            ) from error
         if not str(error).startswith("Can't instantiate abstract class"):
             raise
         raise UserError(f"{key}: {error}: implement what is missing") from error

@@ -26,6 +26,7 @@ from region_pretrain.engine.build import (
     amp_dtype,
     build_model,
     build_optimizer,
+    build_part,
     check_batch_size,
     clipping,
     log_schedule,
@@ -167,7 +168,7 @@ def run_training(
         warn_of_long_queues(data, model)
         warn_of_few_steps(data, max_iter)
         optimizer = build_optimizer(cfg, model, lr)
-        multiplier = instantiate(cfg.lr_multiplier)
+        multiplier = build_part(cfg.lr_multiplier, "lr_multiplier")
         log_schedule(cfg, multiplier, max_iter)
         scheduler = LRMultiplier(optimizer, multiplier, max_iter)
         trainer = Trainer(

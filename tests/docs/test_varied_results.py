@@ -139,47 +139,86 @@ def test_labels(tmp_path):
 
 
 def test_steps_of_fine_tuning():
-    """The gains, in the pairs of equal seeds, and where the pages name them."""
+    """The tables, the gains in pairs of equal seeds, and where the pages name them."""
     rows = {(r.init, r.finetune, r.labels): r for r in read_csv(str(STEPS))}
     page = (ROOT / "projects/README.md").read_text()
     page = page[page.index("### AP against fine-tuning steps") : page.index("### Settings of the")]
-    names = {"random weights": "random", "SoCo": "soco", "MCL": "mcl"}
-    columns = [("steps300", 100), ("steps900", 100), ("steps900", 25)]
+    names = {"random weights": "random", "MoCo v2": "moco", "BYOL": "byol", "SoCo": "soco"}
+    names |= {"CCOP": "ccop", "MCL": "mcl", "point-level region contrast": "point"}
+    regional, baselines = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol")
+
+    def values(init, steps, labels, seed, key="bbox/AP"):
+        """Of the pre-training with this seed, or of random weights on its processor."""
+        processor = {3: "EPYC", 4: "Xeon"}[seed]
+        row = rows.get((init, steps, labels))
+        found = row.values(key) if row else {}
+        return {k: v for k, v in found.items() if k[0] in (None, seed) and processor in k[2]}
+
+    columns = [("steps300", 100, 3), ("steps900", 100, 3), ("steps900", 100, 4)]
+    columns += [("steps900", 25, 3), ("steps900", 25, 4)]
     for caption, key in (("box AP", "bbox/AP"), ("mask AP", "segm/AP")):
-        for label, *cells in table(page, caption, "300 steps")[2:]:
+        lines = table(page, caption, "300 steps, seed 3")[2:]
+        assert [label for label, *_ in lines] == list(names)
+        for label, *cells in lines:
             for column, cell in zip(columns, cells, strict=True):
-                row = rows.get((names[label], *column))
-                values = sorted(row.values(key).items()) if row else []
-                assert cell == (", ".join(f"{v:.1f}" for _, v in values) or "–"), (label, column)
+                found = sorted(values(names[label], *column, key).items(), key=lambda kv: kv[0][1])
+                assert cell == (", ".join(f"{v:.1f}" for _, v in found) or "–"), (label, column)
 
-    def mean(init, steps, labels=100):
-        return statistics.fmean(rows[init, steps, labels].values("bbox/AP").values())
+    def mean(*of):
+        return statistics.fmean(values(*of).values())
 
-    def gain(init, steps):
-        both = (rows[name, steps, 100].values("bbox/AP") for name in (init, "random"))
-        return statistics.fmean(pair(*both).values())
+    def pairs(init, reference, *at):
+        return list(pair(values(init, *at), values(reference, *at)).values())
+
+    def gain(init, *at):
+        return statistics.fmean(pairs(init, "random", *at))
+
+    last = ("steps900", 100, 4)
+    lines = table(page, "900 steps, seed 4", "to random weights")[2:]
+    assert [names[label] for label, *_ in lines] == list(regional)
+    for label, *cells in lines:
+        expected = []
+        for reference in baselines:
+            for key in ("bbox/AP", "segm/AP"):
+                both = (values(i, *last, key) for i in (names[label], reference))
+                found = list(pair(*both).values())
+                assert min(found) > 0
+                expected.append(", ".join(f"{value:+.1f}" for value in found))
+        assert cells == expected, label
+    for reference, (box, mask) in {"moco": ("+1.9", "+0.8"), "byol": ("+1.1", "+0.9")}.items():
+        for key, shown in (("bbox/AP", box), ("segm/AP", mask)):
+            both = (values(i, *last, key) for i in (reference, "random"))
+            assert f"{statistics.fmean(pair(*both).values()):+.1f}" == shown
 
     page, front = " ".join(page.split()), " ".join((ROOT / "README.md").read_text().split())
-    last = [f"{mean(init, 'steps900'):.1f}" for init in names.values()]
-    assert (
-        "weights reach {} box AP, MCL {} and SoCo {}".format(*map(last.__getitem__, (0, 2, 1)))
-        in front
-    )
-    gains = [f"{gain(i, f):.1f}" for f in ("steps300", "steps900") for i in ("mcl", "soco")]
-    text = "fall from {} and {} to {} and {}".format(*gains)
-    assert text in front and text in page
     few = " ".join((ROOT / "docs/labelled_data.md").read_text().split())
-    assert (
-        f"from {mean('random', 'steps300'):.0f} to {mean('random', 'steps900'):.0f} box AP" in few
-    )
+    first, second = ("steps300", 100, 3), ("steps900", 100, 3)
+    gains = [f"{gain(i, *at):.1f}" for at in (first, second) for i in ("mcl", "soco")]
+    assert "fall from {} and {} to {} and {}".format(*gains) in page
+    assert f"from {mean('random', *first):.0f} to {mean('random', *second):.0f} box AP" in few
     assert f"[from {gains[0]} to {gains[2]}]" in few
-    mcl, random = (mean(init, "steps900", 25) for init in ("mcl", "random"))
-    assert f"MCL is {mcl - random:.1f} above random weights ({mcl:.1f} and {random:.1f})" in page
-    assert f"MCL is still {mcl - random:.1f} above random weights" in front
-    assert f"On 25 images, with 900 steps, it was {mcl - random:.1f}." in few
+    shown = [f"{mean(names[n], *last):.1f}" for n in ("MCL", "SoCo")]
+    order = sorted(regional, key=lambda init: -mean(init, *last))
+    labels = {init: label.removesuffix(" region contrast") for label, init in names.items()}
+    listed = [f"{labels[init]} {mean(init, *last):.1f}" for init in order]
+    text = "{}, {}, {} and {}".format(*listed)
+    assert shown and text in front and text in page
+    low = [f"{mean(init, *last):.1f}" for init in baselines]
+    text = "random weights reach {} box AP, MoCo v2 {} and BYOL {}".format(*low)
+    assert text in front and text in page
+
+    at = ("steps900", 25, 4)
+    gains = {init: pairs(init, "random", *at)[0] for init in names.values() if init != "random"}
+    (old,) = pairs("mcl", "random", "steps900", 25, 3)
+    assert f"MCL is {gains['mcl']:.1f} and {old:.1f} above random weights" in page
+    assert f"MCL is {gains['mcl']:.1f} and {old:.1f} above random weights" in front
+    assert f"On 25 images, with 900 steps, it was {old:.1f} and {gains['mcl']:.1f}." in few
+    others = [f"{gains[init]:.1f}" for init in ("ccop", "soco", "point", "moco", "byol")]
+    text = "CCOP {}, SoCo {}, point-level region contrast {}, MoCo v2 {} and BYOL {}"
+    assert text.format(*others) in page
     soco = read_csv(str(CSV))
-    (values,) = (row.values("bbox/AP") for row in soco if row.init == "soco")
-    means = [statistics.fmean(v for k, v in values.items() if k[0] == seed) for seed in range(4)]
+    (found,) = (row.values("bbox/AP") for row in soco if row.init == "soco")
+    means = [statistics.fmean(v for k, v in found.items() if k[0] == seed) for seed in range(4)]
     assert means[3] == min(means)
 
 

@@ -17,6 +17,7 @@ from region_pretrain.engine.build import (
     TrainingData,
     build_model,
     build_optimizer,
+    build_part,
     check_batch_size,
     clipping,
     log_schedule,
@@ -60,6 +61,18 @@ def test_a_smaller_batch_needs_more_iterations(batch, epochs, hint, caplog):
     scale_lr(cfg, Loader(batch, num_images=10 * batch), max_iter=900)
     (line,) = caplog.messages
     assert line.partition("iterations of ")[2] == f"{batch} images = 90 epochs{hint}"
+
+
+@pytest.mark.parametrize(
+    ("batch", "hint"), [(4, "4 images instead of 16, optimizer.lr=0.005"), (16, "")]
+)
+def test_a_yacs_configs_learning_rate_is_not_scaled_without_a_word(batch, hint, caplog):
+    cfg = config(max_iter=900, base_batch_size=None)
+    cfg.model = {"cfg": {"SOLVER": {"IMS_PER_BATCH": 16}}}
+    cfg.optimizer.lr = 0.02
+    assert scale_lr(cfg, Loader(batch, num_images=10 * batch), max_iter=900) == 0.02
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == bool(hint) and hint in "".join(warned)
 
 
 SHORT_WARMUP = (
@@ -255,10 +268,18 @@ def test_an_unfinished_method_is_an_error_that_names_what_it_lacks():
         build_model(cfg, torch.device("cpu"))
 
 
-def test_other_errors_of_a_constructor_are_not_the_users():
+def test_an_argument_that_a_class_lacks_is_named_and_other_errors_are_not_the_users():
     cfg = config()
     cfg.model.noize = 1
-    with pytest.raises(TypeError, match="noize"):
+    with pytest.raises(UserError, match=r"^model: .*keyword argument 'noize': remove it from the"):
+        build_model(cfg, torch.device("cpu"))
+    multiplier = get_detectron2_config("common/coco_schedule.py").lr_multiplier_1x
+    multiplier.warmup_iters = 9
+    with pytest.raises(UserError, match=r"^lr_multiplier: .*keyword argument 'warmup_iters'"):
+        build_part(multiplier, "lr_multiplier")
+    cfg = config()
+    cfg.model = {"_target_": "builtins.int", "base": "x"}
+    with pytest.raises(TypeError):
         build_model(cfg, torch.device("cpu"))
 
 
