@@ -1,4 +1,4 @@
-"""Does the gain last when the fine-tuning is three times as long? SoCo and MCL on Shapes.
+"""Does the gain last when the fine-tuning is three times as long? On Shapes.
 
     python tools/sweep.py --config configs/sweeps/shapes_steps.py --jobs 2
 
@@ -12,12 +12,13 @@ from .shapes_long import LONG, SHARED
 #: Fine-tuning iterations; the first are those of the long size.
 ITERATIONS = [300, 900]
 
+_methods = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
 _sweeps = {
     iterations: benchmark(
         **{
             **LONG,
             "title": "Shapes benchmark: AP against the length of fine-tuning",
-            "methods": {name: LONG["methods"][name] for name in ("soco", "mcl")},
+            "methods": _methods,
             "learning_rates": [0.1],
             "iterations": iterations,
         }
