@@ -310,10 +310,8 @@ class Trainer(TrainerBase):
                 first_bad = (iteration, bad)
         self._unchecked.clear()
         if first_bad is None and self.scaler and self.scaler.get_scale() < _LEAST_SCALE:
-            first_bad = (
-                self.iter,
-                {"gradients of all recent steps": nan},
-            )  # the scaler skips their steps
+            # The scaler skips their steps, so losses and weights stay finite.
+            first_bad = (self.iter, {"gradients of all recent steps": nan})
         found = [(*bad, rank) for rank, bad in enumerate(comm.all_gather(first_bad)) if bad]
         if not found:
             return

@@ -189,12 +189,13 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
     return report
 
 
-def check_fits(source: nn.Module, target: nn.Module) -> None:
+def check_fits(source: nn.Module, target: nn.Module, partial: bool = False) -> None:
     """Check, before anything is trained, that weights of a pre-training will load into a detector.
 
     Args:
         source: the pre-training model, which may be on the meta device.
         target: the detector; on the meta device, because it would be filled.
+        partial: see :func:`load_pretrained`.
 
     Raises:
         UserError: see :func:`load_pretrained`.
@@ -208,7 +209,7 @@ def check_fits(source: nn.Module, target: nn.Module) -> None:
     weights = Weights("the file", "", dict(zip(names, state.values(), strict=True)), names)
     weights.facts = facts_of(source)
     report = _fill(target, weights)
-    _check(report, weights, differences(weights.facts, facts_of(target))[0], partial=False)
+    _check(report, weights, differences(weights.facts, facts_of(target))[0], partial)
 
 
 def _fill(model: nn.Module, weights: Weights) -> TransferReport:

@@ -227,7 +227,8 @@ def check_transfer(
     path, of_pretraining = pretraining
     checked_config(path, of_pretraining, False)
     try:
-        check_fits(_built(find_config_file(path), of_pretraining), model)
+        source = _built(find_config_file(path), of_pretraining)
+        check_fits(source, model, cfg.train.init_partial)
     except UserError as error:
         raise UserError(
             f"the weights of {path} would not load into the detector of {config}: {error}"
