@@ -330,7 +330,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
     config.params.model = model
     base_lr = config.params.get("base_lr")
     if base_lr is not None and config.lr:  # "${optimizer.lr}" would still be that of cfg
-        config.params.base_lr = base_lr * lr / config.lr
+        config.params.base_lr = lr if base_lr == config.lr else base_lr * lr / config.lr
     config.lr = lr
     optimizer = instantiate(config)
     for group in [optimizer.defaults, *optimizer.param_groups]:
