@@ -194,7 +194,7 @@ def check_fits(source: nn.Module, target: nn.Module, partial: bool = False) -> N
 
     Args:
         source: the pre-training model, which may be on the meta device.
-        target: the detector; on the meta device, because it would be filled.
+        target: the detector, likewise; it is not changed.
         partial: see :func:`load_pretrained`.
 
     Raises:
@@ -208,16 +208,17 @@ def check_fits(source: nn.Module, target: nn.Module, partial: bool = False) -> N
     names = {common_name(name): name for name in state}
     weights = Weights("the file", "", dict(zip(names, state.values(), strict=True)), names)
     weights.facts = facts_of(source)
-    report = _fill(target, weights)
+    report = _fill(target, weights, load=False)
     _check(report, weights, differences(weights.facts, facts_of(target))[0], partial)
 
 
-def _fill(model: nn.Module, weights: Weights) -> TransferReport:
-    """Load the tensors whose names and shapes fit."""
+def _fill(model: nn.Module, weights: Weights, load: bool = True) -> TransferReport:
+    """Load the tensors whose names and shapes fit, or find out which would be loaded."""
     ours = model.state_dict()
     found, unexpected = weights.fit(ours)
     fitting = {name: t for name, t in found.items() if t.shape == ours[name].shape}
-    model.load_state_dict(fitting, strict=False)
+    if load:
+        model.load_state_dict(fitting, strict=False)
     mismatched = [
         (name, tuple(tensor.shape), tuple(ours[name].shape))
         for name, tensor in found.items()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import warnings
 
 import pytest
 from detectron2.config import instantiate
@@ -232,6 +233,15 @@ def test_a_detector_of_detectron2s_model_zoo(tmp_path):
     assert load_config(zoo, run.tasks[0][2:]).train.init_checkpoint == "mine.pth"
     with pytest.raises(UserError, match="no key 'MODEL.MASK'"):
         make_plan(sweep(tmp_path, finetune={"det": {**entry, "overrides": ["MODEL.MASK=1"]}}))
+
+
+def test_a_plan_is_made_without_warnings(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_plan(
+            sweep(tmp_path, finetune={"det": {"config": DETECTOR, "overrides": ["train.seed=7"]}})
+        )
+    assert [str(w.message) for w in caught if "no-op" in str(w.message)] == []
 
 
 def test_weights_that_will_not_load_are_refused_before_the_pre_training(tmp_path):
