@@ -295,7 +295,10 @@ def test_later_edits_of_own_configs_do_not_affect_the_jobs(queue, tmp_path):
     base.write_text(
         "SOLVER: {BASE_LR: 0.5}\nDATASETS: {TRAIN: [coco_2017_val], TEST: [coco_2017_val]}\n"
     )
-    yacs.write_text("_BASE_: base.yaml\nMODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n")
+    yacs.write_text(
+        "_BASE_: base.yaml\n"
+        "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, BACKBONE: {FREEZE_AT: 0}, RESNETS: {NORM: BN}}\n"
+    )
     finetune = {
         "lazy": {"config": str(own)},
         "yacs": {"config": str(yacs), "overrides": ["MODEL.RPN.POST_NMS_TOPK_TEST=7"]},
