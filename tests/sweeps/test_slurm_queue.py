@@ -297,7 +297,8 @@ def test_later_edits_of_own_configs_do_not_affect_the_jobs(queue, tmp_path):
     )
     yacs.write_text(
         "_BASE_: base.yaml\n"
-        "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, BACKBONE: {FREEZE_AT: 0}, RESNETS: {NORM: BN}}\n"
+        "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, BACKBONE: {FREEZE_AT: 0}, "
+        "RESNETS: {NORM: BN}}\n"
     )
     finetune = {
         "lazy": {"config": str(own)},
