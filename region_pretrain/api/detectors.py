@@ -15,7 +15,7 @@ from torch import nn
 from region_pretrain.config import complete_train, get_config, load_file, override_config
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.given import as_lazy_detector, given_part, refer_to
-from region_pretrain.modeling.preprocess import format_of_mean
+from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.yacs import (
     find_config_file,
     is_yacs,
@@ -127,8 +127,7 @@ def _around(model: DictConfig | nn.Module) -> DictConfig:
         lazy = copy.deepcopy(model)
         has_masks = OmegaConf.select(model, "roi_heads.mask_head") is not None
         has_keypoints = OmegaConf.select(model, "roi_heads.keypoint_head") is not None
-        known = model.get("input_format") or format_of_mean(model.get("pixel_mean", [0.0]))
-        image_format = known or "BGR"
+        image_format = channel_order(model.get("input_format"), model.get("pixel_mean"))
     if has_keypoints:
         raise UserError(
             "the detector has a keypoint head: pass its complete config, whose mapper says which "

@@ -19,7 +19,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import on_meta_device
-from region_pretrain.modeling.preprocess import format_of_mean
+from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_name, trunk_of
 from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
 from region_pretrain.modeling.trunk import Trunk
@@ -79,8 +79,8 @@ class Detector:
         for key in ("pixel_mean", "pixel_std"):
             value = _get(self.detector, key)
             values[key] = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-        known = _get(self.detector, "input_format") or format_of_mean(values["pixel_mean"])
-        return values | {"input_format": known or "BGR"}
+        known = _get(self.detector, "input_format")
+        return values | {"input_format": channel_order(known, values["pixel_mean"])}
 
     @cached_property
     def trunk(self) -> Part:
@@ -275,8 +275,7 @@ def model_of(cfg: DictConfig) -> DictConfig:
     model = cfg.get("model", DictConfig({}))
     if "backbone" in model and model.get("input_format") is None:
         model = copy.deepcopy(model)  # the detector itself may not take it
-        known = _image_format(cfg, "train")
-        model.input_format = known or format_of_mean(model.get("pixel_mean", [0.0])) or "BGR"
+        model.input_format = channel_order(_image_format(cfg, "train"), model.get("pixel_mean"))
     return model
 
 

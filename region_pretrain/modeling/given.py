@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.preprocess import format_of_mean
+from region_pretrain.modeling.preprocess import channel_order
 
 _modules: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
 
@@ -101,7 +101,7 @@ def as_lazy_detector(detector: nn.Module) -> DictConfig:
         "backbone": part("backbone"),
         "pixel_mean": mean,
         "pixel_std": detector.pixel_std.flatten().tolist(),
-        "input_format": getattr(detector, "input_format", None) or format_of_mean(mean) or "BGR",
+        "input_format": channel_order(getattr(detector, "input_format", None), mean),
     }
     heads = getattr(detector, "roi_heads", None)
     if heads is not None:

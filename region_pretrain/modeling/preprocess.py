@@ -28,6 +28,11 @@ def format_of_mean(pixel_mean: Sequence[float]) -> str | None:
     return None if first == last else "RGB" if first > last else "BGR"
 
 
+def channel_order(input_format: str | None, pixel_mean: Sequence[float] | None) -> str:
+    """A detector's ``input_format``, otherwise that of its mean, otherwise Detectron2's BGR."""
+    return input_format or (pixel_mean and format_of_mean(pixel_mean)) or "BGR"
+
+
 class Preprocess(nn.Module):
     """Photometric augmentation on the device, then the detector's channel order and normalisation.
 
