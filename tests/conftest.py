@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.cpp_extension  # as each run does: forked processes have it already
+from detectron2.utils.logger import _LOG_COUNTER
 from hypothesis import HealthCheck, settings
 
 from region_pretrain.data.catalog import get_records
@@ -99,7 +100,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_if_alone():
-    """Other tests of this process drew random numbers, and their runs took the loggers."""
+    """Other tests of this process drew random numbers, logged, and their runs took the loggers."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -107,6 +108,7 @@ def _as_if_alone():
         log = logging.getLogger(name)
         log.propagate = True
         log.handlers.clear()
+    _LOG_COUNTER.clear()  # of what is logged once in a process
 
 
 @dataclass
