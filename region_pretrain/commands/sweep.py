@@ -56,6 +56,13 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="local: GPUs of each training, with one process per GPU (default: 1)",
     )
     parser.add_argument(
+        "--gpus-per-finetuning",
+        type=int,
+        metavar="N",
+        help="local: GPUs of each fine-tuning, of which more run at once if it has fewer than the "
+        "pre-trainings (default: those of each training)",
+    )
+    parser.add_argument(
         "--slurm",
         metavar="KEY=VALUE,...",
         help="partition=...,gpus-per-node=8,... or clusters/mine.py; implies --cluster slurm",
@@ -76,7 +83,6 @@ def _start(argv: list[str], prog: str) -> None:
     from region_pretrain.jobs.cluster import Cluster, parse_slurm
     from region_pretrain.sweeps import status, submission
     from region_pretrain.sweeps.definition import load_sweep
-    from region_pretrain.system import gpus
 
     # submitit's local jobs need POSIX signals and sessions.
     here = "local" if os.name == "posix" else "debug"
@@ -87,20 +93,18 @@ def _start(argv: list[str], prog: str) -> None:
         raise UserError(
             f"--jobs works with --cluster local only; for {kind}, use --slurm array-parallelism=N"
         )
-    if args.gpus_per_job is not None:
-        if kind != "local":
-            raise UserError(
-                f"--gpus-per-job works with --cluster local only; for {kind}, use --slurm "
-                "gpus-per-node=N"
-            )
-        count = len(gpus())
-        if not 1 <= args.gpus_per_job <= count:
-            raise UserError(f"--gpus-per-job {args.gpus_per_job}: this machine has {count} GPUs")
+    _check_gpus("--gpus-per-job", args.gpus_per_job, kind, "gpus-per-node=N")
+    _check_gpus(
+        "--gpus-per-finetuning", args.gpus_per_finetuning, kind, "finetune.gpus-per-node=N"
+    )
     cluster = Cluster(kind=kind) if args.slurm is None else parse_slurm(args.slurm)
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)
     if args.gpus_per_job is not None:
         cluster = dataclasses.replace(cluster, gpus_per_node=args.gpus_per_job)
+    if args.gpus_per_finetuning is not None:
+        own = {"gpus_per_node": args.gpus_per_finetuning}
+        cluster = dataclasses.replace(cluster, finetune=own)
     sweep = load_sweep(args.config, args.opts)
     planned = submission.describe(sweep, cluster, f"{prog} {shlex.join(argv)}")
     if args.dry_run:
@@ -121,6 +125,20 @@ def _start(argv: list[str], prog: str) -> None:
     print(f"\n{results_text(folder)}\n")
     print(*write_sweep_report(folder), sep="\n")
     sys.exit(0 if status.all_finished(folder) else 1)
+
+
+def _check_gpus(option: str, number: int | None, kind: str, setting: str) -> None:
+    from region_pretrain.system import gpus
+
+    if number is None:
+        return
+    if kind != "local":
+        raise UserError(
+            f"{option} works with --cluster local only; for {kind}, use --slurm {setting}"
+        )
+    count = len(gpus())
+    if not 1 <= number <= count:
+        raise UserError(f"{option} {number}: this machine has {count} GPUs")
 
 
 def _sweep_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -23,7 +23,9 @@ _ALIASES = {
     "time_min": "time",
     "timeout_min": "time",
 }
-_NOT_IN_TEXT = ("kind", "extra", "setup", "cpu")
+#: Settings of some of a sweep's jobs: dicts of the others.
+_GROUPS = ("cpu", "finetune")
+_NOT_IN_TEXT = ("kind", "extra", "setup", *_GROUPS)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -56,6 +58,8 @@ class Cluster:
         signal_seconds: seconds of warning before the time limit.
         cpu: what differs for a sweep's jobs of one process without GPU, under the names above, such
             as ``{"partition": "cpu", "mem_gb": 16}``.
+        finetune: what differs for a sweep's fine-tunings, such as ``{"nodes": 1, "gpus_per_node":
+            1}``. Without ``mem_gb``, their memory per process is that of the others.
     """
 
     kind: str = "slurm"
@@ -78,10 +82,11 @@ class Cluster:
     jobs: int = 1
     signal_seconds: int = 120
     cpu: Mapping[str, Any] = field(default_factory=dict)
+    finetune: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name not in ("extra", "setup", "cpu"):  # a set-up line is code in any case
+            if name not in ("extra", "setup", *_GROUPS):  # a set-up line is code in any case
                 refuse_control_characters(f"cluster {name}", value)
         for key, value in self.extra.items():
             refuse_control_characters(f"sbatch option {key!r}", value)
@@ -95,10 +100,18 @@ class Cluster:
                 raise UserError(f"cluster {name}={value}: must be at least {least}")
         self._check_tasks()
         for name in self.cpu:
-            if name in ("kind", "nodes", "tasks_per_node", "gpus_per_node", "jobs", "cpu"):
+            if name in ("kind", "nodes", "tasks_per_node", "gpus_per_node", "jobs", *_GROUPS):
                 raise UserError(f"cluster cpu has {name}: its jobs are one process without GPU")
+        for name in self.finetune:
+            if name in ("kind", "jobs", *_GROUPS):
+                raise UserError(f"cluster finetune has {name}: set it for all jobs")
+        # These check their values.
         if self.cpu:
-            self.for_one_process()  # checks its values
+            self.for_one_process()
+        if self.finetune:
+            one, most = self.for_finetuning().tasks, self.jobs * self.tasks
+            if self.kind == "local" and one > most:
+                raise UserError(f"cluster finetune has {one} processes, all jobs together {most}")
         if self.time is not None and self.time * 60 <= self.signal_seconds:
             raise UserError(
                 f"cluster time={self.time} minutes is not longer than signal_seconds="
@@ -130,7 +143,20 @@ class Cluster:
         one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None, "gres": None}
         if self.mem_gb is not None:
             one["mem_gb"] = self.mem_gb / self.tasks
-        return dataclasses.replace(self, **{**one, **self.cpu, "cpu": {}})
+        return self._with({**one, **self.cpu})
+
+    def for_finetuning(self) -> Cluster:
+        """The resources of a sweep's fine-tuning; on this machine, as many run at once as fit."""
+        if not self.finetune:
+            return self
+        one = self._with(self.finetune)
+        changes: dict[str, Any] = {"jobs": max(1, self.jobs * self.tasks // one.tasks)}
+        if self.mem_gb is not None and "mem_gb" not in self.finetune:
+            changes["mem_gb"] = self.mem_gb * one.tasks / self.tasks
+        return dataclasses.replace(one, **changes)
+
+    def _with(self, changes: Mapping[str, Any]) -> Cluster:
+        return dataclasses.replace(self, **{**changes, **dict.fromkeys(_GROUPS, {})})
 
     @property
     def tasks(self) -> int:
@@ -160,7 +186,8 @@ def parse_slurm(text: str) -> Cluster:
     Args:
         text: comma-separated ``key=value`` with the keys of :class:`Cluster` or ``sbatch``, and
             ``+key=value``, or ``+key`` for a flag, for any other option of ``sbatch``. A value may
-            contain commas (``exclude=n1,n2``). The first item may be a cluster file:
+            contain commas (``exclude=n1,n2``). ``finetune.key=value`` is for a sweep's fine-tunings
+            and ``cpu.key=value`` for its jobs without GPU. The first item may be a cluster file:
             ``clusters/mine.py,nodes=2``.
 
     Raises:
@@ -204,10 +231,11 @@ def load_cluster(path: str, overrides: Sequence[str] = ()) -> Cluster:
         raise UserError(f"{path} has no dict named cluster; see configs/clusters/example.py")
     settings = OmegaConf.to_container(OmegaConf.create(config["cluster"]), resolve=True)
     changes = _settings(settings, path)
-    if not isinstance(changes.get("cpu", {}), dict):
-        raise UserError(f"{path}: cpu={changes['cpu']!r} must be a dict of settings")
-    if changes.get("cpu"):
-        changes["cpu"] = _settings(changes["cpu"], f"{path}: cpu")
+    for group in _GROUPS:
+        if not isinstance(changes.get(group, {}), dict):
+            raise UserError(f"{path}: {group}={changes[group]!r} must be a dict of settings")
+        if changes.get(group):
+            changes[group] = _settings(changes[group], f"{path}: {group}")
     return _override(_replace(Cluster(), changes, path), settings, overrides, path)
 
 
@@ -233,6 +261,11 @@ def _override(
         elif not value:
             raise UserError(f"{where}: {item!r} is not of the form key=value")
         else:
+            group, _, own = key.strip().partition(".")
+            if own and group in _GROUPS:
+                changes.setdefault(group, dict(getattr(cluster, group)))
+                changes[group] |= _settings({own: value}, f"{where}: {group}")
+                continue
             name = _field(key, known, where)
             changes[name] = _value(name, value)
             if name == "gpus_per_node":
@@ -307,7 +340,7 @@ def check_cluster(cluster: Cluster) -> None:
         return
     slurm.require_commands()
     partitions = slurm.list_partitions()
-    wanted = [cluster.partition, cluster.cpu.get("partition")]
+    wanted = [cluster.partition, *(getattr(cluster, g).get("partition") for g in _GROUPS)]
     for name in ",".join(filter(None, wanted)).split(","):
         if name and name not in partitions:
             near = difflib.get_close_matches(name, partitions, n=3) or partitions

@@ -14,7 +14,7 @@ from region_pretrain.jobs.job import ToolJob
 from region_pretrain.lease import PREFIX, holder_of
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
+from region_pretrain.sweeps.graph import CHOICE, CONFIG, FINETUNE, REGIONS, TRIAL, Plan, Run
 from region_pretrain.sweeps.state import Record, SweepFile
 from region_pretrain.system import command_lines, user_name
 
@@ -51,7 +51,9 @@ def tool_jobs(run: Run, sweep: SweepFile) -> list[ToolJob]:
 
 def cluster_for(run: Run, cluster: Cluster) -> Cluster:
     """A run's resources: region generation and choices are one process each, without a GPU."""
-    return cluster.for_one_process() if run.kind in (REGIONS, CHOICE) else cluster
+    if run.kind in (REGIONS, CHOICE):
+        return cluster.for_one_process()
+    return cluster.for_finetuning() if run.kind in (TRIAL, FINETUNE) else cluster
 
 
 def submit_runs(

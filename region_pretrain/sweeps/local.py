@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -20,9 +21,10 @@ from submitit.core.utils import JobPaths, environment_variables
 
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.jobs.attempts import read_attempts, start_attempt, vanished
+from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.lease import InUse, hold, holder_of
 from region_pretrain.sweeps import jobs, state
-from region_pretrain.sweeps.graph import Run
+from region_pretrain.sweeps.graph import FINETUNE, TRIAL, Run
 from region_pretrain.sweeps.state import Record, SweepFile
 from region_pretrain.system import gpus
 
@@ -111,16 +113,24 @@ def _work(folder: str) -> None:
             return
         if ready and state.read_sweep(folder) != sweep:
             continue  # it has just been started again
-        for name in ready[: max(0, sweep.cluster.jobs - running)]:
+        for name in ready:
+            run, count = runs[name], _processes(runs[name], sweep.cluster)
+            started = [runs[n] for n, word in now.items() if word == state.RUNNING]
+            others = sum(_processes(run, sweep.cluster) for run in started)
+            if others + count > sweep.cluster.jobs * sweep.cluster.tasks:
+                break  # smaller ones do not overtake it: it might wait for ever
             # Those of running jobs are in their records: another coordinator may have started them.
-            busy = [
-                state.read_record(runs[n]).gpus for n, word in now.items() if word == state.RUNNING
-            ]
-            with _on_free_gpus(devices, sweep.cluster.tasks, busy) as group:
-                run = runs[name]
+            busy = [state.read_record(run).gpus for run in started]
+            with _on_free_gpus(devices, count, busy) as group:
                 mine += jobs.submit_runs([run], sweep, folder, run.name, gpus=group)[name]
             now[name] = state.RUNNING
         time.sleep(_POLL_SECONDS)
+
+
+def _processes(run: Run, cluster: Cluster) -> int:
+    """A run's part of the processes that may run at once."""
+    fine = run.kind in (TRIAL, FINETUNE)
+    return jobs.cluster_for(run, cluster).tasks if fine else cluster.tasks
 
 
 @contextmanager
@@ -136,7 +146,8 @@ def _on_free_gpus(devices: Sequence[str], count: int, busy: Sequence[str]) -> It
         Their value of ``CUDA_VISIBLE_DEVICES``. With a single group of GPUs nothing changes.
     """
     groups = [",".join(devices[i : i + count]) for i in range(0, len(devices) - count + 1, count)]
-    group = min(groups, key=busy.count, default="")
+    used = Counter(device for group in busy for device in group.split(","))
+    group = min(groups, key=lambda group: sum(used[d] for d in group.split(",")), default="")
     with environment_variables(CUDA_VISIBLE_DEVICES=group) if len(groups) > 1 else nullcontext():
         yield group
 

@@ -44,8 +44,7 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
         UserError: a config does not build, or a value does not fit.
     """
     plan = make_plan(sweep)
-    if cluster.nodes * cluster.tasks > 1:
-        _check_batches(plan, cluster)
+    _check_batches(plan, cluster)
     # A pre-training that continues another one has seen its images as well.
     own_length = any(e.images_seen is not None or e.init_from for e in sweep.pretrain.values())
     return SweepFile(
@@ -67,11 +66,12 @@ def describe(sweep: Sweep, cluster: Cluster, command: str) -> SweepFile:
 
 def _check_batches(plan: Plan, cluster: Cluster) -> None:
     for run in plan.runs.values():
-        if run.kind in (PRETRAIN, TRIAL, FINETUNE):
+        own = jobs.cluster_for(run, cluster)
+        if run.kind in (PRETRAIN, TRIAL, FINETUNE) and own.nodes * own.tasks > 1:
             (task,) = run.tasks
             path, *rest = task[task.index(CONFIG) + 1 :]
             try:
-                check_batch(configs.load(path, [a for a in rest if not a.startswith("@")]), cluster)
+                check_batch(configs.load(path, [a for a in rest if not a.startswith("@")]), own)
             except UserError as error:
                 raise UserError(f"{run.name}: {error}") from None
 

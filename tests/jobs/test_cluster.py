@@ -115,6 +115,8 @@ def test_a_cluster_is_checked_against_slurm(tmp_path, monkeypatch):
     check_cluster(Cluster())
     with pytest.raises(UserError, match="no partition 'gpus' in this cluster; there is gpu"):
         check_cluster(Cluster(partition="gpus"))
+    with pytest.raises(UserError, match="no partition 'cpus' in this cluster"):
+        check_cluster(Cluster(partition="gpu", finetune={"partition": "cpus"}))
     fake_command(tmp_path, "sinfo", "echo cannot contact controller >&2; exit 1")
     with pytest.raises(UserError, match="sinfo failed: cannot contact controller"):
         check_cluster(Cluster(partition="gpu"))

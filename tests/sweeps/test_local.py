@@ -74,6 +74,36 @@ def test_jobs_of_several_gpus_have_a_process_for_each(sweeps, tmp_path, monkeypa
     assert set(sweeps.wait().values()) == {state.FINISHED}
 
 
+def test_fine_tunings_with_fewer_gpus_than_pre_trainings(sweeps, tmp_path, monkeypatch):
+    """As many run at once as have place, and none overtakes a pre-training that waits for it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    for name in "ab":
+        sweeps.add(name, word=f"wait:{tmp_path / 'pretrain'}")
+    for name in "cdef":
+        sweeps.add(name, "a", word=f"wait:{tmp_path / 'finetune'}")
+    cluster = Cluster(kind="local", jobs=1, gpus_per_node=3, finetune={"gpus_per_node": 1})
+    sweep = dataclasses.replace(sweeps.file(), cluster=cluster)
+    submission.start(sweep, str(sweeps.folder), lambda line: None)
+
+    def used(what, names):
+        rows = [row for row in sweeps.noted() if row[0] == what and row[1] in names]
+        return sorted((row[1], row[4]) for row in rows)
+
+    sweeps.until(lambda: len(used("start", "ab")) == 3)  # three processes
+    time.sleep(3)  # the next are started within a second
+    assert {gpus for _, gpus in used("start", "abcdef")} == {"3,5,6"}
+    assert len(used("start", "abcdef")) == 3
+    (tmp_path / "pretrain").touch()
+    sweeps.until(lambda: len(used("start", "cdef")) == 3)
+    assert len(used("end", "ab")) == 6  # both before the first fine-tuning
+    time.sleep(3)
+    assert used("start", "cdef") == [("c", "3"), ("d", "5"), ("e", "6")]
+    (tmp_path / "finetune").touch()
+    assert set(sweeps.wait().values()) == {state.FINISHED}
+    ((_, last),) = used("start", "f")
+    assert last in ("3", "5", "6")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -84,6 +114,16 @@ def test_jobs_of_several_gpus_have_a_process_for_each(sweeps, tmp_path, monkeypa
             "--gpus-per-job works with --cluster local only; for slurm, use --slurm "
             "gpus-per-node=N",
         ),
+        ("--gpus-per-finetuning 5", "--gpus-per-finetuning 5: this machine has 4 GPUs"),
+        (
+            "--gpus-per-finetuning 2 --slurm partition=gpu",
+            "--gpus-per-finetuning works with --cluster local only; for slurm, use --slurm "
+            "finetune.gpus-per-node=N",
+        ),
+        (
+            "--gpus-per-finetuning 3 --jobs 2",
+            "cluster finetune has 3 processes, all jobs together 2",
+        ),
     ],
 )
 def test_the_number_of_gpus_per_job(words, message, monkeypatch, capsys):
@@ -93,7 +133,9 @@ def test_the_number_of_gpus_per_job(words, message, monkeypatch, capsys):
     monkeypatch.setattr(submission, "dry_run", lambda *_: "")
     start = ["--config", "configs/sweeps/demo.py", "--dry-run"]
     main([*start, "--gpus-per-job", "4", "--jobs", "1"])
-    assert described == [Cluster(kind="local", jobs=1, gpus_per_node=4)]
+    main([*start, "--gpus-per-job", "4", "--gpus-per-finetuning", "2"])
+    whole = Cluster(kind="local", jobs=1, gpus_per_node=4)
+    assert described == [whole, dataclasses.replace(whole, finetune={"gpus_per_node": 2})]
     with pytest.raises(SystemExit):
         main([*start, *words.split()])
     assert capsys.readouterr().err == f"error: {message}\n"

@@ -10,10 +10,10 @@ from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
 from region_pretrain.jobs.attempts import end_attempt, start_attempt
-from region_pretrain.jobs.cluster import Cluster, load_cluster
+from region_pretrain.jobs.cluster import Cluster, load_cluster, parse_slurm
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import jobs, state, status, submission
-from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS
+from region_pretrain.sweeps.graph import CHOICE, FINETUNE, PRETRAIN, REGIONS, TRIAL
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.report import write_sweep_report
 from region_pretrain.system import user_name
@@ -282,6 +282,34 @@ def test_jobs_of_one_process_have_resources_of_their_own(sweeps, tmp_path):
             load_cluster(str(path))
 
 
+def test_fine_tunings_have_resources_of_their_own(sweeps, tmp_path):
+    sweeps.add("x")
+    (run,) = sweeps.plan.runs.values()
+    kinds = (REGIONS, PRETRAIN, TRIAL, FINETUNE)
+    of = {kind: dataclasses.replace(run, kind=kind) for kind in kinds}
+    text = "partition=gpu,nodes=2,gpus-per-node=8,mem=480,finetune.nodes=1,finetune.gpus-per-node=2"
+    cluster = parse_slurm(f"{text},finetune.time=2:00:00,cpu.partition=cpu")
+    assert jobs.cluster_for(of[PRETRAIN], cluster) is cluster
+    for kind in (TRIAL, FINETUNE):
+        own = jobs.cluster_for(of[kind], cluster)
+        assert (own.nodes, own.tasks, own.time, own.mem_gb) == (1, 2, 120, 120)
+        assert own.partition == "gpu"
+    assert jobs.cluster_for(of[REGIONS], cluster).partition == "cpu"
+    path = tmp_path / "mine.py"
+    path.write_text("cluster = dict(gpus_per_node=8, finetune=dict(gpus_per_node=1, mem=30))")
+    found = parse_slurm(f"{path},finetune.partition=small").for_finetuning()
+    assert (found.tasks, found.mem_gb, found.partition) == (1, 30, "small")
+    for text, message in (
+        ("finetune.partitoin=x", "--slurm: finetune: no setting 'partitoin'; did you mean part"),
+        ("finetune.gpus-per-node=-1", "gpus_per_node=-1: must be at least 0"),
+        ("finetune.nodes=two", "nodes=two: must be an integer"),
+        ("finetune.jobs=2", "cluster finetune has jobs: set it for all jobs"),
+        ("nodes=2,gpus-per-node=8,finetune.gpus-per-node=0", "nodes=2 without tasks"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_slurm(text)
+
+
 def test_later_edits_of_own_configs_do_not_affect_the_jobs(queue, tmp_path):
     own, yacs = tmp_path / "my_det.py", tmp_path / "my_det.yaml"
     own.write_text(
@@ -331,6 +359,9 @@ def test_batches_must_fit_the_processes_of_every_job(tmp_path):
         UserError, match=r"^random_lr0.05: .*total_batch_size=8 must be a multiple of"
     ):
         submission.describe(made, Cluster(gpus_per_node=16), "")
+    submission.describe(made, Cluster(gpus_per_node=16, finetune={"gpus_per_node": 4}), "")
+    with pytest.raises(UserError, match=r"^random_lr0.05: .*must be a multiple of"):
+        submission.describe(made, Cluster(finetune={"gpus_per_node": 16}), "")
 
 
 def test_another_number_of_processes_is_the_same_run(tmp_path):
