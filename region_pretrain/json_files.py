@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 
 T = TypeVar("T")
 
@@ -36,7 +36,9 @@ def read_json(path: str, kind: type[T], fix: str) -> T:
         raise
     except NotADirectoryError as error:  # what should be its folder is a file
         raise FileNotFoundError(*error.args) from None
-    except (OSError, ValueError, TypeError, RecursionError, UserError) as error:
+    except OSError as error:  # the file itself may be sound
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    except (ValueError, TypeError, RecursionError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or of another version ({reason}): {fix}") from None
 

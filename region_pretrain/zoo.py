@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
+import logging
 import os
 import re
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from detectron2.utils.file_io import PathManager
-from iopath.common.file_io import PathHandler
+from iopath.common.file_io import PathHandler, get_cache_dir
 
 from region_pretrain.errors import UserError, describe
-from region_pretrain.files import is_local, sha256_of, write_text_atomic
+from region_pretrain.files import is_local, sha256_of, write_atomic, write_text_atomic
 from region_pretrain.shipped import ROOT
 
 PREFIX = "zoo://"
@@ -30,6 +33,10 @@ METAFILE = "metafile.yml"
 VARIABLE = "REGION_PRETRAIN_ZOO"
 #: Where ``make zoo`` writes.
 DEFAULT_FOLDER = os.path.join("output", "zoo")
+_WEB = ("http://", "https://")
+_SECONDS = 30.0  # until a server must answer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Card:
             UserError: the file is missing, or its hash is not that of the card.
         """
         try:
-            path = PathManager.get_local_path(self.weights)
+            path = PathManager.get_local_path(self.weights, **self._cache())
             found = sha256_of(path)
         except Exception as error:  # raised by the server or by the disk
             raise UserError(
@@ -78,6 +85,12 @@ class Card:
             )
         return path
 
+    def _cache(self) -> dict[str, str]:
+        """Of downloads: iopath's has one file for the same path on several hosts."""
+        if not self.weights.startswith(_WEB):
+            return {}
+        return {"cache_dir": os.path.join(get_cache_dir(), "zoo", self.sha256[:16])}
+
 
 def read_metafile(path: str) -> dict[str, Card]:
     """The cards of a metafile by name.
@@ -88,15 +101,7 @@ def read_metafile(path: str) -> dict[str, Card]:
     Raises:
         UserError: the file cannot be read, or is not a metafile.
     """
-    try:
-        with PathManager.open(path, "rb") as file:
-            content = yaml.safe_load(file.read().decode())
-    except FileNotFoundError:
-        raise UserError(f"there is no {path}: expected cards of weights") from None
-    except Exception as error:
-        raise UserError(f"{path} cannot be read: {describe(error)}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("Models"), list):
-        raise UserError(f"{path} is not a {METAFILE}: it has no list Models")
+    content = read_content(path)
     collections = {c.get("Name"): c for c in content.get("Collections") or []}
     cards: dict[str, Card] = {}
     for model in content["Models"]:
@@ -105,6 +110,46 @@ def read_metafile(path: str) -> dict[str, Card]:
             raise UserError(f"{path} has two models called {card.name}: rename one")
         cards[card.name] = card
     return cards
+
+
+def _fetch(url: str) -> bytes:
+    """A metafile as it is now; without a connection, as it was. PathManager keeps the first one."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    kept = os.path.join(get_cache_dir(), "zoo", f"{name}.yml")
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS) as response:
+            data = response.read()
+    except OSError as error:
+        if not os.path.isfile(kept):
+            raise
+        logger.warning("%s cannot be read (%s): using its copy %s", url, describe(error), kept)
+        with open(kept, "rb") as file:
+            return file.read()
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    write_atomic(kept, lambda file: file.write(data))
+    return data
+
+
+def read_content(path: str) -> dict[str, Any]:
+    """What a metafile contains, as plain values. One at a URL is fetched each time.
+
+    Raises:
+        UserError: the file cannot be read, or is not a metafile.
+    """
+    try:
+        if path.startswith(_WEB):
+            data = _fetch(path)
+        else:
+            with PathManager.open(path, "rb") as file:
+                data = file.read()
+        content = yaml.safe_load(data.decode())
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: expected cards of weights") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {describe(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("Models"), list):
+        raise UserError(f"{path} is not a {METAFILE}: it has no list Models")
+    return content
 
 
 def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:

@@ -94,9 +94,7 @@ def _start(argv: list[str], prog: str) -> None:
             f"--jobs works with --cluster local only; for {kind}, use --slurm array-parallelism=N"
         )
     _check_gpus("--gpus-per-job", args.gpus_per_job, kind, "gpus-per-node=N")
-    _check_gpus(
-        "--gpus-per-finetuning", args.gpus_per_finetuning, kind, "finetune.gpus-per-node=N"
-    )
+    _check_gpus("--gpus-per-finetuning", args.gpus_per_finetuning, kind, "finetune.gpus-per-node=N")
     cluster = Cluster(kind=kind) if args.slurm is None else parse_slurm(args.slurm)
     if args.jobs is not None:
         cluster = dataclasses.replace(cluster, jobs=args.jobs)

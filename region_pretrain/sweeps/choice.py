@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from region_pretrain.errors import UserError
@@ -30,7 +31,9 @@ def mean_of_trials(values: Sequence[float | None]) -> float | None:
 
 
 def choose(results: Sequence[Sequence[str]], metric: str, out: str) -> str:
-    """Choose the learning rate with the best mean metric; the first one wins a tie.
+    """Choose the learning rate with the best mean metric.
+
+    Of those with the same mean, the one whose trials diverged least often; then the first one.
 
     Args:
         results: a pair for each trial: learning rate and ``results.json``.
@@ -47,24 +50,24 @@ def choose(results: Sequence[Sequence[str]], metric: str, out: str) -> str:
     task, name = metric.split("/")
     values: dict[str, list[float | None]] = {}
     known: list[str] = []
-    converged = False
+    diverged: Counter[str] = Counter()
     for rate, path in results:
         if not os.path.isfile(path):
             raise UserError(f"the trial of optimizer.lr={rate} has no {path}: run it first")
         found = read_results(path)
-        converged |= DIVERGED not in found
+        diverged[rate] += DIVERGED in found
         for of, metrics in found.items():
             known += [f"{of}/{key}" for key, value in metrics.items() if value is not None]
         values.setdefault(rate, []).append(found.get(task, {}).get(name))
     if known and metric not in known:  # none at all: no detector found anything
         known = ", ".join(dict.fromkeys(known))
         raise UserError(f"the trials have no metric {metric}: choose from {known}")
-    if not converged:
+    if diverged.total() == len(results):
         raise UserError(
             f"the trials of all learning rates have diverged ({', '.join(values)}): add a lower one"
         )
     means = {rate: mean_of_trials(found) for rate, found in values.items()}
-    best = max(means, key=lambda rate: means[rate] or 0.0)
+    best = max(means, key=lambda rate: (means[rate] or 0.0, -diverged[rate]))
     logger.info("%s by learning rate: %s; chosen: %s", metric, values, best)
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     write_text_atomic(out, f"optimizer.lr={best}\n")

@@ -99,7 +99,7 @@ def write_sweep(folder: str, sweep: SweepFile) -> None:
 
 
 def read_sweep(folder: str) -> SweepFile:
-    """Read ``sweep.json``. The folders of its runs are those below ``folder``.
+    """Read ``sweep.json``. Its runs and copies are those below ``folder``, wherever that was.
 
     Raises:
         UserError: the folder contains no sweep, one of another version, or a damaged one.
@@ -112,16 +112,22 @@ def read_sweep(folder: str) -> SweepFile:
         raise UserError(f"{folder} contains no sweep: there is no {path}") from None
     if sweep.version != _VERSION:
         raise UserError(f"{path} was written by another version: set another sweep.output_dir")
-    base = os.path.join(os.path.abspath(folder), "runs")
-    sweep.plan.runs = {name: _in(base, run) for name, run in sweep.plan.runs.items()}
+    runs = sweep.plan.runs
+    before = {os.path.dirname(os.path.dirname(run.folder)) for run in runs.values()}
+    now = os.path.abspath(folder)
+    if len(before) == 1 and (old := before.pop()) != now:
+
+        def here(text: str) -> str:
+            return text.replace(old + os.sep, now + os.sep)
+
+        for name, run in runs.items():
+            tasks = tuple(tuple(map(here, task)) for task in run.tasks)
+            runs[name] = replace(
+                run, folder=here(run.folder), product=here(run.product), tasks=tasks
+            )
+        sweep.root = here(sweep.root)
+        sweep.configs = {path: here(copy) for path, copy in sweep.configs.items()}
     return sweep
-
-
-def _in(base: str, run: Run) -> Run:
-    """A run below ``base``: the sweep's folder may have been moved since it was written."""
-    folder = os.path.join(base, os.path.basename(run.folder))
-    product = os.path.join(folder, os.path.relpath(run.product, run.folder))
-    return replace(run, folder=folder, product=product)
 
 
 def claim(folder: str, name: str) -> None:

@@ -27,7 +27,7 @@ from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, Run
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
-from region_pretrain.zoo import METAFILE, write_metafile
+from region_pretrain.zoo import METAFILE, read_content, write_metafile
 
 _TASKS = {"bbox": "Object Detection", "segm": "Instance Segmentation"}
 
@@ -41,17 +41,19 @@ def write_zoo(folder: str, out: str) -> list[str]:
 
     Args:
         folder: the sweep's folder.
-        out: folder of the weights and of ``metafile.yml``, which is replaced. Weights have the name
-            of their config, followed by that of the initialisation if several have one config.
+        out: folder of the weights and of ``metafile.yml``, which keeps its cards of other names.
+            Weights have the name of their config, followed by that of the initialisation if several
+            have one config.
 
     Returns:
         Paths of the metafile and of the weights.
 
     Raises:
         UserError: the folder contains no sweep, none of its pre-trainings is finished, or ``out``
-            cannot be written.
+            cannot be written, or has a ``metafile.yml`` that cannot be read.
     """
-    sweep = state.read_sweep(folder)
+    sweep, metafile = state.read_sweep(folder), os.path.join(out, METAFILE)
+    earlier = read_content(metafile) if os.path.exists(metafile) else {}
     rows = collect(sweep)
     baselines = [row for row in rows if row.images_seen == 0]
     collections: dict[str, dict[str, Any]] = {}
@@ -89,8 +91,13 @@ def write_zoo(folder: str, out: str) -> list[str]:
         paths.append(weights)
     if not models:
         raise UserError(f"{folder}: no pre-training is finished yet; see its status")
-    metafile = os.path.join(out, METAFILE)
-    write_metafile(metafile, {"Collections": list(collections.values()), "Models": models})
+    write_metafile(
+        metafile,
+        {
+            key: list({e["Name"]: e for e in [*(earlier.get(key) or []), *mine]}.values())
+            for key, mine in (("Collections", collections.values()), ("Models", models))
+        },
+    )
     return [metafile, *paths]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from glob import escape, glob
 
 from PIL import Image
 
@@ -42,6 +43,9 @@ class WandbService(Service):
         info, wandb = self.info, self._wandb
         tracked = self.tracked() or TrackedRun(new_id())
         self.remember(tracked)
+        # An attempt that was killed while it tried to connect has left nothing but the id.
+        written = os.path.join(escape(info.output_dir), "wandb", f"offline-run-*-{tracked.id}")
+        logged = info.logged if tracked.url or glob(written) else -1
         # What cannot be uploaded any more is written to the folder, to be uploaded by `wandb sync`.
         mode = "offline" if last_try and self._mode == "online" else self._mode
         if self._failed:  # its background process still holds the id
@@ -70,7 +74,7 @@ class WandbService(Service):
         self._failed = False
         if mode != "online":
             self.report("info", f"Weights & Biases: {mode}, run {tracked.id} in {info.output_dir}")
-            return info.logged
+            return logged
         self.report("info", f"Weights & Biases: {self._run.url}")
         self.remember(TrackedRun(tracked.id, self._run.url))
         return self._run.step - 1

@@ -297,6 +297,7 @@ def test_the_chosen_learning_rate_is_an_override_file(tmp_path):
     diverged = tmp_path / "diverged.json"
     diverged.write_text(json.dumps({DIVERGED: {}}))
     assert choose([("0.4", str(diverged)), ("0.05", paths["0.05"])], "bbox/AP", out) == "0.05"
+    assert choose([("0.4", str(diverged)), ("0.2", paths["0.2"])], "bbox/AP", out) == "0.2"
     with pytest.raises(UserError, match=r"of all learning rates have diverged \(0.4, 0.8\): add a"):
         choose([("0.4", str(diverged)), ("0.8", str(diverged))], "bbox/AP", out)
 

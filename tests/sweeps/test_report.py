@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import stats
 
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.sweeps import report, state
-from region_pretrain.sweeps.graph import PRETRAIN, Plan, Run
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Plan, Run
 from region_pretrain.sweeps.report import results_text, write_sweep_report
 from region_pretrain.sweeps.results import collect, mean_curve, step_minutes
 from region_pretrain.sweeps.tables import tables
@@ -198,6 +199,27 @@ def test_the_report_of_a_folder_that_was_moved(tmp_path):
     *_, csv = write_sweep_report(str(tmp_path / "after"))
     assert Path(csv).read_text() == before and before.count("\n") > 10
     assert not (tmp_path / "before").exists()
+
+
+def test_what_runs_of_a_moved_sweep_read_is_in_its_folder(tmp_path):
+    old, new, file = tmp_path / "before", tmp_path / "after", "model_final.pth"
+    made = Folder.__new__(Folder)
+    made.root, made.plan = old, Plan()
+    made.run("pre", PRETRAIN, file, init="soco", seed=0)
+    folder = made.run("det", FINETUNE, "results.json", init="soco", seed=0)
+    task = ("--config-file", "c.py", f"train.init_checkpoint={old}/runs/pre/{file}", "x=/before/y")
+    made.plan.runs["det"] = replace(made.plan.runs["det"], tasks=(task,))
+    code, copies = f"{old}/code/1", {"c.py": f"{old}/configs/c-1.py"}
+    cluster = Cluster(kind="local")
+    sweep = state.SweepFile("s", "S", "", cluster, code, "/", {}, 8, made.plan, configs=copies)
+    folder.mkdir(parents=True)
+    state.write_sweep(str(old), sweep)
+    old.rename(new)
+    found = state.read_sweep(str(new))
+    (task,) = found.plan.runs["det"].tasks
+    assert task[2:] == (f"train.init_checkpoint={new}/runs/pre/{file}", "x=/before/y")
+    assert found.plan.runs["det"].product == f"{new}/runs/det/results.json"
+    assert (found.root, found.configs) == (f"{new}/code/1", {"c.py": f"{new}/configs/c-1.py"})
 
 
 def test_failure_and_runs(folder):

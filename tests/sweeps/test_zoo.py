@@ -1,10 +1,13 @@
 """Weights of a sweep are published with cards, and ``zoo://NAME`` loads wherever weights do."""
 
+import functools
 import hashlib
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -302,6 +305,67 @@ def test_cards_are_looked_up_in_several_metafiles(published, tmp_path, monkeypat
         zoo.read_card("zoo://moco-v2_r18")
     with pytest.raises(UserError, match="there is no absent.yml"):
         zoo.read_card(NAME, "absent.yml")
+
+
+def test_cards_of_another_sweep_in_the_folder_are_kept(sweep, published, tmp_path):
+    file = published / "metafile.yml"
+    content = yaml.safe_load(file.read_text())
+    content["Models"][0]["Name"], content["Collections"][0]["Name"] = "mine", "Mine"
+    content["Models"][0]["In Collection"] = "Mine"
+    file.write_text(yaml.safe_dump(content))
+    write_zoo(str(sweep[0]), str(published))
+    write_zoo(str(sweep[0]), str(published))  # and those of its own are replaced
+    cards = zoo.read_metafile(str(file))
+    assert list(cards) == ["mine", NAME]
+    assert [card.collection for card in cards.values()] == ["Mine", "MoCo v2"]
+    assert len(yaml.safe_load(file.read_text())["Collections"]) == 2
+    file.write_text("a: 1")
+    with pytest.raises(UserError, match="metafile.yml is not a metafile.yml"):
+        write_zoo(str(sweep[0]), str(published))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves a folder per port; iopath's cache is the test's own."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    running = []
+
+    def serve(folder):
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}/zoo/metafile.yml"
+
+    yield serve, running
+    for one in running:
+        one.shutdown()
+        one.server_close()
+
+
+def test_metafiles_at_urls_are_current_and_those_of_their_hosts(server, tmp_path, monkeypatch):
+    def write(folder, *names):
+        (tmp_path / folder / "zoo").mkdir(parents=True, exist_ok=True)
+        weights = folder.encode()
+        (tmp_path / folder / "zoo/w.pth").write_bytes(weights)
+        digest = hashlib.sha256(weights).hexdigest()
+        models = [{"Name": n, "Weights": "w.pth", "Metadata": {"SHA256": digest}} for n in names]
+        (tmp_path / folder / "zoo/metafile.yml").write_text(yaml.safe_dump({"Models": models}))
+
+    serve, running = server
+    write("a", "one")
+    write("b", "two")
+    urls = [serve(tmp_path / folder) for folder in "ab"]
+    monkeypatch.setenv("REGION_PRETRAIN_ZOO", " ".join(urls))
+    for name, content in (("one", b"a"), ("two", b"b")):
+        card = zoo.read_card(name)
+        assert Path(card.file()).read_bytes() == content
+    write("b", "two", "three")
+    assert zoo.read_card("three").name == "three"
+    for one in running:
+        one.shutdown()
+        one.server_close()
+    running.clear()
+    assert zoo.read_card("three").name == "three"  # as it was
 
 
 CARD = f"Name: a, Weights: b.pth, Metadata: {{SHA256: '{'0' * 64}'}}"

@@ -247,6 +247,22 @@ def test_without_a_connection_wandb_keeps_the_run_on_the_disk(tmp_path, monkeypa
     assert "Weights & Biases: offline, run " in log
 
 
+def test_wandb_gets_the_rows_of_an_attempt_that_was_killed_before_it_was_connected(
+    tmp_path, monkeypatch, wandb_records
+):
+    cfg = config(tmp_path)
+    cfg.train.writers = ["json"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("STOP_AT", "16")
+        do_pretrain(cfg)
+    (tmp_path / "wandb_run.json").write_text('{"id": "abc", "url": null}\n')
+    assert read_tracked(str(tmp_path))["wandb"].id == "abc"
+    cfg.train.writers = ["json", "wandb"]
+    do_pretrain(cfg, resume=True)
+    ((_, records),) = wandb_records(tmp_path)
+    assert {i: row["total_loss"] for i, row in history(records).items()} == curve(tmp_path)
+
+
 def test_a_service_whose_disk_fills_does_not_stop_the_run(tmp_path, monkeypatch, mlflow_client):
     store = Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("file://"))
     mlflow_client.get_experiment_by_name("tiny")
