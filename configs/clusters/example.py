@@ -28,4 +28,6 @@ cluster = dict(
     signal_seconds=120,
     # What differs for a sweep's jobs without GPU: generating regions, choosing learning rates.
     cpu=dict(mem_gb=32),  # and e.g. partition="cpu", time=4 * 60
+    # What differs for a sweep's fine-tunings, e.g. dict(nodes=1, gpus_per_node=1, time=4 * 60).
+    finetune=dict(),
 )

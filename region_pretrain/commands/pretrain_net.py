@@ -26,6 +26,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The command line's parser."""
     examples = training_examples("projects/SoCo/configs/soco_r18-fpn_b32_shapes.py")
     parser = argument_parser(__doc__, examples, program(prog))
+    next(a for a in parser._actions if a.dest == "eval_only").help = argparse.SUPPRESS
     add_method_arguments(parser)
     add_slurm_arguments(parser)
     return parser

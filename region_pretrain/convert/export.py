@@ -237,7 +237,7 @@ def _left_out(found: Iterable[str], to: str) -> list[str]:
     if not found:
         return []
     more = f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-    return [f"# left out, no counterpart in {to}: {', '.join(found[:_EXAMPLES])}{more}"]
+    return [f"# left out, not exported to {to}: {', '.join(found[:_EXAMPLES])}{more}"]
 
 
 def _rules(to: str, kind: str, detector: bool) -> tuple[Rule, ...]:

@@ -142,7 +142,7 @@ def test_a_trunk_s_extra_tensors_are_named(tmp_path):
     assert comments(lines, "left out") == [
         "# left out: the heads: without an FPN, as in C4 detectors, torchvision gets the trunk "
         "only",
-        "# left out, no counterpart in torchvision: mask_iou.weight",
+        "# left out, not exported to torchvision: mask_iou.weight",
     ]
 
 

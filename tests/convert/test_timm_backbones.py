@@ -113,7 +113,7 @@ def test_a_detectors_checkpoint_fills_it_again_and_goes_to_timm(tmp_path, name):
     not_filled = "".join(comments(lines, "not filled"))
     assert all(key.rpartition(".")[0] in not_filled for key in missing)
     assert bool(missing) == bool(not_filled)
-    assert comments(lines, "left out, no counterpart in timm: backbone.fpn_lateral")
+    assert comments(lines, "left out, not exported to timm: backbone.fpn_lateral")
     with torch.no_grad():
         theirs = theirs.forward_intermediates(
             torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1)),

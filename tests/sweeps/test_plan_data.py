@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from sweep_plans import DETECTOR, RATES, SOCO, entries, sweep
 
@@ -112,3 +113,20 @@ def test_a_split_file_must_have_all_fractions_and_seeds(tmp_path):
         make_plan(sweep(tmp_path, **values))
     split.write_text(json.dumps({"10": {**lists, "1000": [3]}}))
     assert len(entries(make_plan(sweep(tmp_path, **values)), FINETUNE)) == 2
+
+
+def test_fractions_of_coco_have_lengths_and_seeds_of_their_own():
+    """Without the data: each run reads it when it starts."""
+    plan = make_plan(load_sweep("configs/sweeps/coco_labels.py"))
+    assert [len(entries(plan, kind)) for kind in (REGIONS, PRETRAIN, FINETUNE)] == [1, 2, 48]
+    lengths = {}
+    for entry in plan.entries:
+        if entry["kind"] == FINETUNE:
+            (task,) = plan.runs[entry["run"]].tasks
+            cfg = load_config(task[1], [word for word in task[2:] if not word.startswith("--")])
+            data = cfg.dataloader.train.dataset
+            assert (data.fraction, data.seed) == (entry["label_fraction"], entry["seed"])
+            length, factor = cfg.train.max_iter, instantiate(cfg.lr_multiplier)
+            assert [factor(i / length) for i in (250, 501)] == pytest.approx([0.5005, 1.0], abs=1e-4)
+            lengths.setdefault(entry["label_fraction"], set()).add(length)
+    assert lengths == {0.01: {3000}, 0.02: {4000}, 0.05: {5500}, 0.1: {10000}}
