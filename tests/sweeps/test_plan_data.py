@@ -127,6 +127,7 @@ def test_fractions_of_coco_have_lengths_and_seeds_of_their_own():
             data = cfg.dataloader.train.dataset
             assert (data.fraction, data.seed) == (entry["label_fraction"], entry["seed"])
             length, factor = cfg.train.max_iter, instantiate(cfg.lr_multiplier)
-            assert [factor(i / length) for i in (250, 501)] == pytest.approx([0.5005, 1.0], abs=1e-4)
+            found = [factor(i / length) for i in (250, 501)]
+            assert found == pytest.approx([0.5005, 1.0], abs=1e-4)
             lengths.setdefault(entry["label_fraction"], set()).add(length)
     assert lengths == {0.01: {3000}, 0.02: {4000}, 0.05: {5500}, 0.1: {10000}}
