@@ -19,6 +19,7 @@ from region_pretrain.data.views import ViewSample, ViewSampler
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, readings_of
 from region_pretrain.regions import RegionStore
+from region_pretrain.regions.images import changed_files
 from region_pretrain.regions.recipes import RECIPES, GroundTruthRecipe
 from region_pretrain.regions.store import UnknownImage
 
@@ -104,6 +105,7 @@ class PretrainDataset:
             the index of its first subfolder.
         allow_ground_truth: accept a store of annotated boxes; with it, this is no longer
             pre-training without labels.
+        allow_changed_files: accept a store of other files, such as the same images encoded again.
 
     A record may have a ``crop``, ``(x0, y0, x1, y1)`` in whole pixels: the image is this crop of
     the file; and a ``reading``, see :class:`~region_pretrain.images.reading.Reading`.
@@ -124,6 +126,7 @@ class PretrainDataset:
         antialias: bool = True,
         labels: bool = False,
         allow_ground_truth: bool = False,
+        allow_changed_files: bool = False,
     ) -> None:
         if regions is None and views.needs_regions:
             raise UserError(
@@ -142,6 +145,7 @@ class PretrainDataset:
             self.store = RegionStore.open(regions)
             self._check_ground_truth(regions, allow_ground_truth)
             records = self._with_regions(records, names, regions, recipe, max_unreadable)
+            self._check_files(records, names, regions, allow_changed_files)
         # Only what a sample needs, serialised so that workers do not copy a million dicts.
         self._records = DatasetFromList(
             [
@@ -168,6 +172,20 @@ class PretrainDataset:
                 "dataloader.train.dataset.allow_ground_truth=True"
             )
         logger.warning("%s contains annotated boxes: this run uses labels", regions)
+
+    def _check_files(self, records: list[dict], names, regions: str, allowed: bool) -> None:
+        """Refuse regions of other images with the same keys, such as frames of another video."""
+        changed, compared = changed_files(self.store, records)
+        if not changed:
+            return
+        differ = f"{len(changed)} of {compared} compared files differ in size, e.g. {changed[0]}"
+        if 2 * len(changed) > compared and not allowed:
+            raise UserError(
+                f"{regions} was made from other files than those of {names}: {differ}; make the "
+                "regions of this data set with region-pretrain regions or, if the same images were "
+                "only encoded again, set +dataloader.train.dataset.allow_changed_files=True"
+            )
+        logger.warning("Files of %s have changed since %s was made: %s", names, regions, differ)
 
     def _with_regions(
         self, records: list[dict], names, regions: str, recipe: str | None, max_unreadable: float
@@ -207,8 +225,7 @@ class PretrainDataset:
             )
             skip = set(missing.tolist())
             records = [r for i, r in enumerate(records) if i not in skip]
-        rows = self.store.rows([str(r["image_id"]) for r in records])
-        counts = self.store.counts(rows)
+        counts = self.store.counts(self.store.rows([str(r["image_id"]) for r in records]))
         logger.info(
             "%s: %d images, %.1f regions per image (%s); %d images without regions",
             names,

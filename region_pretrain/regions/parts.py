@@ -21,7 +21,7 @@ import numpy as np
 from region_pretrain.errors import UserError
 from region_pretrain.files import locked, printable, remove_parts, write_text_atomic
 from region_pretrain.images import readings_of
-from region_pretrain.regions.images import digest_of_keys, file_sizes, readable
+from region_pretrain.regions.images import changed_files, digest_of_keys, file_sizes, readable
 from region_pretrain.regions.recipes import Recipe
 from region_pretrain.regions.store import RegionStore
 from region_pretrain.regions.summary import Hits, as_part, summarise
@@ -230,18 +230,11 @@ class Parts:
 
     def _refuse_other_files(self, records: Sequence[dict]) -> None:
         """Refuse a store of another data set whose images have the same keys, e.g. 1, 2, 3."""
-        known = {} if self._base is None else self._base.manifest.get("file_sizes", {})
-        mine = [record for record in records if str(record["image_id"]) in known]
-        if not mine:
-            return
-        # A file that could not be read may have been replaced.
-        found = self._base.rows([str(record["image_id"]) for record in mine]) >= 0
-        now = file_sizes([record for record, has in zip(mine, found, strict=True) if has])
-        if changed := [key for key, size in now.items() if size != known[key]]:
-            key = changed[0]
+        changed, _ = changed_files(self._base, records) if self._base else ([], 0)
+        if changed:
             raise UserError(
-                f"{self.out} exists: regions of other files with the same keys, e.g. {key!r} had "
-                f"{known[key]} bytes and has {now[key]}; delete it or choose another output file"
+                f"{self.out} exists: regions of other files with the same keys, e.g. {changed[0]}; "
+                "delete it or choose another output file"
             )
 
     def _without_regions(self, records: Sequence[dict]) -> Sequence[dict]:

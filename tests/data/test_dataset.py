@@ -49,6 +49,47 @@ def test_a_store_of_other_images_is_refused(region_folder, soco_views, tmp_path)
         PretrainDataset(f"folder://{tmp_path / 'others'}", soco_views, region_folder.store)
 
 
+def write_frames(folder, seed, count=6):
+    """PNG files of equal names and equal size in pixels, but not in bytes."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        noise = np.random.default_rng([seed, i]).integers(0, 40 + 20 * seed, (64, 64, 3))
+        cv2.imwrite(str(folder / f"{i:06d}.png"), noise.astype(np.uint8))
+    return f"folder://{folder}"
+
+
+def test_a_store_of_other_files_with_the_same_keys_is_refused(tmp_path, soco_views, caplog):
+    mine, others = (write_frames(tmp_path / f"vid{n}", n) for n in (1, 2))
+    out = str(tmp_path / "vid1.arrow")
+    make_regions(get_records(mine), out, "grid-v1", workers=1)
+    PretrainDataset(mine, soco_views, out)
+    with pytest.raises(
+        UserError, match=r"vid1.arrow .*vid2.*: 6 of 6 .*'000000.png' had \d+ bytes and has \d+"
+    ):
+        PretrainDataset(others, soco_views, out)
+    assert "differ in size" not in caplog.text
+    PretrainDataset(others, soco_views, out, allow_changed_files=True)
+    assert "6 of 6 compared files differ in size" in caplog.text
+
+
+def test_a_few_replaced_files_are_named_and_missing_ones_not_compared(
+    tmp_path, soco_views, caplog, monkeypatch
+):
+    name, out = write_frames(tmp_path / "vid", 1), str(tmp_path / "vid.arrow")
+    records = get_records(name)
+    make_regions(records, out, "grid-v1", workers=1)
+    write_frames(tmp_path / "vid", 2, count=2)
+    (tmp_path / "vid/000005.png").unlink()
+    monkeypatch.setattr("region_pretrain.data.dataset.get_records", lambda *_, **__: records)
+    assert len(PretrainDataset(name, soco_views, out)) == 6
+    assert "2 of 5 compared files differ in size" in caplog.text
+    caplog.clear()
+    for record in records:
+        (tmp_path / "vid" / record["image_id"]).unlink(missing_ok=True)
+    PretrainDataset(name, soco_views, out)  # nothing to compare
+    assert "differ in size" not in caplog.text
+
+
 def test_a_few_missing_images_are_tolerated_and_listed(region_folder, soco_views, caplog):
     cv2.imwrite(str(region_folder.images / "late.png"), np.zeros((64, 64, 3), np.uint8))
     arguments = (f"folder://{region_folder.images}", soco_views, region_folder.store)
