@@ -27,6 +27,7 @@ from region_pretrain.data.coco_fixes import upright_size
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.data.findings import Finding, Findings
 from region_pretrain.data.masks import check_evaluated_masks
+from region_pretrain.data.other_labels import check_evaluated_keypoints
 from region_pretrain.data.sources import check_voc_files, findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
@@ -83,6 +84,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             _refuse_no_boxes(name, records)
         if evaluated:
             check_evaluated_masks(name, records, cfg)
+            check_evaluated_keypoints(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
         lines.update(dict.fromkeys(summary(name, records, classes, findings)))
     return list(lines)

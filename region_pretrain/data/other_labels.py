@@ -1,14 +1,19 @@
-"""Whether labels have the keypoints and segmentation maps that a detector is trained on."""
+"""Whether labels have the keypoints and segmentation maps that a detector learns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
-from omegaconf import DictConfig, OmegaConf
+from detectron2.data.transforms import RandomFlip
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from region_pretrain.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _KEYPOINTS = (
     "model.roi_heads.keypoint_head.num_keypoints",
@@ -37,12 +42,14 @@ def check_other_labels(records: Sequence[dict[str, Any]], cfg: DictConfig) -> No
             cfg, "dataloader.train.mapper.keypoint_hflip_indices.dataset_names"
         )
         for name in [names] if isinstance(names, str) else names or ():
-            if MetadataCatalog.get(name).get("keypoint_names") is None:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("keypoint_names") is None:
                 raise UserError(
                     f"{name} has no names of keypoints, by which horizontal flips exchange them: "
                     'list them as "keypoints" in the category of its json, or set keypoint_names '
                     "and keypoint_flip_map in its metadata"
                 )
+            _warn_of_sides(name, metadata, cfg)
     if _stuff_key(cfg):
         bare = [record for record in records if "sem_seg_file_name" not in record]
         if bare:
@@ -51,6 +58,33 @@ def check_other_labels(records: Sequence[dict[str, Any]], cfg: DictConfig) -> No
                 f"(sem_seg_file_name), e.g. {bare[0].get('file_name')}, but the detector learns "
                 "semantic segmentation: use a data set such as coco_2017_train_panoptic_separated"
             )
+
+
+def check_evaluated_keypoints(
+    name: str, records: Sequence[dict[str, Any]], cfg: DictConfig
+) -> None:
+    """Check that keypoint AP can be computed, if the detector predicts keypoints.
+
+    Args:
+        name: the data set that ``COCOEvaluator`` evaluates.
+        records: its records.
+        cfg: the detection config.
+
+    Raises:
+        UserError: a box, or a crowd region, has another number of keypoints than the detector.
+    """
+    key, number = _first(cfg, _KEYPOINTS)
+    tasks = cfg.dataloader.evaluator.get("tasks")
+    learned = OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint")
+    if not (key and learned) or (tasks is not None and "keypoints" not in tasks):
+        return
+    try:
+        _check_keypoints(records, _shown(key), number, crowd=True)
+    except UserError as error:
+        raise UserError(
+            f"data set {name!r}, keypoint AP: {error}; to evaluate boxes only, add "
+            "+dataloader.evaluator.tasks=[bbox]"
+        ) from None
 
 
 def check_other_heads(cfg: DictConfig, names: Sequence[str]) -> None:
@@ -105,12 +139,41 @@ def _first(cfg: DictConfig, keys: Sequence[str]) -> tuple[str, Any]:
     return next(((key, value) for key, value in found if value is not None), ("", None))
 
 
-def _check_keypoints(records: Sequence[dict[str, Any]], key: str, number: int) -> None:
+def _check_keypoints(
+    records: Sequence[dict[str, Any]], key: str, number: int, crowd: bool = False
+) -> None:
     for record in records:
         for annotation in record.get("annotations", ()):
             count = len(annotation.get("keypoints", ())) // 3
-            if count != number and not annotation.get("iscrowd", 0):
+            if count != number and (crowd or not annotation.get("iscrowd", 0)):
                 raise UserError(
                     f"{record.get('file_name')} has a box with {count} keypoints, but "
                     f"{key}={number}: all boxes need this many (x, y, visibility)"
                 )
+
+
+def _warn_of_sides(name: str, metadata: Any, cfg: DictConfig) -> None:
+    """Warn if training images are flipped, but no left keypoint becomes a right one."""
+    names = metadata.keypoint_names
+    if len(names) < 2 or metadata.get("keypoint_flip_map"):
+        return
+    augmentations = OmegaConf.select(cfg, "dataloader.train.mapper.augmentations")
+    if any(node.get("horizontal", True) for node in _flips(augmentations)):
+        logger.warning(
+            "%s: a horizontal flip does not exchange any keypoints: %s; if they have sides, write "
+            "left_ and right_ in their names, or register the data set with keypoint_names and "
+            "keypoint_flip_map in its metadata",
+            name,
+            ", ".join(names),
+        )
+
+
+def _flips(node: Any) -> Iterator[DictConfig]:
+    """The lazy random flips in a node, at any depth."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        target = node._target_
+        if (locate(target) if isinstance(target, str) else target) is RandomFlip:
+            yield node
+    if isinstance(node, DictConfig | ListConfig):
+        for child in node.values() if isinstance(node, DictConfig) else node:
+            yield from _flips(child)
