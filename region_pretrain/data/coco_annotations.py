@@ -207,14 +207,18 @@ class AnnotationFixer:
     def _fix_box(
         self, a: dict, segmentation: list | dict | None, image: dict, example: str
     ) -> list | None:
-        box = a.get("bbox")
-        given = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
-        if not given or box[2] <= 0 or box[3] <= 0:
+        given = a.get("bbox")
+        box = _four_numbers(given)
+        if box is None or box[2] <= 0 or box[3] <= 0:
+            wrong = given and box is None
+            what = "box that is not four finite numbers" if wrong else "empty or missing box"
             if not segmentation:
-                self._findings.add("empty or missing box; left out", example)
+                self._findings.add(f"{what}; left out", example)
                 return None
             box = _mask_box(segmentation)
-            self._findings.add("empty or missing box; computed from the mask", example)
+            self._findings.add(f"{what}; computed from the mask", example)
+        elif box != given:
+            self._findings.add("bbox as text; converted", example)
         width, height = image["width"], image["height"]
         x0, y0, x1, y1 = box[0], box[1], box[0] + box[2], box[1] + box[3]
         beyond = max(-x0, -y0, x1 - width, y1 - height)
@@ -250,6 +254,17 @@ def _numbers(value: Any) -> list | None:
         return [value]
     parts = [_numbers(part) for part in value] if isinstance(value, list) else [None]
     return None if None in parts else [number for part in parts for number in part]
+
+
+def _four_numbers(box: Any) -> list | None:
+    """A box's numbers, also of text; None if there are not four finite ones."""
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    try:
+        box = [float(value) if isinstance(value, str) else value for value in box]
+    except ValueError:
+        return None
+    return box if all(map(_is_number, box)) else None
 
 
 def _is_number(value: Any) -> bool:

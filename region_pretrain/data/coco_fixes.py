@@ -17,7 +17,7 @@ from region_pretrain.files import is_local
 from region_pretrain.images import EncodedImage, UnreadableImage
 
 #: Part of the key of cached results: raise it when the fixes change.
-VERSION = 4
+VERSION = 5
 #: Image headers compared with the json's sizes, unless one of them differs: then all are.
 SAMPLED_SIZES = 200
 _HEAD_BYTES = 1 << 18

@@ -213,6 +213,13 @@ def inspect(
                 data.json_file  # noqa: B018  written once, for the runs that follow
             found.records, found.classes = _like(name, data.records), data.classes
             found.findings = data.findings + found.findings
+            labelled = any(r.get("annotations") for r in found.records)
+            labelled |= any("left out" in finding.what for finding in data.findings)
+            if labelled and not _has_boxes(found.records):
+                found.problems.append(
+                    f"{source[0]} has no usable box: its annotations are left out, or crowds; "
+                    "correct them"
+                )
     except UserError as error:
         found.problems.append(str(error))
     return found

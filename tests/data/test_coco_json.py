@@ -134,8 +134,10 @@ FIXES = {
     "negative box": (first("annotations", bbox=[22, 13, -20, -10]), "box; computed from", 1),
     "empty box": (first("annotations", bbox=[2, 3, 0, 10], segmentation=[]), "box; left out", 1),
     "nan": (
-        first("annotations", bbox=[float("nan"), 3, 4, 10], segmentation=[]), "box; left out", 1,
+        first("annotations", bbox=[float("nan"), 3, 4, 10], segmentation=[]), "numbers; left", 1,
     ),
+    "box as text": (first("annotations", bbox=["2", "3.0", 20, "1e1"]), "bbox as text; conv", 1),
+    "box of words": (first("annotations", bbox=["a"] * 4), "finite numbers; computed from", 1),
     "box reaches out": (
         first("annotations", bbox=[-5, 3, 20, 10], segmentation=rectangle(0, 3, 15, 10)),
         "box that reaches out of its image; clipped", 1,

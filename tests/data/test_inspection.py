@@ -9,6 +9,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from region_pretrain.commands.check_data import main
 from region_pretrain.data.generated import register_scenes
 from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.data.shapes import ShapesSpec
@@ -160,6 +161,21 @@ def test_sizes_that_contradict_the_files(images, monkeypatch):
     assert (
         problem.startswith("1 x size that contradicts the file") and "70x40, file 80x40" in problem
     )
+
+
+def test_labels_of_which_no_box_can_be_used(images, capsys):
+    def text(*box):
+        return lambda data: [a.update(bbox=list(map(str, box))) for a in data["annotations"]]
+
+    (problem,) = inspect(coco(images, "words", text("a", 1, 9, 9))).problems
+    assert "words.json has no usable box" in problem
+    name = coco(images, "crowds", lambda d: [a.update(iscrowd=1) for a in d["annotations"]])
+    assert main([name]) == 1 and "error: " in capsys.readouterr().out
+    name = coco(images, "text", text(1.5, 1, 9, 9))
+    assert main([name]) == 0 and "fixed: 3 x bbox as text; converted" in capsys.readouterr().out
+    assert inspect(name).records[0]["annotations"][0]["bbox"] == [1.5, 1, 9, 9]
+    for change in (lambda d: d.update(annotations=[]), lambda d: d.pop("annotations")):
+        assert inspect(coco(images, "none", change)).problems == []  # nothing was annotated
 
 
 def test_what_cannot_be_loaded(images):
