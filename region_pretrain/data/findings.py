@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from detectron2.structures import BoxMode
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,22 @@ def id_key(value: Any) -> str | None:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else None
     return str(value).strip() or None
+
+
+def box_findings(records: Sequence[Mapping]) -> list[Finding]:
+    """Boxes of Detectron2 records that are empty or leave their image; these are only counted."""
+    findings = Findings()
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if len(annotation["bbox"]) != 4:
+                continue  # a rotated box
+            box = list(map(float, annotation["bbox"]))
+            x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            width, height = (record.get(key, float("inf")) for key in ("width", "height"))
+            if x1 <= x0 or y1 <= y0:
+                findings.add("empty box", record["file_name"], fixed=False)
+            elif min(x1, y1, width - x0, height - y0) <= 0:
+                findings.add("box outside of its image", record["file_name"], fixed=False)
+            elif max(-x0, -y0, x1 - width, y1 - height) > 1:
+                findings.add("box that reaches out of its image", record["file_name"], fixed=False)
+    return findings.list()

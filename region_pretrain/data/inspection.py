@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-from detectron2.structures import BoxMode
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from PIL import Image
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import upright_size
 from region_pretrain.data.coco_json import load_coco, mend_registered
-from region_pretrain.data.findings import Finding, Findings
+from region_pretrain.data.findings import Finding, Findings, box_findings
 from region_pretrain.data.masks import check_evaluated_masks
 from region_pretrain.data.other_labels import check_evaluated_keypoints
 from region_pretrain.data.sources import check_voc_files, findings_of, read_like
@@ -70,6 +69,9 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             check_voc_files(name, training="train" in names)
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)
+            if parse(name).scheme == "voc":
+                for finding in box_findings(records):
+                    logger.warning("%s: %s; correct the labels", name, finding)
         else:
             data = mend_registered(name, evaluated)
             if data is None:
@@ -201,7 +203,7 @@ def inspect(
             found.records = get_records(name)
             found.classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
             if any("bbox" in a for r in found.records for a in r.get("annotations", ())):
-                found.findings = _generic_findings(found.records)
+                found.findings = box_findings(found.records)
         else:
             data = load_coco(*source)
             found.records = _like(name, data.records)
@@ -241,23 +243,6 @@ def _coco_source(name: str) -> tuple[str, str] | None:
         return None
     metadata = MetadataCatalog.get(name)
     return metadata.json_file, metadata.image_root
-
-
-def _generic_findings(records: Sequence[Mapping]) -> list[Finding]:
-    """Boxes of records that are not from a COCO json; these are only counted."""
-    findings = Findings()
-    for record in records:
-        for annotation in record.get("annotations", ()):
-            if len(annotation["bbox"]) != 4:
-                continue  # a rotated box
-            box = list(map(float, annotation["bbox"]))
-            x0, y0, x1, y1 = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            width, height = (record.get(key, float("inf")) for key in ("width", "height"))
-            if x1 <= x0 or y1 <= y0:
-                findings.add("empty box", record["file_name"], fixed=False)
-            elif max(-x0, -y0, x1 - width, y1 - height) > 1:
-                findings.add("box that reaches out of its image", record["file_name"], fixed=False)
-    return findings.list()
 
 
 class _File(NamedTuple):

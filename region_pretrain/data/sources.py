@@ -9,22 +9,25 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import re
 import tempfile
 import uuid
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
-from detectron2.data.datasets.pascal_voc import CLASS_NAMES, load_voc_instances
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from region_pretrain import registration
 from region_pretrain.data.coco_json import load_coco
 from region_pretrain.data.findings import Finding
-from region_pretrain.data.folder import load_image_folder
+from region_pretrain.data.folder import IMAGE_EXTENSIONS, load_image_folder
 from region_pretrain.dataset_names import Source, is_path_name, names_in, parse
 from region_pretrain.errors import UserError
 
@@ -129,20 +132,15 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
     listing = os.path.join(root, "ImageSets", "Main", f"{source.split}.txt")
     if not os.path.isfile(listing):
         raise UserError(f"no such file: {listing}, the list of the images of voc://{root}")
-    with open(listing, encoding="utf-8") as file:
-        if len(file.read().split()) == 1:
-            raise UserError(f"{listing} lists a single image, which Detectron2 cannot read")
     try:
         classes = _voc_classes(root)
-        records = load_voc_instances(root, source.split, classes)
+        records = _voc_records(root, listing, classes)
     except OSError as error:
         raise UserError(f"{root} lacks a file of {listing}: {error}") from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{root} cannot be read as Pascal VOC: {type(error).__name__}: {error}"
         ) from error
-    for record in records:
-        record["image_id"] = str(record["image_id"])
     return records, {
         "dirname": root,
         "split": source.split,
@@ -153,6 +151,66 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         "thing_classes": classes,
         "json_file": _voc_as_coco(records, classes),
     }
+
+
+def _voc_records(root: str, listing: str, classes: list[str]) -> Records:
+    """The records of ``load_voc_instances``, also of names with spaces and of other endings."""
+    with open(listing, encoding="utf-8") as file:
+        lines = [line.strip() for line in file]
+    images = functools.cache(_images_by_stem)  # for this call: files may come and go
+    records = []
+    for number, name in enumerate(lines, 1):
+        path = os.path.join(root, "Annotations", f"{name}.xml")
+        if re.search(r"\s(-1|0|1)$", name) and not os.path.exists(path):
+            raise UserError(
+                f"{listing}: line {number} ({name!r}) has a second column, as VOC's lists of one "
+                "class have: keep only the names of the images, one per line"
+            )
+        if not name:
+            continue
+        tree = ET.parse(path)
+        records.append(
+            {
+                "file_name": _voc_image(root, name, tree, images),
+                "image_id": name,
+                "height": int(tree.find("./size/height").text),
+                "width": int(tree.find("./size/width").text),
+                "annotations": [_voc_object(box, classes) for box in tree.findall("object")],
+            }
+        )
+    return records
+
+
+def _voc_object(node: ET.Element, classes: list[str]) -> dict[str, Any]:
+    corners = [float(node.find(f"bndbox/{key}").text) for key in ("xmin", "ymin", "xmax", "ymax")]
+    return {
+        "category_id": classes.index(node.find("name").text),
+        # 1-based and inclusive: a box of the whole image is (1, 1, width, height)
+        "bbox": [corners[0] - 1, corners[1] - 1, *corners[2:]],
+        "bbox_mode": BoxMode.XYXY_ABS,
+    }
+
+
+def _voc_image(root: str, name: str, tree: ET.ElementTree, images: Callable) -> str:
+    """NAME.jpg, or an image of another ending, or the one that the XML names."""
+    path = os.path.join(root, "JPEGImages", f"{name}.jpg")
+    if os.path.exists(path):
+        return path
+    folder, stem = os.path.split(path.removesuffix(".jpg"))
+    given = re.split(r"[/\\]", tree.findtext("filename") or "")[-1]
+    found = images(folder).get(stem, [])
+    if given in found or not found and given in images(folder).get(os.path.splitext(given)[0], []):
+        found = [given]
+    return os.path.join(folder, found[0]) if found else path
+
+
+def _images_by_stem(folder: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        stem, ending = os.path.splitext(file)
+        if ending.lower() in IMAGE_EXTENSIONS:
+            found.setdefault(stem, []).append(file)
+    return found
 
 
 @functools.cache
@@ -217,6 +275,11 @@ def check_voc_files(name: str, training: bool) -> None:
         raise UserError(
             f"{listing}: line {images.index('') + 1} is empty, and VOC's metric reads it as the "
             "name of an image: remove it"
+        )
+    if spaces := [image for image in images if " " in image]:
+        raise UserError(
+            f"{listing}: VOC's metric cannot read {spaces[0]!r}, because of its space: rename the "
+            "image, or use COCOEvaluator"
         )
     if slashes := [c for c in metadata.thing_classes if "/" in c or os.sep in c]:
         raise UserError(

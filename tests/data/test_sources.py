@@ -15,6 +15,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from omegaconf import OmegaConf
+from voc_files import make_voc
 
 from region_pretrain.config import get_config
 from region_pretrain.data import sources
@@ -187,27 +188,6 @@ def test_paths_with_special_characters(coco_folder, tmp_path, monkeypatch):
     ]
 
 
-XML = """<annotation><size><width>64</width><height>48</height></size>{}</annotation>"""
-OBJECT = """<object><name>{}</name><pose>x</pose><truncated>0</truncated><difficult>0</difficult>
-<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"""
-
-
-def make_voc(root: Path, classes: list[str], splits: dict[str, list[int]]) -> Path:
-    rng = np.random.default_rng(0)
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (root / folder).mkdir(parents=True)
-    for split, numbers in splits.items():
-        (root / f"ImageSets/Main/{split}.txt").write_text("".join(f"{n:06d}\n" for n in numbers))
-        for n in numbers:
-            objects = []
-            for k in range(2):
-                (x, y), (w, h) = rng.integers(1, 20, 2), rng.integers(12, 28, 2)
-                objects.append(OBJECT.format(classes[(n + k) % len(classes)], x, y, x + w, y + h))
-            (root / f"Annotations/{n:06d}.xml").write_text(XML.format("".join(objects)))
-            cv2.imwrite(str(root / f"JPEGImages/{n:06d}.jpg"), np.full((48, 64, 3), 9, np.uint8))
-    return root
-
-
 @pytest.mark.parametrize(("folder", "year"), [("VOC2007", 2007), ("VOC2012", 2012)])
 def test_voc_ap_by_name_is_that_of_the_registered_data_set(tmp_path, stock, folder, year):
     names = ["aeroplane", "bicycle", "bird"]
@@ -235,12 +215,6 @@ def test_voc_ap_of_some_of_its_classes(tmp_path):
     assert MetadataCatalog.get(name).thing_classes == ["car", "person"]
     found = results(PascalVOCDetectionEvaluator(name), records)["bbox"]
     assert 20 < found["AP"] < 95 and found["AP50"] > found["AP75"]
-
-
-def test_a_list_of_one_voc_image_is_named(tmp_path):
-    root = make_voc(tmp_path / "mine", ["person"], {"val": [0, 1], "train": [0]})
-    with pytest.raises(UserError, match=r"train\.txt lists a single image, which Detectron2"):
-        get_records(f"voc://{root}?split=train")
 
 
 @pytest.mark.parametrize(
