@@ -29,7 +29,8 @@ def swept(slurm, tmp_path_factory):
         return done.stdout
 
     def start():
-        settings = ["--slurm", "partition=low,tasks-per-node=1,cpus-per-task=1,mem=1G"]
+        resources = "partition=low,tasks-per-node=1,cpus-per-task=1,mem=1G"
+        settings = ["--slurm", f"{resources},finetune.tasks-per-node=2"]
         config = ["--config", str(Path(__file__).with_name("tiny_sweep.py"))]
         tool(*config, *settings, f"sweep.output_dir={folder / 'out'}")
         empty = ["squeue", "--noheader"]
@@ -66,6 +67,15 @@ def test_dependents_run_afterwards_and_a_failure_stays_local(swept):
     assert "8 finished" in output and "2 failed" in output and "2 blocked" in output
     assert "broken_seed0 failed; these runs depend on it: broken_seed0_det" in output
     assert "ValueError: the weather is bad" in output
+
+
+def test_fine_tunings_have_resources_of_their_own(swept):
+    folder, *_ = swept
+    for kind, processes in ((PRETRAIN, 1), (FINETUNE, 2)):
+        for (init, _), run in runs_of(folder, kind).items():
+            if init != "broken":
+                log = (Path(run.folder) / "log.txt").read_text()
+                assert f"rank 0 of {processes} processes" in log, run.name
 
 
 def test_the_table_matches_the_results_of_the_runs(swept):
