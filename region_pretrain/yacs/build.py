@@ -124,7 +124,10 @@ def sgd_with_tensor_clipping(
 
 
 def build_evaluator(
-    dataset_name: str, output_dir: str, keypoint_oks_sigmas: Sequence[float] = ()
+    dataset_name: str,
+    output_dir: str,
+    keypoint_oks_sigmas: Sequence[float] = (),
+    tasks: Sequence[str] | None = None,
 ) -> DatasetEvaluator:
     """The evaluator of a data set's ``evaluator_type``, as in Detectron2's ``tools/train_net.py``.
 
@@ -132,6 +135,7 @@ def build_evaluator(
         dataset_name: a registered data set; without a type it is evaluated as COCO.
         output_dir: folder for predictions.
         keypoint_oks_sigmas: COCO's OKS sigmas of each keypoint; empty for those of COCO's persons.
+        tasks: of COCO's evaluator, such as ``["bbox"]``; None for those that the detector predicts.
 
     Raises:
         UserError: the type is unknown, or needs a package that is not installed.
@@ -140,6 +144,7 @@ def build_evaluator(
         COCOEvaluator: {
             "output_dir": output_dir,
             "kpt_oks_sigmas": tuple(keypoint_oks_sigmas),
+            "tasks": None if tasks is None else tuple(tasks),
         },
         SemSegEvaluator: {"output_dir": output_dir},
         COCOPanopticEvaluator: {"output_dir": output_dir},

@@ -302,6 +302,8 @@ def test_the_evaluator_follows_the_type(kind, expected, coco, tmp_path):
     (tmp_path / "Annotations").mkdir()
     try:
         assert type(build_evaluator(name, str(tmp_path))) is expected
+        boxes = build_evaluator(name, str(tmp_path), tasks=["bbox"])
+        assert expected is not COCOEvaluator or boxes._tasks == ("bbox",)
     finally:
         MetadataCatalog.remove(name)
 
