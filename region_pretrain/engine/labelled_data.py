@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from region_pretrain.config import class_keys, num_classes_keys
+from region_pretrain.config import NUM_CLASSES, class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.inspection import prepare_labels
@@ -24,6 +24,7 @@ from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import check_input_format
+from region_pretrain.overrides import dotted_keys
 from region_pretrain.yacs.build import build_evaluator, check_packages, evaluator_classes
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     Keys of :data:`~region_pretrain.config.NUM_CLASSES` that are null become the number of
     ``thing_classes`` of the training data, or of the test data in an evaluation. Numbers are
     compared with it. If the config has a data set or mapper of the user's own, which may map the
-    classes, a difference is only a warning.
+    classes, a difference is only a warning. The heads within the RoI heads must have their number.
 
     Args:
         cfg: changed in place; complete.
@@ -72,8 +73,8 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
 
     Raises:
         UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
-            the classes of the config, the training data and the test data differ; an evaluator
-            needs a package that is not installed; or see
+            the classes of the config, its heads, the training data and the test data differ; an
+            evaluator needs a package that is not installed; or see
             :func:`~region_pretrain.modeling.detector.check_input_format`.
     """
     if "evaluator" not in cfg.dataloader and "test" not in cfg.dataloader:
@@ -100,6 +101,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
             own,
         )
     followed = _compare_number(cfg, classes[first], names[first], own)
+    _compare_heads(cfg)
     return Classes(classes[first], names[first], followed, tuple(lines))
 
 
@@ -240,13 +242,35 @@ def _maps_classes(cfg: DictConfig) -> bool:
     for split in ("train", "test"):
         loader = cfg.dataloader.get(split)
         for part in ("dataset", "mapper"):
-            lazy = loader.get(part) if isinstance(loader, DictConfig) else None
-            target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
-            target = locate(target) if isinstance(target, str) else target
-            module = getattr(target, "__module__", None) or ""
-            if target is not None and not module.startswith(("detectron2.", "region_pretrain.")):
+            if _is_own(loader.get(part) if isinstance(loader, DictConfig) else None):
                 return True
     return False
+
+
+def _is_own(lazy: object) -> bool:
+    """Whether a part's class is neither Detectron2's nor ours."""
+    target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
+    target = locate(target) if isinstance(target, str) else target
+    module = getattr(target, "__module__", None) or ""
+    return target is not None and not module.startswith(("detectron2.", "region_pretrain."))
+
+
+def _compare_heads(cfg: DictConfig) -> None:
+    """Compare the numbers of classes within the RoI heads with that of the RoI heads."""
+    number = OmegaConf.select(cfg, NUM_CLASSES[0])
+    if not isinstance(number, int):
+        return
+    heads = cfg.model.roi_heads
+    for key in dotted_keys(OmegaConf.to_container(heads, resolve=False)):
+        part, _, last = key.rpartition(".")
+        found = OmegaConf.select(heads, key) if part and last == "num_classes" else None
+        agnostic = found == 1 and not part.startswith("box_predictor")  # e.g. a mask head
+        if isinstance(found, int) and found != number and not agnostic:
+            path = f"model.roi_heads.{key}"
+            _refuse(
+                f"{path}={found}, but {NUM_CLASSES[0]}={number}: set {path}={number}",
+                _is_own(OmegaConf.select(heads, part)),
+            )
 
 
 def _compare_number(

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import get_detection_dataset_dicts as get_dicts
 from detectron2.evaluation import CityscapesInstanceEvaluator
 from detectron2.model_zoo import get_config as get_detectron2_config
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from tiny_run import NoisyMapper
@@ -94,6 +95,32 @@ def test_null_follows_the_data_and_numbers_are_compared(data, training, caplog):
             f"{HEADS}={number}, but {data()} has 3 classes (dog, ant, cat): set {HEADS}=3, or null "
             "to follow the data"
         )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_heads_within_the_roi_heads_have_their_number_of_classes(data, training, caplog):
+    def check(heads, number=None):
+        cfg = make_config(data(), data(), number)
+        cfg.model.roi_heads.update(heads)
+        return check_labelled_data(cfg, training)
+
+    predictor = L(FastRCNNOutputLayers)(num_classes="${model.roi_heads.num_classes}")
+    own = L(NoisyMapper)(num_classes=30)
+    assert check({"box_predictor": [predictor, predictor], "attributes": own}).followed == [HEADS]
+    assert "model.roi_heads.attributes.num_classes=30, but" in caplog.text
+    check({"mask": {"num_classes": 1}})  # class-agnostic
+    wrong = L(FastRCNNOutputLayers)(num_classes=80)
+    for heads, key, number in (
+        ({"box_predictor": wrong}, "box_predictor", 80),
+        ({"box_predictor": [predictor, wrong]}, "box_predictor.1", 80),
+        ({"box_predictor": {"num_classes": 1}}, "box_predictor", 1),
+        ({"mask": {"num_classes": 2}}, "mask", 2),
+    ):
+        for classes in (None, 3):
+            with pytest.raises(UserError) as error:
+                check(heads, classes)
+            key_ = f"model.roi_heads.{key}.num_classes"
+            assert str(error.value) == f"{key_}={number}, but {HEADS}=3: set {key_}=3"
 
 
 def test_an_evaluation_needs_only_the_test_data(data):
