@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import yaml
 from detectron2.config import LazyCall, LazyConfig
 from detectron2.utils.registry import _convert_target_to_string, locate
@@ -116,7 +117,8 @@ def value_of(file: str, key: str) -> Any:
 def refer_to_file(cfg: DictConfig, file: str) -> DictConfig:
     """Replace each value that YAML cannot represent by a lazy :func:`value_of`.
 
-    The config can then be saved, compared and sent to other processes.
+    Paths become text, and scalars of NumPy those of Python. The config can then be saved, compared
+    and sent to other processes.
 
     Args:
         cfg: the unmodified content of ``file``; changed in place.
@@ -126,8 +128,16 @@ def refer_to_file(cfg: DictConfig, file: str) -> DictConfig:
         ``cfg``.
     """
     file = file if "://" in file else os.path.abspath(file)
-    for key in unsaveable(cfg):
-        OmegaConf.update(cfg, key, LazyCall(value_of)(file=file, key=key), merge=False)
+    for key, value in list(_leaves(cfg)):
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, np.generic):
+            value = value.item()
+        elif _survives(key, value):
+            continue
+        else:
+            value = LazyCall(value_of)(file=file, key=key)
+        OmegaConf.update(cfg, key, value, merge=False)
     return cfg
 
 

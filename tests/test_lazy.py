@@ -89,6 +89,23 @@ def test_functions_and_classes_of_the_users_own_config(tmp_path):
     assert instantiate(load_config(str(saved)).train.norms[0])() == 1
 
 
+def test_paths_and_numpy_scalars_become_text_and_numbers(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from pathlib import Path\nimport numpy as np\n"
+        "train = dict(output_dir=Path('/data') / 'out', max_iter=np.int64(9), register=[])\n"
+        "optimizer = dict(lr=np.float32(0.5), betas=[np.float64(0.5), 0.9], foreach=np.True_)\n"
+    )
+    cfg = load_config(str(file), ["optimizer.lr=0.25"])
+    optimizer = {"lr": 0.25, "betas": [0.5, 0.9], "foreach": True}
+    assert (cfg.train.output_dir, cfg.train.max_iter) == ("/data/out", 9)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(cfg))
+    for read in (cfg, load_config(str(saved))):
+        assert read.optimizer == optimizer and type(read.optimizer.betas[0]) is float
+        assert type(read.train.max_iter) is int and type(read.train.output_dir) is str
+
+
 def test_a_config_that_registers_data_and_has_a_lambda(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(
