@@ -44,6 +44,9 @@ NUM_CLASSES = (
     "model.cfg.MODEL.RETINANET.NUM_CLASSES",
 )
 
+#: What a training reads of a config, besides ``train``, which has defaults.
+TRAINED = ("model", "dataloader.train", "optimizer", "lr_multiplier")
+
 _MAX_ITER = ("train.max_iter", "model.cfg.SOLVER.MAX_ITER")
 
 
@@ -155,6 +158,16 @@ def override_config(
     make_names_absolute(cfg)
     complete_register(cfg, path)
     return cfg
+
+
+def check_parts(cfg: DictConfig, path: str, parts: Sequence[str] = TRAINED) -> None:
+    """Refuse a config file without the parts that a command reads.
+
+    Raises:
+        UserError: they are missing or null.
+    """
+    if missing := [part for part in parts if OmegaConf.select(cfg, part) is None]:
+        raise UserError(f"{path} has no {', '.join(missing)}: a config needs {', '.join(parts)}")
 
 
 def check_pretraining(cfg: DictConfig) -> None:

@@ -40,7 +40,7 @@ from region_pretrain.benchmark.gpu_report import GpuUse, describe_use, measure_u
 from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
 from region_pretrain.commands import at_least_one, text_parser
-from region_pretrain.config import check_pretraining, load_config, load_file
+from region_pretrain.config import check_parts, check_pretraining, load_config, load_file
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable, write_text_atomic
 
@@ -129,6 +129,7 @@ def parse_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
 
 def _load(path: str, overrides: list[str]) -> DictConfig:
     cfg = load_config(path, overrides)
+    check_parts(cfg, path)
     check_pretraining(cfg)
     return cfg
 

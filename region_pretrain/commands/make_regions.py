@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import instantiate
+from omegaconf import OmegaConf
 
 import region_pretrain.data  # noqa: F401  registers the built-in data sets
 import region_pretrain.data.emoji  # noqa: F401
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if args.config_file is not None:
         cfg = load_config(args.config_file, args.opts)
         args.register += cfg.train.register
-        dataset = cfg.dataloader.train.dataset
+        dataset = OmegaConf.select(cfg, "dataloader.train.dataset") or {}
         if "regions" not in dataset:
             raise UserError(f"{args.config_file} is not a pre-training config: it has no regions")
         if dataset.regions is None and not args.out:

@@ -16,7 +16,7 @@ import os
 from detectron2.config import instantiate
 
 from region_pretrain.commands import text_parser
-from region_pretrain.config import load_config
+from region_pretrain.config import check_parts, check_pretraining, load_config
 from region_pretrain.data.folder import refuse_output_among_images
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable, write_atomic
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: must be at least 1 and 16")
     cfg = load_config(args.config_file, args.opts)
+    check_parts(cfg, args.config_file, ("model", "dataloader.train"))
+    check_pretraining(cfg)
     if args.weights and not args.method:
         raise UserError("--weights requires --method")
     if os.path.isdir(args.output) or not args.output.lower().endswith(".png"):

@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import default_argument_parser
 from omegaconf import DictConfig
 
-from region_pretrain.config import load_config
+from region_pretrain.config import TRAINED, check_parts, load_config
 from region_pretrain.engine.methods import load_method
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
@@ -82,11 +82,15 @@ def config_of(args: argparse.Namespace) -> DictConfig:
 
     Raises:
         UserError: see :func:`~region_pretrain.config.load_config` and
-            :func:`~region_pretrain.engine.methods.load_method`; or both ways are mixed.
+            :func:`~region_pretrain.engine.methods.load_method`; or both ways are mixed, or the
+            file lacks a part.
     """
     method, detector = getattr(args, "method", None), getattr(args, "detector", None)
     if method is None and detector is None:
-        return load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts)
+        only_evaluates = getattr(args, "eval_only", True)  # as the probe does
+        check_parts(cfg, args.config_file, ("model", "dataloader") if only_evaluates else TRAINED)
+        return cfg
     if not method or not detector or args.config_file:
         raise UserError(
             "--method NAME and --detector FILE belong together and replace --config-file"

@@ -14,7 +14,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from region_pretrain.config import load_config, override_config, to_yaml
+from region_pretrain.config import check_parts, load_config, override_config, to_yaml
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.few_label import find_split
 from region_pretrain.data.sources import register_named
@@ -131,6 +131,7 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     """
     path = find_config_file(path)
     cfg = load(path, overrides)
+    check_parts(cfg, path)
     wrong = None
     if detection and not {"test", "evaluator"} <= set(cfg.dataloader.keys()):
         wrong = "is not a detection config: it has no dataloader.test and dataloader.evaluator"

@@ -8,6 +8,8 @@ from detectron2.config import LazyConfig, instantiate
 from forked import run_tool as run
 from tiny_run import make_config, make_detection_config
 
+from region_pretrain.commands import evaluate, make_regions, pretrain_net, train_net, visualize
+from region_pretrain.config import CONFIG_ROOT
 from region_pretrain.errors import exit_on_user_error
 
 
@@ -145,6 +147,26 @@ def test_a_class_that_cannot_be_imported_is_one_line(capsys):
 
     with pytest.raises(ImportError, match="panopticapi"):
         other()
+
+
+ALL = "model, dataloader.train, optimizer, lr_multiplier"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (train_net, f"has no dataloader.train, optimizer, lr_multiplier: a config needs {ALL}"),
+        (pretrain_net, f"has no dataloader.train, optimizer, lr_multiplier: a config needs {ALL}"),
+        (evaluate, "has no dataloader: a config needs model, dataloader"),
+        (visualize, "has no dataloader.train: a config needs model, dataloader.train"),
+        (make_regions, "is not a pre-training config: it has no regions"),
+    ],
+)
+def test_a_config_without_its_parts_is_refused_in_one_line(command, message, capsys):
+    config = str(CONFIG_ROOT / "common/models/mask_rcnn_fpn.py")
+    with pytest.raises(SystemExit):
+        command.main(["--config-file", config])
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {config} {message}"
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
