@@ -57,7 +57,7 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Raises:
         UserError: an unknown key (the message names the nearest known ones), a single value for a
-            group of keys, a value of another type, or invalid syntax.
+            group of keys, a value of another type, a reference without a value, or invalid syntax.
     """
     for text in overrides:
         key, value, is_new = _parse(cfg, text)
@@ -67,7 +67,21 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(cfg, key, value, merge=not replace)
         except (KeyError, OmegaConfBaseException) as error:
             raise UserError(f"override {text!r}: {str(error).splitlines()[0]}") from None
+    for text in filter(lambda text: "${" in text, overrides):  # another may give what it refers to
+        _check_interpolation(cfg, text)
     return cfg
+
+
+def _check_interpolation(cfg: DictConfig, text: str) -> None:
+    try:
+        value = OmegaConf.select(cfg, _parse(cfg, text)[0])
+        if OmegaConf.is_config(value):
+            OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as error:
+        reason, hint = str(error).splitlines()[0], ""
+        if name := next((n for n in re.findall(r"\${(\w+)}", text) if n in os.environ), None):
+            hint = f"; write ${{oc.env:{name}}}, or double quotes, in which the shell replaces it"
+        raise UserError(f"override {text!r}: {reason}{hint}") from None
 
 
 def _parse(cfg: DictConfig, text: str) -> tuple[str, Any, bool]:

@@ -81,6 +81,23 @@ def test_invalid_overrides_are_refused_with_a_hint(override, message):
     assert cfg == make_config()
 
 
+def test_an_interpolation_without_a_value_is_refused(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    cfg = make_config()
+    cfg.train.output_dir = "output"
+    apply_overrides(cfg, ["train.output_dir=${oc.env:SCRATCH}/${new}", "+new=3"])
+    assert cfg.train.output_dir == "/scratch/3"
+    for override, message in (
+        ("train.output_dir=${SCRATCH}/a", r"'SCRATCH' not found; write \$\{oc.env:SCRATCH\}, or "),
+        ("train.width=${nope}", r"'train.width=\$\{nope\}': Interpolation key 'nope' not found$"),
+        ("train.output_dir=${oc.env:NO_SUCH}", r"Environment variable 'NO_SUCH' not found"),
+        ("train.steps=[1,'${nope}']", r"Interpolation key 'nope' not found"),
+        ("+train.new={a: '${nope:}'}", r"Unsupported interpolation type nope"),
+    ):
+        with pytest.raises(UserError, match=f"^override .*{message}"):
+            apply_overrides(make_config() if "output" not in override else cfg.copy(), [override])
+
+
 def test_a_group_may_be_replaced_by_a_group_or_null():
     cfg = apply_overrides(make_config(), ["train.amp={enabled: true}", "dataloader.test=null"])
     assert cfg.train.amp.enabled is True and cfg.dataloader.test is None
