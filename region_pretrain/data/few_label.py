@@ -113,9 +113,12 @@ def random_fraction(
         Detectron2 dataset dicts, in the data set's order.
 
     Raises:
-        UserError: the fraction is not in (0, 1], or no image is left.
+        UserError: the fraction is not in (0, 1], the seed is not a whole number, or no image is
+            left.
     """
     names = _checked(names, fraction)
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"seed={seed}: must be a whole number, at least 0")
     dicts = _dicts(names, filter_empty, options)
     chosen = np.random.default_rng(seed).permutation(len(dicts))[: _count(len(dicts), fraction)]
     return ImageSubset(names, dicts, chosen, fraction=fraction, seed=seed, split=None)
@@ -188,7 +191,8 @@ def write_subset(records: Sequence[dict[str, Any]], folder: str) -> None:
 
 def _checked(names: str | Sequence[str], fraction: float | None) -> list[str]:
     """The data sets as a list, registered."""
-    if fraction is not None and not 0 < fraction <= 1:
+    number = isinstance(fraction, int | float)
+    if fraction is not None and not (number and 0 < fraction <= 1):
         raise UserError(f"fraction={fraction} of {names}: must be above 0 and at most 1")
     names = [names] if isinstance(names, str) else list(names)
     for name in names:

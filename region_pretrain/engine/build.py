@@ -15,7 +15,6 @@ from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.registry import locate
 from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import distributed as dist
@@ -34,6 +33,14 @@ logger = logging.getLogger(__name__)
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 #: A shorter warm-up of a fine-tuning, in iterations, is probably not meant.
 _WARMUP = 100
+
+
+#: How the message of a TypeError begins -> what to do.
+_MENDS = {
+    r"\S+\(\) got an unexpected keyword argument": "remove it from the config or the overrides",
+    r"\S+\(\) missing \d+ required": "add it to the config or the overrides, as +KEY=VALUE",
+    "Can't instantiate abstract class": "implement what is missing",
+}
 
 
 @runtime_checkable
@@ -258,31 +265,24 @@ def one_image_at_a_time(total_batch_size: int, accumulate_steps: int) -> str:
     )
 
 
-def build_part(lazy: DictConfig, key: str) -> Any:
+def build_part(lazy: Any, key: str) -> Any:
     """Instantiate a part of a config whose classes may be the user's.
 
     Args:
-        lazy: the lazy object.
+        lazy: the lazy object, or a list of them.
         key: its place in the config, e.g. ``dataloader.train``, for the error message.
 
     Raises:
-        UserError: a class lacks methods that its base class requires, or has no argument that the
-            config gives.
+        UserError: a class lacks methods that its base class requires; or a class or function has no
+            argument that the config gives, or needs one that it does not give.
     """
     try:
         return instantiate(lazy)
     except TypeError as error:
-        target = lazy._target_ if callable(lazy._target_) else locate(lazy._target_)
-        unknown = (
-            rf"{re.escape(target.__name__)}(\.__init__)?\(\) got an unexpected keyword argument"
-        )
-        if re.match(unknown, str(error)):
-            raise UserError(
-                f"{key}: {error}: remove it from the config or the overrides"
-            ) from error
-        if not str(error).startswith("Can't instantiate abstract class"):
-            raise
-        raise UserError(f"{key}: {error}: implement what is missing") from error
+        for pattern, mend in _MENDS.items():
+            if re.match(pattern, str(error)):
+                raise UserError(f"{key}: {error}: {mend}") from error
+        raise
 
 
 def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:
@@ -332,7 +332,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
     if base_lr is not None and config.lr:  # "${optimizer.lr}" would still be that of cfg
         config.params.base_lr = lr if base_lr == config.lr else base_lr * lr / config.lr
     config.lr = lr
-    optimizer = instantiate(config)
+    optimizer = build_part(config, "optimizer")
     for group in [optimizer.defaults, *optimizer.param_groups]:
         for key, value in group.items():  # a ListConfig (betas) would not load with weights_only
             if isinstance(value, ListConfig | DictConfig):

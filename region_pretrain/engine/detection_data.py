@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import instantiate
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
@@ -268,10 +267,10 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
     """
     parts = dict(cfg.items())
     if parts.get("mapper") is None:
-        return instantiate(cfg)
-    parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
+        return build_part(cfg, "dataloader.test")
+    parts["mapper"] = SamePixels(build_part(parts["mapper"], "dataloader.test.mapper"))
     if "dataset" in parts:
-        parts["dataset"] = instantiate(parts["dataset"])
+        parts["dataset"] = build_part(parts["dataset"], "dataloader.test.dataset")
         if isinstance(parts["dataset"], ImageSubset):
             raise UserError(
                 "dataloader.test.dataset is a part of a data set, but evaluators count the objects "
@@ -282,7 +281,7 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
             check_image_files(parts["dataset"], "dataloader.test")
             if read_images:
                 on_main_process(lambda: _check_test_images(parts["dataset"]))
-    return instantiate(parts)
+    return build_part(parts, "dataloader.test")
 
 
 def detection_training_data(
@@ -306,17 +305,18 @@ def detection_training_data(
     fields = {key for key in cfg.keys() if key == "_target_" or cfg[key] is not None}
     parts, own = dict(cfg.items()), target is build_detection_train_loader and fields <= _KNOWN
     if own or {"dataset", "mapper"} <= fields:
-        records = parts["dataset"] = instantiate(cfg.dataset)
+        records = parts["dataset"] = build_part(cfg.dataset, "dataloader.train.dataset")
         if own or isinstance(records, list):
             check_masks(records, cfg._get_root())
             check_other_labels(records, cfg._get_root())
             if output_dir is not None:
                 write_subset(records, output_dir)
     if own:
-        options = {key: instantiate(cfg[key]) for key in fields - {"_target_", "dataset"}}
+        names = fields - {"_target_", "dataset"}
+        options = {name: build_part(cfg[name], f"dataloader.train.{name}") for name in names}
         return DetectionTrainData(records, seed=seed, max_unreadable=max_unreadable, **options)
     if parts.get("mapper") is not None:
-        parts["mapper"] = SamePixels(instantiate(parts["mapper"]))
+        parts["mapper"] = SamePixels(build_part(parts["mapper"], "dataloader.train.mapper"))
     loader = build_part(parts, "dataloader.train")
     if isinstance(loader, TrainingData):
         return loader

@@ -14,7 +14,6 @@ from math import isnan
 from typing import Any
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -33,6 +32,7 @@ from region_pretrain.data.workers import share_batches_of
 from region_pretrain.engine.build import (
     TrainingData,
     build_model,
+    build_part,
     resolve_device,
 )
 from region_pretrain.engine.detection_data import build_test_loader, detection_training_data
@@ -75,7 +75,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> Results:
         return {}
     with fail_together():
         loader = build_test_loader(cfg.dataloader.test)
-        evaluator = instantiate(cfg.dataloader.evaluator)
+        evaluator = build_part(cfg.dataloader.evaluator, "dataloader.evaluator")
         share_batches_of(loader)
     with fail_together():
         broadcast_statistics(model)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 import torch
-from detectron2.config import instantiate
 from detectron2.engine import HookBase, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -212,7 +211,7 @@ def run_training(
             [
                 hooks.LRScheduler(optimizer, scheduler),
                 *make_hooks(trainer),
-                *instantiate(train.hooks),
+                *_own_hooks(train),
                 CollapseWarning(),
                 CheckpointHook(
                     checkpointer,
@@ -223,7 +222,7 @@ def run_training(
                     refresh_period=getattr(data, "refresh_period", 0),
                 ),
                 evaluation,
-                instantiate(train.pictures),
+                build_part(train.pictures, "train.pictures"),
                 MetricsHook(cfg, evaluation, saved=lambda: checkpointer.saved),
             ]
         )
@@ -247,6 +246,17 @@ def run_training(
                 f"train.init_checkpoint={checkpointer.last_good()}"
             )
         return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
+
+
+def _own_hooks(train: DictConfig) -> list[HookBase]:
+    built = build_part(train.hooks, "train.hooks")
+    for i, hook in enumerate(built):
+        if not isinstance(hook, HookBase | None):
+            raise UserError(
+                f"train.hooks.{i}={hook} is not a hook: write L(MyHook)(period=3), or in an "
+                "override {_target_: package.MyHook, period: 3}"
+            )
+    return built
 
 
 @contextmanager

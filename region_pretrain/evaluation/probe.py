@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import nn
 
 from region_pretrain.config import complete_train
-from region_pretrain.engine.build import build_model, resolve_device
+from region_pretrain.engine.build import build_model, build_part, resolve_device
 from region_pretrain.engine.labelled_data import (
     check_labelled_data,
     missing_files_are_user_errors,
@@ -164,7 +164,8 @@ def _read(
     loader, mapper = cfg.dataloader[split], cfg.dataloader.test.get("mapper")
     if not isinstance(mapper, DictConfig) or "augmentations" not in mapper:
         raise UserError("dataloader.test.mapper has no augmentations, from which a probe resizes")
-    dicts = with_boxes(instantiate(loader.dataset), f"dataloader.{split}.dataset")
+    key = f"dataloader.{split}.dataset"
+    dicts = with_boxes(build_part(loader.dataset, key), key)
     if max_images is not None and len(dicts) > max_images:
         dicts = [dicts[i] for i in np.linspace(0, len(dicts) - 1, max_images).round().astype(int)]
     resizing = [instantiate(a) for a in mapper.augmentations]

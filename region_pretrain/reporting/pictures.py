@@ -18,6 +18,7 @@ from torch import nn
 from region_pretrain.config import check_pretraining
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.photometry import apply_photometry
+from region_pretrain.engine.build import build_part
 from region_pretrain.engine.checkpoint_file import read_run_checkpoint
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
@@ -50,7 +51,7 @@ def first_views(cfg: DictConfig, count: int) -> ViewBatch:
     # Samples do not depend on the batch size, so a small batch starts like the run's own.
     loader.total_batch_size = count
     loader.num_workers = 0
-    return next(iter(instantiate(loader).iterate(0, 1)))
+    return next(iter(build_part(loader, "dataloader.train").iterate(0, 1)))
 
 
 def pictures(cfg: DictConfig, batch: ViewBatch) -> list[list[np.ndarray]]:

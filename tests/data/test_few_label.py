@@ -97,6 +97,14 @@ def test_a_fraction_outside_its_range_is_refused(fraction):
         random_fraction("few_label_a", fraction, seed=0)
 
 
+def test_a_fraction_or_seed_that_is_no_number_is_refused():
+    with pytest.raises(UserError, match="^fraction=5% of few_label_a: must be above 0"):
+        first_fraction("few_label_a", "5%")
+    for seed in ("x", 0.5, -1, None):
+        with pytest.raises(UserError, match=f"^seed={seed}: must be a whole number, at least 0"):
+            random_fraction("few_label_a", 0.5, seed=seed)
+
+
 def test_data_without_boxes_is_named():
     DatasetCatalog.register("few_empty", lambda: [{"file_name": "x", "annotations": []}])
     try:

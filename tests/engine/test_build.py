@@ -11,6 +11,7 @@ from tiny_run import Loader, NoisyMapper, make_config, records
 from torch import nn
 
 from region_pretrain.config import complete_train, get_config
+from region_pretrain.data.few_label import random_fraction
 from region_pretrain.data.loader import PretrainLoader
 from region_pretrain.engine import build
 from region_pretrain.engine.build import (
@@ -277,6 +278,13 @@ def test_an_argument_that_a_class_lacks_is_named_and_other_errors_are_not_the_us
     multiplier.warmup_iters = 9
     with pytest.raises(UserError, match=r"^lr_multiplier: .*keyword argument 'warmup_iters'"):
         build_part(multiplier, "lr_multiplier")
+    cfg = config()
+    cfg.optimizer = L(torch.optim.AdamW)(params=cfg.optimizer.params, lr=1, momentum=0.9)
+    with pytest.raises(UserError, match=r"^optimizer: .*keyword argument 'momentum': remove it"):
+        build_optimizer(cfg, build_model(cfg, torch.device("cpu")), lr=1)
+    dataset = L(random_fraction)(names="x", fraction=0.5)
+    with pytest.raises(UserError, match=r"^a.b: random_fraction.* argument: 'seed': add it to the"):
+        build_part({"_target_": "builtins.list", "within": [dataset]}, "a.b")
     cfg = config()
     cfg.model = {"_target_": "builtins.int", "base": "x"}
     with pytest.raises(TypeError):

@@ -332,6 +332,20 @@ def test_broken_test_images_are_found_before_the_training(tmp_path):
     build_test_loader(lazy_test(some))
 
 
+@pytest.mark.parametrize("part", ["dataset", "mapper", "sampler"])
+def test_an_argument_that_a_part_of_a_loader_lacks_is_named(tmp_path, part):
+    cfg = lazy(sampler=L(TrainingSampler)(size=10))
+    cfg[part].flip = True
+    message = rf"^dataloader.train.{part}: .* argument 'flip': remove it from the config"
+    with pytest.raises(UserError, match=message):
+        detection_training_data(cfg, seed=3)
+    cfg = lazy_test(files(tmp_path))
+    if part in cfg:
+        cfg[part].flip = True
+        with pytest.raises(UserError, match=message.replace("train", "test")):
+            build_test_loader(cfg)
+
+
 def test_a_part_of_the_test_data_is_refused(tmp_path):
     """Detectron2's evaluators compare with all images of the json."""
     cfg = lazy_test(files(tmp_path))

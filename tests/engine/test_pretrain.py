@@ -281,3 +281,10 @@ def test_batches_of_a_cpu_run_are_not_pinned_on_a_machine_with_gpus(tmp_path, de
     cfg.dataloader.train = L(refuse_loader)(pin_memory=True)
     with pytest.raises(UserError, match=f"pinned: {pinned}"):
         do_pretrain(cfg)
+
+
+@pytest.mark.parametrize("hook", [{"period": 3}, {"_target_": "builtins.dict"}, "knn"])
+def test_a_hook_that_is_none_is_named(tmp_path, hook):
+    cfg = make_config(tmp_path, hooks=[{"_target_": "detectron2.engine.HookBase"}, hook])
+    with pytest.raises(UserError, match=r"^train.hooks.1=.* is not a hook: write L\(MyHook\)\("):
+        do_pretrain(cfg)
