@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -163,7 +165,9 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> bool:
         Whether the value replaces a lazily computed one, such as the name of a data set.
     """
     node: Any = cfg
+    parent: Any = None
     for part in key.split("."):
+        parent = node
         if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
         elif isinstance(node, DictConfig) and part in list(node.keys()):
@@ -176,14 +180,56 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> bool:
     number = isinstance(node, int | float) and not isinstance(node, bool) or key in _NUMBERS
     if number and isinstance(value, str | bool) and not interpolation:
         raise UserError(f"{key}={value}: must be a number")
+    kind = None if interpolation else _kind_of_argument(parent, part)
+    if kind is not None:
+        _check_argument(key, node, value, kind)
     # A value that the config computes lazily, such as a data set's name, may be replaced by text or
     # a list.
     computed = isinstance(node, DictConfig) and "_target_" in node and "." in key
+    if isinstance(value, str) and kind and not re.search("str|Any|object", kind):
+        computed = False
     scalar = isinstance(value, int | float) or isinstance(value, str) and not computed
     if isinstance(node, DictConfig) and scalar:
         keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
         raise UserError(f"{key} is a group, not a value; its keys: {keys}")
     return computed and not isinstance(value, dict)
+
+
+def _kind_of_argument(lazy: Any, name: str) -> str | None:
+    """The type of an argument of a lazy object; empty if it states none, None if not an argument.
+
+    A default of None is part of the type.
+    """
+    target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
+    try:
+        target = locate(target) if isinstance(target, str) else target
+        argument = inspect.signature(target).parameters[name]
+    except Exception:  # an import of the user's code may raise anything
+        return None
+    kind = argument.annotation
+    kind = "" if kind is argument.empty else kind if isinstance(kind, str) else repr(kind)
+    return f"{kind} | None" if argument.default is None else kind
+
+
+def _check_argument(key: str, node: Any, value: Any, kind: str) -> None:
+    """Refuse null for a number or a data set's name, and a single value for a list."""
+    last = key.rpartition(".")[2].lower()
+    number = isinstance(node, int | float) and not isinstance(node, bool)
+    must = ""
+    if value is None and last == "names":
+        must = "name a data set"
+    elif value is None and number and last != "num_classes":  # null follows the data
+        must = "" if re.search("None|Optional", kind) else "be a number"
+    elif isinstance(node, ListConfig) and isinstance(value, str):
+        numbers = all(isinstance(item, int | float | ListConfig) for item in node)
+        must = "be a list of numbers" if node and numbers else ""
+    elif isinstance(node, ListConfig) and isinstance(value, int | float):
+        while (outer := re.sub(r"\[[^][]*\]", "", kind)) != kind:  # tuple[float, float] -> tuple
+            kind = outer
+        is_list = re.search("(?i)tuple|list|sequence", kind)
+        must = "be a list" if is_list and not re.search("int|float|Any|Union|Opt", kind) else ""
+    if must:
+        raise UserError(f"{key}={'null' if value is None else value}: must {must}")
 
 
 def check_values(cfg: DictConfig, defaults: DictConfig) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from region_pretrain.config import CONFIG_ROOT, complete_train, load_config
 from region_pretrain.errors import UserError
 from region_pretrain.overrides import apply_overrides, dotted_keys
+from region_pretrain.shipped import ROOT
 
 
 def make_config():
@@ -222,3 +223,49 @@ def test_the_home_folder_in_a_config_file(tmp_path):
     path = tmp_path / "c.py"
     path.write_text("train = dict(output_dir='~/runs/1')\n")
     assert load_config(str(path)).train.output_dir == os.path.expanduser("~/runs/1")
+
+
+FASTER_RCNN = CONFIG_ROOT / "detection/faster_rcnn_r18_fpn_shapes.py"
+MOCO = ROOT / "projects/MoCo/configs/moco-v2_r18_b32_shapes.py"
+CCOP = ROOT / "projects/CCOP/configs/ccop_r50-fpn_8xb32-200ep_coco.py"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.py"
+GROUP = "is a group, not a value; its keys: model.momentum"
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        (FASTER_RCNN, "dataloader.train.total_batch_size=null", "null: must be a number"),
+        (FASTER_RCNN, "dataloader.test.num_workers=null", "null: must be a number"),
+        (FASTER_RCNN, "optimizer.lr=null", "null: must be a number"),
+        (FASTER_RCNN, "dataloader.train.dataset.names=null", "null: must name a data set"),
+        (FASTER_RCNN, "model.pixel_mean=3", "3: must be a list"),
+        (FASTER_RCNN, "model.pixel_mean=abc", "abc: must be a list of numbers"),
+        (MOCO, "lr_multiplier.warmup_epochs=null", "null: must be a number"),
+        (MOCO, "dataloader.train.dataset.names=null", "null: must name a data set"),
+        (MOCO, "dataloader.train.dataset.views.crop_area=0.5", "0.5: must be a list"),
+        (MOCO, "model.pixel_std=3", "3: must be a list"),
+        (MOCO, "model.momentum=abc", GROUP),
+        (MOCO, "model.backbone=abc", "is a group, not a value"),
+    ],
+)
+def test_values_of_another_kind_than_an_argument_are_refused(config, override, message):
+    key = override.partition("=")[0]
+    with pytest.raises(UserError, match=f"^{key}[= ]{message}"):
+        load_config(str(config), [override])
+
+
+@pytest.mark.parametrize(
+    ("config", "override"),
+    [
+        (FASTER_RCNN, "model.roi_heads.num_classes=null"),
+        (FASTER_RCNN, "optimizer.params.weight_decay_norm=null"),  # an Optional
+        (RETINANET, "dataloader.train.mapper.augmentations.0.short_edge_length=100"),
+        (FASTER_RCNN, "dataloader.train.dataset.names=mine"),
+        (FASTER_RCNN, "model.pixel_mean=${model.pixel_std}"),
+        (CCOP, "model.region_head.init_std=null"),
+        (MOCO, "model.momentum.value=0.5"),
+    ],
+)
+def test_values_of_another_kind_that_an_argument_accepts(config, override):
+    load_config(str(config), [override])
