@@ -23,11 +23,15 @@ def program(prog: str | None) -> str:
 
 
 def text_parser(prog: str | None, description: str) -> argparse.ArgumentParser:
-    """A parser that prints its description as it is, with ``%(prog)s`` replaced."""
+    """A parser that prints its description as it is, with ``%(prog)s`` replaced.
+
+    ``@FILE`` reads further arguments, one per line.
+    """
     return argparse.ArgumentParser(
         program(prog),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
 
 

@@ -279,7 +279,7 @@ def _arguments(args: argparse.Namespace, names: str | list[str], changes: dict) 
 @exit_on_user_error
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Make or submit the regions."""
-    args = make_parser(prog).parse_args(argv)
+    args = make_parser(prog).parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     registration.execute(args.register)
     elsewhere = _wants_elsewhere(args)

@@ -51,7 +51,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 @exit_on_user_error
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     """Draw the picture."""
-    args = make_parser(prog).parse_args(argv)
+    args = make_parser(prog).parse_intermixed_args(argv)
     if args.num < 1 or args.height < 16:
         raise UserError(f"--num {args.num} --height {args.height}: must be at least 1 and 16")
     cfg = load_config(args.config_file, args.opts)

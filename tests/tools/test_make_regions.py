@@ -203,3 +203,13 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     args = make_regions.make_parser().parse_args(["--config-file", "x", "--out", "r.arrow", *code])
     made = make_regions._arguments(args, by_path, {})
     assert made == ["--dataset", by_path, *code, "--out", "r.arrow", "--max-unreadable", "0.01"]
+
+
+def test_overrides_from_a_file_and_around_flags(tmp_path, capsys):
+    (tmp_path / "more.txt").write_text("dataloader.train.dataset.names.size=3\n--workers\n1\n")
+    config = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
+    make_regions.main(
+        ["--config-file", str(config), "train.seed=1", "--out", str(tmp_path / "r.arrow")]
+        + ["dataloader.train.dataset.recipe=grid-v1", f"@{tmp_path}/more.txt"]
+    )
+    assert "images: 3, and" in capsys.readouterr().out

@@ -102,7 +102,9 @@ def run(*args):
 
 
 def test_command_line_writes_the_picture(cfg, tmp_path):
-    done = run("--num", "2", "--output", str(tmp_path / "v.png"), "--height", "60", *OVERRIDES)
+    (tmp_path / "more.txt").write_text("\n".join(OVERRIDES[1:]))
+    flags = ["--output", str(tmp_path / "v.png"), "--height", "60"]
+    done = run("--num", "2", OVERRIDES[0], *flags, f"@{tmp_path}/more.txt")
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "v.png") as image:
         pixels = np.asarray(image.convert("RGB"))
