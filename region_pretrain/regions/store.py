@@ -181,6 +181,13 @@ class RegionStore:
                 "(dataloader.train.dataset.regions=FILE)"
             )
         try:
+            with open(local, "rb") as file:
+                start = file.read(6)
+            if start.strip(b"\0") and start != b"ARROW1":
+                raise UserError(
+                    f"{path} is not a region store, but another file: choose another --out, or "
+                    "name another store"
+                )
             reader = pa.ipc.open_file(pa.memory_map(local, "r"))
             manifest = _read_manifest(path, reader.schema)
             chunks = []

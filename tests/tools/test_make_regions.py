@@ -205,6 +205,20 @@ def test_labelled_data_by_path_and_registered_in_code(tmp_path, coco_folder, mon
     assert made == ["--dataset", by_path, *code, "--out", "r.arrow", "--max-unreadable", "0.01"]
 
 
+@pytest.mark.parametrize("recipe", [[], ["--recipe", "grid-v1"]])
+def test_a_photo_is_not_advised_to_be_deleted(photos, capsys, recipe):
+    photo = photos / "astronaut.jpg"
+    before = photo.read_bytes()
+    with pytest.raises(SystemExit):
+        make_regions.main(["--images", str(photos), "--out", str(photo), *recipe])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        f"error: {photo} is not a region store, but another file: choose another --out, or name "
+        "another store"
+    )
+    assert photo.read_bytes() == before
+
+
 def test_overrides_from_a_file_and_around_flags(tmp_path, capsys):
     (tmp_path / "more.txt").write_text("dataloader.train.dataset.names.size=3\n--workers\n1\n")
     config = ROOT / "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"
