@@ -183,7 +183,7 @@ class RegionStore:
         try:
             with open(local, "rb") as file:
                 start = file.read(6)
-            if start.strip(b"\0") and start != b"ARROW1":
+            if not b"ARROW1".startswith(start.rstrip(b"\0")):  # a damaged one may be cut or zero
                 raise UserError(
                     f"{path} is not a region store, but another file: choose another --out, or "
                     "name another store"
