@@ -23,9 +23,11 @@ from region_pretrain.overrides import apply_overrides, check_values, dotted_keys
 from region_pretrain.registration import complete_register, path_hint, recording
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import (
+    counterpart,
     find_config_file,
     is_yacs,
     read_yacs,
+    refuse_converted_keys,
     split_overrides,
     to_lazy_config,
 )
@@ -146,6 +148,7 @@ def override_config(
     Raises:
         UserError: an override is invalid, or a file in ``train.register`` fails.
     """
+    refuse_converted_keys(cfg, overrides)
     apply_overrides(cfg, overrides)
     check_values(cfg, _train_defaults())
     changed = {text.partition("=")[0].lstrip("+") for text in overrides}
@@ -236,9 +239,10 @@ def load_file(path: str, yacs_overrides: Sequence[str] = ()) -> DictConfig:
     if is_yacs(path):
         return to_lazy_config(read_yacs(path, yacs_overrides))
     if yacs_overrides:
+        instead = counterpart(yacs_overrides[0].lstrip("+").partition("=")[0])
         raise UserError(
             f"override {yacs_overrides[0]!r}: {path} is not a yacs config, and the keys of a "
-            "LazyConfig are in lower case"
+            f"LazyConfig are in lower case{f': use {instead}' if instead else ''}"
         )
     try:
         if not path.endswith(".py"):

@@ -1,6 +1,7 @@
 """Detectron2's yacs configs: found, loaded, and converted to LazyConfigs."""
 
 from region_pretrain.yacs.convert import to_lazy_config
+from region_pretrain.yacs.counterparts import counterpart, refuse_converted_keys
 from region_pretrain.yacs.detector import lazy_detector
 from region_pretrain.yacs.files import (
     find_config_file,
@@ -11,11 +12,13 @@ from region_pretrain.yacs.files import (
 )
 
 __all__ = [
+    "counterpart",
     "find_config_file",
     "is_yacs",
     "lazy_detector",
     "override_yacs",
     "read_yacs",
+    "refuse_converted_keys",
     "split_overrides",
     "to_lazy_config",
 ]

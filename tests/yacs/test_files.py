@@ -1,5 +1,6 @@
 """Finding, recognising, reading and overriding yacs configs."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from forked import run_tool
+from omegaconf import OmegaConf
 from zoo import SMALL
 
 from region_pretrain.config import CONFIG_ROOT, load_config, num_classes_keys, to_yaml
@@ -26,6 +28,7 @@ from region_pretrain.yacs import (
 from region_pretrain.yacs.detector import lazy_detector
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
 
 
 def test_a_name_of_the_model_zoo_and_a_path():
@@ -284,6 +287,51 @@ def test_an_unknown_key_in_a_file_and_yacs_overrides_of_other_configs(tmp_path):
         load_config(str(path))
     with pytest.raises(UserError, match="'MODEL.MASK_ON=True': .* is not a yacs config"):
         load_config("common/train.py", ["MODEL.MASK_ON=True"])
+
+
+@pytest.mark.parametrize(
+    ("key", "counterpart"),
+    [
+        ("SOLVER.MAX_ITER", "train.max_iter"),
+        ("SOLVER.BASE_LR", "optimizer.lr"),
+        ("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size"),
+        ("SOLVER.STEPS", "lr_multiplier.*"),
+        ("SOLVER.AMP.ENABLED", "train.amp.enabled"),
+        ("INPUT.MIN_SIZE_TEST", "dataloader.test.mapper.*"),
+        ("INPUT.CROP.ENABLED", "dataloader.train.mapper.*"),
+        ("DATASETS.TEST", "dataloader.test.dataset.names"),
+        ("TEST.EVAL_PERIOD", "train.eval_period"),
+        ("OUTPUT_DIR", "train.output_dir"),
+        ("MODEL.WEIGHTS", "train.init_checkpoint"),
+    ],
+)
+def test_keys_that_a_conversion_has_used_are_refused_with_their_counterpart(
+    key, counterpart, tmp_path
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load_config(RETINANET)))
+    override = f"model.cfg.{key}=3"
+    for file in (RETINANET, str(path)):
+        with pytest.raises(UserError) as error:
+            load_config(file, [override])
+        assert str(error.value) == (
+            f"override {override!r} has no effect once the config is converted: use {counterpart}"
+        )
+    with pytest.raises(
+        UserError, match=f"keys .* are in lower case: use {re.escape(counterpart)}$"
+    ):
+        load_config(str(path), [f"{key}=3"])
+
+
+def test_keys_that_the_converted_model_reads_can_be_changed(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(load_config(RETINANET)))
+    for key in ("TEST.DETECTIONS_PER_IMAGE", "INPUT.FORMAT", "MODEL.FPN.OUT_CHANNELS"):
+        value = "RGB" if "FORMAT" in key else 7
+        cfg = load_config(str(path), [f"model.cfg.{key}={value}"])
+        assert OmegaConf.select(cfg, f"model.cfg.{key}") == value
+        with pytest.raises(UserError, match="in lower case$"):
+            load_config(str(path), [f"{key}={value}"])
 
 
 def test_proposals():
