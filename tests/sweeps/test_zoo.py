@@ -1,13 +1,10 @@
 """Weights of a sweep are published with cards, and ``zoo://NAME`` loads wherever weights do."""
 
-import functools
 import hashlib
-import http.server
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,81 +319,6 @@ def test_cards_of_another_sweep_in_the_folder_are_kept(sweep, published, tmp_pat
     file.write_text("a: 1")
     with pytest.raises(UserError, match="metafile.yml is not a metafile.yml"):
         write_zoo(str(sweep[0]), str(published))
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves a folder per port; iopath's cache is the test's own."""
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    running = []
-
-    def serve(folder):
-        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-        running.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{running[-1].server_port}/zoo/metafile.yml"
-
-    yield serve, running
-    for one in running:
-        one.shutdown()
-        one.server_close()
-
-
-def test_metafiles_at_urls_are_current_and_those_of_their_hosts(server, tmp_path, monkeypatch):
-    def write(folder, *names):
-        (tmp_path / folder / "zoo").mkdir(parents=True, exist_ok=True)
-        weights = folder.encode()
-        (tmp_path / folder / "zoo/w.pth").write_bytes(weights)
-        digest = hashlib.sha256(weights).hexdigest()
-        models = [{"Name": n, "Weights": "w.pth", "Metadata": {"SHA256": digest}} for n in names]
-        (tmp_path / folder / "zoo/metafile.yml").write_text(yaml.safe_dump({"Models": models}))
-
-    serve, running = server
-    write("a", "one")
-    write("b", "two")
-    urls = [serve(tmp_path / folder) for folder in "ab"]
-    monkeypatch.setenv("REGION_PRETRAIN_ZOO", " ".join(urls))
-    for name, content in (("one", b"a"), ("two", b"b")):
-        card = zoo.read_card(name)
-        assert Path(card.file()).read_bytes() == content
-    write("b", "two", "three")
-    assert zoo.read_card("three").name == "three"
-    for one in running:
-        one.shutdown()
-        one.server_close()
-    running.clear()
-    assert zoo.read_card("three").name == "three"  # as it was
-
-
-CARD = f"Name: a, Weights: b.pth, Metadata: {{SHA256: '{'0' * 64}'}}"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "m.yml cannot be read: ParserError"),
-        ("a: 1", "m.yml is not a metafile.yml: it has no list Models"),
-        ("Models: [{Name: a}]", "the model a has no Weights"),
-        ("Models: [{Name: a, Weights: b.pth}]", "the model a has no Metadata.SHA256"),
-        ("Models: [{Name: a, Weights: b.pth, Metadata: {SHA256: ab}}]", "64 hexadecimal digits"),
-        ("Models: [3]", r"the model \? has no Name"),
-        (f"Models: [{{{CARD}}}, {{{CARD}}}]", "m.yml has two models called a: rename one"),
-    ],
-)
-def test_mistakes_in_a_metafile_are_named(tmp_path, text, message):
-    path = tmp_path / "m.yml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        zoo.read_metafile(str(path))
-
-
-def test_weights_may_be_urls(tmp_path):
-    path, digest = tmp_path / "m.yml", "0" * 64
-    path.write_text(
-        f"Models: [{{Name: a, Weights: 'https://host/a.pth', Metadata: {{SHA256: '{digest}'}}}}]"
-    )
-    card = zoo.read_metafile(str(path))["a"]
-    assert (card.weights, card.sha256) == ("https://host/a.pth", digest)
 
 
 def test_a_sweep_without_finished_pretrainings_is_refused(sweep, tmp_path):
