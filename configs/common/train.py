@@ -54,7 +54,8 @@ train = dict(
     # Every this many iterations, save such a file and never delete it (0: never).
     checkpoint_keep_every=0,
     # Allow resuming with another number of processes: the images and their global order stay the
-    # same, but the run does not continue bit for bit.
+    # same (batches of a fine-tuning that are grouped by aspect ratio become others), but the run
+    # does not continue bit for bit.
     allow_world_size_change=False,
     # Allow resuming with more epochs or iterations, also a finished run: all schedules become those
     # of the new length, which raises the learning rate again.

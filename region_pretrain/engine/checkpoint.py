@@ -94,7 +94,8 @@ class RunCheckpointer(DetectionCheckpointer):
         run: values that must not change on resume: ``max_iter``, ``total_batch_size``,
             ``world_size``.
         allow_world_size_change: resume even if the number of processes differs. The images and
-            their global order stay the same; the random numbers that a process draws do not.
+            their global order stay the same, the latter except in batches that are grouped by
+            aspect ratio; the random numbers that a process draws do not.
         classes: names of the detector's classes; empty if unknown.
         allow_new_length: resume even if ``max_iter`` differs; the schedules become those of the new
             length.
@@ -334,9 +335,9 @@ class RunCheckpointer(DetectionCheckpointer):
                 continue
             if key == "world_size" and self.allow_world_size_change:
                 logger.warning(
-                    "%s was written by %d processes, now there are %d: the images and their "
-                    "global order stay the same, but rounding and the model's own random numbers "
-                    "differ",
+                    "%s was written by %d processes, now there are %d: the images stay the same, "
+                    "and in batches that are not grouped by aspect ratio their global order, but "
+                    "rounding and the model's own random numbers differ",
                     path,
                     run[key],
                     self.run[key],
@@ -357,8 +358,7 @@ class RunCheckpointer(DetectionCheckpointer):
                 raise UserError(
                     f"{path} was written by {run[key]} processes, now there are {self.run[key]}, "
                     f"so the run would not continue exactly: start {run[key]} processes, or set "
-                    "train.allow_world_size_change=True to continue with the same images in the "
-                    "same global order"
+                    "train.allow_world_size_change=True to continue with the same images"
                 )
             raise UserError(
                 f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: "

@@ -34,7 +34,8 @@ class CheckpointHook(HookBase):
 
     Register it after all hooks that change what is trained or draw random numbers: a checkpoint
     then includes their effects, and a resumed run's random state is set after they have started.
-    Only :class:`EvaluationHook` and :class:`MetricsHook`, which do neither, come after it.
+    Only :class:`EvaluationHook`, :class:`MetricsHook` and :class:`StopTogether`, which do neither,
+    come after it.
 
     Args:
         checkpointer: writes and deletes the files.
@@ -45,6 +46,9 @@ class CheckpointHook(HookBase):
         stop: called after each step on all ranks; True saves and ends the run with ``Stopped``.
         refresh_period: also save every this many iterations, before the regions are refreshed; 0
             disables this.
+
+    Attributes:
+        stopped: whether it has ended the run, on all ranks.
 
     Raises:
         UserError: ``max_to_keep`` is less than 1.
@@ -72,6 +76,7 @@ class CheckpointHook(HookBase):
         self.keep_every = keep_every
         self.stop = stop
         self.refresh_period = refresh_period
+        self.stopped = False
         self._saved_at = time.monotonic()
 
     def before_train(self) -> None:
@@ -94,8 +99,7 @@ class CheckpointHook(HookBase):
                 "stopped on request: saved after iteration %d; --resume continues the run",
                 iteration,
             )
-            # A rank that exits first would make the launcher terminate the one that is saving.
-            comm.synchronize()
+            self.stopped = True
             raise Stopped
 
     def _is_due(self, done: int) -> bool:
@@ -117,6 +121,20 @@ def no_side_effects(model: nn.Module) -> Iterator[None]:
     # Detectron2 leaves modules in eval mode after an error.
     with random_state_kept(), without_cudnn_benchmark(), training_modes_kept(model):
         yield
+
+
+class StopTogether(HookBase):
+    """The last hook: the ranks of a run that was stopped exit once all have saved and written.
+
+    The first one that exits makes the launcher terminate the others.
+    """
+
+    def __init__(self, checkpoints: CheckpointHook) -> None:
+        self._checkpoints = checkpoints
+
+    def after_train(self) -> None:
+        if self._checkpoints.stopped:
+            comm.synchronize()
 
 
 class EvaluationHook(HookBase):

@@ -46,6 +46,7 @@ from region_pretrain.engine.hooks import (
     CollapseWarning,
     EvaluationHook,
     MetricsHook,
+    StopTogether,
 )
 from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
@@ -207,23 +208,25 @@ def run_training(
             evaluation = EvaluationHook(
                 train.eval_period, evaluate, train.output_dir, checkpointer.last_good
             )
+        checkpoints = CheckpointHook(
+            checkpointer,
+            **train.checkpointer,
+            minutes=train.checkpoint_minutes,
+            keep_every=train.checkpoint_keep_every,
+            stop=stop.agreed,
+            refresh_period=getattr(data, "refresh_period", 0),
+        )
         trainer.register_hooks(
             [
                 hooks.LRScheduler(optimizer, scheduler),
                 *make_hooks(trainer),
                 *_own_hooks(train),
                 CollapseWarning(),
-                CheckpointHook(
-                    checkpointer,
-                    **train.checkpointer,
-                    minutes=train.checkpoint_minutes,
-                    keep_every=train.checkpoint_keep_every,
-                    stop=stop.agreed,
-                    refresh_period=getattr(data, "refresh_period", 0),
-                ),
+                checkpoints,
                 evaluation,
                 build_part(train.pictures, "train.pictures"),
                 MetricsHook(cfg, evaluation, saved=lambda: checkpointer.saved),
+                StopTogether(checkpoints),
             ]
         )
 

@@ -249,6 +249,18 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, gate):
     assert run.finish("resume=True") == 0
 
 
+def test_the_main_process_may_close_its_writers_when_a_run_is_stopped(tmp_path, gate, monkeypatch):
+    """The others have none; the first one that exits makes the launcher end the rest."""
+    monkeypatch.setenv("WRITERS_CLOSED", str(tmp_path / "closed"))
+    run = Run(tmp_path / "run", 2)
+    process = run.start()
+    run.wait_for(3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    gate.touch()
+    assert process.wait(LONG) == STOPPED, run.output()
+    assert (tmp_path / "closed").exists()
+
+
 def test_the_parents_death_lets_its_processes_save(tmp_path, gate, monkeypatch):
     monkeypatch.setattr(engine_run, "hold", functools.partial(lease.hold, patience=LONG))
     run = Run(tmp_path / "run", 2)
