@@ -4,6 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "docs/results/shapes_long.csv"
+STEPS = ROOT / "docs/results/shapes_steps.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
     "BYOL": "byol", "MoCo v2": "moco",

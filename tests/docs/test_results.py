@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from result_pages import CSV, NAMES, ROOT, table
+from result_pages import CSV, NAMES, ROOT, STEPS, table
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -41,6 +41,10 @@ def test_readme():
     text = (ROOT / "README.md").read_text()
     lines = table(text, "method", "trained on")[2:]
     means = []
+    steps = {(row.init, row.finetune, row.labels): row for row in read_csv(str(STEPS))}
+    longer = {
+        i: row.values("bbox/AP") for (i, *how), row in steps.items() if how == ["steps900", 100]
+    }
     for line in lines:
         label = re.sub(r"\[(.*?)\].*", r"\1", line[0])
         row = rows[NAMES.get(label, "random")]
@@ -53,6 +57,9 @@ def test_readme():
         assert len(pairs) == 12
         assert line[4] == f"{difference(pairs).mean:+.1f}"
         assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
+        mine = {seeds: ap for seeds, ap in longer[row.init].items() if seeds[0] in (4, 5)}
+        found = difference(pair(mine, longer["random"]))
+        assert len(mine) == 4 and line[6] == f"{found.mean:+.1f} ± {found.standard_error:.1f}"
     assert len(lines) == 7 and means == sorted(means, reverse=True)
 
 
