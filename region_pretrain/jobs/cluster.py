@@ -263,8 +263,9 @@ def _override(
         else:
             group, _, own = key.strip().partition(".")
             if own and group in _GROUPS:
+                name = _field(own, known, f"{where}: {group}")
                 changes.setdefault(group, dict(getattr(cluster, group)))
-                changes[group] |= _settings({own: value}, f"{where}: {group}")
+                changes[group][name] = _value(name, value)
                 continue
             name = _field(key, known, where)
             changes[name] = _value(name, value)

@@ -117,8 +117,10 @@ def read_sweep(folder: str) -> SweepFile:
     now = os.path.abspath(folder)
     if len(before) == 1 and (old := before.pop()) != now:
 
+        pattern = re.compile(rf"(?<![\w.~-]){re.escape(old + os.sep)}")  # not within a longer path
+
         def here(text: str) -> str:
-            return text.replace(old + os.sep, now + os.sep)
+            return pattern.sub(lambda _: now + os.sep, text)
 
         for name, run in runs.items():
             tasks = tuple(tuple(map(here, task)) for task in run.tasks)

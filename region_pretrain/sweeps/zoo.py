@@ -27,7 +27,7 @@ from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, Run
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
-from region_pretrain.zoo import METAFILE, read_content, write_metafile
+from region_pretrain.zoo import METAFILE, read_content, read_metafile, write_metafile
 
 _TASKS = {"bbox": "Object Detection", "segm": "Instance Segmentation"}
 
@@ -53,7 +53,10 @@ def write_zoo(folder: str, out: str) -> list[str]:
             cannot be written, or has a ``metafile.yml`` that cannot be read.
     """
     sweep, metafile = state.read_sweep(folder), os.path.join(out, METAFILE)
-    earlier = read_content(metafile) if os.path.exists(metafile) else {}
+    earlier: dict[str, Any] = {}
+    if os.path.exists(metafile):
+        read_metafile(metafile)  # refuses one that would get lost
+        earlier = read_content(metafile)
     rows = collect(sweep)
     baselines = [row for row in rows if row.images_seen == 0]
     collections: dict[str, dict[str, Any]] = {}
@@ -94,7 +97,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
     write_metafile(
         metafile,
         {
-            key: list({e["Name"]: e for e in [*(earlier.get(key) or []), *mine]}.values())
+            key: list({e.get("Name"): e for e in [*(earlier.get(key) or []), *mine]}.values())
             for key, mine in (("Collections", collections.values()), ("Models", models))
         },
     )

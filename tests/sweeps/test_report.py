@@ -207,7 +207,7 @@ def test_what_runs_of_a_moved_sweep_read_is_in_its_folder(tmp_path):
     made.root, made.plan = old, Plan()
     made.run("pre", PRETRAIN, file, init="soco", seed=0)
     folder = made.run("det", FINETUNE, "results.json", init="soco", seed=0)
-    task = ("--config-file", "c.py", f"train.init_checkpoint={old}/runs/pre/{file}", "x=/before/y")
+    task = ("--config-file", "c.py", f"train.init_checkpoint={old}/runs/pre/{file}", f"x=/y{old}/z")
     made.plan.runs["det"] = replace(made.plan.runs["det"], tasks=(task,))
     code, copies = f"{old}/code/1", {"c.py": f"{old}/configs/c-1.py"}
     cluster = Cluster(kind="local")
@@ -217,7 +217,7 @@ def test_what_runs_of_a_moved_sweep_read_is_in_its_folder(tmp_path):
     old.rename(new)
     found = state.read_sweep(str(new))
     (task,) = found.plan.runs["det"].tasks
-    assert task[2:] == (f"train.init_checkpoint={new}/runs/pre/{file}", "x=/before/y")
+    assert task[2:] == (f"train.init_checkpoint={new}/runs/pre/{file}", f"x=/y{old}/z")
     assert found.plan.runs["det"].product == f"{new}/runs/det/results.json"
     assert (found.root, found.configs) == (f"{new}/code/1", {"c.py": f"{new}/configs/c-1.py"})
 

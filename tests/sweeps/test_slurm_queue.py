@@ -304,6 +304,8 @@ def test_fine_tunings_have_resources_of_their_own(sweeps, tmp_path):
         ("finetune.gpus-per-node=-1", "gpus_per_node=-1: must be at least 0"),
         ("finetune.nodes=two", "nodes=two: must be an integer"),
         ("finetune.jobs=2", "cluster finetune has jobs: set it for all jobs"),
+        ("finetune.setup=module", "--slurm: finetune: no setting 'setup'"),
+        ("finetune.extra=a", "--slurm: finetune: no setting 'extra'"),
         ("nodes=2,gpus-per-node=8,finetune.gpus-per-node=0", "nodes=2 without tasks"),
     ):
         with pytest.raises(UserError, match=message):

@@ -316,9 +316,14 @@ def test_cards_of_another_sweep_in_the_folder_are_kept(sweep, published, tmp_pat
     assert list(cards) == ["mine", NAME]
     assert [card.collection for card in cards.values()] == ["Mine", "MoCo v2"]
     assert len(yaml.safe_load(file.read_text())["Collections"]) == 2
-    file.write_text("a: 1")
-    with pytest.raises(UserError, match="metafile.yml is not a metafile.yml"):
-        write_zoo(str(sweep[0]), str(published))
+    for text, message in (
+        ("a: 1", "metafile.yml is not a metafile.yml"),
+        ("Models: [{Weights: b.pth}]", r"the model \? has no Name"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            write_zoo(str(sweep[0]), str(published))
+        assert file.read_text() == text
 
 
 def test_a_sweep_without_finished_pretrainings_is_refused(sweep, tmp_path):
