@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -35,10 +35,13 @@ _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARMUP = 100
 
 
-#: How the message of a TypeError begins -> what to do.
+#: How the message of a TypeError begins -> what to do. A name that the pattern captures must be one
+#: of the config: other errors of this kind are in the code that it calls.
 _MENDS = {
-    r"\S+\(\) got an unexpected keyword argument": "remove it from the config or the overrides",
-    r"\S+\(\) missing \d+ required": "add it to the config or the overrides, as +KEY=VALUE",
+    r"\S+\(\) got an unexpected keyword argument '(\w+)'": "remove it from the config or the "
+    "overrides",
+    r"(?:\S*?\.)??(\w+?)(?:\.__init__)?\(\) missing \d+ required": "add it to the config or the "
+    "overrides, as +KEY=VALUE",
     "Can't instantiate abstract class": "implement what is missing",
 }
 
@@ -280,9 +283,23 @@ def build_part(lazy: Any, key: str) -> Any:
         return instantiate(lazy)
     except TypeError as error:
         for pattern, mend in _MENDS.items():
-            if re.match(pattern, str(error)):
+            found = re.match(pattern, str(error))
+            if found and set(found.groups()) <= set(_names(lazy)):
                 raise UserError(f"{key}: {error}: {mend}") from error
         raise
+
+
+def _names(lazy: Any) -> Iterator[str]:
+    """The arguments of lazy objects, and the names of their classes and functions."""
+    if OmegaConf.is_config(lazy):
+        lazy = OmegaConf.to_container(lazy, resolve=False)
+    for key, value in lazy.items() if isinstance(lazy, dict) else ():
+        yield key
+        if key == "_target_":
+            yield str(getattr(value, "__name__", value)).rpartition(".")[2]
+    if isinstance(lazy, dict | list):
+        for value in lazy.values() if isinstance(lazy, dict) else lazy:
+            yield from _names(value)
 
 
 def build_model(cfg: DictConfig, device: torch.device) -> nn.Module:

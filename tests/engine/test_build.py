@@ -312,3 +312,24 @@ def test_device(monkeypatch, caplog):
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="train.device=gpu"):
         resolve_device("gpu")
+
+
+def _calls_wrongly(a: int = 1) -> None:
+    sorted([a], revers=True)
+
+
+class _NeedsMore:
+    def __init__(self, a: int, b: int) -> None:
+        pass
+
+
+def _forgets(a: int = 1) -> None:
+    _NeedsMore(a)
+
+
+def test_an_error_within_the_code_that_a_config_calls_is_not_blamed_on_the_config():
+    for wrong in (_calls_wrongly, _forgets):
+        with pytest.raises(TypeError, match="revers|missing 1 required"):
+            build_part(L(wrong)(a=2), "dataloader.train")
+    with pytest.raises(UserError, match=r"^x: .*missing 1 required.*'b': add it to the config"):
+        build_part(L(_NeedsMore)(a=1), "x")
