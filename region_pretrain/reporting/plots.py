@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from matplotlib.figure import Figure
 
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
-_CURVE_COLOURS = colormaps["tab10"].colors
+Colour = tuple[float, float, float]
+_COLOURS = colormaps["tab10"].colors
+#: Start of the checksum that chooses a name's colour: with this one, the nine initialisations of
+#: the benchmarks have nine colours, and random weights are grey.
+_START = 943_526
 _LINE_STYLES = "-", "--", ":"  # of the first ten curves, the next ten, ...
 
 
@@ -32,6 +37,27 @@ def metric_curve(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
     return [row["iteration"] + 1 for row in rows], [row[key] for row in rows]
 
 
+def colours(names: Iterable[str]) -> dict[str, Colour]:
+    """Colours by name, so that a name has the same one in every figure.
+
+    The first ten names have ten colours, and so on: the name that comes later takes the next free
+    one where two choose the same.
+
+    Returns:
+        name -> red, green and blue from 0 to 1.
+    """
+    chosen: dict[str, Colour] = {}
+    free: list[Colour] = []
+    for name in dict.fromkeys(names):
+        free = free or list(_COLOURS)
+        first = zlib.crc32(name.encode(), _START) % len(_COLOURS)
+        chosen[name] = next(
+            colour for colour in _COLOURS[first:] + _COLOURS[:first] if colour in free
+        )
+        free.remove(chosen[name])
+    return chosen
+
+
 def plot_curves(
     curves: Mapping[str, Curve],
     x_label: str,
@@ -39,7 +65,7 @@ def plot_curves(
     errors: Mapping[str, Sequence[float]] | None = None,
     log_x: bool = False,
 ) -> bytes:
-    """Draw curves into one diagram, each with its own colour and legend entry.
+    """Draw curves into one diagram, each with its colour of :func:`colours` and a legend entry.
 
     Args:
         curves: name -> curve; the legend marks empty ones as having no data.
@@ -54,6 +80,7 @@ def plot_curves(
     """
     figure, axes = _axes()
     labels = [literal(name if len(x) else f"{name} (no data)") for name, (x, _) in curves.items()]
+    colour = colours(curves)
     for i, (name, (x, y)) in enumerate(curves.items()):
         marker = "o" if len(x) <= 30 else None
         bars = (errors or {}).get(name)
@@ -64,8 +91,8 @@ def plot_curves(
             y,
             bars,
             label=labels[i],
-            color=_CURVE_COLOURS[i % len(_CURVE_COLOURS)],
-            linestyle=_LINE_STYLES[i // len(_CURVE_COLOURS) % len(_LINE_STYLES)],
+            color=colour[name],
+            linestyle=_LINE_STYLES[i // len(_COLOURS) % len(_LINE_STYLES)],
             marker=marker,
             markersize=4,
             capsize=3,
@@ -95,10 +122,10 @@ def plot_points(groups: Mapping[str, Sequence[float | None]], x_label: str) -> b
         PNG, 960 x 600 pixels.
     """
     figure, axes = _axes()
-    for i, all_values in enumerate(groups.values()):
+    colour = colours(groups)
+    for i, (name, all_values) in enumerate(groups.items()):
         values = [value for value in all_values if value is not None]
-        colour = _CURVE_COLOURS[i % len(_CURVE_COLOURS)]
-        axes.plot(values, [i] * len(values), "o", color=colour, markersize=6, alpha=0.7)
+        axes.plot(values, [i] * len(values), "o", color=colour[name], markersize=6, alpha=0.7)
         if len(values) == len(all_values):
             axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
     axes.set_yticks(range(len(groups)), [literal(name) for name in groups])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from region_pretrain.reporting.plots import Curve, plot_curves, plot_points
-from region_pretrain.sweeps.rows import METRICS, Row, by_labels
+from region_pretrain.sweeps.rows import FINAL, METRICS, Row, by_labels
 
 _KEYS = ("bbox/AP", "segm/AP")
 
@@ -31,25 +31,44 @@ class Figure:
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """The figures that the rows allow.
 
-    AP against labels or images if there are several label counts or lengths; otherwise the AP of
-    all runs, if they have several seeds.
+    AP against labels if there are several label counts, against images seen if there are several
+    lengths, and without those the AP of all runs, if they have several seeds.
     """
-    return [*_against_labels(rows), *_against_images(rows)] or _all_runs(rows)
+    return [*_against_labels(rows), *(_against_images(rows) or _all_runs(rows))]
 
 
 def _all_runs(rows: Sequence[Row]) -> list[Figure]:
-    """Box and mask AP of every fine-tuning, if all initialisations are fine-tuned in one way."""
-    ways = {(row.finetune, row.label_fraction, row.checkpoint) for row in rows}
-    if len(ways) != 1 or max(len(row.by_seeds) for row in rows) < 2:
-        return []
+    """Box and mask AP of every fine-tuning, one figure per way to fine-tune with several seeds."""
     found = []
-    for key in _KEYS:
-        values = {row.label: list(row.values(key).values()) for row in rows}
-        if groups := {label: aps for label, aps in values.items() if set(aps) - {None}}:
-            png = plot_points(groups, f"{METRICS[key]} (%)")
-            caption = f"{METRICS[key]} of every fine-tuning; the ticks are the means"
-            found.append(Figure(f"runs_{METRICS[key].lower().replace(' ', '_')}", caption, png))
+    for title, text, mine in _ways([row for row in rows if row.checkpoint == FINAL]):
+        for key in _KEYS:
+            values = {row.label: list(row.values(key).values()) for row in mine}
+            groups = {label: aps for label, aps in values.items() if set(aps) - {None}}
+            if max(map(len, groups.values()), default=0) > 1:
+                name = METRICS[key]
+                png = plot_points(groups, f"{name} (%)")
+                caption = f"{name} of every fine-tuning{text}; the ticks are the means"
+                found.append(Figure(_file("runs", title, name), caption, png))
     return found
+
+
+def _ways(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """Rows by fine-tuning and label fraction: end of a file's name, end of a caption, rows."""
+    groups = _grouped(rows, lambda row: (row.finetune, row.label_fraction))
+    names = {name for name, _ in groups}
+    found = []
+    for (name, fraction), mine in groups.items():
+        title = text = ""
+        if len(names) > 1:
+            title, text = f"_{name}", f", {name}"
+        if len(groups) > len(names):
+            title, text = f"{title}_{fraction:g}", f"{text}, {100 * fraction:g} % of the labels"
+        found.append((title, text, mine))
+    return found
+
+
+def _file(kind: str, title: str, metric: str) -> str:
+    return f"{kind}{title}_{metric.lower().replace(' ', '_')}"
 
 
 def _against_labels(rows: Sequence[Row]) -> list[Figure]:
@@ -57,29 +76,23 @@ def _against_labels(rows: Sequence[Row]) -> list[Figure]:
     found, groups = [], by_labels(rows)
     for name, mine in groups.items():
         curves = _grouped(mine, lambda row: row.label)
-        title = f"labels{f'_{name}' if len(groups) > 1 else ''}"
-        text = f", {name}" if len(groups) > 1 else ""
-        found += _draw(title, text, curves, "labelled images", lambda row: row.labels)
+        title, text = (f"_{name}", f", {name}") if len(groups) > 1 else ("", "")
+        axis = "labelled images"
+        found += _draw("labels", title, text, curves, axis, lambda row: row.labels)
     return found
 
 
 def _against_images(rows: Sequence[Row]) -> list[Figure]:
     """One figure per fine-tuning and label fraction; baselines are horizontal lines."""
-    found, groups = [], _grouped(rows, lambda row: (row.finetune, row.label_fraction))
-    names = {name for name, _ in groups}
-    for (name, fraction), mine in groups.items():
+    found = []
+    for title, text, mine in _ways(rows):
         seen = sorted({row.images_seen for row in mine if row.images_seen})
         if len(seen) < 2:
             continue
-        title, text = "images", ""
-        if len(names) > 1:
-            title, text = f"{title}_{name}", f", {name}"
-        if len(groups) > len(names):
-            title, text = f"{title}_{fraction:g}", f"{text}, {100 * fraction:g} % of the labels"
         curves = _grouped([row for row in mine if row.images_seen], lambda row: row.method)
         flat = {row.label: row for row in mine if row.images_seen == 0}
         axis = "images seen in pre-training"
-        found += _draw(title, text, curves, axis, lambda row: row.images_seen, flat, seen)
+        found += _draw("images", title, text, curves, axis, lambda row: row.images_seen, flat, seen)
     return found
 
 
@@ -90,12 +103,13 @@ def _grouped(rows, key) -> dict:
     return groups
 
 
-def _draw(title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
+def _draw(kind, title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
     """A figure of box AP and one of mask AP.
 
     Args:
-        title: start of the names.
-        text: end of the captions.
+        kind: start of the files' names.
+        title: goes on after it.
+        text: goes on after the captions' start.
         groups: name of a curve -> its rows.
         axis: label of the x axis.
         x: maps a row to its place on the axis.
@@ -123,5 +137,5 @@ def _draw(title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
             png = plot_curves(curves, axis, f"{METRICS[key]} (%)", errors=errors, log_x=True)
             name = METRICS[key]
             caption = f"{name} against {axis}{text}: mean ± standard deviation of several runs"
-            found.append(Figure(f"{title}_{name.lower().replace(' ', '_')}", caption, png))
+            found.append(Figure(_file(kind, title, name), caption, png))
     return found

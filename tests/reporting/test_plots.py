@@ -8,11 +8,11 @@ import pytest
 
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
-from region_pretrain.reporting.plots import (
-    metric_curve,
-    plot_curves,
-    plot_points,
-)
+from region_pretrain.reporting.plots import colours, metric_curve, plot_curves, plot_points
+
+
+def rgb(names) -> list[np.ndarray]:
+    return [np.round(255 * np.array(colour)).astype(int) for colour in colours(names).values()]
 
 
 def decode(png: bytes) -> np.ndarray:
@@ -60,27 +60,45 @@ def test_a_run_without_metrics_is_an_error(tmp_path):
         read_metrics(str(tmp_path))
 
 
+def test_a_name_has_the_same_colour_in_every_figure():
+    names = [
+        "random weights",
+        "full supervision (boxes and masks of all scenes)",
+        "supervised MCL (labels of all scenes)",
+        *("MoCo v2", "BYOL", "SoCo", "CCOP", "MCL", "point-level region contrast"),
+    ]
+    chosen = colours(names)
+    assert list(chosen) == names and len(set(chosen.values())) == 9
+    for some in (names[::-1], names[:1] + names[5:6] + names[7:8]):
+        assert colours(some) == {name: chosen[name] for name in some}
+    assert chosen["random weights"] == pytest.approx((127 / 255,) * 3)  # tab10's grey
+    many = list(colours([str(i) for i in range(25)]).values())
+    assert len(set(many[:10])) == len(set(many[10:20])) == 10 and len(set(many[20:])) == 5
+
+
 def test_curves_are_drawn_where_their_values_are():
     picture = decode(plot_curves({"line": ([0, 100], [0, 1])}, "x", "y")).astype(int)
     assert picture.shape == (600, 960, 3)
-    blue = np.argwhere((abs(picture - [31, 119, 180]) < 12).all(-1))  # the first of tab10
+    (colour,), (_, other) = rgb(["line"]), rgb(["line", "other"])
+    blue = np.argwhere((abs(picture - colour) < 12).all(-1))
     blue = blue[blue[:, 0] > 60]  # not the legend
     assert np.corrcoef(blue[:, 1], -blue[:, 0])[0, 1] > 0.99  # a rising line
     assert np.ptp(blue[:, 1]) > 700 and np.ptp(blue[:, 0]) > 400
-    orange = abs(picture - [255, 127, 14]).sum(-1) < 12
+    orange = abs(picture - other).sum(-1) < 12
     assert not orange.any()
-    two = decode(plot_curves({"a": ([0, 1], [0, 1]), "b": ([0, 1], [1, 0])}, "x", "y")).astype(int)
-    assert (abs(two - [255, 127, 14]).sum(-1) < 12).sum() > 500
+    two = {"line": ([0, 1], [0, 1]), "other": ([0, 1], [1, 0])}
+    two = decode(plot_curves(two, "x", "y")).astype(int)
+    assert (abs(two - other).sum(-1) < 12).sum() > 500
 
 
 def test_curves_of_one_colour_differ_in_their_line():
     pictures = []
-    for count in (11, 21):  # the last one has the colour of the first
+    for count in (11, 21):  # the colours begin again after ten
         curves = {str(i): ([], []) for i in range(count - 1)} | {"line": ([0, 100], [0, 1])}
         picture = decode(plot_curves(curves, "x", "y")).astype(int)[:, 500:]
-        pictures.append((abs(picture - [31, 119, 180]) < 12).all(-1).any(0).sum())
+        pictures.append((abs(picture - rgb(curves)[-1]) < 12).all(-1).any(0).sum())
     whole = decode(plot_curves({"line": ([0, 100], [0, 1])}, "x", "y")).astype(int)[:, 500:]
-    whole = (abs(whole - [31, 119, 180]) < 12).all(-1).any(0).sum()
+    whole = (abs(whole - rgb(["line"])[0]) < 12).all(-1).any(0).sum()
     dashes, dots = pictures
     assert dots < 0.8 * whole and dashes < 0.9 * whole and dots != dashes
 
@@ -90,8 +108,8 @@ def test_points_are_drawn_where_their_values_are():
     picture = decode(plot_points(groups, "AP (%)")).astype(int)
     assert picture.shape == (600, 960, 3)
     places = {}
-    for name, colour in (("first", [31, 119, 180]), ("second", [255, 127, 14])):
-        light = 0.7 * np.array(colour) + 0.3 * 255
+    for name, colour in zip(groups, rgb(groups), strict=True):
+        light = 0.7 * colour + 0.3 * 255
         found = np.argwhere((abs(picture - light) < 12).all(-1))
         assert np.ptp(found[:, 0]) < 14  # one line of points
         columns = np.unique(found[:, 1])
@@ -114,7 +132,7 @@ def test_error_bars_and_a_logarithmic_axis():
     found = []
     for errors in (None, {"line": [0.0, 1.0, 0.0]}):
         picture = decode(plot_curves(curve, "x", "y", errors, log_x=True)).astype(int)
-        blue = np.argwhere((abs(picture - [31, 119, 180]) < 12).all(-1))
+        blue = np.argwhere((abs(picture - rgb(curve)[0]) < 12).all(-1))
         found.append(blue[blue[:, 0] > 60])  # not the legend
     plain = found[0]
     peak = plain[plain[:, 0] < plain[:, 0].min() + 8, 1].mean()
@@ -131,8 +149,7 @@ def test_error_bars_of_equal_points_do_not_cover_each_other():
     curves, errors = {name: ([10, 100], [1.0, 1.0]) for name in "ab"}, {"a": [0, 1], "b": [0, 1]}
     picture = decode(plot_curves(curves, "x", "y", errors, log_x=True)).astype(int)
     lengths = [
-        (abs(picture - colour) < 12).all(-1)[60:].sum(axis=0).max()
-        for colour in ([31, 119, 180], [255, 127, 14])
+        (abs(picture - colour) < 12).all(-1)[60:].sum(axis=0).max() for colour in rgb(curves)
     ]
     assert min(lengths) > 300 and max(lengths) - min(lengths) < 20
 
@@ -141,7 +158,8 @@ def test_the_legend_covers_no_curve():
     """Curves in all corners: their colour is in the frame's first and last columns."""
     curves = {f"a long name of a curve {i}": ([0, 1], [i, 9 - i]) for i in range(10)}
     picture = decode(plot_curves(curves, "x", "y")).astype(int)
-    for index, colour in ((0, [31, 119, 180]), (9, [23, 190, 207])):
+    for index in (0, 9):
+        colour = rgb(curves)[index]
         seen = np.argwhere((abs(picture - colour) < 12).all(-1))
         columns = np.unique(seen[seen[:, 0] > 130, 1])
         assert np.ptp(columns) > 700 and np.diff(columns).max() < 60, index
@@ -155,6 +173,6 @@ def test_labels_names_and_missing_data_are_drawn():
     assert same != plot_curves(curves, "iteration", "mask AP (%)")
     empty = plot_curves({"a": ([], [])}, "iteration", "loss")
     assert decode(empty).shape == (600, 960, 3)
-    blue = (abs(decode(empty).astype(int) - [31, 119, 180]) < 12).all(-1)
+    blue = (abs(decode(empty).astype(int) - rgb("a")[0]) < 12).all(-1)
     assert blue.sum() < 300  # only the legend's entry
     assert empty == plot_curves({"a": ((), ())}, "iteration", "loss")

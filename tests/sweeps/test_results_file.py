@@ -120,7 +120,9 @@ def test_tables_and_figures_by_one_command(tmp_path):
     references = ["--reference", "random", "--reference", "moco"]
     done = run_tool("sweep.py", "tables", path, "--out", tmp_path / "out", *references)
     assert done.returncode == 0, done.stderr
-    names = ["long.md", "long_labels_box_ap.png", "long_labels_mask_ap.png"]
+    kinds = "labels", "runs_0.25", "runs_1"
+    names = [f"long_{kind}_{task}_ap.png" for kind in kinds for task in ("box", "mask")]
+    names.insert(0, "long.md")
     assert done.stdout.split() == [str(tmp_path / "out" / name) for name in names]
     for name in names[1:]:
         with Image.open(tmp_path / "out" / name) as image:
@@ -274,7 +276,8 @@ def test_figures_follow_what_the_sweep_varies():
     for row in one:  # a single seed
         row.by_seeds = dict(list(row.by_seeds.items())[:1])
     assert names(one) == []
-    assert names(rows_of()) == [f"labels_{task}" for task in both]
+    kinds = "labels", "runs_0.25", "runs_1"
+    assert names(rows_of()) == [f"{kind}_{task}" for kind in kinds for task in both]
     lengths = rows_of(counts=(100,), lengths=(32, 64))
     assert names(lengths) == [f"images_{task}" for task in both]
     fractions = rows_of(lengths=(32, 64))
@@ -286,10 +289,12 @@ def test_figures_follow_what_the_sweep_varies():
     rows = rows_of()
     for row in rows:
         row.finetune, row.label_fraction = f"det{row.labels}", 1.0
-    assert names(rows) == [f"labels_{task}" for task in both]
+    kinds = "runs_det25", "runs_det100"
+    runs = [f"{kind}_{task}" for kind in kinds for task in both]
+    assert names(rows) == [*(f"labels_{task}" for task in both), *runs]
     for row in rows:
         row.labels = 25
-    assert names(rows) == []
+    assert names(rows) == runs
 
 
 def test_curves_of_the_figures(monkeypatch):
