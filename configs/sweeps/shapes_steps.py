@@ -2,17 +2,20 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_steps.py --jobs 2
 
-As ``shapes_long.py``, with 300 and with 900 steps on the same 100 labelled scenes. The sweep uses
-the folder of that sweep, with the runs that it has.
+As ``shapes_long.py``, with 300 and with 900 steps on the same 100 labelled scenes, and beside BYOL
+also BYOL with the learning rate that ``shapes_settings.py`` chose. The sweep uses the folder of the
+long one, with the runs that it has.
 """
 
 from .common.shapes_benchmark import benchmark
 from .shapes_long import LONG, SHARED
+from .shapes_settings import SETTINGS
 
 #: Fine-tuning iterations; the first are those of the long size.
 ITERATIONS = [300, 900]
 
 _methods = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
+_methods["byol_twice"] = SETTINGS["byol_twice"]
 _sweeps = {
     iterations: benchmark(
         **{
