@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize
 from scipy.special import stdtrit
 
 #: Seed of the pre-training (None without one) and of the fine-tuning, and its machine if known.
@@ -79,20 +80,20 @@ def pairs_of_two_machines(values: Mapping[Seeds, Any], reference: Mapping[Seeds,
 def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:
     """The mean of paired differences with its standard error and 95 % interval.
 
-    With one fine-tuning per pre-training, or without pre-training, the pairs are independent: this
-    is the paired t interval. With K pre-training seeds x M fine-tuning seeds they are not. Pairs of
-    one pre-training share its quality. Pairs of one fine-tuning seed share the label subset, the
-    order and, if the reference is not pre-trained, the reference's run, so the means of the
-    pre-trainings are correlated too, and a t interval or a bootstrap over these means would be too
-    narrow. Both seeds are therefore crossed random effects, with the mean squares of a two-way
-    analysis of variance without replication::
+    With one fine-tuning per pre-training, or without pre-training, the pairs are independent:
+    this is the paired t interval. With several of both they are not. Pairs of one pre-training
+    share its quality. Pairs of one fine-tuning seed share the label subset, the order and, if the
+    reference is not pre-trained, the reference's run, so the means of the pre-trainings are
+    correlated too, and a t interval or a bootstrap over these means would be too narrow. Both
+    seeds are therefore crossed random effects, whose variances maximise the restricted likelihood
+    (REML; Patterson and Thompson, 1971) and are not negative. In a complete grid of K x M seeds,
+    these are the mean squares of the two-way analysis of variance without replication::
 
         variance of the mean = (MS_pretrain + MS_finetune - MS_residual) / (K M)
 
-    A component of variance that would be negative is 0: without one of the seeds' the variance is
-    ``MS / (K M)`` of the other, and without both it is that of K M independent pairs, as where the
-    residual likelihood is largest. The degrees of freedom are Satterthwaite's.
-    An incomplete grid, or a single seed on one level, gives the mean only.
+    and without the effect of one or both seeds, ``MS / (K M)`` of the other one or of all pairs.
+    The degrees of freedom are Satterthwaite's. Pairs may be missing; a single seed on one level,
+    or too few pairs to tell the effects apart, give the mean only.
 
     Args:
         pairs: from :func:`pair`.
@@ -102,32 +103,64 @@ def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:
     """
     if not pairs or None in pairs.values():
         return None
-    mean = float(np.mean(list(pairs.values())))
-    rows, columns = ({seeds[level]: None for seeds in pairs} for level in (0, 1))
-    if len(pairs) == len(columns) > 1 and (len(rows) == len(columns) or list(rows) == [None]):
-        variance = float(np.var(list(pairs.values()), ddof=1)) / len(pairs)
-        return _with_interval(mean, variance, len(pairs) - 1)
-    if min(len(rows), len(columns)) > 1 and len(pairs) == len(rows) * len(columns):
-        table = np.array([[pairs[row, column] for column in columns] for row in rows])
-        return _with_interval(mean, *_crossed(table))
-    return Difference(mean)
+    values, n = np.array(list(pairs.values())), len(pairs)
+    rows, columns = ([seeds[level] for seeds in pairs] for level in (0, 1))
+    parts = [*(np.equal.outer(seeds, seeds) * 1.0 for seeds in (rows, columns)), np.eye(n)]
+    mean, spread = float(values.mean()), float(values.std())
+    if n == len(set(columns)) > 1 and (len(set(rows)) == n or set(rows) == {None}):
+        variance, freedom = 1 / (n - 1), n - 1
+    elif min(len(set(rows)), len(set(columns))) > 1 and _identified(parts):
+        equal = spread <= 1e-9 * abs(mean)
+        variance, freedom = (0.0, n - 1) if equal else _crossed((values - mean) / spread, parts)
+    else:
+        return Difference(mean)
+    return _with_interval(mean, variance * spread**2, freedom)
 
 
-def _crossed(table: np.ndarray) -> tuple[float, float]:
-    """Variance of the mean of a (K, M) table with crossed random effects, and its freedom."""
-    k, m = table.shape
-    table = table - table.mean()
-    rows, columns = table.mean(1), table.mean(0)
-    residual = table - rows[:, None] - columns
-    degrees = np.array([k - 1, m - 1, (k - 1) * (m - 1)])
-    sums = np.array([m * (rows**2).sum(), k * (columns**2).sum(), (residual**2).sum()])
-    squares = sums / degrees
-    if (pooled := sums.sum() / degrees.sum()) >= max(squares[:2]):
-        return pooled / (k * m), float(degrees.sum())
-    # The largest of three: it leaves out the level whose own component would be negative.
-    signs = np.array([(1, 1, -1), (1, 0, 0), (0, 1, 0)])
-    terms = max(signs * squares, key=np.sum)
-    return terms.sum() / (k * m), terms.sum() ** 2 / (terms**2 / degrees).sum()
+def _identified(parts: Sequence[np.ndarray]) -> bool:
+    """Whether the variances of these parts can be told apart, the mean being unknown."""
+    centre = np.eye(len(parts[0])) - 1 / len(parts[0])
+    seen = np.array([(centre @ part @ centre).ravel() for part in parts])
+    return np.linalg.matrix_rank(seen) == len(parts) < len(centre)
+
+
+def _crossed(values: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Fit the variances of random effects by restricted likelihood; the mean is unknown.
+
+    Args:
+        values: (n,), of variance 1.
+        parts: (n, n) each: the covariance is their sum, weighted with the variances; the last is
+            that of the residual.
+
+    Returns:
+        Variance of the mean of the values, and its degrees of freedom.
+    """
+
+    def terms(variances):
+        covariance = sum(v * part for v, part in zip(variances, parts, strict=True))
+        precision = np.linalg.inv(covariance)
+        total = precision.sum()
+        projection = precision - np.outer(precision.sum(1), precision.sum(0)) / total
+        seen = [projection @ part for part in parts]
+        residual = projection @ values
+        loss = np.linalg.slogdet(covariance)[1] + math.log(total) + values @ residual
+        slope = [np.trace(a) - residual @ b @ residual for a, b in zip(seen, parts, strict=True)]
+        return loss, np.array(slope), seen
+
+    bounds = [(0, None)] * (len(parts) - 1) + [(1e-6, None)]  # effects may leave no residual
+    found = minimize(
+        lambda variances: terms(variances)[:2],
+        np.ones(len(parts)),
+        jac=True,
+        bounds=bounds,
+        options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
+    )
+    kept = found.x > 1e-4
+    weights = np.array([part.sum() for part in parts]) / len(values) ** 2
+    seen = [one for one, keep in zip(terms(found.x)[2], kept, strict=True) if keep]
+    information = np.array([[(a * b.T).sum() for b in seen] for a in seen])
+    variance, weights = weights @ found.x, weights[kept]
+    return variance, variance**2 / (weights @ np.linalg.solve(information, weights))
 
 
 def _with_interval(mean: float, variance: float, freedom: float) -> Difference:

@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from region_pretrain.errors import UserError
 from region_pretrain.reporting.summary import shown
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.intervals import (
-    Difference,
-    difference,
-    pair,
-    pairs_of_two_machines,
-)
+from region_pretrain.sweeps.intervals import difference, pair, pairs_of_two_machines
 from region_pretrain.sweeps.rows import METRICS, Row, Statistics, by_labels
 
 _AP = "bbox/AP", "segm/AP"
@@ -157,8 +152,7 @@ def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
         if count := len(next(iter(pairs.values()))):
             found = [difference(values) for values in pairs.values()]
             wanted = max(row.wanted, base.wanted)
-            if missing := any(len(r.by_seeds) < r.wanted for r in (row, base)):
-                found = [value and Difference(value.mean) for value in found]
+            missing = any(len(r.by_seeds) < r.wanted for r in (row, base))
             cells = ["–" if value is None else str(value) for value in found]
             n = f"{count}/{wanted}" if missing else f"{count}"
             body.append([*row_name(row, columns), n, *cells])
