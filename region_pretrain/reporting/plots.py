@@ -111,11 +111,12 @@ def plot_curves(
     return _png(figure)
 
 
-def plot_points(groups: Mapping[str, Sequence[float | None]], x_label: str) -> bytes:
-    """Draw groups of values, one line of points each from top to bottom, with a tick at the mean.
+def plot_points(groups: Mapping[str, Sequence[Sequence[float | None]]], x_label: str) -> bytes:
+    """Draw groups of values from top to bottom, with a tick at the mean of each.
 
     Args:
-        groups: name -> values; None is not drawn, and such a group has no mean.
+        groups: name -> lines of values, e.g. one line per pre-training, which are drawn below each
+            other; None is not drawn, and such a group has no mean.
         x_label: label of the x axis.
 
     Returns:
@@ -123,11 +124,15 @@ def plot_points(groups: Mapping[str, Sequence[float | None]], x_label: str) -> b
     """
     figure, axes = _axes()
     colour = colours(groups)
-    for i, (name, all_values) in enumerate(groups.items()):
-        values = [value for value in all_values if value is not None]
-        axes.plot(values, [i] * len(values), "o", color=colour[name], markersize=6, alpha=0.7)
-        if len(values) == len(all_values):
-            axes.plot(np.mean(values), i, "|", color="black", markersize=18, markeredgewidth=1.5)
+    for i, (name, lines) in enumerate(groups.items()):
+        places = i + (np.arange(len(lines)) - (len(lines) - 1) / 2) * min(0.16, 0.7 / len(lines))
+        for place, line in zip(places, lines, strict=True):
+            values = [value for value in line if value is not None]
+            axes.plot(
+                values, [place] * len(values), "o", color=colour[name], markersize=5, alpha=0.7
+            )
+        if None not in (every := [value for line in lines for value in line]):
+            axes.plot(np.mean(every), i, "|", color="black", markersize=26, markeredgewidth=1.5)
     axes.set_yticks(range(len(groups)), [literal(name) for name in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(x_label)

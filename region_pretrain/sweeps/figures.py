@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from region_pretrain.reporting.plots import Curve, plot_curves, plot_points
+from region_pretrain.sweeps.intervals import Seeds
 from region_pretrain.sweeps.rows import FINAL, METRICS, Row, by_labels
 
 _KEYS = ("bbox/AP", "segm/AP")
@@ -42,14 +43,23 @@ def _all_runs(rows: Sequence[Row]) -> list[Figure]:
     found = []
     for title, text, mine in _ways([row for row in rows if row.checkpoint == FINAL]):
         for key in _KEYS:
-            values = {row.label: list(row.values(key).values()) for row in mine}
-            groups = {label: aps for label, aps in values.items() if set(aps) - {None}}
-            if max(map(len, groups.values()), default=0) > 1:
+            groups = {row.label: _by_pretraining(row.values(key)) for row in mine}
+            groups = {label: lines for label, lines in groups.items() if lines}
+            if max((sum(map(len, lines)) for lines in groups.values()), default=0) > 1:
                 name = METRICS[key]
                 png = plot_points(groups, f"{name} (%)")
-                caption = f"{name} of every fine-tuning{text}; the ticks are the means"
+                caption = f"{name} of every fine-tuning{text}, a line of points per pre-training"
+                caption = f"{caption}; the ticks are the means"
                 found.append(Figure(_file("runs", title, name), caption, png))
     return found
+
+
+def _by_pretraining(values: Mapping[Seeds, float | None]) -> list[list[float | None]]:
+    """One list per pre-training; none if all values are undefined."""
+    if not set(values.values()) - {None}:
+        return []
+    found = _grouped(values, lambda seeds: seeds[0])
+    return [[values[seeds] for seeds in mine] for mine in found.values()]
 
 
 def _ways(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -96,10 +106,10 @@ def _against_images(rows: Sequence[Row]) -> list[Figure]:
     return found
 
 
-def _grouped(rows, key) -> dict:
+def _grouped(items, key) -> dict:
     groups = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
+    for item in items:
+        groups[key(item)].append(item)
     return groups
 
 

@@ -21,7 +21,7 @@ BELOW = {
 
 def test_page_of_the_benchmark(tmp_path):
     page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Long size") : page.index("### Quick size")]
+    page = page[page.index("### Long size") : page.index("### Other sizes")]
     references = ["random", "moco", "byol"]
     assert " ".join(f"--reference {name}" for name in references) in page
     path, *_ = write_tables(str(CSV), references, str(tmp_path))
@@ -88,6 +88,22 @@ def test_random_weights_on_two_processors():
         shown.append(f"{statistics.fmean(aps):.1f} ± {statistics.stdev(aps):.1f}")
     assert f"have {shown[0]} and {shown[1]} with the same seeds" in page
     assert f"standard deviation of {random.statistics('bbox/AP')['std']:.1f};" in page
+
+
+def test_halves_of_the_pre_trainings():
+    """The first two seeds and the last two differ in processor and precision."""
+    rows = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
+    lines = table((ROOT / "projects/README.md").read_text(), "| to random weights: seeds 0, 1")[2:]
+    names = {**NAMES, "point-level region contrast": "point"}
+    assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
+    for label, *cells in lines:
+        expected = []
+        for reference, half in itertools.product(("random", "moco", "byol"), ((0, 1), (2, 3))):
+            pairs = pair(rows[names[label]], rows[reference])
+            mine = [value for seeds, value in pairs.items() if seeds[0] in half]
+            assert len(mine) == 6
+            expected.append(f"{statistics.fmean(mine):+.1f}")
+        assert cells == expected, label
 
 
 def test_readings():

@@ -86,14 +86,14 @@ def test_lengths_of_pre_training(tmp_path):
     assert (ROOT / "docs/shapes_images.png").stat().st_size > 10_000
     text, front = (" ".join(p.split()) for p in (page, (ROOT / "README.md").read_text()))
     rises, fall, above = {}, {}, {}
+    random = rows["random"].statistics("bbox/AP")
     for label in header[2:]:
         values, key = rows[names[label]].values("bbox/AP"), names[label]
         pairs = pair(values, rows[f"{key}_quarter"].values("bbox/AP"))
         assert len(pairs) == 2
         rises[label] = statistics.fmean(pairs.values())
         fall[label] = [f"{value:.1f}" for value in pairs.values() if value < 0]
-        random = rows["random"].values("bbox/AP")
-        (above[label],) = pair(rows[f"{key}_sixteenth"].values("bbox/AP"), random).values()
+        above[label] = means[label, "3,488"] - random["mean"]
     assert {label: values for label, values in fall.items() if values} == {
         "MoCo v2": ["-0.5"],
         "SoCo": ["-0.9"],
@@ -101,24 +101,46 @@ def test_lengths_of_pre_training(tmp_path):
     assert (min(rises, key=rises.get), max(rises, key=rises.get)) == ("SoCo", "MCL")
     shown = f"{min(rises.values()):.1f} (SoCo) to {max(rises.values()):.1f} (MCL)"
     assert f"rise by {shown} on average" in text and f"rises by {shown}" in front
-    level, low, *_, high = sorted(above, key=above.get)
-    assert level == "MoCo v2" and abs(above[level]) < 0.1
-    assert f"{above[low]:.1f} ({low}) to {above[high]:.1f} ({high}) above random" in text
-    assert f"are {above[low]:.1f} to {above[high]:.1f} above random weights" in front
+    short = {label: label.removesuffix(" region contrast") for label in above}
+    *most, last = (f"{above[i]:.1f} ({short[i]})" for i in sorted(above, key=lambda i: -above[i]))
+    assert f"single runs are {', '.join(most)} and {last} from the mean of random" in text
+    assert f"whose standard deviation is {random['std']:.1f}:" in text
     quarter = rows["soco_quarter"].values("bbox/AP").values()
     assert f"differ by up to {max(quarter) - min(quarter):.1f} (SoCo)" in text
+
+
+def test_equal_minutes():
+    """A quarter of the images for the region methods, all images for the baselines."""
+    long = {row.init: row for row in read_csv(str(CSV))}
+    quarters = {row.init: row.values("bbox/AP") for row in read_csv(str(LENGTHS))}
+    page = (ROOT / "projects/README.md").read_text()
+    lines = table(page, "quarter of the images", "minutes")[2:]
+    names = {**NAMES, "point-level region contrast": "point"}
+    assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
+    for label, *cells in lines:
+        init = names[label]
+        expected = [f"{long[init].cost.minutes / 4:.1f}"]
+        for reference in ("random", "moco", "byol"):
+            pairs = pair(quarters[f"{init}_quarter"], long[reference].values("bbox/AP"))
+            assert [seeds[0] for seeds in pairs] == [0, 2]
+            assert reference == "byol" or min(pairs.values()) > 0
+            expected.append(", ".join(f"{value:+.1f}" for value in pairs.values()))
+        assert cells == expected, label
+        assert (cells[3].count("+") == 2) == (init == "soco")
+    minutes = [f"{long[init].cost.minutes:.1f}" for init in ("moco", "byol", "point", "ccop")]
+    minutes += [f"{long[init].cost.minutes:.1f}" for init in ("soco", "mcl")]
+    text = "cost MoCo v2 {} minutes, BYOL {}, point-level {}, CCOP {}, SoCo {} and MCL {} ("
+    assert text.format(*minutes) in " ".join(page.split())
 
 
 def test_labels(tmp_path):
     path, *figures = write_tables(str(LABELS), ["random"], str(tmp_path))
     made = Path(path).read_text()
     page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against labels") : page.index("### Quick size")]
+    page = page[page.index("### AP against labels") : page.index("### Other sizes")]
     for caption in ("box AP", "mask AP"):
         shown = table(page[page.index(f"labelled scenes, {caption}") :], "initialisation")
         assert shown == table(made[made.index(f"labelled images: {caption}") :], "initialisation")
-    shown = table(page[page.index("would need") :], "initialisation")
-    assert shown == table(made[made.index("would need for the same box AP") :], "initialisation")
     assert (ROOT / "docs/shapes_labels.png").stat().st_size > 10_000
     assert any(figure.endswith("_labels_box_ap.png") for figure in figures)
     aps = {(r.init, r.labels): r.statistics("bbox/AP")["mean"] for r in read_csv(str(LABELS))}
@@ -127,15 +149,12 @@ def test_labels(tmp_path):
         for n in (25, 50, 100, 200, 400, 1000)
     }
     few = [gain for n in (25, 50, 100, 200) for gain in gains[n]]
-    for text in (page, (ROOT / "README.md").read_text()):
-        text = " ".join(text.split())
-        assert f"are {min(few)} to {max(few)} box AP above random weights on 25 to 200" in text
-        assert (
-            f"MCL on 25{' scenes' if text.startswith('###') else ''} ({aps['mcl', 25]:.1f})" in text
-        )
-        assert f"on 200 ({aps['random', 200]:.1f})" in text
-        assert "{} and {}".format(*gains[400]) in text and "{} and {}".format(*gains[1000]) in text
-    assert f"random weights gain {aps['random', 200] - aps['random', 100]:.1f}" in page
+    text = " ".join(page.split())
+    assert f"are {min(few)} to {max(few)} box AP above random weights on 25 to 200" in text
+    assert "{} and {} on 400, and {} and {} on 1,000".format(*gains[400], *gains[1000]) in text
+    more = [aps["random", b] - aps["random", a] for a, b in ((100, 200), (200, 400))]
+    more = "they gain {:.1f}, and from there to 400, with twice the steps, {:.1f}.".format(*more)
+    assert more in text
 
 
 def test_steps_of_fine_tuning():
@@ -248,7 +267,7 @@ def test_steps_of_fine_tuning():
 def test_settings():
     rows = {row.init: row.values("bbox/AP") for row in read_csv(str(SETTINGS))}
     page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Settings of the methods") : page.index("### Quick size")]
+    page = page[page.index("### Settings of the methods") : page.index("### Other sizes")]
     header, _, *lines = table(page, "method", "own settings")
     suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated", "_groups"]
     shown = 0
@@ -357,7 +376,7 @@ def test_emoji():
     second = {init: list(seeds.values())[1] for init, seeds in rows.items() if len(seeds) > 1}
     assert list(second) == ["random", "soco", "ccop"]
     page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Emoji") : page.index("### Quick size")]
+    page = page[page.index("### Emoji") : page.index("### Other sizes")]
     names = {**NAMES, "random weights": "random", "point-level region contrast": "point"}
     lines = table(page, "initialisation", "box AP", "box AP50")[2:]
     assert len(lines) == 7

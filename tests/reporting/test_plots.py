@@ -40,7 +40,7 @@ def test_names_are_not_read_as_mathematics():
             picture = decode(plot_curves(curves, "x", "y"))
             # Without a legend, all above the frame is white.
             assert picture[:35].min() < 200, name
-        assert decode(plot_points({name: [1.0, 2.0]}, "x")).std() > 10
+        assert decode(plot_points({name: [[1.0, 2.0]]}, "x")).std() > 10
 
 
 def test_metrics_of_a_resumed_and_killed_run(run):
@@ -104,7 +104,7 @@ def test_curves_of_one_colour_differ_in_their_line():
 
 
 def test_points_are_drawn_where_their_values_are():
-    groups = {"first": [0.0, 40.0, 100.0], "second": [60.0]}
+    groups = {"first": [[0.0, 40.0, 100.0]], "second": [[60.0]]}
     picture = decode(plot_points(groups, "AP (%)")).astype(int)
     assert picture.shape == (600, 960, 3)
     places = {}
@@ -121,10 +121,24 @@ def test_points_are_drawn_where_their_values_are():
     (only,) = places["second"][1]
     assert only == pytest.approx(left + 0.6 * (right - left), abs=2)
     # A group with an undefined value keeps its points, and has no tick at a mean.
-    undefined = decode(plot_points({**groups, "second": [60.0, None]}, "AP (%)")).astype(int)
+    undefined = decode(plot_points({**groups, "second": [[60.0, None]]}, "AP (%)")).astype(int)
     black = [((p < 30).all(-1)[:, 150:900]).sum() for p in (picture, undefined)]
     assert black[1] < black[0] and (undefined == picture).all(-1).mean() > 0.99
     assert plot_points(groups, "AP (%)") != plot_points(dict(reversed(groups.items())), "AP (%)")
+
+
+def test_lines_of_a_group_are_drawn_below_each_other():
+    pictures = []
+    for lines in ([[10.0, 20.0], [10.0, 20.0], [10.0]], [[10.0, 20.0]]):
+        picture = decode(plot_points({"name": lines, "other": [[0.0]]}, "AP (%)")).astype(int)
+        light = 0.7 * rgb(["name", "other"])[0] + 0.3 * 255
+        rows = np.unique(np.argwhere((abs(picture - light) < 12).all(-1))[:, 0])
+        pictures.append(np.split(rows, np.flatnonzero(np.diff(rows) > 3) + 1))
+    three, one = pictures
+    assert len(three) == 3 and len(one) == 1
+    centres = [rows.mean() for rows in three]
+    assert np.diff(centres) == pytest.approx(np.diff(centres).mean(), abs=1.5)
+    assert centres[1] == pytest.approx(one[0].mean(), abs=1)
 
 
 def test_error_bars_and_a_logarithmic_axis():
