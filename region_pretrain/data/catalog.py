@@ -27,12 +27,14 @@ from region_pretrain.data.folder import load_image_folder, local_folder
 from region_pretrain.data.sources import read_like, register
 from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
 from region_pretrain.errors import UserError
+from region_pretrain.images.headers import read_header
 from region_pretrain.images.pillow import open_with_pillow
 
 logger = logging.getLogger(__name__)
 
 _MAY_HAVE_16_BITS = (".png", ".tif", ".tiff")
 _EXAMINED_HEADS, _EXAMINED_FILES = 500, 8
+_PNG_BYTES = 33  # up to the end of its first chunk, which states the bits
 _examined: set[str] = set()
 
 
@@ -120,10 +122,10 @@ def _may_have_16_bits(file: str) -> bool:
     """Whether a PNG says so; always for a TIFF, which may say so anywhere."""
     try:
         with open(file, "rb") as stream:
-            head = stream.read(25)
+            header = read_header(stream.read(_PNG_BYTES))
     except OSError:
         return False
-    return not head.startswith(b"\x89PNG") or head[24:] == b"\x10"
+    return header is None or header.bits == 16
 
 
 def check_registered(name: str) -> None:

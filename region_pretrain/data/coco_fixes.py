@@ -36,12 +36,12 @@ def local_image(image: dict, image_root: str) -> str | None:
     return path if is_local(path) else None
 
 
-def upright_size(path: str, expected: tuple[int, int] | None = None) -> tuple[int, int]:
-    """``(width, height)`` of an image as it is read, from the start of the file if that is enough.
+def read_head(path: str, expected: tuple[int, int] | None = None) -> EncodedImage:
+    """An image whose header is complete: only the start of the file if that is enough.
 
     Args:
         path: the image.
-        expected: the size in the json; another one is confirmed with the complete file.
+        expected: the upright size in the json; another one is confirmed with the complete file.
 
     Raises:
         UnreadableImage: the file is missing or not an image.
@@ -49,12 +49,11 @@ def upright_size(path: str, expected: tuple[int, int] | None = None) -> tuple[in
     try:
         with open(path, "rb") as file:
             head = EncodedImage(file.read(_HEAD_BYTES), path)
-        size = head.size()
-        if size == expected or head.data.startswith(b"\xff\xd8"):
-            return size
+        if head.size() == expected or head.header.format == "JPEG":
+            return head
     except (OSError, UnreadableImage):
         pass  # a URL, or a header that is longer
-    return EncodedImage.read(path).size()
+    return EncodedImage.read(path)
 
 
 def missing_files(images: Iterable[dict], image_root: str) -> list[str]:
@@ -104,7 +103,7 @@ def files_agree(images: list[dict], image_root: str) -> bool:
         size = image["width"], image["height"]
         path = local_image(image, image_root)
         try:
-            if path is not None and upright_size(path, size) != size:
+            if path is not None and read_head(path, size).size() != size:
                 return False
         except UnreadableImage:
             pass  # reported when it is read
@@ -211,7 +210,7 @@ class CocoFixer:
             return
         try:
             path = os.path.join(self._root, image["file_name"])
-            image["width"], image["height"] = upright_size(path)
+            image["width"], image["height"] = read_head(path).size()
         except UnreadableImage as error:
             self._refuse(
                 f"has no width and height for an image that cannot be read ({error}): "
@@ -226,7 +225,7 @@ class CocoFixer:
             return
         given = image["width"], image["height"]
         try:
-            width, height = upright_size(path, given)
+            width, height = read_head(path, given).size()
         except UnreadableImage:
             return  # reported when it is read
         if given == (width, height):

@@ -16,13 +16,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
-from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from tabulate import tabulate
 from tqdm import tqdm
 
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
-from region_pretrain.data.coco_fixes import upright_size
+from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.data.findings import Finding, Findings, box_findings
 from region_pretrain.data.masks import check_evaluated_masks
@@ -39,8 +37,6 @@ logger = logging.getLogger(__name__)
 #: Largest fraction of unreadable files that is not an error.
 MAX_UNREADABLE = 0.01
 _CLASSES_IN_A_LINE = 20
-_BITS, _BANDS, _EXTRA_BANDS = 258, 277, 338  # tags of a TIFF
-_HEAD_BYTES = 1 << 16
 
 
 def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[str]:
@@ -246,7 +242,7 @@ def _coco_source(name: str) -> tuple[str, str] | None:
 
 
 class _File(NamedTuple):
-    """What a file is: an error, or size, format, bits per channel and colour bands."""
+    """What a file is: an error, or size, format, bits per band and bands without alpha."""
 
     error: str = ""
     size: tuple[int, int] = (0, 0)
@@ -256,39 +252,16 @@ class _File(NamedTuple):
 
 
 def _read_file(record: Mapping, decode: bool) -> _File:
-    path, chosen = record["file_name"], "bands" in record.get("reading", {})
-    kind = _File()
+    given = record.get("width"), record.get("height")
     try:
-        kind = _file_format(path)
-        given = record.get("width"), record.get("height")
-        kind = kind._replace(size=upright_size(path, None if None in given else given))
-        if decode and (kind.bands in (1, 3) or chosen):
+        image = read_head(record["file_name"], None if None in given else given)
+        header = image.header
+        bands = header.bands - header.alpha
+        if decode and (bands in (1, 3) or "bands" in record.get("reading", {})):
             read_record(record, "RGB")
     except (UnreadableImage, OSError) as error:
-        if kind.bands in (1, 3) or chosen:
-            return _File(error=" ".join(str(error).split()))
-    return kind
-
-
-def _file_format(path: str) -> _File:
-    with open(path, "rb") as file:
-        head = file.read(_HEAD_BYTES)
-        if head.startswith(b"\x89PNG") and len(head) > 25:
-            return _File(format="PNG", bits=head[24], bands=1 if head[25] in (0, 4) else 3)
-        if head[:4] in (b"II*\0", b"MM\0*") and len(head) >= 8:
-            tags = ImageFileDirectory_v2(head[:8])
-            file.seek(tags.next)
-            tags.load(file)
-            extra = sum(kind in (1, 2) for kind in tags.get(_EXTRA_BANDS, ()))  # alpha
-            bits = tags.get(_BITS, (1,))
-            return _File(format="TIFF", bits=max(bits), bands=tags.get(_BANDS, 1) - extra)
-    if head.startswith(b"\xff\xd8"):
-        return _File(format="JPEG")
-    try:
-        with Image.open(path) as image:
-            return _File(format=image.format, bits=16 if image.mode[0] in "IF" else 8)
-    except Exception:  # read by PathManager's or our own means
-        return _File(format=os.path.splitext(path)[1].lstrip(".").upper())
+        return _File(error=" ".join(str(error).split()))
+    return _File("", image.size(), header.format, header.bits, bands)
 
 
 def _inspect_files(

@@ -8,7 +8,13 @@ from PIL import Image
 
 from region_pretrain.errors import UserError
 from region_pretrain.images.headers import Header
-from region_pretrain.images.pillow import NO_RANGE, bands_of, open_with_pillow, orientation_of
+from region_pretrain.images.pillow import (
+    NO_RANGE,
+    bands_of,
+    layout_of,
+    open_with_pillow,
+    orientation_of,
+)
 from region_pretrain.images.reading import Reading, UnreadableImage, check_pixels
 from region_pretrain.images.tiff import decode_bands, read_tiff
 
@@ -49,7 +55,7 @@ def other_header(data: bytes, name: str) -> Header:
     try:
         with open_with_pillow(data, name) as image:
             orientation = orientation_of(image)
-            return Header(*image.size, orientation, len(image.getbands()))
+            return Header(*image.size, orientation, image.format, *layout_of(image))
     except Exception as error:  # decoders raise all kinds of exceptions on damaged bytes
         raise _unreadable(name, data, error) from error
 

@@ -62,6 +62,17 @@ class EncodedImage:
     def _header(self) -> Header | None:
         return read_header(self.data)
 
+    @functools.cached_property
+    def header(self) -> Header:
+        """What the file's header states.
+
+        Raises:
+            UnreadableImage: the header is damaged or is not an image's, or the image is too large.
+        """
+        header = self._header or other_header(self.data, self.name)
+        check_pixels(header.width, header.height, self.name)
+        return header
+
     @property
     def reducible(self) -> bool:
         """Whether decoding at a reduced size saves time."""
@@ -75,10 +86,8 @@ class EncodedImage:
         """
         if self.crop is not None:
             return self.crop[2] - self.crop[0], self.crop[3] - self.crop[1]
-        header = self._header or other_header(self.data, self.name)
-        check_pixels(header.width, header.height, self.name)
-        size = header.width, header.height
-        return size[::-1] if header.orientation >= 5 else size
+        size = self.header.width, self.header.height
+        return size[::-1] if self.header.orientation >= 5 else size
 
     def check(self) -> None:
         """Find out whether the image can be decoded, without decoding an ordinary JPEG or PNG.

@@ -23,6 +23,8 @@ class Header(NamedTuple):
     Attributes:
         width, height: as stored, before the EXIF orientation is applied.
         orientation: EXIF orientation, 1 to 8.
+        format: name of the format, as Pillow's.
+        bits: largest number of bits of a band.
         bands: number of bands, including an alpha channel; a palette has 3.
         alpha: whether the last band is an alpha channel.
         ordinary: 8 bits, grey or RGB, no transparency and not truncated, which OpenCV reads
@@ -35,6 +37,8 @@ class Header(NamedTuple):
     width: int
     height: int
     orientation: int
+    format: str
+    bits: int
     bands: int
     alpha: bool = False
     ordinary: bool = False
@@ -81,7 +85,8 @@ def _jpeg_header(data: bytes) -> Header | None:
     complete = data.rfind(b"\xff\xd9", position) >= 0
     ordinary = bits == 8 and channels in (1, 3) and complete
     orientation = _orientation(exif, data if xmp else b"")
-    return Header(width, height, orientation, 1 if channels == 1 else 3, ordinary=ordinary)
+    bands = 1 if channels == 1 else 3
+    return Header(width, height, orientation, "JPEG", bits, bands, ordinary=ordinary)
 
 
 def _png_header(data: bytes) -> Header | None:
@@ -112,6 +117,8 @@ def _png_header(data: bytes) -> Header | None:
         width,
         height,
         orientation,
+        "PNG",
+        bits,
         bands=(1 if colour in (0, 4) else 3) + alpha,
         alpha=alpha,
         ordinary=bits == 8 and simple and complete,

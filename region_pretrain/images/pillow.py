@@ -53,6 +53,14 @@ def valid_orientation(value: object) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def layout_of(image: Image.Image) -> tuple[int, int, bool]:
+    """What :func:`bands_of` makes of an open image: bits, number of bands, alpha."""
+    if image.mode[0] in "IF":
+        return 16 if image.mode[0] == "I" else 32, 1, False
+    alpha = image.has_transparency_data
+    return 8, (1 if image.mode in ("1", "L", "LA") else 3) + alpha, alpha
+
+
 def bands_of(image: Image.Image) -> tuple[np.ndarray, bool]:
     """The bands of a loaded image, and whether the last one is an alpha channel.
 
@@ -68,8 +76,7 @@ def bands_of(image: Image.Image) -> tuple[np.ndarray, bool]:
         if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError(NO_RANGE)
         return values.astype(np.uint16)[..., None], False
-    alpha = image.has_transparency_data
-    grey = image.mode in ("1", "L", "LA")
-    image = image.convert(("LA" if grey else "RGBA") if alpha else ("L" if grey else "RGB"))
+    _, count, alpha = layout_of(image)
+    image = image.convert(("L", "LA", "RGB", "RGBA")[count - 1])
     values = np.array(image)
     return values.reshape(*values.shape[:2], -1), alpha

@@ -25,6 +25,7 @@ _EXTRA, _FORMAT = 338, 339
 _TAGS = (_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION)
 _TAGS += (_BANDS, _ROWS, _STRIP_BYTES, _PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES)
 _TAGS += (_TILE_BYTES, _EXTRA, _FORMAT)
+_CHUNKS = {_STRIPS, _STRIP_BYTES}, {_TILES, _TILE_BYTES}
 
 _BYTEWISE = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, deflate, PackBits, LZMA, Zstandard
 _PREDICTED = (5, 8, 32946, 34925, 50000)
@@ -53,7 +54,7 @@ class Tiff(NamedTuple):
 
 
 def read_tiff(data: bytes) -> Tiff | None:
-    """The directory of a TIFF; None for other and damaged files."""
+    """The directory of a TIFF; None for other files, and where it is damaged or cut."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return None
     try:
@@ -67,6 +68,8 @@ def read_tiff(data: bytes) -> Tiff | None:
         (bands,) = tags.get(_BANDS, (1,))
         photometric = tags.get(_PHOTOMETRIC, (None,))[0]
     except Exception:  # Pillow raises all kinds of exceptions on damaged bytes
+        return None
+    if not any(chunks <= tags.keys() for chunks in _CHUNKS):
         return None
     extra = tags.get(_EXTRA, ())
     simple = photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)
@@ -86,7 +89,7 @@ def read_tiff(data: bytes) -> Tiff | None:
     )
     orientation = valid_orientation(tags.get(_ORIENTATION, (1,))[0])
     return Tiff(
-        Header(width, height, orientation, bands, alpha),
+        Header(width, height, orientation, "TIFF", max(bits), bands, alpha),
         by_band,
         no_range=3 in formats or max(bits) > 16,
         premultiplied=alpha and extra[0] == 1,

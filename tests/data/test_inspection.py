@@ -1,18 +1,20 @@
 """The doctor's report, on files and labels with one fault each."""
 
 import json
-import struct
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from region_pretrain.commands.check_data import main
+from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.generated import register_scenes
 from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.data.shapes import ShapesSpec
+from region_pretrain.images import UnreadableImage, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -109,20 +111,12 @@ def test_files_that_were_cut_anywhere(images, kind):
         assert problem.startswith("1 unreadable files, e.g. ") and path.name in problem
 
 
-def tiff(path, bands, bits):
-    """A TIFF of 2x1 pixels without extra samples."""
-    tags = [(256, 4, 2), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 200)]
-    tags += [(277, 3, bands), (278, 4, 1), (279, 4, 2 * bands * bits // 8)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4
-    path.write_bytes(head.ljust(200, b"\0") + bytes(2 * bands * bits // 8))
-
-
 def test_deep_and_multispectral_images(images):
     deep = np.full((4, 6, 3), 4095, np.uint16)
     cv2.imwrite(str(images / "deep.png"), deep)
     Image.fromarray(deep[..., 0]).save(images / "grey.tif")
-    tiff(images / "bands.tif", 5, 8)
+    bands = np.zeros((4, 6, 5), np.uint8)
+    tifffile.imwrite(images / "bands.tif", bands, photometric="rgb", planarconfig="contig")
     Image.new("RGBA", (6, 4)).save(images / "alpha.png")
     Image.new("RGBA", (6, 4)).save(images / "alpha.tif")
     found = inspect(f"folder://{images}")
@@ -132,6 +126,47 @@ def test_deep_and_multispectral_images(images):
     assert notes[what] == (2, str(images / "deep.png"))
     bands = [p for p in found.problems if "bands" in p]
     assert len(bands) == 1 and bands[0].startswith("1 x image of 5 bands; choose three: add bands=")
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_as_many_files_are_wrong_as_the_reading_refuses(tmp_path, decode):
+    """BigTIFF, two alpha bands, CMYK, and transparency in formats that only Pillow reads."""
+    for bands in range(1, 8):
+        values = np.full((40, 60, bands), 999, np.uint16)
+        colours = "rgb" if bands > 2 else "minisblack"
+        extra = [2] * (bands - (3 if bands > 2 else 1))
+        path = tmp_path / f"{bands}.tif"
+        options = {"photometric": colours, "planarconfig": "contig", "extrasamples": extra}
+        tifffile.imwrite(path, values if bands > 1 else values[..., 0], bigtiff=True, **options)
+    Image.new("CMYK", (60, 40)).save(tmp_path / "cmyk.tif")
+    Image.new("RGBA", (60, 40)).save(tmp_path / "alpha.webp", lossless=True)
+    Image.new("P", (60, 40)).save(tmp_path / "palette.gif", transparency=0)
+    refused = []
+    for path in tmp_path.iterdir():
+        try:
+            read_image(str(path))
+        except UnreadableImage:
+            refused.append(path.name)
+    assert sorted(refused) == ["5.tif", "6.tif", "7.tif"]
+    found = inspect(f"folder://{tmp_path}", decode)
+    assert [p.split(";")[0] for p in found.problems] == [
+        f"1 x image of {n} bands" for n in (5, 6, 7)
+    ]
+    assert found.formats == {"TIFF": 8, "WEBP": 1, "GIF": 1}
+    deep = [f.count for f in found.findings if "of more than 8 bits" in f.what]
+    assert deep == [4] and found.sizes == [(60, 40)] * 7
+
+
+def test_a_directory_that_is_longer_than_the_start_of_its_file(tmp_path):
+    path = str(tmp_path / "rows.tif")
+    values = np.zeros((40_000, 1, 5), np.uint16)
+    options = {"photometric": "rgb", "planarconfig": "contig", "extrasamples": [0, 0]}
+    tifffile.imwrite(path, values, bigtiff=True, rowsperstrip=1, **options)
+    assert read_head(path, (1, 40_000)).header.bands == 5
+    assert len(read_head(path, (1, 40_000)).data) > 1 << 18
+    tifffile.imwrite(path, values, bigtiff=True, **options)
+    head = read_head(path, (1, 40_000))
+    assert (head.header.bands, head.header.bits, len(head.data)) == (5, 16, 1 << 18)
 
 
 def test_sizes_that_contradict_the_files(images, monkeypatch):
