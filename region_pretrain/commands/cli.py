@@ -27,7 +27,6 @@ COMMANDS = {
     "visualize": ("visualize", "draw the views that a pre-training sees"),
     "benchmark": ("benchmark", "measure the loader and the training step of a config"),
     "benchmark-regions": ("benchmark_regions", "compare recipes of regions"),
-    "benchmark-threads": ("benchmark_threads", "compare OpenMP settings of a training on the CPU"),
     "completion": ("completion", "print the completion script of a shell"),
 }
 

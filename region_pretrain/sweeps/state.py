@@ -223,7 +223,7 @@ def counted(states: Mapping[str, str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def tail(path: str, count: int = 15) -> list[str]:
+def tail(path: str, count: int) -> list[str]:
     """The last non-empty lines of a text file; none if it does not exist."""
     if not os.path.isfile(path):
         return []

@@ -166,9 +166,5 @@ def test_mistakes_on_the_command_line_are_named():
     for mode in ("--plan", "--config-file"):
         done = run_tool("benchmark.py", mode, detection)
         assert done.stderr.startswith("error: not a pre-training config: it has no dataloader")
-    for tool, *options in (
-        ("benchmark.py", "--config-file", CONFIGS[0], "--threads", 0),
-        ("benchmark_threads.py", "--rounds", 0, "tools/train_net.py"),
-    ):
-        done = run_tool(tool, *options)
-        assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr
+    done = run_tool("benchmark.py", "--config-file", CONFIGS[0], "--threads", 0)
+    assert done.returncode == 2 and "'0' is not a whole number of at least 1" in done.stderr
