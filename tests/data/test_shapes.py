@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import cv2
 import numpy as np
 import pytest
 import shapely
@@ -212,16 +211,3 @@ def test_in_clear_scenes_the_material_determines_the_class():
             assert item.material == item.category
             shown.add(item.category)
     assert shown == set(range(len(CLASSES)))
-
-
-def test_picture_of_all_levels(tmp_path):
-    out = tmp_path / "shapes.png"
-    module = [sys.executable, "-m", "region_pretrain.data.shapes"]
-    options = ["--output", str(out), "--count", "2", "--side", "48"]
-    assert subprocess.run([*module, *options], check=False).returncode == 0
-    picture = cv2.imread(str(out))
-    assert picture.shape == (len(LEVELS) * (2 * 48 + 4), 2 * (2 * 48 + 4), 3)
-    spec = ShapesSpec("train", 2, 48, difficulty=LEVELS["hard"])
-    scene = render_scene(48, LEVELS["hard"], spec.rng(0)).image[..., ::-1]
-    # The last row's first cell, without the name of the level.
-    assert (picture[-98 + 30 : -2, 2:98] == scene.repeat(2, axis=0).repeat(2, axis=1)[30:]).all()

@@ -84,8 +84,6 @@ def parse(words: list[str], monkeypatch) -> argparse.Namespace:
     """The arguments as the tool's own parser understands them; nothing is run."""
     if words[0] == cli.PROG:
         tool, arguments = cli, words[1:]
-    elif words[0] == "-m":
-        tool, arguments = importlib.import_module(f"{words[1]}.__main__"), words[2:]  # a package
     else:
         spec = importlib.util.spec_from_file_location(Path(words[0]).stem, ROOT / words[0])
         tool, arguments = importlib.util.module_from_spec(spec), words[1:]
