@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,13 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from region_pretrain.config import CONFIG_ROOT, changed_keys, get_config, to_yaml
 from region_pretrain.errors import UserError
-from region_pretrain.lazy import load_plain_yaml
 
 logger = logging.getLogger(__name__)
 
-_BOXES_ONLY = "faster_rcnn_*.py"
 _MASK_KEYS = ("mask_in_features", "mask_pooler", "mask_head")
 
 
@@ -152,23 +148,4 @@ def _remedy(cfg: DictConfig) -> str:
     heads = OmegaConf.select(cfg, parent)
     overrides = [f"{parent}.{key}=null" for key in _MASK_KEYS if heads.get(key) is not None]
     overrides.append("dataloader.train.mapper.use_instance_mask=False")
-    config = _boxes_only_config(cfg) or f"one of configs/detection/{_BOXES_ONLY}"
-    return f"use {config}, or override {' '.join(overrides)}"
-
-
-def _boxes_only_config(cfg: DictConfig) -> str | None:
-    """The shipped config of the same detector without masks that differs least from ``cfg``."""
-    candidates, mine = {}, load_plain_yaml(to_yaml(cfg))
-    for name, other in _boxes_only_configs().items():
-        changed = changed_keys(other, mine)
-        model = [key for key in changed if key.startswith("model.")]
-        if all(any(part in key for part in ("mask_", "num_classes", ".test_")) for key in model):
-            candidates[f"configs/detection/{name}"] = len(changed)
-    return min(candidates, key=candidates.get, default=None)
-
-
-@functools.cache
-def _boxes_only_configs() -> dict[str, dict[str, Any]]:
-    """File name -> config, as :func:`~region_pretrain.config.changed_keys` compares them."""
-    names = sorted(path.name for path in (CONFIG_ROOT / "detection").glob(_BOXES_ONLY))
-    return {name: load_plain_yaml(to_yaml(get_config(f"detection/{name}"))) for name in names}
+    return f"use one of configs/detection/faster_rcnn_*.py, or override {' '.join(overrides)}"
