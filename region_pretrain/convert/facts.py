@@ -66,11 +66,12 @@ FAIR_RESNEXT = Facts("BGR", _RGB_MEAN[::-1], _RGB_STD[::-1], stride_in_1x1=False
 
 def facts_of(model: nn.Module) -> Facts:
     """The facts of a detector or a pre-training model."""
-    source: Any = next((m for m in model.modules() if isinstance(m, Preprocess)), model)
+    owners = [m for m in model.modules() if hasattr(m, "pixel_mean")]
+    source: Any = next((m for m in owners if isinstance(m, Preprocess)), (owners or [model])[0])
     if isinstance(source, Preprocess):
         input_format = "BGR" if source.flip_channels else "RGB"
     else:
-        input_format = getattr(model, "input_format", None)
+        input_format = getattr(source, "input_format", None)
     mean, std = (_values(getattr(source, key, None)) for key in ("pixel_mean", "pixel_std"))
     if input_format is None and mean is not None:
         input_format = format_of_mean(mean)

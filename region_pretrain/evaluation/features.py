@@ -17,11 +17,13 @@ from detectron2.structures import Boxes, BoxMode, ImageList
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.kernels import without_cudnn_benchmark
 from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_record, size_mismatch
 from region_pretrain.modeling.given import training_modes_kept
+from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_of
 
 #: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
@@ -203,7 +205,8 @@ def read_regions(
         dicts: Detectron2 dataset dicts with annotations.
         augmentations: Detectron2's, such as the test mapper's ``ResizeShortestEdge``.
         batch_size: images per batch.
-        input_format: channel order that the model reads; None: the model's own ``input_format``.
+        input_format: channel order that the model reads; None: the model's own, see
+            :func:`~region_pretrain.modeling.preprocess.channel_order`.
         everywhere: return the regions on all processes, each of which then has them in memory.
 
     Returns:
@@ -235,7 +238,11 @@ def _local_regions(
     input_format: str | None,
 ) -> list[Regions]:
     backbone, device = reader.backbone, next(reader.backbone.parameters()).device
-    mean, std, input_format = _pixels(model, input_format)
+    facts = facts_of(model)
+    if facts.pixel_mean is None:
+        raise UserError(f"the probe finds no pixel_mean in {type(model).__name__}")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (facts.pixel_mean, facts.pixel_std))
+    input_format = input_format or channel_order(facts.input_format, facts.pixel_mean)
     found = []
     # A compiled trunk would be compiled for each shape, and would not see the hook.
     with evaluating(reader), torch.compiler.set_stance("force_eager"):
@@ -323,22 +330,3 @@ def _pyramid_pooler(backbone: nn.Module) -> tuple[ROIPooler, list[str]]:
     shapes, names = backbone.output_shape(), pyramid_names(backbone)
     scales = [1 / shapes[name].stride for name in names]
     return ROIPooler(7, scales, sampling_ratio=0, pooler_type="ROIAlignV2"), names
-
-
-def _pixels(model: nn.Module, input_format: str | None) -> tuple[Tensor, Tensor, str]:
-    """Mean and std (3, 1, 1) on the CPU and the channel order, from the module that has them."""
-    owner = next((m for m in model.modules() if hasattr(m, "pixel_mean")), None)
-    if owner is None:
-        raise UserError(f"the probe finds no pixel_mean in {type(model).__name__}")
-    if input_format is None and hasattr(owner, "flip_channels"):
-        input_format = "BGR" if owner.flip_channels else "RGB"
-    input_format = input_format or getattr(owner, "input_format", None)
-    if input_format is None:
-        raise UserError(
-            f"{type(owner).__name__} has no input_format: set that of the probe to RGB or BGR"
-        )
-    mean, std = (
-        torch.as_tensor(v, dtype=torch.float32).reshape(3, 1, 1).cpu()
-        for v in (owner.pixel_mean, owner.pixel_std)
-    )
-    return mean, std, input_format

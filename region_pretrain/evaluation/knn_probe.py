@@ -49,7 +49,6 @@ class KNNProbeHook(HookBase):
         short_edge: the detector's ``ResizeShortestEdge`` at test time, in pixels; None: no
             resizing.
         max_size: maximum length of the longer side in pixels after resizing.
-        input_format: ``"RGB"`` or ``"BGR"``; only needed for models without it, such as FCOS.
 
     Raises:
         UserError: a number is too small.
@@ -65,7 +64,6 @@ class KNNProbeHook(HookBase):
         batch_size: int = 8,
         short_edge: int | None = 800,
         max_size: int = 1333,
-        input_format: str | None = None,
     ) -> None:
         for name, value, least in (
             ("period", period, 0),
@@ -82,7 +80,6 @@ class KNNProbeHook(HookBase):
         self._reading = {
             "augmentations": [T.ResizeShortestEdge(short_edge, max_size)] if short_edge else [],
             "batch_size": batch_size,
-            "input_format": input_format,
         }
 
     def before_train(self) -> None:

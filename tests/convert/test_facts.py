@@ -14,6 +14,7 @@ from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from torch import nn
 
 from region_pretrain.convert.facts import (
     FAIR_GN,
@@ -66,6 +67,8 @@ def test_the_facts_of_a_detector():
         "BatchNorm2d",
         res5_dilation=1,
     )
+    wrapped = nn.Sequential(detector(False, rgb=True))
+    assert facts_of(wrapped) == facts_of(wrapped[0])
     bgr = facts_of(detector(True, rgb=False, norm="FrozenBN"))
     mean = (103.53, 116.28, 123.675)
     assert bgr == Facts("BGR", mean, (1, 1, 1), True, "FrozenBatchNorm2d", res5_dilation=1)
