@@ -19,23 +19,17 @@ from region_pretrain.regions.store import RegionStore
 _COLUMNS = 4
 
 
-def draw_preview(
-    records: Sequence[dict],
-    store: RegionStore,
-    out: str,
-    count: int = 8,
-    max_boxes: int = 25,
-) -> str:
+def draw_preview(records: Sequence[dict], store: RegionStore, out: str, count: int = 8) -> str:
     """Write :func:`preview_figure` to a PNG.
 
     Args:
-        records, store, count, max_boxes: see there.
+        records, store, count: see there.
         out: path of the PNG.
 
     Returns:
         ``out``.
     """
-    figure = preview_figure(records, store, count, max_boxes)
+    figure = preview_figure(records, store, count)
     write_atomic(out, FigureCanvasAgg(figure).print_png)
     return out
 

@@ -136,13 +136,12 @@ def text(paragraph: str) -> Markup:
     return Markup("<p>{}</p>").format(paragraph)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int = 1) -> Markup:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
     """A table. Columns of numbers are aligned to the right; None becomes a dash.
 
     Args:
         header: names of the columns.
-        rows: rows of the header's length.
-        digits: decimals of floats.
+        rows: rows of the header's length; floats are shown with one decimal.
 
     Raises:
         ValueError: a row is shorter or longer than the header.
@@ -150,12 +149,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], digits: int =
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"the table has {len(header)} columns, but a row is {list(row)}")
-    cells = [[_cell(value, digits) for value in row] for row in rows]
+    cells = [[_cell(value) for value in row] for row in rows]
     numeric = [all(_NUMBER.match(row[c][0]) for row in cells) for c in range(len(header))]
     return Markup(_TABLE.render(header=header, rows=cells, numeric=numeric))
 
 
-def _cell(value: object, digits: int) -> tuple[str, float | None]:
+def _cell(value: object) -> tuple[str, float | None]:
     """A cell's text, and the number that it is sorted by, if any."""
     if value is None:
         return "–", None
@@ -163,7 +162,7 @@ def _cell(value: object, digits: int) -> tuple[str, float | None]:
         href = value.href if value.href.startswith(_ABSOLUTE) else quote(value.href)
         return Markup('<a href="{}">{}</a>').format(href, value.label), None
     if isinstance(value, Real) and not isinstance(value, Integral):
-        return f"{value:.{digits}f}", float(value)
+        return f"{value:.1f}", float(value)
     number = _NUMBER.match(str(value))
     return str(value), float(number[1].replace(",", "")) if number and number[1] else None
 

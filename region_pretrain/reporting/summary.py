@@ -23,14 +23,13 @@ def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": float(np.mean(values)), "std": std}
 
 
-def shown(value: Mapping[str, float | None], sign: bool = False) -> str:
+def shown(value: Mapping[str, float | None]) -> str:
     """``12.3``, or ``12.3 ± 0.4`` over several seeds, or a dash.
 
     Args:
         value: result of :func:`mean_std`.
-        sign: write the mean with its sign, as in ``+1.2``.
     """
     if value["mean"] is None:
         return "–"
     spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
-    return f"{value['mean']:{'+' if sign else ''}.1f}{spread}"
+    return f"{value['mean']:.1f}{spread}"

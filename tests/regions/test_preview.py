@@ -8,7 +8,7 @@ from PIL import Image
 
 from region_pretrain.errors import UserError
 from region_pretrain.regions import RegionStore, write_store
-from region_pretrain.regions.preview import draw_preview
+from region_pretrain.regions.preview import draw_preview, preview_image
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def grey_images(tmp_path):
     return records, RegionStore.open(str(tmp_path / "r.arrow")), str(tmp_path / "preview.png")
 
 
-def draw(*arguments, **keywords) -> np.ndarray:
-    with Image.open(draw_preview(*arguments, **keywords)) as picture:
+def draw(*arguments) -> np.ndarray:
+    with Image.open(draw_preview(*arguments)) as picture:
         return np.asarray(picture.convert("RGB")).astype(int)
 
 
@@ -60,14 +60,15 @@ def test_image_without_boxes_is_only_shown(grey_images):
 
 
 def test_same_picture_every_time_and_a_limited_number_of_boxes(tmp_path, grey_images):
-    records, _, out = grey_images
+    records, _, _ = grey_images
     boxes = np.array([[i, i, i + 40, i + 40] for i in range(50)], np.float32)
     path = str(tmp_path / "many.arrow")
     write_store(path, [("folder/0", 100, 100, boxes)], {"recipe": "test-v1"})
     store = RegionStore.open(path)
-    few = draw(records[:1], store, out, 1, max_boxes=2)
-    np.testing.assert_array_equal(few, draw(records[:1], store, out, 1, max_boxes=2))
-    many = draw(records[:1], store, out, 1, max_boxes=50)
+    few, again, many = (
+        np.asarray(preview_image(records[:1], store, 1, n)).astype(int) for n in (2, 2, 50)
+    )
+    np.testing.assert_array_equal(few, again)
     assert coloured(many).sum() > 5 * coloured(few).sum() > 0
 
 
