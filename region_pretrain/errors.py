@@ -1,11 +1,12 @@
-"""The exceptions that end a run, and the exit codes that command-line tools return for them."""
+"""The exceptions that end a run, parts of their messages, and the exit codes of tools."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -22,6 +23,28 @@ def describe(error: BaseException) -> str:
     """An exception in one line: its type and message, or only the message of a UserError."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def did_you_mean(
+    name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6, otherwise: str = ""
+) -> str:
+    """The end of a message about an unknown name, ``"; did you mean a, b?"``.
+
+    Args:
+        name: the unknown name.
+        known: the names that exist.
+        count: number of similar names, at most.
+        cutoff: least similarity, from 0 to 1.
+        otherwise: the result if no name is similar.
+    """
+    near = difflib.get_close_matches(name, list(known), count, cutoff)
+    return f"; did you mean {', '.join(near)}?" if near else otherwise
+
+
+def first_few(items: Sequence[str], count: int, separator: str = ", ") -> str:
+    """The first items in one line, such as ``"a, b and 7 more"``."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return separator.join(items[:count]) + more
 
 
 #: Exit code of a run that stopped on request after saving its state (``EX_TEMPFAIL``).

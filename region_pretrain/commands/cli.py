@@ -5,11 +5,11 @@ Only the command's own module is imported, so ``region-pretrain --help`` is fast
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 
 from region_pretrain import __version__
+from region_pretrain.errors import did_you_mean
 
 PROG = "region-pretrain"
 
@@ -60,9 +60,8 @@ def main(argv: list[str] | None = None) -> int | None:
         print(f"{PROG} {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {PROG} --help"
-        print(f"error: {PROG} has no command {name}; {hint}", file=sys.stderr)
+        hint = did_you_mean(name, COMMANDS, otherwise=f"; see {PROG} --help")
+        print(f"error: {PROG} has no command {name}{hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"region_pretrain.commands.{COMMANDS[name][0]}")
     return module.main(arguments, f"{PROG} {name}")

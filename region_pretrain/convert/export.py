@@ -22,7 +22,7 @@ from region_pretrain.convert.names import common_name, timm_name
 from region_pretrain.convert.recognise import Weights, read_weights
 from region_pretrain.convert.timm_target import check_plain_resnet, own_lines
 from region_pretrain.convert.trunk_names import RESNET, SWIN_TIMM, VIT, Rule, translate
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.files import is_local, make_writable, write_atomic
 
 #: What ``to`` may be.
@@ -236,8 +236,7 @@ def _left_out(found: Iterable[str], to: str) -> list[str]:
     found = [name for name in found if not name.endswith("relative_position_index")]  # derived
     if not found:
         return []
-    more = f" and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-    return [f"# left out, not exported to {to}: {', '.join(found[:_EXAMPLES])}{more}"]
+    return [f"# left out, not exported to {to}: {first_few(found, _EXAMPLES)}"]
 
 
 def _rules(to: str, kind: str, detector: bool) -> tuple[Rule, ...]:

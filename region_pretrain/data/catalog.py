@@ -6,7 +6,6 @@ image's key in a region store. No disk is read before the records of a data set 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from region_pretrain.data.findings import Findings, id_key
 from region_pretrain.data.folder import load_image_folder, local_folder
 from region_pretrain.data.sources import read_like, register
 from region_pretrain.dataset_names import FORMS, folder_name, is_path_name, parse
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 from region_pretrain.images.headers import read_header
 from region_pretrain.images.pillow import open_with_pillow
 
@@ -136,8 +135,8 @@ def check_registered(name: str) -> None:
     """
     register(name)
     if name not in DatasetCatalog.list():
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=4)
-        hint = f"; did you mean {', '.join(near)}?" if near else ", and there is no such folder"
+        nowhere = ", and there is no such folder"
+        hint = did_you_mean(name, DatasetCatalog.list(), 4, otherwise=nowhere)
         if os.path.isdir(os.path.expanduser(name)):
             hint = f"; for a folder, write {folder_name(name)}"
         elif name.endswith(".json"):

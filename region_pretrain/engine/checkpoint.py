@@ -32,7 +32,7 @@ from region_pretrain.engine.extra_state import (
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.random_state import get_random_state, set_random_state
-from region_pretrain.errors import UserError, describe
+from region_pretrain.errors import UserError, describe, first_few
 from region_pretrain.files import (
     is_disk_full,
     is_local,
@@ -370,10 +370,8 @@ class RunCheckpointer(DetectionCheckpointer):
             self.model.load_state_dict(state, strict=True)
         except RuntimeError as error:
             faults = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
-            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-            raise UserError(
-                f"{path} belongs to another model: {'; '.join(faults[:3])}{more}"
-            ) from error
+            text = first_few(faults, 3, "; ")
+            raise UserError(f"{path} belongs to another model: {text}") from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.data.other_labels import check_other_heads
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.modeling.detector import check_input_format
 from region_pretrain.overrides import dotted_keys
 from region_pretrain.yacs.build import build_evaluator, check_packages, evaluator_classes
@@ -317,5 +317,4 @@ def _count(names: Sequence[str]) -> int:
 
 
 def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_few(names, _SHOWN)

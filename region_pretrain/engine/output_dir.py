@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.config import changed_keys, read_saved, saved_train_defaults, to_yaml
 from region_pretrain.engine.fingerprint import HARMLESS_OF_LOADERS
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.files import write_text_atomic
 from region_pretrain.lazy import load_plain_yaml
 from region_pretrain.modeling.given import without_numbers
@@ -155,12 +155,11 @@ def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
     if cfg.train.allow_new_length and (longer or saved["train"]["allow_new_length"]):
         changed = {key: both for key, both in changed.items() if not _is_in(key, LENGTH)}
     if changed:
-        shown = [f"{key}: {a} -> {b}" for key, (a, b) in list(changed.items())[:10]]
-        more = f" and {len(changed) - 10} more" if len(changed) > 10 else ""
+        shown = first_few([f"{key}: {a} -> {b}" for key, (a, b) in changed.items()], 10, "; ")
         longer &= all(_is_in(key, LENGTH) for key in changed)
         hint = ", set train.allow_new_length=True to make the run longer," if longer else ""
         raise UserError(
-            f"cannot resume with a config that differs from {path}: {'; '.join(shown)}{more}. "
+            f"cannot resume with a config that differs from {path}: {shown}. "
             f"Undo the change{hint} or choose another train.output_dir"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from region_pretrain.engine.writers import (
     ProgressWriter,
     drop_lines_from,
 )
-from region_pretrain.errors import UserError, describe
+from region_pretrain.errors import UserError, describe, did_you_mean
 from region_pretrain.metrics import newest_iteration, read_metrics
 from region_pretrain.progress import PROGRESS_FILE
 from region_pretrain.tracking.git import git_state
@@ -42,8 +41,7 @@ def check_writers(train: DictConfig) -> None:
     writers = train.writers
     for entry in writers:
         if isinstance(entry, str) and entry not in NAMES:
-            near = difflib.get_close_matches(entry, NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            hint = did_you_mean(entry, NAMES, otherwise=".")
             raise UserError(
                 f"train.writers: there is no writer {entry!r}{hint} The names are "
                 f"{', '.join(NAMES)}; any other writer is a L(Writer)(...)"

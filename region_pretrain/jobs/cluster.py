@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 from region_pretrain.jobs import slurm
 
 KINDS = ("local", "slurm", "debug")
@@ -292,10 +292,9 @@ def _field(key: str, known: Sequence[str], where: str) -> str:
     name = _ALIASES.get(name, name)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    names = ", ".join(near or known).replace("_", "-")
-    hint = f"did you mean {names}?" if near else f"known settings: {names}."
-    raise UserError(f"{where}: no setting {key!r}; {hint} +{key}=... passes it to sbatch unchanged")
+    hint = did_you_mean(name, known, 3, 0.5, f"; known settings: {', '.join(known)}.")
+    hint = hint.replace("_", "-")
+    raise UserError(f"{where}: no setting {key!r}{hint} +{key}=... passes it to sbatch unchanged")
 
 
 def _value(name: str, text: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.files import locked, printable, remove_parts, write_text_atomic
 from region_pretrain.images import readings_of
 from region_pretrain.regions.images import changed_files, digest_of_keys, file_sizes, readable
@@ -353,7 +353,8 @@ class Parts:
         listing = f"{self.out}.unreadable.txt"
         if unreadable:
             write_text_atomic(listing, "".join(map(_line, unreadable)))
-            logger.warning("unreadable images, listed in %s: %s", listing, _first_names(unreadable))
+            names = first_few([printable(key) for key, _ in unreadable], 3)
+            logger.warning("unreadable images, listed in %s: %s", listing, names)
         elif os.path.exists(listing):
             os.remove(listing)  # written by an earlier run; the files have been fixed since
         if len(unreadable) > tolerated:
@@ -378,11 +379,6 @@ class Parts:
 def _content(store: RegionStore) -> tuple[str | None, int]:
     """What changes when a store is extended."""
     return store.manifest.get("image_list"), len(store)
-
-
-def _first_names(unreadable: Sequence[tuple[str, str]]) -> str:
-    names = ", ".join(printable(key) for key, _ in unreadable[:3])
-    return names + (f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else "")
 
 
 def _line(pair: tuple[str, str]) -> str:

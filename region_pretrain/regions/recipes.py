@@ -7,7 +7,6 @@ fields were changed. The behaviour of a version never changes; a change is a new
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 from region_pretrain.regions import filters
 from region_pretrain.regions.selective_search import MODES, selective_search
 from region_pretrain.regions.sources import grid_boxes, ground_truth_boxes, random_boxes
@@ -313,8 +312,7 @@ def get_recipe(recipe_id: str, overrides: Mapping[str, Any] | None = None) -> Re
             f"recipe {name} needs its source: region-pretrain regions {ELSEWHERE[name]}"
         )
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, RECIPES, cutoff=0.4)
         raise UserError(f"no recipe is called {name!r}: must be one of {', '.join(RECIPES)}{hint}")
     return change(RECIPES[name], {**changes, **(overrides or {})})
 

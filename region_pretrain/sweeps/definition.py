@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from region_pretrain.config import load_file
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 from region_pretrain.overrides import apply_overrides
 
 FINAL = "final"
@@ -220,9 +219,8 @@ def _explain(error: OmegaConfBaseException, key: str) -> str:
     text = str(error).splitlines()[0]
     if re.match(r"Key '.*' not in", text):
         known = [f.name for f in fields(error.object_type)]
-        near = difflib.get_close_matches(str(error.key), known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known keys: {', '.join(known)}"
-        return f"no key {key} in a sweep; {hint}"
+        hint = did_you_mean(str(error.key), known, 3, 0.5, f"; known keys: {', '.join(known)}")
+        return f"no key {key} in a sweep{hint}"
     if "is not a ListConfig" in text:
         text = "must be a list"
     elif "is not a subclass of" in text or "Cannot merge DictConfig" in text:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, read_saved
 from region_pretrain.engine.output_dir import holds_run
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.sweeps.configs import load
 from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
 from region_pretrain.sweeps.state import finished_at, is_finished
@@ -148,5 +148,4 @@ def _changes(run: Run, folder: str) -> str:
         for key, (old, new) in changed_keys(saved, load(config, overrides)).items()
         if not any(key == k or key.startswith(f"{k}.") for k in (*_NOT_SETTINGS, *chosen))
     ]
-    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-    return "; ".join(changed[:_SHOWN]) + more
+    return first_few(changed, _SHOWN, "; ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import functools
 import os
 import re
@@ -16,7 +15,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from region_pretrain.errors import UserError, describe
+from region_pretrain.errors import UserError, describe, did_you_mean
 from region_pretrain.shipped import ROOT, find_shipped
 
 _ZOO = "model_zoo://"
@@ -60,8 +59,7 @@ def _similar(name: str) -> str:
     if not name.startswith(("configs/", "projects/")) or not folder.is_dir():
         return ""
     names = [path.name for path in folder.glob("*.py")]
-    near = difflib.get_close_matches(os.path.basename(name), names, n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    return did_you_mean(os.path.basename(name), names, 3)
 
 
 def is_yacs(path: str) -> bool:
@@ -174,8 +172,7 @@ def _override(cfg: CfgNode, text: str) -> None:
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, CfgNode) or part not in node:
-            near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.6)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            hint = did_you_mean(key, _keys(cfg), 3)
             raise UserError(f"no key {key!r} in Detectron2's yacs configs{hint}")
         node = node[part]
     try:

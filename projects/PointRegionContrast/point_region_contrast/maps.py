@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 from scipy.cluster.vq import vq
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 
 #: The label of points outside all regions; regions are labelled from 1.
 NO_REGION = 0
@@ -288,8 +287,7 @@ def region_maps(kind: str = "grid", **options: Any) -> MapSource:
         UserError: an unknown kind or option, or a value that is not positive.
     """
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(kind), KINDS, cutoff=0.4)
         raise UserError(
             f"unknown region maps kind={kind!r}: must be one of {', '.join(KINDS)}{hint}"
         )
