@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from detectron2.data.detection_utils import convert_PIL_to_numpy
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from region_pretrain.errors import UserError, describe
+from region_pretrain.errors import UserError
 from region_pretrain.files import printable
 from region_pretrain.images.decoding import decode, is_jpeg, other_header
 from region_pretrain.images.headers import Header, read_header
-from region_pretrain.images.reading import Reading, UnreadableImage, check_pixels
+from region_pretrain.images.opening import read_bytes
+from region_pretrain.images.reading import Reading, check_pixels
 
 
 @dataclass
@@ -53,10 +52,10 @@ class EncodedImage:
 
         Raises:
             UnreadableImage: the file is missing or cannot be read.
-            UserError: the reading options are invalid.
+            UserError: the file system fails, or the reading options are invalid.
         """
         name = printable(os.fspath(path))
-        return cls(_read_bytes(path, name), name, crop, Reading.of(reading))
+        return cls(read_bytes(path, name), name, crop, Reading.of(reading))
 
     @functools.cached_property
     def _header(self) -> Header | None:
@@ -171,25 +170,3 @@ def tolerated_files(count: int, fraction: float, key: str) -> int:
     if not 0 <= fraction <= 1:
         raise UserError(f"{key}={fraction}: must be a fraction from 0 to 1")
     return max(1, int(fraction * count)) if fraction else 0
-
-
-def _read_bytes(path: str, name: str) -> bytes:
-    path = os.fspath(path)
-    try:
-        # A local file is read with one system call; PathManager and a buffer take twice as long.
-        if "://" in path:
-            with PathManager.open(path, "rb") as file:
-                return file.read()
-        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UnreadableImage(f"{name}: not a regular file")
-            return file.read()
-    except FileNotFoundError as error:
-        raise UnreadableImage(f"{name}: no such file") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise UnreadableImage(f"{name}: cannot be read: {describe(error)}") from error
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a file without waiting for the other end of a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes

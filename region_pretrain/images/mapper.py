@@ -10,7 +10,8 @@ from detectron2.data import detection_utils
 
 from region_pretrain.errors import UserError
 from region_pretrain.images.encoded import EncodedImage, read_record
-from region_pretrain.images.reading import UnreadableImage, size_mismatch
+from region_pretrain.images.opening import reading_error
+from region_pretrain.images.reading import size_mismatch
 
 _FORMATS = ("RGB", "BGR", "L", "YUV-BT.601")
 _current: ContextVar[Mapping[str, Any] | None] = ContextVar("record being mapped", default=None)
@@ -35,7 +36,7 @@ class SamePixels:
 
         Raises:
             UnreadableImage: the image is missing, damaged or too large; the message names it.
-            UserError: the size of the image contradicts the record.
+            UserError: the file system fails, or the size of the image contradicts the record.
         """
         _install()
         name = record.get("file_name", "")
@@ -51,7 +52,7 @@ class SamePixels:
                 raise UserError(f"{name}: {error}") from error
             raise size_mismatch(name, found, declared) from error
         except OSError as error:  # of a mapper that opens the image in its own way
-            raise UnreadableImage(f"{name}: cannot be read: {error}") from error
+            raise reading_error(error, name) from error
         finally:
             _current.reset(token)
 
