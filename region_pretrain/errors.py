@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, key or value at fault and how to fix it."""
+    """Bad input. The message names the file, key or value at fault and how to fix it.
+
+    Attributes:
+        exit_code: of a tool that it ends.
+    """
+
+    exit_code = 2
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -53,6 +59,17 @@ STOPPED = 75
 INTERRUPTED = 130
 #: Exit code of a tool whose output nothing reads any more, as of one that died from SIGPIPE.
 UNREAD = 141
+#: Exit code of a tool that lost a process which was killed: 128 + SIGKILL.
+KILLED = 137
+
+
+class ProcessKilled(UserError):
+    """A process that the tool needs was killed, e.g. because memory ran out.
+
+    Another attempt may succeed: a job is requeued, as if the tool itself had been killed.
+    """
+
+    exit_code = KILLED
 
 
 class Stopped(SystemExit):
@@ -85,8 +102,9 @@ def _output_is_closed() -> bool:
 def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | None]:
     """Decorate the ``main`` of a tool: a :class:`UserError` prints one line and exits with 2.
 
-    So does a class of a config that cannot be imported. Ctrl-C prints one line and exits with 130.
-    If nothing reads standard output any more, as after ``| head``, the tool exits with 141.
+    So does a class of a config that cannot be imported. A :class:`ProcessKilled` exits with 137.
+    Ctrl-C prints one line and exits with 130. If nothing reads standard output any more, as after
+    ``| head``, the tool exits with 141.
     """
 
     @functools.wraps(main)
@@ -101,7 +119,7 @@ def exit_on_user_error(main: Callable[..., int | None]) -> Callable[..., int | N
                 raise
             message, code = "", UNREAD
         except UserError as error:
-            message, code = f"error: {error}", 2
+            message, code = f"error: {error}", error.exit_code
         except ImportError as error:
             if not str(error).startswith("Error loading"):  # of a _target_
                 raise

@@ -29,10 +29,9 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from region_pretrain.engine.network import choose_gloo_interface
 from region_pretrain.engine.preemption import stop_signals_handled
 from region_pretrain.engine.roll_call import agree_on_device, meet
-from region_pretrain.errors import INTERRUPTED, STOPPED, Stopped, UserError, describe
+from region_pretrain.errors import INTERRUPTED, KILLED, STOPPED, Stopped, UserError, describe
 from region_pretrain.system import USR2, cores
 
-_EXIT_CODE = 2
 _ADDRESS = re.compile(r"tcp://([^\s:/\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}|file:///.+")
 _PATIENCE = timedelta(hours=6)
 _ROLL_CALL = "roll-call"
@@ -178,7 +177,7 @@ def launch(
                 args=(main, args),
             )
     except ProcessExitedException as error:
-        if error.exit_code in (_EXIT_CODE, STOPPED):  # the child has printed the reason
+        if error.exit_code in (UserError.exit_code, KILLED, STOPPED):  # it has printed why
             sys.exit(error.exit_code)
         if error.exit_code >= 0:
             raise
@@ -253,7 +252,7 @@ def _exit(error: UserError, first: bool) -> NoReturn:
     """
     time.sleep(0 if first else 5)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(_EXIT_CODE)
+    sys.exit(error.exit_code)
 
 
 def _roll_call(url: str, **settings: object) -> Iterator[tuple[dist.Store, int, int]]:

@@ -58,7 +58,7 @@ from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.engine.writer_list import check_writers
-from region_pretrain.errors import UserError
+from region_pretrain.errors import ProcessKilled, UserError
 from region_pretrain.files import is_disk_full
 from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
@@ -67,6 +67,8 @@ from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import forget_tracked
 
 logger = logging.getLogger(__name__)
+
+_LOST_WORKER = "DataLoader worker"  # in PyTorch's messages
 
 
 @contextmanager
@@ -147,6 +149,7 @@ def run_training(
     Raises:
         UserError: the processes have different data; or the final evaluation failed, and the final
             checkpoint has been saved.
+        ProcessKilled: a loader's worker was killed.
         Stopped: a process received USR2, TERM or Ctrl-C; a checkpoint of the last finished step has
             been saved.
     """
@@ -242,7 +245,8 @@ def run_training(
             trainer.train(start_iter, max_iter)
         stop.close()
         if evaluation is not None and evaluation.error:
-            raise UserError(
+            lost = _LOST_WORKER in evaluation.error
+            raise (ProcessKilled if lost else UserError)(
                 f"the final evaluation failed: {evaluation.error}. The trained model is "
                 f"{checkpointer.last_good()}; evaluate it again with region-pretrain finetune "
                 f"--config-file {os.path.join(train.output_dir, 'config.yaml')} --eval-only "
@@ -264,7 +268,12 @@ def _own_hooks(train: DictConfig) -> list[HookBase]:
 
 @contextmanager
 def _system_failures_explained(checkpointer: RunCheckpointer) -> Iterator[None]:
-    """A full disk and a loader's worker that was killed end the run with a :class:`UserError`."""
+    """Let a full disk, and a loader's worker that was killed, end the run with one line.
+
+    Raises:
+        UserError: the disk or the shared memory is full.
+        ProcessKilled: a worker was killed.
+    """
     report = threading.excepthook
     # TensorBoard's thread raises its error again in this one.
     threading.excepthook = lambda args: None if is_disk_full(args.exc_value) else report(args)
@@ -285,9 +294,9 @@ def _system_failures_explained(checkpointer: RunCheckpointer) -> Iterator[None]:
             raise UserError(
                 "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)
             ) from None
-        if "DataLoader worker" not in text:
+        if _LOST_WORKER not in text:
             raise
-        raise UserError(
+        raise ProcessKilled(
             f"{text.rstrip('.')}, perhaps because memory ran out: continue with --resume, if "
             "necessary with a lower dataloader.train.num_workers; last good checkpoint: "
             f"{checkpointer.last_good() or 'none'}"

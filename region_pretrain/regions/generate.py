@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from region_pretrain.errors import UserError, describe
+from region_pretrain.errors import ProcessKilled, UserError, describe
 from region_pretrain.files import is_disk_full
 from region_pretrain.images import UnreadableImage, read_record, tolerated_files
 from region_pretrain.lease import PREFIX, hold
@@ -214,7 +214,7 @@ def _process_all(
         while queue:
             yield queue.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
+        raise ProcessKilled(
             "a worker process was killed, possibly for lack of memory: run again with fewer "
             "workers or a working_size; finished parts are kept"
         ) from error

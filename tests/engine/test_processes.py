@@ -31,7 +31,7 @@ from torch.multiprocessing import ProcessRaisedException
 from region_pretrain.engine import processes
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import fail_together, launch, on_main_process
-from region_pretrain.errors import STOPPED, UserError, exit_on_user_error
+from region_pretrain.errors import STOPPED, ProcessKilled, UserError, exit_on_user_error
 
 
 def metrics(folder):
@@ -115,6 +115,17 @@ def test_a_user_error_ends_all_processes_with_one_line(tmp_path):
     text = (tmp_path / "out").read_text()
     assert [line for line in text.splitlines() if "error" in line.lower()] == ["error: fix train.x"]
     assert "Traceback" not in text
+
+
+def lose_a_worker():
+    raise ProcessKilled("a worker is gone")
+
+
+def test_a_process_that_was_killed_has_its_own_exit_code(tmp_path):
+    child = Process(lambda: launch(lose_a_worker, 2, device="cpu"), tmp_path / "out")
+    assert child.wait(LONG) == 128 + signal.SIGKILL
+    text = (tmp_path / "out").read_text()
+    assert "error: a worker is gone\n" in text and "Traceback" not in text
 
 
 def test_the_main_process_decides_for_all(tmp_path):

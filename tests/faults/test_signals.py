@@ -27,11 +27,15 @@ from region_pretrain.engine import run as engine_run
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.pretrain import do_pretrain
-from region_pretrain.errors import STOPPED, Stopped, UserError
+from region_pretrain.errors import KILLED, STOPPED, ProcessKilled, Stopped
 
 
 def checkpoints(folder):
     return sorted(path.name for path in folder.glob("model_*.pth"))
+
+
+def children_of(pid):
+    return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def same(a, b):
@@ -120,12 +124,26 @@ def test_a_killed_worker_of_a_loader_ends_the_run_with_one_line(with_workers, ga
     assert len(children) == 2
     os.kill(children[0], signal.SIGKILL)
     gate.touch()
-    assert process.wait(LONG) == 2, run.output()
+    assert process.wait(LONG) == KILLED, run.output()
     assert_one_line(run.output(), "error: DataLoader worker ")  # or while it sent a batch
     assert "cannot be written" not in run.output()
     assert "last good checkpoint: " in run.output().splitlines()[-1]
     assert run.start().wait(LONG) == 0, run.output()
     assert run.losses() == whole.losses() and same(run.folder, whole.folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_of_one_of_two_processes_ends_both(tmp_path, gate, rank):
+    run = Run(tmp_path / "run", 2, "kind=finetune", "dataloader.train.num_workers=1")
+    process = run.start()
+    run.wait_for(7, process)
+    ranks = sorted(children_of(process.pid))[-2:]
+    (worker,) = children_of(ranks[rank])
+    os.kill(worker, signal.SIGKILL)
+    gate.touch()
+    assert process.wait(LONG) == KILLED, run.output()
+    assert_one_line(run.output(), "error: DataLoader worker ")
+    assert run.finish("resume=True") == 0, run.output()
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
@@ -136,7 +154,7 @@ def test_a_worker_that_is_killed_while_it_sends_a_batch(tmp_path, monkeypatch, e
 
     monkeypatch.setattr(Loader, "iterate", iterate)
     text = r"worker sent no batch \(.*Error: .*\), perhaps .*0000005.pth"
-    with pytest.raises(UserError, match=text):
+    with pytest.raises(ProcessKilled, match=text):
         do_pretrain(make_tiny_config(tmp_path))
 
 
@@ -241,8 +259,7 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path, gate):
     run = Run(tmp_path / "run", 2)
     process = run.start()
     run.wait_for(7, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
     gate.touch()
     assert process.wait(LONG) == 128 + signal.SIGKILL, run.output()
     assert_one_line(run.output(), "of 2 died from SIGKILL; --resume continues the run")

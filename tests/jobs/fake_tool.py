@@ -33,6 +33,14 @@ if how.startswith("signalled"):
         sys.exit(75)
 if how == "killed" and attempt == 1 and rank == "0":
     os.kill(os.getpid(), signal.SIGKILL)
+if how == "worker" and attempt == 1:
+    from region_pretrain.errors import ProcessKilled, exit_on_user_error
+
+    @exit_on_user_error
+    def lose_a_worker() -> None:
+        raise ProcessKilled("DataLoader worker (pid 7) is killed by signal: Killed")
+
+    lose_a_worker()
 if how == "wrong":
     print("error: no such thing", file=sys.stderr)
     sys.exit(2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import submitit
 
-from region_pretrain.errors import STOPPED, UserError
+from region_pretrain.errors import KILLED, STOPPED, UserError
 from region_pretrain.jobs import job, rendezvous, requeue
 from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, read_attempts, start_attempt
 from region_pretrain.jobs.cluster import Cluster
@@ -99,8 +99,11 @@ def test_preemptions_near_the_time_limit_do_not_count_as_time_outs(make_job, tmp
     assert outcomes(tmp_path) == ["stopped"] * 4 + ["finished"]
 
 
-def test_a_killed_process_is_started_again(make_job, tmp_path):
-    run(make_job("killed"), tmp_path).result()
+@pytest.mark.parametrize("how", ["killed", "worker"])
+def test_a_job_that_lost_a_process_is_started_again(make_job, tmp_path, how):
+    job = run(make_job(how), tmp_path)
+    job.result()
+    assert job.stdout().count("error: DataLoader worker (pid 7) is killed") == (how == "worker")
     assert outcomes(tmp_path) == ["killed", "finished"]
 
 
@@ -249,6 +252,22 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
     with pytest.raises(UserError, match="10 consecutive attempts ended without a new checkpoint"):
         make_job("well")()
     assert outcomes(tmp_path) == ["unknown"] * MAX_STALLED + ["failed"]
+
+
+def test_a_process_that_lost_a_worker_is_noted_as_killed(make_job, tmp_path, monkeypatch):
+    """The batch script reads the note and requeues the job."""
+
+    class Environment:
+        global_rank, num_tasks, job_id, cluster = 1, 2, "7", "slurm"
+
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
+    start_attempt(str(tmp_path / "run"), "7", 0, "n1")
+    task = job._Task(make_job("well"), Environment())
+    with pytest.raises(SystemExit) as ended:
+        task._conclude(KILLED)
+    assert ended.value.code == 128 + signal.SIGKILL and outcomes(tmp_path) == ["killed"]
+    note = json.loads(Path(task._note).read_text())
+    assert (note["state"], note["code"]) == ("killed", signal.SIGKILL)
 
 
 @pytest.mark.parametrize("code", [1, -signal.SIGABRT, 128 + signal.SIGABRT])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from detectron2.structures import BoxMode
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import ProcessKilled, UserError
 from region_pretrain.images import read_image, read_record
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
@@ -250,7 +250,7 @@ def _is_running(pid: str) -> bool:
 
 def test_a_killed_worker_ends_the_run_with_advice(tmp_path, records, monkeypatch):
     monkeypatch.setattr("region_pretrain.regions.generate.read_record", _die)
-    with pytest.raises(UserError, match="worker process was killed.*fewer workers"):
+    with pytest.raises(ProcessKilled, match="worker process was killed.*fewer workers"):
         make_regions(records, str(tmp_path / "r.arrow"), "grid-v1", workers=2)
 
 

@@ -145,6 +145,24 @@ def test_fine_tuning_with_loader_workers_survives_a_manual_requeue(slurm, tmp_pa
     assert (folder / "results.json").read_text() == (reference / "results.json").read_text()
 
 
+def test_a_killed_loader_worker_costs_an_attempt(slurm, tmp_path, monkeypatch):
+    """As when memory runs out: the run's own process is not killed, and exits with one line."""
+    reference = run_here("train_net.py", "tiny_finetune.py", tmp_path / "reference", processes=2)
+    who, folder = tmp_path / "who", tmp_path / "run"
+    who.mkdir()
+    monkeypatch.setenv("WHO_FOLDER", str(who))
+    job = submit("train_net.py", "tiny_finetune.py", TWO, folder, *SLOW)
+    wait_until(in_step(folder, 5), folder)
+    pid = json.loads((who / f"{job}-0-1").read_text())["pid"]
+    (worker,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(worker), signal.SIGKILL)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["killed", "finished"]
+    logs = [path.read_text(errors="replace") for path in folder.glob("slurm/*_log.out")]
+    assert sum(text.count("error: DataLoader worker ") for text in logs) == 1
+    same_run(folder, reference)
+
+
 def test_a_throttled_array_and_its_dependents(slurm, tmp_path):
     (tmp_path / "code/tools").mkdir(parents=True)
     shutil.copy(ROOT / "tests/jobs/fake_tool.py", tmp_path / "code/tools/tool.py")
