@@ -20,6 +20,8 @@ from region_pretrain.errors import UserError, describe
 from region_pretrain.system import process_start
 
 _PART = ".part"
+#: NFS clients remember a missing file for up to 60 s.
+NFS_SECONDS = 90.0
 
 
 def is_local(path: str) -> bool:

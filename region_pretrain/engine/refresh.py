@@ -21,7 +21,7 @@ from region_pretrain.engine.feature_regions import FeatureBoxes, feature_network
 from region_pretrain.engine.hooks import no_side_effects
 from region_pretrain.engine.processes import fail_together, on_main_process
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local
+from region_pretrain.files import NFS_SECONDS, is_local
 from region_pretrain.modeling.norms import broadcast_statistics
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.elsewhere import FeaturesRecipe
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _PART_SIZE = 1000
 _PARTS = 64  # of a small data set, so that every process has some
-_NFS_SECONDS = 90.0  # NFS clients remember a missing file for up to 60 s
 _POLL_SECONDS = 1.0
 
 
@@ -179,12 +178,12 @@ def _open_soon(path: str) -> RegionStore:
     Raises:
         UserError: it stays missing.
     """
-    deadline = time.monotonic() + _NFS_SECONDS
+    deadline = time.monotonic() + NFS_SECONDS
     while not os.path.exists(path):
         if time.monotonic() > deadline:
             raise UserError(
                 f"{path} has been written, but {socket.gethostname()} does not see it after "
-                f"{_NFS_SECONDS:.0f} s: train.output_dir must be a folder that all machines share"
+                f"{NFS_SECONDS:.0f} s: train.output_dir must be a folder that all machines share"
             )
         time.sleep(_POLL_SECONDS)
         os.listdir(os.path.dirname(path) or ".")  # makes the client read the folder again

@@ -17,7 +17,8 @@ from region_pretrain.json_files import read_json
 #: A job fails after this many consecutive attempts without a new checkpoint or part.
 MAX_STALLED = 10
 
-_NAME = "attempts.json"
+#: Name of the record in a run's folder.
+ATTEMPTS_FILE = "attempts.json"
 #: Folder -> when this process started an attempt there. Unix time may jump in the meantime.
 _began: dict[str, float] = {}
 
@@ -60,7 +61,7 @@ def read_attempts(output_dir: str) -> list[Attempt]:
     Raises:
         UserError: the record is damaged.
     """
-    path = os.path.join(output_dir, _NAME)
+    path = os.path.join(output_dir, ATTEMPTS_FILE)
     try:
         return read_json(path, list[Attempt], "delete it, which forgets earlier attempts")
     except FileNotFoundError:
@@ -146,4 +147,6 @@ def newest_checkpoint(output_dir: str, parts: str = "") -> str:
 
 def _write(output_dir: str, attempts: Sequence[Attempt]) -> None:
     os.makedirs(output_dir, exist_ok=True)
-    write_text_atomic(os.path.join(output_dir, _NAME), json.dumps(attempts, indent=1) + "\n")
+    write_text_atomic(
+        os.path.join(output_dir, ATTEMPTS_FILE), json.dumps(attempts, indent=1) + "\n"
+    )

@@ -173,7 +173,7 @@ def states_now(sweep: SweepFile, folder: str) -> dict[str, str]:
     def live() -> dict[str, str]:
         return live_jobs(sweep.cluster, folder, sweep.user) | _started_here(sweep, folder)
 
-    return states(sweep.plan, live)
+    return states(sweep.plan, live, on_slurm=sweep.cluster.kind == "slurm")
 
 
 def _started_here(sweep: SweepFile, folder: str) -> dict[str, str]:
@@ -190,13 +190,16 @@ def _started_here(sweep: SweepFile, folder: str) -> dict[str, str]:
     return found
 
 
-def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]:
+def states(
+    plan: Plan, live_now: Callable[[], dict[str, str]], on_slurm: bool = False
+) -> dict[str, str]:
     """The state of every run.
 
     Args:
         plan: the runs.
         live_now: returns :func:`live_jobs`. It is called after the records have been read, as a job
             that is submitted in between would look as if it had failed; not if all are finished.
+        on_slurm: the runs' disk may be that of other machines, see :func:`state.ended_state`.
 
     Returns:
         Run id -> state. A run of several jobs of which one has failed blocks those that depend on
@@ -218,8 +221,10 @@ def states(plan: Plan, live_now: Callable[[], dict[str, str]]) -> dict[str, str]
             found[run.id] = state.WAITING
         elif record.cancelled:
             found[run.id] = state.CANCELLED
+        elif not record.job_ids:
+            found[run.id] = state.WAITING
         else:
-            found[run.id] = state.FAILED if record.job_ids else state.WAITING
+            found[run.id] = state.ended_state(run, record) if on_slurm else state.FAILED
     unfinished = [run for run in plan.runs.values() if found[run.id] != state.FINISHED]
     failed = {
         run.id

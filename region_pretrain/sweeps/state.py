@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,8 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from glob import escape, glob
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import write_text_atomic
-from region_pretrain.jobs.attempts import Attempt, read_attempts
+from region_pretrain.files import NFS_SECONDS, now_at, write_text_atomic
+from region_pretrain.jobs.attempts import ATTEMPTS_FILE, Attempt, read_attempts
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.json_files import read_json
 from region_pretrain.lease import PREFIX
@@ -285,13 +286,38 @@ def attempts(run: Run) -> list[Attempt]:
 
     A finished run's attempt that has not recorded its end yet gets the time of the product.
     """
-    folders = [run.folder, *sorted(glob(os.path.join(escape(run.folder), "shard*")))]
-    found = [attempt for folder in folders for attempt in read_attempts(folder)]
+    found = [attempt for folder in _attempt_folders(run) for attempt in read_attempts(folder)]
     if is_finished(run):
         for attempt in found:
             if "outcome" not in attempt:
                 attempt["ended"] = max(attempt["started"], os.path.getmtime(run.product))
     return found
+
+
+def _attempt_folders(run: Run) -> list[str]:
+    return [run.folder, *sorted(glob(os.path.join(escape(run.folder), "shard*")))]
+
+
+def ended_state(run: Run, record: Record) -> str:
+    """The state of a run of which all jobs have left SLURM's queue.
+
+    An NFS client may not see the product of a run that has just finished yet. Such a run counts as
+    running for at most :data:`~region_pretrain.files.NFS_SECONDS`.
+
+    Returns:
+        ``finished``, ``running`` or ``failed``.
+    """
+    for folder in (run.folder, os.path.dirname(run.product), *_attempt_folders(run)[1:]):
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # the client looks again
+    if is_finished(run):
+        return FINISHED
+    newest = {attempt["job"]: attempt.get("outcome") for attempt in attempts(run)}
+    if any(newest.get(job) != FINISHED for job in record.job_ids):
+        return FAILED
+    files = (os.path.join(folder, ATTEMPTS_FILE) for folder in _attempt_folders(run))
+    ended = max(os.path.getmtime(path) for path in files if os.path.exists(path))
+    return RUNNING if now_at(run.folder) - ended < NFS_SECONDS else FAILED
 
 
 def failed_jobs(run: Run, record: Record | None) -> list[str]:

@@ -185,7 +185,7 @@ def test_a_store_that_nfs_shows_late_is_awaited(region_folder, tmp_path, monkeyp
     late = str(tmp_path / "late.arrow")
     monkeypatch.setattr(refresh.time, "sleep", lambda s: shutil.copy(region_folder.store, late))
     assert refresh._open_soon(late).manifest == RegionStore.open(region_folder.store).manifest
-    monkeypatch.setattr(refresh, "_NFS_SECONDS", -1)
+    monkeypatch.setattr(refresh, "NFS_SECONDS", -1)
     with pytest.raises(UserError, match="never.arrow has been written, but .* does not see it"):
         refresh._open_soon(str(tmp_path / "never.arrow"))
 

@@ -5,15 +5,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from region_pretrain.jobs import slurm
 from region_pretrain.jobs.attempts import end_attempt, start_attempt
 from region_pretrain.jobs.cluster import Cluster
 from region_pretrain.progress import Progress, write_progress
-from region_pretrain.sweeps import jobs, state, status
+from region_pretrain.sweeps import jobs, state, status, submission
 from region_pretrain.sweeps.graph import REGIONS, Run
 
 #: Holds a lease until its input ends.
@@ -112,6 +114,90 @@ def test_a_debug_run_is_running_while_its_start_is(sweeps):
         process.stdin.close()
     assert found == {"done": state.FAILED, "now": state.RUNNING, "next": state.WAITING}
     assert going and "killed" not in text
+
+
+class NetworkDisk:
+    """An NFS client, which remembers for a while that a file was missing, or until it looks again.
+
+    Attributes:
+        updates: whether it sees new files when it lists their folder.
+    """
+
+    def __init__(self, run, monkeypatch) -> None:
+        self.updates, self._hidden, self._folder = False, run.product, os.path.dirname(run.product)
+        self._exists, self._listdir = os.path.exists, os.listdir
+        monkeypatch.setattr(os.path, "exists", lambda p: p != self._hidden and self._exists(p))
+        monkeypatch.setattr(os, "listdir", self._list)
+
+    def _list(self, path="."):
+        if self.updates and path == self._folder:
+            self._hidden = None
+        return self._listdir(path)
+
+
+@pytest.fixture
+def just_finished(sweeps, monkeypatch):
+    """A sweep on SLURM: job 1 has written ``pre`` and left the queue, job 2 waits for it."""
+    monkeypatch.setattr(slurm, "jobs_of", lambda user="": {"2": "PENDING"})
+    monkeypatch.setattr(slurm, "waiting_reasons", lambda user="": {})
+    sweeps.add("pre")
+    sweeps.add("det", "pre")
+    for job, run in enumerate(sweeps.plan.runs.values(), 1):
+        state.write_record(run, state.Record(1, [str(job)]))
+    run = sweeps.plan.runs["pre"]
+    start_attempt(run.folder, "1", 0, "n1")
+    Path(run.product).touch()
+    end_attempt(run.folder, "finished")
+    file = replace(sweeps.file(), cluster=Cluster(kind="slurm"))
+    state.write_sweep(str(sweeps.folder), file)
+    return file, run
+
+
+def test_a_run_whose_product_is_not_visible_yet_has_not_failed(just_finished, sweeps, monkeypatch):
+    (file, run), folder = just_finished, str(sweeps.folder)
+    disk = NetworkDisk(run, monkeypatch)
+    now = jobs.states_now(file, folder)
+    assert now == {"pre": state.RUNNING, "det": state.QUEUED}
+    assert submission.missing(file.plan, now) == []
+    text, going = status.status_text(folder)
+    assert going and "failed" not in text
+    disk.updates = True
+    assert jobs.states_now(file, folder)["pre"] == state.FINISHED
+    assert status.status_text(folder)[0].endswith("1 finished, 1 queued")
+
+
+def test_a_run_whose_product_never_appears_has_failed(just_finished, sweeps, monkeypatch):
+    (file, run), folder = just_finished, str(sweeps.folder)
+    NetworkDisk(run, monkeypatch)
+    for seconds, word in ((80, state.RUNNING), (100, state.FAILED), (600, state.FAILED)):
+        ended = time.time() - seconds
+        os.utime(f"{run.folder}/attempts.json", (ended, ended))
+        now = jobs.states_now(file, folder)
+        assert now["pre"] == word, seconds
+    assert [run.name for runs, _ in submission.missing(file.plan, now) for run in runs] == ["pre"]
+    local = replace(file, cluster=Cluster(kind="local"))  # its disk is this machine's own
+    os.utime(f"{run.folder}/attempts.json")
+    assert jobs.states_now(local, folder)["pre"] == state.FAILED
+
+
+@pytest.mark.parametrize("ends", [("finished", "failed"), ("finished", None), ("killed", "killed")])
+def test_shards_that_did_not_all_finish_have_failed(just_finished, sweeps, ends):
+    file, run = just_finished
+    os.remove(run.product)
+    os.remove(f"{run.folder}/attempts.json")
+    state.write_record(run, state.Record(1, ["1_0", "1_1"]))
+    for shard, end in enumerate(ends):
+        folder = f"{run.folder}/shard{shard}"
+        start_attempt(folder, "0", 0, "n1")
+        end_attempt(folder, "finished")  # of an earlier submission
+        start_attempt(folder, f"1_{shard}", 0, "n1")
+        if end:
+            end_attempt(folder, end)
+    assert jobs.states_now(file, str(sweeps.folder))["pre"] == state.FAILED
+    for shard in range(2):
+        start_attempt(f"{run.folder}/shard{shard}", f"1_{shard}", 1, "n1")
+        end_attempt(f"{run.folder}/shard{shard}", "finished")
+    assert jobs.states_now(file, str(sweeps.folder))["pre"] == state.RUNNING
 
 
 def test_minutes_and_attempts_of_shards_are_summed(sweeps):
