@@ -5,6 +5,7 @@ PyTorch's own waits in silence for half an hour and then ends with a traceback.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -14,7 +15,7 @@ from datetime import timedelta
 from detectron2.engine import DEFAULT_TIMEOUT
 from torch.distributed import DistError, Store, TCPStore
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import KILLED, UserError
 
 _PATIENCE_SECONDS = DEFAULT_TIMEOUT.total_seconds()
 _QUIET_SECONDS = 10.0  # before the first message; the others follow once per minute
@@ -22,6 +23,12 @@ _REPEAT_SECONDS = 60.0
 _FAREWELL_SECONDS = 2.0  # for the others to learn that the wait is over
 _POLL_SECONDS = 0.2
 _ALL, _OVER = "all", "over"
+
+
+class PortInUse(UserError):
+    """Rank 0 of a job cannot listen. The job is requeued, and its next attempt has another port."""
+
+    exit_code = KILLED
 
 
 def meet(host: str, port: int, rank: int, world_size: int, speaks: bool = True) -> TCPStore:
@@ -38,7 +45,7 @@ def meet(host: str, port: int, rank: int, world_size: int, speaks: bool = True) 
 
     Raises:
         UserError: processes are missing after half an hour; the message names them. Or rank 0
-            cannot listen, or two processes have the same rank.
+            cannot listen (:class:`PortInUse` in a job), or two processes have the same rank.
     """
     wait = _Wait(f"{host}:{port}", rank, world_size, speaks)
     store = _listen(port, world_size) if rank == 0 else _connect(host, port, world_size, wait)
@@ -107,8 +114,10 @@ def _listen(port: int, world_size: int) -> TCPStore:
             "localhost", port, world_size, True, DEFAULT_TIMEOUT, wait_for_workers=False
         )
     except DistError as error:
-        text = str(error).rpartition("message: ")[2]
-        raise UserError(f"rank 0 cannot listen on port {port}: {text}; choose another") from None
+        text = f"rank 0 cannot listen on port {port}: {str(error).rpartition('message: ')[2]}"
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            raise PortInUse(f"{text}; the job is to be started again") from None
+        raise UserError(f"{text}; choose another") from None
 
 
 def _connect(host: str, port: int, world_size: int, wait: _Wait) -> TCPStore:

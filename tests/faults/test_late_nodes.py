@@ -14,7 +14,7 @@ from tiny_run import write_ranks
 
 from region_pretrain.engine import roll_call
 from region_pretrain.engine.processes import launch
-from region_pretrain.errors import UserError, exit_on_user_error
+from region_pretrain.errors import KILLED, UserError, exit_on_user_error
 
 
 @pytest.fixture
@@ -144,6 +144,25 @@ def test_a_port_in_use_is_one_line():
         s.bind(("", 0))
         s.listen()
         roll_call.meet("127.0.0.1", s.getsockname()[1], 0, 2)
+
+
+@pytest.mark.parametrize(("in_job", "code"), [(True, KILLED), (False, 2)])
+def test_a_job_whose_port_is_in_use_may_be_requeued(tmp_path, in_job, code):
+    """Its next attempt has another port."""
+
+    def run():
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"SUBMITIT_EXECUTOR": "slurm"} if in_job else {}
+        exit_on_user_error(launch)(write_ranks, 1, device="cpu", args=(str(tmp_path),))
+
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        assert Process(run, tmp_path / "out").wait(LONG) == code
+    (line,) = (tmp_path / "out").read_text().splitlines()
+    assert line.startswith("error: rank 0 cannot listen on port ")
+    assert line.endswith("the job is to be started again" if in_job else "choose another")
 
 
 def test_processes_of_a_scheduler_wait_too(tmp_path, address, over):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from region_pretrain.jobs.attempts import read_attempts
 from region_pretrain.jobs.cluster import Cluster, check_cluster
 from region_pretrain.jobs.executor import submit as submit_jobs
 from region_pretrain.jobs.job import ToolJob
+from region_pretrain.jobs.rendezvous import port
 from region_pretrain.jobs.slurm import jobs_of, waiting_reasons
 
 pytestmark = pytest.mark.slurm
@@ -160,6 +162,22 @@ def test_a_killed_loader_worker_costs_an_attempt(slurm, tmp_path, monkeypatch):
     assert outcomes(folder) == ["killed", "finished"]
     logs = [path.read_text(errors="replace") for path in folder.glob("slurm/*_log.out")]
     assert sum(text.count("error: DataLoader worker ") for text in logs) == 1
+    same_run(folder, reference)
+
+
+def test_a_port_in_use_costs_an_attempt(reference, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    job = submit("pretrain_net.py", "tiny_pretrain.py", f"{TWO},+hold", folder)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with socket.socket() as s:
+        s.bind(("", port(job)))
+        s.listen()
+        subprocess.run(["scontrol", "release", job], check=True)
+        wait_until(lambda: [a for a in read_attempts(folder) if "outcome" in a], folder)
+    wait_to_end(folder)
+    assert outcomes(folder) == ["killed", "finished"]
+    log = next(folder.glob("slurm/*_0_log.out")).read_text(errors="replace")
+    assert log.count("error: rank 0 cannot listen on port ") == 1
     same_run(folder, reference)
 
 
