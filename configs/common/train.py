@@ -47,7 +47,7 @@ train = dict(
         fp16_compression=False,
     ),
     # Save model_NNNNNNN.pth every `period` iterations (0: never) and keep only the newest
-    # `max_to_keep` of these files (null: all).
+    # `max_to_keep` of these files (null: all). A finished run keeps one beside model_final.pth.
     checkpointer=dict(period=5000, max_to_keep=3),
     # Save such a file also every this many minutes, at the next log step (0: never).
     checkpoint_minutes=0,

@@ -40,7 +40,8 @@ class CheckpointHook(HookBase):
     Args:
         checkpointer: writes and deletes the files.
         period: save every this many iterations; 0 disables this.
-        max_to_keep: number of newest numbered files to keep; None keeps all.
+        max_to_keep: number of newest numbered files to keep; None keeps all. After the last
+            iteration, one is left, which stands in for ``model_final.pth`` if that gets damaged.
         minutes: save at the first log step this many minutes after the last save; 0 disables this.
         keep_every: save every this many iterations and keep these files; 0 disables this.
         stop: called after each step on all ranks; True saves and ends the run with ``Stopped``.
@@ -92,7 +93,8 @@ class CheckpointHook(HookBase):
         self.trainer.check_finite()
         self.trainer.check_weights()
         self.checkpointer.save(FINAL if last else checkpoint_name(iteration), iteration=iteration)
-        self.checkpointer.remove_old(self.max_to_keep, self.keep_every)
+        kept = 1 if last and self.max_to_keep is not None else self.max_to_keep
+        self.checkpointer.remove_old(kept, self.keep_every)
         self._saved_at = time.monotonic()
         if stopping and not last:
             logger.warning(

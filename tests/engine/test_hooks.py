@@ -3,9 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from region_pretrain.engine import hooks
+from region_pretrain.engine.checkpoint import RunCheckpointer
 from region_pretrain.engine.hooks import CheckpointHook, CollapseWarning
+from region_pretrain.errors import Stopped
 
 
 class Files:
@@ -48,8 +51,35 @@ def test_saves_by_iterations_and_at_the_end_after_a_check_for_nan():
         ("model_final", 9),
     ]
     assert checked == [3, 5, 7, 9]
-    assert files.removed == [(2, 6)] * 4
+    assert files.removed == [(2, 6)] * 3 + [(1, 6)]
     assert files.restored == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"max_to_keep": 3}, ["0000007", "final"]),
+        ({"max_to_keep": 3, "keep_every": 4}, ["0000003", "0000007", "final"]),
+        ({"max_to_keep": None}, ["0000001", "0000003", "0000005", "0000007", "final"]),
+    ],
+)
+def test_a_finished_run_keeps_one_checkpoint_before_the_final_one(tmp_path, settings, kept):
+    files = RunCheckpointer(nn.Linear(2, 2), str(tmp_path), run={"max_iter": 10})
+    run(CheckpointHook(files, period=2, **settings), 10)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [f"model_{n}.pth" for n in kept]
+    # It stands in for a damaged final one.
+    (tmp_path / "model_final.pth").write_bytes(b"")
+    again = RunCheckpointer(nn.Linear(2, 2), str(tmp_path), run={"max_iter": 10})
+    assert again.resume() == 8
+
+
+def test_a_stopped_run_keeps_all_that_it_may(tmp_path):
+    files = RunCheckpointer(nn.Linear(2, 2), str(tmp_path), run={"max_iter": 10})
+    steps = iter(range(10))
+    hook = CheckpointHook(files, period=2, max_to_keep=3, stop=lambda: next(steps) == 8)
+    with pytest.raises(Stopped):
+        run(hook, 10)
+    assert [i for i, _ in files.numbered()] == [5, 7, 8]
 
 
 def test_saves_by_the_clock_at_log_steps(monkeypatch):

@@ -112,7 +112,6 @@ def test_the_output_folder_contains_what_is_documented(tmp_path):
         "last_checkpoint",
         "log.txt",
         "metrics.json",
-        "model_0000011.pth",
         "model_0000017.pth",
         "model_final.pth",
         "progress.json",

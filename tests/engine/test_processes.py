@@ -90,12 +90,13 @@ def test_two_processes_accumulate_as_one_with_the_whole_batch(tmp_path):
 
 def test_two_processes_resume_bit_for_bit(tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    launch(train_in_process, 2, device="cpu", args=(str(whole), False))
+    train = {"checkpointer": {"period": 6, "max_to_keep": None}}
+    launch(train_in_process, 2, device="cpu", args=(str(whole), False, train))
     shutil.copytree(whole, resumed)
     for name in ("model_final.pth", "model_0000017.pth"):
         (resumed / name).unlink()
     (resumed / "last_checkpoint").write_text("model_0000011.pth")
-    launch(train_in_process, 2, device="cpu", args=(str(resumed), True))
+    launch(train_in_process, 2, device="cpu", args=(str(resumed), True, train))
     assert "Starting training from iteration 12" in (resumed / "log.txt").read_text()
     assert metrics(resumed) == metrics(whole)
     a, b = (torch.load(f / "model_final.pth", weights_only=True) for f in (whole, resumed))

@@ -53,7 +53,7 @@ def lines(folder):
 
 
 def test_a_resumed_run_drops_damaged_lines_and_repeats_the_others(tmp_path):
-    do_pretrain(make_config(tmp_path))
+    do_pretrain(make_config(tmp_path, checkpointer={"period": 6, "max_to_keep": None}))
     whole = lines(tmp_path)
     os.remove(tmp_path / "model_final.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000011.pth")
