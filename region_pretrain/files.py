@@ -29,7 +29,7 @@ def is_local(path: str) -> bool:
     return "://" not in path
 
 
-def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomic(path: str, write: Callable[[IO[bytes]], None], durable: bool = True) -> None:
     """Write a file under a temporary name, flush it to disk, then rename it.
 
     A PathManager URL is written in place.
@@ -37,6 +37,8 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
     Args:
         path: the file; an existing one is replaced.
         write: called with the open binary file.
+        durable: wait until the disk has it; otherwise a crash of the machine may leave the older
+            content, or an empty file.
 
     Raises:
         OSError: the file could not be written. The temporary file has been removed, and an existing
@@ -52,14 +54,15 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
     try:
         with open(part, "wb") as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
         os.replace(part, path)
     except BaseException:
         if os.path.exists(part):
             os.remove(part)
         raise
-    if os.name != "posix":  # Windows cannot open a folder
+    if not durable or os.name != "posix":  # Windows cannot open a folder
         return
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
@@ -68,9 +71,9 @@ def write_atomic(path: str, write: Callable[[IO[bytes]], None]) -> None:
         os.close(folder)
 
 
-def write_text_atomic(path: str, text: str) -> None:
+def write_text_atomic(path: str, text: str, durable: bool = True) -> None:
     """Write a text file as :func:`write_atomic` does."""
-    write_atomic(path, lambda f: f.write(text.encode("utf-8")))
+    write_atomic(path, lambda f: f.write(text.encode("utf-8")), durable)
 
 
 def make_writable(folder: str, key: str) -> None:

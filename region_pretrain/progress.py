@@ -33,9 +33,13 @@ class Progress:
 
 
 def write_progress(path: str, progress: Progress) -> None:
-    """Replace the file atomically: a reader sees either the old or the new content."""
+    """Replace the file atomically: a reader sees either the old or the new content.
+
+    It does not wait for the disk, as a training step would.
+    """
     names = ("done", "total", "seconds_left")
-    write_text_atomic(path, json.dumps({name: getattr(progress, name) for name in names}) + "\n")
+    text = json.dumps({name: getattr(progress, name) for name in names}) + "\n"
+    write_text_atomic(path, text, durable=False)
 
 
 def read_progress(path: str) -> Progress | None:

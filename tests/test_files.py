@@ -9,6 +9,7 @@ from region_pretrain.files import (
     write_atomic,
     write_text_atomic,
 )
+from region_pretrain.progress import Progress, read_progress, write_progress
 
 
 def test_an_older_file_is_replaced(tmp_path):
@@ -38,6 +39,20 @@ def test_the_name_appears_only_when_the_content_is_complete(tmp_path):
     seen = []
     write_atomic(str(path), lambda f: (f.write(b"x"), seen.append(path.exists())))
     assert seen == [False] and path.read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(("write", "flushes"), [(write_text_atomic, 40), (write_progress, 0)])
+def test_what_is_written_all_the_time_does_not_wait_for_the_disk(
+    tmp_path, monkeypatch, write, flushes
+):
+    path, flushed = str(tmp_path / "a.json"), []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    for i in range(1, 21):
+        write(path, Progress(i, 20) if write is write_progress else str(i))
+        assert os.listdir(tmp_path) == ["a.json"]
+    assert len(flushed) == flushes
+    if write is write_progress:
+        assert (read_progress(path).done, read_progress(path).total) == (20, 20)
 
 
 def test_parts_of_killed_writers_are_removed_and_nothing_else(tmp_path):

@@ -68,7 +68,7 @@ class ConsoleWriter(EventWriter):
 
 
 class ProgressWriter(EventWriter):
-    """Keeps ``progress.json`` up to date, at most once per second (each write flushes the disk).
+    """Keeps ``progress.json`` up to date, at most once per second.
 
     Args:
         path: the file; written at once, as an older one may be from before a resume.
