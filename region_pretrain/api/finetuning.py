@@ -23,6 +23,7 @@ from region_pretrain.api.pretraining import Weights, check_weights, set_run, wei
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys
+from region_pretrain.data.evaluators import evaluators_of
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan
 from region_pretrain.engine.labelled_data import check_labelled_data, difference_of
@@ -156,9 +157,10 @@ def _set_names(cfg: DictConfig, split: str, names: Any) -> None:
     if OmegaConf.select(cfg, key.rpartition(".")[0]) is None:
         raise UserError(f"the detector's config has no {key}, which train= and val= replace")
     OmegaConf.update(cfg, key, names, merge=False)
-    evaluator = cfg.dataloader.get("evaluator") if split == "test" else None
-    if isinstance(evaluator, DictConfig) and "dataset_name" in evaluator:
-        evaluator.dataset_name = "${..test.dataset.names}"  # in an own config, a literal name
+    for evaluator in evaluators_of(cfg) if split == "test" else ():
+        if "dataset_name" in evaluator.lazy:  # in an own config, a literal name
+            dots = "." * (1 + evaluator.key.count("."))
+            evaluator.lazy.dataset_name = f"${{{dots}test.dataset.names}}"
 
 
 def _check_classes(

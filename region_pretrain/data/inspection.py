@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from tabulate import tabulate
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.coco_json import load_coco, mend_registered
+from region_pretrain.data.evaluators import is_evaluated_by
 from region_pretrain.data.findings import Finding, Findings, box_findings
 from region_pretrain.data.masks import check_evaluated_masks
 from region_pretrain.data.other_labels import check_evaluated_keypoints
@@ -30,7 +30,6 @@ from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage, read_record
 from region_pretrain.system import cores
-from region_pretrain.yacs.build import build_evaluator, evaluator_classes
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +51,10 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
     Raises:
         UserError: a data set cannot be trained on or evaluated.
     """
-    evaluator = cfg.dataloader.get("evaluator")
-    target = evaluator.get("_target_") if isinstance(evaluator, DictConfig) else None
-    target = locate(target) if isinstance(target, str) else target
     lines: dict[str, None] = {}
     for split, name in [(split, name) for split, some in names.items() for name in some]:
-        evaluators = [target]
-        if target is build_evaluator and split == "test":
-            evaluators = evaluator_classes(name)
-        evaluated = split == "test" and COCOEvaluator in evaluators
-        if split == "test" and PascalVOCDetectionEvaluator in evaluators:
+        evaluated = split == "test" and is_evaluated_by(cfg, COCOEvaluator, name)
+        if split == "test" and is_evaluated_by(cfg, PascalVOCDetectionEvaluator, name):
             check_voc_files(name, training="train" in names)
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)

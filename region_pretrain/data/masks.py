@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from region_pretrain.data.evaluators import coco_evaluator_of
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -111,14 +112,14 @@ def check_evaluated_masks(name: str, records: Iterable[dict[str, Any]], cfg: Dic
     Raises:
         UserError: not all boxes have a mask.
     """
-    tasks = cfg.dataloader.evaluator.get("tasks")
-    if not _mask_head(cfg.model) or (tasks is not None and "segm" not in tasks):
+    key = coco_evaluator_of(cfg, name, "segm")
+    if not _mask_head(cfg.model) or key is None:
         return
     count = MaskCount.of(records, crowd=True)
     if count.without:
         raise UserError(
             f"data set {name!r}: {_lack(count)}, so mask AP cannot be computed: {_remedy(cfg)}; to "
-            "evaluate boxes only, add +dataloader.evaluator.tasks=[bbox]"
+            f"evaluate boxes only, add +{key}.tasks=[bbox]"
         )
 
 

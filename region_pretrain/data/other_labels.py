@@ -11,6 +11,7 @@ from detectron2.data.transforms import RandomFlip
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from region_pretrain.data.evaluators import coco_evaluator_of, evaluators_of
 from region_pretrain.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,16 +75,16 @@ def check_evaluated_keypoints(
         UserError: a box, or a crowd region, has another number of keypoints than the detector.
     """
     key, number = _first(cfg, _KEYPOINTS)
-    tasks = cfg.dataloader.evaluator.get("tasks")
+    evaluator = coco_evaluator_of(cfg, name, "keypoints")
     learned = OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint")
-    if not (key and learned) or (tasks is not None and "keypoints" not in tasks):
+    if not (key and learned and evaluator):
         return
     try:
         _check_keypoints(records, _shown(key), number, crowd=True)
     except UserError as error:
         raise UserError(
             f"data set {name!r}, keypoint AP: {error}; to evaluate boxes only, add "
-            "+dataloader.evaluator.tasks=[bbox]"
+            f"+{evaluator}.tasks=[bbox]"
         ) from None
 
 
@@ -105,18 +106,16 @@ def check_other_heads(cfg: DictConfig, names: Sequence[str]) -> None:
             f"{_shown(key)}={len(classes)}"
         )
     key, number = _first(cfg, _KEYPOINTS)
-    evaluator = cfg.dataloader.get("evaluator")
     learned = OmegaConf.select(cfg, "dataloader.train.mapper.use_keypoint")
-    if not (key and learned and isinstance(evaluator, DictConfig)):
-        return
-    sigmas_key, sigmas = _first(evaluator, _SIGMAS)
-    if sigmas_key and (len(sigmas) or _OF_PERSONS) != number:
-        of_yacs = "model.cfg" in key
-        shown = "TEST.KEYPOINT_OKS_SIGMAS" if of_yacs else f"dataloader.evaluator.{sigmas_key}"
-        raise UserError(
-            f"the detector predicts {number} keypoints, but {shown} gives OKS sigmas for "
-            f"{len(sigmas) or f'the {_OF_PERSONS} of a person'}: list one for each"
-        )
+    for evaluator in evaluators_of(cfg) if key and learned else ():
+        sigmas_key, sigmas = _first(evaluator.lazy, _SIGMAS)
+        if sigmas_key and (len(sigmas) or _OF_PERSONS) != number:
+            of_yacs = "model.cfg" in key
+            shown = "TEST.KEYPOINT_OKS_SIGMAS" if of_yacs else f"{evaluator.key}.{sigmas_key}"
+            raise UserError(
+                f"the detector predicts {number} keypoints, but {shown} gives OKS sigmas for "
+                f"{len(sigmas) or f'the {_OF_PERSONS} of a person'}: list one for each"
+            )
 
 
 def _stuff_key(cfg: DictConfig) -> str | None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from region_pretrain.config import NUM_CLASSES, class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
+from region_pretrain.data.evaluators import evaluators_of
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.data.other_labels import check_other_heads
@@ -25,7 +26,7 @@ from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError, first_few
 from region_pretrain.modeling.detector import check_input_format
 from region_pretrain.overrides import dotted_keys
-from region_pretrain.yacs.build import build_evaluator, check_packages, evaluator_classes
+from region_pretrain.yacs.build import check_packages
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     register_named(cfg)
     splits = ("train", "test") if training else ("test",)
     names = {split: _dataset_names(cfg, split) for split in splits}
-    _check_evaluators(cfg.dataloader.get("evaluator"), names["test"])
+    _check_evaluators(cfg, names["test"])
     check_other_heads(cfg, names[splits[0]])
     with missing_files_are_user_errors():
         # Before Detectron2 loads what may need fixing.
@@ -153,17 +154,12 @@ def compare_with_checkpoint(report: TransferReport, classes: Classes, training: 
         )
 
 
-def _check_evaluators(lazy: DictConfig | ListConfig | None, names: Sequence[str]) -> None:
+def _check_evaluators(cfg: DictConfig, names: Sequence[str]) -> None:
     """Find missing packages now, not after the training, and too many machines."""
-    for one in lazy if isinstance(lazy, ListConfig) else [lazy]:
-        target = one.get("_target_") if isinstance(one, DictConfig) else None
-        target = locate(target) if isinstance(target, str) else target
+    for evaluator in evaluators_of(cfg):
         for name in names:
-            kinds = evaluator_classes(name) if target is build_evaluator else [target]
-            check_packages(name, kinds)
-            if any(
-                isinstance(kind, type) and issubclass(kind, CityscapesEvaluator) for kind in kinds
-            ):
+            check_packages(name, evaluator.classes(name))
+            if evaluator.is_a(CityscapesEvaluator, name):
                 if comm.get_local_size() != comm.get_world_size():
                     raise UserError(
                         f"{name}: Detectron2's evaluation of Cityscapes needs all processes on one "

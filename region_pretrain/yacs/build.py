@@ -174,13 +174,14 @@ def check_packages(dataset_name: str, evaluators: Iterable[Any]) -> None:
 
     Args:
         dataset_name: the data set that they evaluate.
-        evaluators: classes; others than Detectron2's are ignored.
+        evaluators: classes; those that are not derived from Detectron2's are ignored.
 
     Raises:
         UserError: a package is missing.
     """
     for kind in evaluators:
-        package = _PACKAGES.get(kind)
+        bases = kind.__mro__ if isinstance(kind, type) else ()
+        package = next((_PACKAGES[base] for base in bases if base in _PACKAGES), None)
         if package and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{dataset_name} is evaluated by {kind.__name__}, which needs the package "

@@ -168,9 +168,12 @@ def test_a_pre_training_is_not_evaluated(region_folder, tmp_path):
         rp.evaluate(run, region_folder.images)
 
 
-def test_an_evaluator_with_a_name_of_its_own_follows_val(data, coco_folder, tmp_path):
+@pytest.mark.parametrize("several", [False, True])
+def test_an_evaluator_with_a_name_of_its_own_follows_val(data, tmp_path, several):
     cfg = narrow_config()
     cfg.dataloader.evaluator.dataset_name = "my_val"
+    if several:
+        cfg.dataloader.evaluator = [cfg.dataloader.evaluator]
     DatasetCatalog.register("my_val", lambda: [])
     try:
         run = finetuned(None, data, tmp_path / "a", detector=cfg)
