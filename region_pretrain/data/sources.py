@@ -33,6 +33,8 @@ from region_pretrain.errors import UserError
 
 Records = list[dict[str, Any]]
 
+_EVALUATOR_TYPES = {"coco": "coco", "voc": "pascal_voc"}
+
 
 def register_named(cfg: DictConfig) -> None:
     """Register every data set that a config names, in this process.
@@ -54,8 +56,9 @@ def register_named(cfg: DictConfig) -> None:
 def register(name: str) -> None:
     """Register a data set under its name by path, unless it is registered; see :func:`parse`.
 
-    Other names are ignored. The metadata of ``coco://`` and ``voc://`` is set when their records
-    are first loaded; their files are read once per process.
+    Other names are ignored. The metadata of ``coco://`` and ``voc://``, except for the type of
+    their evaluator, is set when their records are first loaded; their files are read once per
+    process.
 
     Raises:
         UserError: the name is invalid.
@@ -68,6 +71,7 @@ def register(name: str) -> None:
         MetadataCatalog.get(name).set(image_root=source.path)
     else:
         DatasetCatalog.register(name, lambda: _load_labelled(name))
+        MetadataCatalog.get(name).set(evaluator_type=_EVALUATOR_TYPES[source.scheme])
 
 
 def read_like(source: Source, records: Records) -> Records:
@@ -120,7 +124,7 @@ def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
     return data.records, {
         "json_file": data.json_file,
         "image_root": source.images,
-        "evaluator_type": "coco",
+        "evaluator_type": _EVALUATOR_TYPES["coco"],
         "thing_classes": data.classes,
         "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(data.category_ids)},
         **data.keypoints,
@@ -147,7 +151,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         "image_root": os.path.join(root, "JPEGImages"),
         # PascalVOCDetectionEvaluator uses the 11-point metric for 2007.
         "year": 2007 if "2007" in os.path.basename(os.path.abspath(root)) else 2012,
-        "evaluator_type": "pascal_voc",
+        "evaluator_type": _EVALUATOR_TYPES["voc"],
         "thing_classes": classes,
         "json_file": _voc_as_coco(records, classes),
     }

@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, read_saved
+from region_pretrain.dataset_names import is_path_name
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError, first_few
 from region_pretrain.sweeps.configs import load
@@ -118,7 +119,7 @@ def _files(run: Run) -> set[str]:
         elif isinstance(value, str):
             path = value.removeprefix("coco://").partition("?")[0]  # ?images=DIR or ?part=NAME
             path = os.path.expanduser(unquote(path) if path != value else path)
-            if value in MetadataCatalog:
+            if value in MetadataCatalog and not is_path_name(value):
                 path = MetadataCatalog.get(value).get("json_file") or ""
             if os.path.isfile(path):
                 found.add(path)

@@ -18,11 +18,12 @@ from detectron2.evaluation import (
 from detectron2.structures import Boxes, BoxMode, Instances
 from voc_files import make_voc
 
-from region_pretrain.config import get_config
+from region_pretrain.config import get_config, load_config
 from region_pretrain.data import sources
 from region_pretrain.data.evaluators import coco_evaluator_of, evaluators_of
 from region_pretrain.data.inspection import prepare_labels
 from region_pretrain.data.other_labels import check_other_heads
+from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.errors import UserError
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.yacs.build import build_evaluator, check_packages
@@ -117,6 +118,28 @@ def test_every_voc_evaluator_has_its_files_checked(tmp_path, kind, given):
     cfg.dataloader.evaluator = given(L(kind)(dataset_name=name))
     with pytest.raises(UserError, match=r"val\.txt: line 2 is empty"):
         prepare_labels(cfg, {"test": [name]})
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("ImageSets/Main/val.txt", "000001\n", "\n000001\n", r"val\.txt: line 2 is empty"),
+        (
+            "Annotations/000001.xml",
+            "<difficult>0</difficult>",
+            "",
+            r"000001\.xml cannot be evaluated with VOC's metric",
+        ),
+    ],
+)
+def test_the_voc_files_of_a_yacs_config_are_checked(tmp_path, file, old, new, message):
+    root = make_voc(tmp_path / "mine", ["weed", "crop"], {"val": [0, 1], "train": [2, 3]})
+    (root / file).write_text((root / file).read_text().replace(old, new))
+    sets = [f"DATASETS.{s.upper()}=('voc://{root}?split={s}',)" for s in ("train", "val")]
+    sets[1] = sets[1].replace("VAL", "TEST")
+    cfg = load_config("PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml", sets)
+    with pytest.raises(UserError, match=message):
+        check_labelled_data(cfg, training=True)
 
 
 def test_masks_are_needed_if_one_of_the_evaluators_needs_them(registered):
