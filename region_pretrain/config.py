@@ -131,7 +131,7 @@ def override_config(
     - Other training data than the config's: the number of classes is that of the data, see
       :data:`NUM_CLASSES`, unless it is overridden as well.
     - ``train.epochs`` is the length, also of a config that has ``train.max_iter``, unless that is
-      overridden as well.
+      overridden as well, with a warning.
     - Paths in the names of data sets become absolute, so that the config has the same meaning in
       other processes and folders.
     - The files in ``train.register`` are executed.
@@ -156,8 +156,13 @@ def override_config(
         is_data = key == "DATASETS.TRAIN"
         changed.add("dataloader.train.dataset.names" if is_data else f"model.cfg.{key}")
     _follow_new_data(cfg, changed)
-    if "train.epochs" in changed and changed.isdisjoint(_MAX_ITER) and cfg.train.epochs is not None:
-        cfg.train.max_iter = None
+    if "train.epochs" in changed and cfg.train.epochs is not None:
+        if changed.isdisjoint(_MAX_ITER):
+            cfg.train.max_iter = None
+        elif cfg.train.max_iter is not None:  # such as the images_seen of a sweep
+            key = next(key for key in _MAX_ITER if key in changed).rpartition(".cfg.")[2]
+            text = "%s=%s is the length of the run, not train.epochs=%s, which is set as well"
+            logger.warning(f"{text}: remove one of them", key, cfg.train.max_iter, cfg.train.epochs)
     make_names_absolute(cfg)
     complete_register(cfg, path)
     return cfg

@@ -78,6 +78,27 @@ def test_the_length_is_the_one_that_was_overridden(tmp_path):
     assert resolve_max_iter(cfg.train, 500 // 16) == 620
 
 
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "SOLVER.MAX_ITER"),
+        ("configs/detection/mask_rcnn_r50_fpn_4conv1fc.py", "train.max_iter"),
+    ],
+)
+def test_two_lengths_among_the_overrides_are_pointed_out(path, key, caplog):
+    """A sweep may rely on it: its images_seen, and the epochs of which the warm-up is a part."""
+    cfg = load_config(path, ["train.epochs=0.25", f"{key}=100"])
+    assert (cfg.train.max_iter, cfg.train.epochs) == (100, 0.25)
+    assert caplog.messages == [
+        f"{key}=100 is the length of the run, not train.epochs=0.25, which is set as well: remove "
+        "one of them"
+    ]
+    caplog.clear()
+    load_config(path, ["train.epochs=null", f"{key}=100"])
+    cfg = load_config(path, ["train.epochs=2", f"{key}=100", "train.max_iter=null"])
+    assert cfg.train.max_iter is None and caplog.messages == []
+
+
 def test_a_file_with_two_lengths_is_pointed_out(tmp_path, caplog):
     """One of them is probably that of the config it begins with."""
     path = tmp_path / "mine.py"
