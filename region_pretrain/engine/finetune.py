@@ -50,7 +50,7 @@ from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import NonFiniteLoss, UserError
-from region_pretrain.files import make_writable, write_text_atomic
+from region_pretrain.files import is_local, make_writable, write_text_atomic
 from region_pretrain.metrics import DIVERGED, Results
 from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.modeling.norms import broadcast_statistics
@@ -298,4 +298,4 @@ def without_nan(results: Results) -> Results:
 def _write_results(path: str, results: Results) -> None:
     if results:
         write_text_atomic(path, json.dumps(without_nan(results), indent=2) + "\n")
-        logger.info("results: %s", path)
+        logger.info("results: %s", os.path.abspath(path) if is_local(path) else path)

@@ -44,7 +44,9 @@ def run(*args, cwd):
     return done.stdout
 
 
-def test_a_mask_rcnn_is_trained_saved_and_evaluated_by_path(coco_folder, tmp_path, monkeypatch):
+def test_a_mask_rcnn_is_trained_saved_and_evaluated_by_path(
+    coco_folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(coco_folder)
     name = "coco://ann.json?images=images"
     names = [f"dataloader.{split}.dataset.names={name}" for split in ("train", "test")]
@@ -70,6 +72,7 @@ def test_a_mask_rcnn_is_trained_saved_and_evaluated_by_path(coco_folder, tmp_pat
     overrides = [f"train.init_checkpoint={final}", "train.output_dir=eval"]
     cfg = load_config("run/config.yaml", overrides)
     np.testing.assert_equal(do_evaluate(cfg)["bbox"], trained)  # NaN: no large boxes
+    assert f"results: {tmp_path}/eval/results_eval.json\n" in capsys.readouterr().out
     resumed = do_train(load_config("run/config.yaml"), resume=True)  # the config is equal
     np.testing.assert_equal(resumed["bbox"], trained)
 
