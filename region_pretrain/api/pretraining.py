@@ -33,6 +33,7 @@ from region_pretrain.config import (
     override_config,
     to_yaml,
 )
+from region_pretrain.convert.reading import checkpoint_of
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import is_recipe, load_method
@@ -262,8 +263,7 @@ def weights_of(init: Weights) -> str:
         return init.checkpoint
     if not isinstance(init, str | os.PathLike):
         raise UserError(f"init={init!r}: must be a finished run, or the path or name of weights")
-    path = os.path.expanduser(os.fspath(init))
-    return os.path.join(path, "model_final.pth") if os.path.isdir(path) else path
+    return checkpoint_of(os.path.expanduser(os.fspath(init)))
 
 
 def check_weights(path: str) -> None:

@@ -19,6 +19,7 @@ from region_pretrain.convert.digest import DIGEST, digest_of
 from region_pretrain.convert.heads import background_first, swap_anchor_axes
 from region_pretrain.convert.layout import is_bottleneck, numbered, rows, trunk_kind
 from region_pretrain.convert.names import common_name, timm_name
+from region_pretrain.convert.reading import checkpoint_of
 from region_pretrain.convert.recognise import Weights, read_weights
 from region_pretrain.convert.timm_target import check_plain_resnet, own_lines
 from region_pretrain.convert.trunk_names import RESNET, SWIN_TIMM, VIT, Rule, translate
@@ -114,10 +115,8 @@ class _Exported(NamedTuple):
 
 
 def _file_of(checkpoint: str) -> str:
-    if not os.path.isdir(checkpoint):
-        return checkpoint
-    path = os.path.join(checkpoint, "model_final.pth")
-    if not os.path.isfile(path):
+    path = checkpoint_of(checkpoint)
+    if path != checkpoint and not os.path.isfile(path):
         raise UserError(
             f"{checkpoint} has no model_final.pth: name one of its checkpoints, or finish the run"
         )

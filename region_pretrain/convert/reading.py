@@ -146,6 +146,11 @@ def _load(file: Any, **options: Any) -> Any:
 _PICKLE = SimpleNamespace(Unpickler=_Unpickler, load=_load, __name__="pickle")
 
 
+def checkpoint_of(path: str) -> str:
+    """The ``model_final.pth`` of a run's folder, whether there is one or not; other paths as is."""
+    return os.path.join(path, "model_final.pth") if os.path.isdir(path) else path
+
+
 def read_checkpoint(path: str) -> Any:
     """Read a checkpoint: PyTorch's formats, safetensors, or a pickle of arrays.
 
@@ -154,7 +159,7 @@ def read_checkpoint(path: str) -> Any:
     :mod:`region_pretrain.convert.export` wrote. Other formats have none.
 
     Args:
-        path: file or URL that ``PathManager`` opens.
+        path: file or URL that ``PathManager`` opens, or the output folder of a run.
 
     Returns:
         The content, in which arrays have become tensors. Objects that are not needed are replaced
@@ -166,17 +171,14 @@ def read_checkpoint(path: str) -> Any:
     """
     if not path:
         raise UserError("no checkpoint to load: the path is empty (train.init_checkpoint)")
+    path, given = checkpoint_of(path), path
     try:
         local = PathManager.get_local_path(path)
         with open(local, "rb") as file:
             head = file.read(16)
     except FileNotFoundError as error:
-        raise UserError(f"cannot read the checkpoint {path}: no such file") from error
-    except IsADirectoryError as error:
-        raise UserError(
-            f"cannot read the checkpoint {path}: it is a folder; name a file in it, e.g. "
-            f"{os.path.join(path, 'model_final.pth')}"
-        ) from error
+        hint = "" if path == given else ": name one of its checkpoints, or finish the run"
+        raise UserError(f"cannot read the checkpoint {path}: no such file{hint}") from error
     except (OSError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read the checkpoint {path}: {reason}") from error

@@ -23,7 +23,7 @@ from region_pretrain.convert.names import (
     timm_name,
     with_levels,
 )
-from region_pretrain.convert.reading import read_checkpoint
+from region_pretrain.convert.reading import checkpoint_of, read_checkpoint
 from region_pretrain.convert.trunk_names import translate
 from region_pretrain.errors import UserError, describe
 
@@ -122,9 +122,10 @@ def read_weights(path: str) -> Weights:
     """Read a checkpoint of any known origin.
 
     Args:
-        path: file or URL. ``?as=LIBRARY`` overrides what is recognised (``detectron2``,
-            ``torchvision``, ``timm``, ``mmdet``, ``facebook``, ``release``, ``swin``),
-            ``?part=NAME`` selects an entry of the file or a prefix of the names, e.g. ``student``.
+        path: file, URL, or a run's output folder. ``?as=LIBRARY`` overrides what is recognised
+            (``detectron2``, ``torchvision``, ``timm``, ``mmdet``, ``facebook``, ``release``,
+            ``swin``), ``?part=NAME`` selects an entry of the file or a prefix of the names, e.g.
+            ``student``.
 
     Raises:
         UserError: see :func:`~region_pretrain.convert.reading.read_checkpoint`; an unknown option;
@@ -132,6 +133,7 @@ def read_weights(path: str) -> Weights:
     """
     file, options = _split(path)
     content = read_checkpoint(file)
+    file = checkpoint_of(file)
     try:
         return _weights(file, content, options)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 
 from region_pretrain.config import changed_keys, read_saved
+from region_pretrain.convert.reading import checkpoint_of
 from region_pretrain.dataset_names import is_path_name
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError, first_few
@@ -108,7 +109,8 @@ def _files(run: Run) -> set[str]:
         return set()
     config, overrides = _config(run)
     cfg = OmegaConf.to_container(load(config, overrides))
-    todo = [cfg["dataloader"], cfg["model"], cfg["train"].get("init_checkpoint")]
+    weights = checkpoint_of(cfg["train"].get("init_checkpoint") or "")
+    todo = [cfg["dataloader"], cfg["model"], weights]
     if run.kind == REGIONS:
         todo = [cfg["dataloader"]["train"]["dataset"]["names"]]
     found = set()

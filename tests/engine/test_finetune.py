@@ -234,14 +234,15 @@ def test_micro_batches_of_lists(tmp_path):
     assert losses[3] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_pretrained_weights_arrive(tmp_path):
+@pytest.mark.parametrize("name", ["pre/model_final.pth", "pre", "pre?as=detectron2"])
+def test_pretrained_weights_arrive(tmp_path, name):
     do_pretrain(make_config(tmp_path / "pre", max_iter=1))
     state = torch.load(tmp_path / "pre" / "model_final.pth", weights_only=True)["model"]
 
     cfg = make_detection_config(
         tmp_path / "fine",
         max_iter=1,
-        init_checkpoint=str(tmp_path / "pre" / "model_final.pth"),
+        init_checkpoint=str(tmp_path / name),
         precise_bn={"enabled": False, "num_iter": 0},
     )
     cfg.optimizer.lr = 0.0

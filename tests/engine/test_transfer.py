@@ -238,7 +238,11 @@ def test_files_that_are_not_checkpoints(tmp_path, checkpoint):
     half.write_bytes(data[: len(data) // 2])
     assert "cannot read the checkpoint" in message(half) and "half.pth" in message(half)
 
-    assert message(tmp_path).endswith(f"name a file in it, e.g. {tmp_path}/model_final.pth")
+    (tmp_path / "run").mkdir()
+    assert message(tmp_path / "run") == (
+        f"cannot read the checkpoint {tmp_path}/run/model_final.pth: no such file: name one of its "
+        "checkpoints, or finish the run"
+    )
     picture = tmp_path / "picture.pth"
     picture.write_bytes(b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(range(256)) * 8)
     assert "cannot read the checkpoint" in message(picture)
