@@ -29,6 +29,7 @@ _DERIVED = re.compile(
 #: What Detectron2's own files have beside a stem: MSRA's bias before a norm that was folded, and
 #: the classifier, which its scripts that convert weights put there.
 _BESIDE_STEM = re.compile(r"stem\.(conv1\.bias|fc\.(weight|bias))")
+_RESNET = re.compile(r"stem\.(?!fc\.)|res\d\.")
 #: Parameters that detectors add to a trunk, where they start at the identity.
 _ADDED = re.compile(
     r"attn\.rel_pos_[hw]$|^backbone\.(bottom_up\.)?norm\d\.|\.conv2_offset\.(weight|bias)$"
@@ -258,6 +259,12 @@ def _count(
 
 def _check(report: TransferReport, weights: Weights, faults: list[str], partial: bool) -> None:
     wrong = [m for m in report.mismatched if not any(layer in m[0] for layer in CLASS_LAYERS)]
+    if channels := _other_width(report, weights, wrong):
+        raise UserError(
+            f"{report.path}, read as {report.source}, is the detector's network with another "
+            f"width: {channels[0]} channels after the stem instead of {channels[1]}. Use a "
+            "detector with a trunk of the file's width, or the file of a trunk of this width"
+        )
     if wrong:
         shown = "; ".join(
             f"{k}: {theirs} in the file, {ours} here" for k, theirs, ours in wrong[:3]
@@ -280,6 +287,22 @@ def _check(report: TransferReport, weights: Weights, faults: list[str], partial:
     if faults:
         raise UserError(f"{report.path} does not fit the detector: {'; '.join(faults)}")
     _check_groups(report, weights, partial)
+
+
+def _other_width(
+    report: TransferReport, weights: Weights, wrong: list[tuple[str, tuple, tuple]]
+) -> tuple[int, int] | None:
+    """Channels of the stem, in the file and here, if a library's ResNet differs only in widths."""
+    stem = [both for name, *both in wrong if common_name(name) == "stem.conv1.weight"]
+    if not stem or report.source.startswith("a Detectron2 model"):
+        return None
+    left = set(report.unexpected)
+    extra = [k for k, name in weights.names.items() if name in left and _RESNET.match(k)]
+    lacks = [name for name in report.missing if is_trunk(name)]
+    kernels = [(theirs[2:], ours[2:]) for _, theirs, ours in wrong]
+    if extra or lacks or any(theirs != ours for theirs, ours in kernels):
+        return None
+    return stem[0][0][0], stem[0][1][0]
 
 
 def _check_groups(report: TransferReport, weights: Weights, partial: bool) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from detectron2.config import LazyConfig, instantiate
 from narrow_detector import PRETRAINED, build, detector_config, save, state
 from torch import nn
 
+from region_pretrain.config import get_config
 from region_pretrain.engine.transfer import load_pretrained, module_of
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import PretrainingModel
@@ -112,6 +114,18 @@ def test_another_architecture_is_an_error(tmp_path, checkpoint):
     assert "backbone.fpn_lateral2.weight: (16, 8, 1, 1) in the file, (24, 8, 1, 1) here" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(("depth", "title"), [(18, "a ResNet"), (34, None), (50, None)])
+def test_the_same_network_of_another_width_is_called_so(tmp_path, depth, title):
+    """The trunk of the Shapes configs is narrower than torchvision's and timm's."""
+    model = instantiate(get_config("detection/mask_rcnn_r18_fpn_shapes.py").model)
+    path = save(tmp_path, getattr(torchvision.models, f"resnet{depth}")().state_dict())
+    with pytest.raises(UserError) as error:
+        load_pretrained(model, path)
+    text = "is the detector's network with another width: 64 channels after the stem instead of 24"
+    assert (f"{path}, read as {title}, {text}" in str(error.value)) == (title is not None)
+    assert ("Pre-train with this detector's config" in str(error.value)) == (title is None)
 
 
 def test_another_number_of_classes_is_a_warning(tmp_path, caplog):
