@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
 import os
 import statistics
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.coco_json import load_coco, mend_registered
+from region_pretrain.data.common_images import resolved, same_files, same_images
 from region_pretrain.data.evaluators import is_evaluated_by
 from region_pretrain.data.findings import Finding, Findings, box_findings
 from region_pretrain.data.masks import check_evaluated_masks
@@ -52,6 +53,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
         UserError: a data set cannot be trained on or evaluated.
     """
     lines: dict[str, None] = {}
+    files: dict[str, list[str]] = {}
     for split, name in [(split, name) for split, some in names.items() for name in some]:
         evaluated = split == "test" and is_evaluated_by(cfg, COCOEvaluator, name)
         if split == "test" and is_evaluated_by(cfg, PascalVOCDetectionEvaluator, name):
@@ -68,6 +70,7 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
                     _refuse_no_boxes(name, DatasetCatalog.get(name))
                 continue
             findings, records = data.findings, data.records
+        files[name] = resolved(records)
         warn_of_few_bits(name, records)
         if split == "train" and not _has_boxes(records):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
@@ -78,6 +81,9 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             check_evaluated_keypoints(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
         lines.update(dict.fromkeys(summary(name, records, classes, findings)))
+    for one, other in itertools.product(*(names.get(split, ()) for split in ("train", "test"))):
+        if one != other and (note := same_files(one, other, files)):
+            logger.warning("%s, whose AP is that of images that are trained on", note)
     return list(lines)
 
 
@@ -310,38 +316,14 @@ def compare(a: Inspection, b: Inspection) -> tuple[list[str], list[str]]:
         Notes, and problems: images in both, and different classes.
     """
     notes, problems = [], []
-    both = f"{a.name} and {b.name}"
     if a.classes and b.classes and a.classes != b.classes:
         only = [
             f"only {x.name} has {', '.join(missing)}"
             for x, y in ((a, b), (b, a))
             if (missing := [c for c in x.classes if c not in y.classes])
         ]
+        both = f"{a.name} and {b.name}"
         problems.append(f"{both} differ in their classes: {'; '.join(only) or 'another order'}")
-    if shared := _shared_images(a.records, b.records):
-        notes.append(f"{both} have {len(shared)} images in common, e.g. {shared[0]}")
+    if note := same_images(a.name, b.name, a.records, b.records):
+        notes.append(note)
     return notes, problems
-
-
-def _shared_images(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[str]:
-    """Files of ``a`` that are also in ``b``, by path or content."""
-
-    def by_size(records: Sequence[Mapping]) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        for record in records:
-            path = os.path.realpath(record["file_name"])
-            if os.path.exists(path):
-                found.setdefault(os.path.getsize(path), []).append(path)
-        return found
-
-    def digest(path: str) -> bytes:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).digest()
-
-    sizes = by_size(b)
-    shared = []
-    for size, paths in by_size(a).items():
-        others = set(sizes.get(size, ()))
-        digests = {digest(path) for path in others} if set(paths) - others and others else set()
-        shared += [p for p in paths if p in others or digests and digest(p) in digests]
-    return shared
