@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
