@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from result_pages import CSV, NAMES, ROOT, STEPS, table
+from result_pages import CHOSEN, CSV, NAMES, ROOT, steps_900, table
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -37,30 +37,38 @@ def test_page_of_the_benchmark(tmp_path):
 
 
 def test_readme():
-    rows = {row.init: row for row in read_csv(str(CSV))}
+    """Both tables of results: means, and differences in bold where the interval excludes 0."""
     text = (ROOT / "README.md").read_text()
-    lines = table(text, "method", "trained on")[2:]
-    means = []
-    steps = {(row.init, row.finetune, row.labels): row for row in read_csv(str(STEPS))}
-    longer = {
-        i: row.values("bbox/AP") for (i, *how), row in steps.items() if how == ["steps900", 100]
-    }
-    for line in lines:
-        label = re.sub(r"\[(.*?)\].*", r"\1", line[0])
-        row = rows[NAMES.get(label, "random")]
-        aps = row.statistics("bbox/AP")
-        assert line[3] == f"{aps['mean']:.1f} ± {aps['std']:.1f}", label
-        if label == "random weights":
-            continue
-        means.append(aps["mean"])
-        pairs = pair(row.values("bbox/AP"), rows["random"].values("bbox/AP"))
-        assert len(pairs) == 12
-        assert line[4] == f"{difference(pairs).mean:+.1f}"
-        assert line[5] == f"{min(pairs.values()):+.1f} to {max(pairs.values()):+.1f}"
-        mine = {seeds: ap for seeds, ap in longer[row.init].items() if seeds[0] in (4, 5)}
-        found = difference(pair(mine, longer["random"]))
-        assert len(mine) == 4 and line[6] == f"{found.mean:+.1f} ± {found.standard_error:.1f}"
-    assert len(lines) == 7 and means == sorted(means, reverse=True)
+    trained = table(text, "method", "trained on")[2:]
+    assert {re.sub(r"\[(.*?)\].*", r"\1", line[0]) for line in trained} == set(NAMES)
+    long = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
+    del long["full"], long["supervised"]
+    (twice,) = (r for r in read_csv(str(CHOSEN)) if r.init == "byol_twice")
+    long["byol_twice"] = twice.values("bbox/AP")
+    longer = {init: steps_900(init) for init in (*NAMES.values(), "random")}
+    names = {**NAMES, "BYOL, learning rate x 2": "byol_twice", "random weights": "random"}
+    references = ["random", "moco", "byol", "byol_twice"]
+    for steps, rows in ((300, long), (900, longer)):
+        header, _, *lines = table(text, f"fine-tuned with {steps} steps", "box AP")
+        used = references[: len(header) - 2]
+        assert {names[line[0]] for line in lines} == set(rows)
+        for label, mean, *cells in lines:
+            values = list(rows[names[label]].values())
+            assert mean == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+            for reference, cell in itertools.zip_longest(used, cells, fillvalue=""):
+                if cell:
+                    found = difference(pair(rows[names[label]], rows[reference]))
+                    shown = f"{found.mean:+.1f} ± {found.standard_error:.1f}"
+                    excluded = found.low > 0 or found.high < 0
+                    assert cell == (f"**{shown}**" if excluded else shown), (steps, label)
+        for init in ("mcl", "soco", "ccop", "point"):
+            (line,) = (line for line in lines if names[line[0]] == init)
+            assert all(line[2:]) and len(line) == len(header)
+    assert len(long["byol_twice"]) == 9 and all(len(long[i]) == 12 for i in NAMES.values())
+    assert (
+        "Four pre-trainings x three fine-tunings (BYOL with twice its learning rate: three x"
+        in text
+    )
 
 
 def test_pages_of_the_methods():

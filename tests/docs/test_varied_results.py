@@ -1,12 +1,11 @@
 """The other pages with numbers agree with their committed rows."""
 
 import csv
-import itertools
 import statistics
 from pathlib import Path
 
 import pytest
-from result_pages import CSV, NAMES, ROOT, STEPS, table
+from result_pages import CHOSEN, CSV, NAMES, ROOT, table
 from scipy.stats import spearmanr
 
 from region_pretrain.sweeps.intervals import difference, pair
@@ -14,7 +13,6 @@ from region_pretrain.sweeps.report import write_tables
 from region_pretrain.sweeps.rows import read_csv
 
 SETTINGS = ROOT / "docs/results/shapes_settings.csv"
-CHOSEN = ROOT / "docs/results/shapes_chosen.csv"
 LABELS = ROOT / "docs/results/shapes_labels.csv"
 LENGTHS = ROOT / "docs/results/shapes_lengths.csv"
 BYOL_TWICE = "BYOL, learning rate x 2"
@@ -157,113 +155,6 @@ def test_labels(tmp_path):
     assert more in text
 
 
-def test_steps_of_fine_tuning():
-    """The tables, the gains in pairs of equal seeds, and where the pages name them."""
-    rows = {(r.init, r.finetune, r.labels): r for r in read_csv(str(STEPS))}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against fine-tuning steps") : page.index("### Settings of the")]
-    names = {"random weights": "random", "MoCo v2": "moco", "BYOL": "byol", "SoCo": "soco"}
-    names |= {"CCOP": "ccop", "MCL": "mcl", "point-level region contrast": "point"}
-    regional, baselines = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol")
-    tasks = ("bbox/AP", "segm/AP")
-
-    def values(init, steps, labels, seeds, key="bbox/AP"):
-        """Of the pre-trainings with these seeds, or of random weights on their processor."""
-        processors = [{3: "EPYC"}.get(seed, "Xeon") for seed in seeds]
-        row = rows.get((init, steps, labels))
-        found = row.values(key) if row else {}
-        own = {k: v for k, v in found.items() if k[0] in (None, *seeds)}
-        return {k: v for k, v in own.items() if any(p in k[2] for p in processors)}
-
-    columns = [
-        ("steps300", 100, [3]),
-        *(("steps900", n, [s]) for n in (100, 25) for s in (3, 4, 5)),
-    ]
-    for caption, key in zip(("box AP", "mask AP"), tasks, strict=True):
-        lines = table(page, caption, "300 steps, seed 3")[2:]
-        assert [label for label, *_ in lines] == list(names)
-        for label, *cells in lines:
-            for column, cell in zip(columns, cells, strict=True):
-                found = sorted(values(names[label], *column, key).items(), key=lambda kv: kv[0][1])
-                assert cell == (", ".join(f"{v:.1f}" for _, v in found) or "–"), (label, column)
-
-    def mean(*of):
-        return statistics.fmean(values(*of).values())
-
-    def pairs(init, reference, steps, labels, seeds, key="bbox/AP"):
-        return pair(*(values(i, steps, labels, seeds, key) for i in (init, reference)))
-
-    last, found = ("steps900", 100, [4, 5]), {}
-    lines = table(page, "900 steps, seeds 4 and 5", "to random weights")[2:]
-    assert [names[label] for label, *_ in lines] == [i for i in names.values() if i != "random"]
-    for label, *cells in lines:
-        expected = []
-        for reference, key in itertools.product(baselines, tasks):
-            if reference == names[label]:
-                expected.append("–")
-                continue
-            mine = pairs(names[label], reference, *last, key)
-            d = found[names[label], reference, key] = difference(mine)
-            above = sum(value > 0 for value in mine.values())
-            assert len(mine) == 4 and (above == 4 or names[label] not in regional)
-            expected.append(f"{d.mean:+.1f} ± {d.standard_error:.1f} ({above}/4)")
-        assert cells == expected, label
-    small = {k for k, d in found.items() if d.mean < 2 * d.standard_error and k[0] in regional}
-    assert len(small) == 4 and "in 20 of the 24 comparisons" in (ROOT / "README.md").read_text()
-    assert small == {
-        ("ccop", "moco", "bbox/AP"),
-        ("soco", "byol", "bbox/AP"),
-        ("soco", "byol", "segm/AP"),
-        ("point", "byol", "segm/AP"),
-    }
-
-    page, front = " ".join(page.split()), " ".join((ROOT / "README.md").read_text().split())
-    few = " ".join((ROOT / "docs/labelled_data.md").read_text().split())
-    first, second = ("steps300", 100, [3]), ("steps900", 100, [3])
-    gains = [
-        f"{difference(pairs(i, 'random', *at)).mean:.1f}"
-        for at in (first, second)
-        for i in ("mcl", "soco")
-    ]
-    assert "fall from {} and {} to {} and {}".format(*gains) in page
-    assert f"from {mean('random', *first):.0f} to {mean('random', *second):.0f} box AP" in few
-    assert f"[from {gains[0]} to {gains[2]}]" in few
-    labels = {init: label.removesuffix(" region contrast") for label, init in names.items()}
-    order = sorted(regional, key=lambda init: -mean(init, *last))
-    text = "{}, {}, {} and {}".format(*(f"{labels[i]} {mean(i, *last):.1f}" for i in order))
-    assert text in front and text in page
-    low = [f"{mean(init, *last):.1f}" for init in baselines]
-    text = "random weights reach {} box AP, MoCo v2 {} and BYOL {}".format(*low)
-    assert text in front and text in page
-    gains = [f"{found[i, 'random', 'bbox/AP'].mean:.1f}" for i in ("moco", "byol")]
-    assert "MoCo v2 and BYOL are {} and {} box AP above random weights".format(*gains) in page
-    both = {i: [mean(i, "steps900", 100, [seed]) for seed in (4, 5)] for i in labels}
-    apart = {i: abs(a - b) for i, (a, b) in both.items()}
-    text = "of CCOP differ by {:.1f}, those of MoCo v2 by {:.1f}, of BYOL by {:.1f}"
-    assert text.format(*(apart[i] for i in ("ccop", "moco", "byol"))) in page
-    assert (
-        max(apart[i] for i in ("soco", "mcl", "point")) < 0.75 and "others by 0.7 or less" in page
-    )
-
-    def above(init):
-        """On 25 scenes, one pair per pre-training; from the first seed to the last."""
-        seeds = [(seed, pairs(init, "random", "steps900", 25, [seed])) for seed in (3, 4, 5)]
-        return [f"{value:.1f}" for _, mine in seeds for value in mine.values()]
-
-    text = "MCL is {}, {} and {} above random weights".format(*above("mcl"))
-    assert text in page and text in front
-    assert "On 25 images, with 900 steps, it was {}, {} and {}.".format(*above("mcl")) in few
-    others = [
-        "{} and {}".format(*above(init)) for init in ("ccop", "point", "soco", "moco", "byol")
-    ]
-    text = "CCOP {}, point-level region contrast {}, SoCo {}, MoCo v2 {} and BYOL {}"
-    assert text.format(*others) in page
-    soco = read_csv(str(CSV))
-    (found,) = (row.values("bbox/AP") for row in soco if row.init == "soco")
-    means = [statistics.fmean(v for k, v in found.items() if k[0] == seed) for seed in range(4)]
-    assert means[3] == min(means)
-
-
 def test_settings():
     rows = {row.init: row.values("bbox/AP") for row in read_csv(str(SETTINGS))}
     page = (ROOT / "projects/README.md").read_text()
@@ -312,14 +203,6 @@ def test_settings():
     assert f"MoCo v2 differ by {apart:.1f} with its own settings" in page
     lower = means["moco"] - means["moco_groups"]
     assert f"one better and one worse, and {lower:.1f} worse on average: that" in page
-    front = " ".join((ROOT / "README.md").read_text().split())
-    twice = chosen["byol_twice"]
-    aps, of_twice = twice.statistics("bbox/AP"), twice.values("bbox/AP")
-    above = [difference(pair(long[n].values("bbox/AP"), of_twice)) for n in ("mcl", "soco", "ccop")]
-    text = "With twice its learning rate BYOL reaches {:.1f} ± {:.1f}: {:.1f} and {:.1f} below MCL "
-    text += "and SoCo in pairs of equal seeds, {:.1f} below CCOP with an interval that includes 0"
-    assert text.format(aps["mean"], aps["std"], *(d.mean for d in above)) in front
-    assert [d.low > 0 for d in above] == [True, True, False]
     for init, values in rows.items():
         if init.startswith("ccop_"):
             assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init
