@@ -59,13 +59,18 @@ def test_steps_of_fine_tuning(tmp_path):
                     assert above == int(n)
             count = n
     ours = {at: d for at, d in found.items() if at[0] in regional}
-    assert len(ours) == 24 and all(d.mean > 2 * d.standard_error for d in ours.values())
+    small = {at: d for at, d in ours.items() if d.mean <= 2 * d.standard_error}
+    assert len(ours) == 24 and list(small) == [("point", "byol", "segm/AP")]
     clear = Counter(at[1] for at, d in ours.items() if d.low > 0)
 
     page, front = " ".join(page.split()), " ".join((ROOT / "README.md").read_text().split())
     few = " ".join((ROOT / "docs/labelled_data.md").read_text().split())
-    assert f"the other three in all {count} pairs, in box and in mask AP, and by more than" in page
-    assert f"in all {count} pairs, in box and in mask AP, by more than two standard errors" in front
+    assert f"is above the other three in all {count} pairs, in box and in mask AP." in page
+    (least,) = small.values()
+    text = "in 23 of the 24 comparisons; that of point-level region contrast to BYOL in mask AP is "
+    assert f"{text}{least.mean / least.standard_error:.2f}." in page
+    text = f"in all {count} pairs, in box and in mask AP, by more than two standard errors in 23 of"
+    assert f"{text} the 24 comparisons; the 95 % intervals exclude 0 in {clear.total()} of" in front
     text = (
         "exclude 0 in {} of the eight comparisons with random weights, {} with MoCo v2 and {} with"
     )
