@@ -26,7 +26,7 @@ _ALL, _OVER = "all", "over"
 
 
 class PortInUse(UserError):
-    """Rank 0 of a job cannot listen. The job is requeued, and its next attempt has another port."""
+    """Rank 0 cannot listen. SLURM requeues the job, and its next attempt has another port."""
 
     exit_code = KILLED
 
@@ -45,7 +45,7 @@ def meet(host: str, port: int, rank: int, world_size: int, speaks: bool = True) 
 
     Raises:
         UserError: processes are missing after half an hour; the message names them. Or rank 0
-            cannot listen (:class:`PortInUse` in a job), or two processes have the same rank.
+            cannot listen (:class:`PortInUse` on SLURM), or two processes have the same rank.
     """
     wait = _Wait(f"{host}:{port}", rank, world_size, speaks)
     store = _listen(port, world_size) if rank == 0 else _connect(host, port, world_size, wait)
@@ -115,7 +115,7 @@ def _listen(port: int, world_size: int) -> TCPStore:
         )
     except DistError as error:
         text = f"rank 0 cannot listen on port {port}: {str(error).rpartition('message: ')[2]}"
-        if "SUBMITIT_EXECUTOR" in os.environ:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             raise PortInUse(f"{text}; the job is to be started again") from None
         raise UserError(f"{text}; choose another") from None
 

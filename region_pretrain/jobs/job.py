@@ -104,7 +104,6 @@ class _Task:
         self.signalled: signal.Signals | None = None
         # submitit's debug executor does not set its folder.
         folder = os.environ.get("SUBMITIT_FOLDER", os.path.join(job.output_dir, "slurm"))
-        self._folder = folder
         self.log = JobPaths(folder, env.job_id, env.global_rank).stdout
         note = f"{env.job_id}_{restart_count()}_{env.global_rank}.json"
         self._note = os.path.join(folder, "tasks", note)
@@ -143,10 +142,7 @@ class _Task:
 
     def _run_tool(self) -> int | None:
         """Run the tool; returns its exit code, or None if it was killed for not stopping."""
-        environment = {
-            **rank_environment(self.env, self._folder),
-            **self.job.environment,
-        }
+        environment = {**rank_environment(self.env), **self.job.environment}
         child = start_child(self.job.command(), self.job.root, self.job.cwd, environment)
         deadline = None
         try:

@@ -118,8 +118,8 @@ def test_tables_of_page_and_markdown(folder):
     assert header == ["initialisation", "labels", "learning rate 0.05", "learning rate 0.1"]
     assert first == ["random weights", "100 %", "3.2", "4.6 (chosen)"]
     assert "Every pre-training sees 320 images" in page
-    # 2 label fractions x (box, mask), and the losses of two methods
-    assert page.count("data:image/png;base64,") == 2 * 2 + 2
+    # 2 label fractions x (box, mask), as curves and with all runs, and the losses of two methods
+    assert page.count("data:image/png;base64,") == 2 * 2 * 2 + 2
     assert not re.search(r'(src|href)="https?:', page)
 
 
