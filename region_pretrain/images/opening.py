@@ -43,7 +43,8 @@ def read_bytes(path: str, name: str) -> bytes:
         UnreadableImage: the file is missing, or no file that can be read.
         UserError: the file system fails; no image may be left out for that.
     """
-    for wait in (*_WAITS, None):
+    waits = iter(_WAITS)
+    while True:
         try:
             return _read(os.fspath(path), name)
         except FileNotFoundError as error:
@@ -51,11 +52,11 @@ def read_bytes(path: str, name: str) -> bytes:
         except ValueError as error:  # a null byte in the name
             raise UnreadableImage(f"{name}: cannot be read: {describe(error)}") from error
         except OSError as error:
+            wait = next(waits, None)
             if wait is None or is_of_the_file(error):
                 raise reading_error(error, name, sum(_WAITS)) from error
             logger.warning("%s: %s; trying again in %g s", name, describe(error), wait)
         time.sleep(wait)
-    raise AssertionError("unreachable")
 
 
 def is_of_the_file(error: OSError) -> bool:
