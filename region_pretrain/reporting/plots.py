@@ -33,8 +33,11 @@ def metric_curve(rows: Sequence[Mapping[str, Any]], key: str) -> Curve:
     Returns:
         Numbers of finished iterations (1 after the first), and values.
     """
+    # Detectron2 logs the final evaluation with the iteration after the last one.
+    final = 1 + max((row["iteration"] for row in rows if "total_loss" in row), default=-2)
     rows = [row for row in rows if key in row]
-    return [row["iteration"] + 1 for row in rows], [row[key] for row in rows]
+    steps = [row["iteration"] + (row["iteration"] != final) for row in rows]
+    return steps, [row[key] for row in rows]
 
 
 def colours(names: Iterable[str]) -> dict[str, Colour]:

@@ -174,7 +174,7 @@ def _ap_curves(rows: Sequence[Row]) -> list[report.Markup]:
         for key in ("bbox/AP", "segm/AP"):
             curves = {" ".join(row_name(r, columns)): r.curves[key] for r in mine}
             curves = {name: curve for name, curve in curves.items() if curve[0]}
-            if curves:
+            if any(len(steps) > 1 for steps, _ in curves.values()):
                 caption = f"{METRICS[key]}, {100 * fraction:g} % of the labels, mean over the seeds"
                 caption = f"{finetune}: {caption}" if several else caption
                 png = plot_curves(curves, "fine-tuning iteration", f"{METRICS[key]} (%)")

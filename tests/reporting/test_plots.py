@@ -52,6 +52,18 @@ def test_metrics_of_a_resumed_and_killed_run(run):
     assert metric_curve(read_metrics(run + "/"), "nothing") == ([], [])
 
 
+def test_the_final_evaluation_is_at_the_last_step():
+    """Detectron2 logs it after the loop, whose counter has gone on by one."""
+    rows = [
+        {"iteration": 99, "total_loss": 3.0, "bbox/AP": 1.0},
+        {"iteration": 199, "bbox/AP": 2.0},
+    ]
+    assert metric_curve(rows, "bbox/AP") == ([100, 200], [1.0, 2.0])
+    rows += [{"iteration": 299, "total_loss": 2.0}, {"iteration": 300, "bbox/AP": 3.0}]
+    assert metric_curve(rows, "bbox/AP") == ([100, 200, 300], [1.0, 2.0, 3.0])
+    assert metric_curve(rows, "total_loss") == ([100, 300], [3.0, 2.0])
+
+
 def test_a_run_without_metrics_is_an_error(tmp_path):
     with pytest.raises(UserError, match="there is no .*/metrics.json"):
         read_metrics(str(tmp_path))

@@ -280,6 +280,14 @@ def test_costs_and_curves_are_those_of_finished_runs(folder):
     assert row.curves["bbox/AP"] == ([5, 10], [first / 2, first])
 
 
+def test_single_evaluations_are_no_curves(folder):
+    rows = collect(state.read_sweep(str(folder.root)))
+    assert len(report._ap_curves(rows)) == 2  # label fractions
+    for row in rows:
+        row.curves = {key: (x[-1:], y[-1:]) for key, (x, y) in row.curves.items()}
+    assert report._ap_curves(rows) == []
+
+
 def test_means_of_curves_and_minutes_of_steps():
     points, values = mean_curve([([5, 10], [1.0, 4.0]), ([5, 10, 15], [3.0, 8.0, 1.0])])
     assert (points, values) == ([5, 10], [2.0, 6.0])
