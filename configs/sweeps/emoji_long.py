@@ -19,22 +19,19 @@ from .shapes_long import LONG
 
 _SUPERVISED = LONG["methods"]["supervised"]
 
-sweep = benchmark(
-    **{
-        **LONG,
-        "title": "Emoji benchmark, long",
-        "data": "emoji",
-        "level": "easy",
-        "methods": {
-            **LONG["methods"],
-            "supervised": {**_SUPERVISED, "overrides": ["model.classifier.out_features=24"]},
-        },
-        "finetune_overrides": [
-            *LONG["finetune_overrides"],
-            "model.roi_heads.num_classes=24",
-        ],
-    }
-)
+EMOJI = {
+    **LONG,
+    "title": "Emoji benchmark, long",
+    "data": "emoji",
+    "level": "easy",
+    "methods": {
+        **LONG["methods"],
+        "supervised": {**_SUPERVISED, "overrides": ["model.classifier.out_features=24"]},
+    },
+    "finetune_overrides": [*LONG["finetune_overrides"], "model.roi_heads.num_classes=24"],
+}
+
+sweep = benchmark(**EMOJI)
 sweep["baselines"]["full"] = dict(
     label="full supervision (boxes and masks of all scenes)",
     init_checkpoint="output/emoji_long_full_supervision/model_final.pth",

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -68,6 +69,7 @@ def config(run):
 
 #: The detector of the ceiling is trained before shapes_long.py, and does not exist here.
 NO_CEILING = "sweep.baselines.full=null"
+ONE_RATE = "sweep.finetune.detector.learning_rates=[0.1]"
 
 
 @functools.cache
@@ -145,28 +147,31 @@ def test_the_ablation_shares_its_full_method_with_the_benchmark(tmp_path):
 def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     def load(name):
         # One learning rate: the runs that choose it are parents of the fine-tunings.
-        rate = "sweep.finetune.detector.learning_rates=[0.1]"
-        sweep, plan = planned(name, *([rate, NO_CEILING] if name == "shapes_long" else []))
+        sweep, plan = planned(name, *([ONE_RATE, NO_CEILING] if name == "shapes_long" else []))
         wanted = [e for e in plan.entries if e["kind"] == FINETUNE and e["seed"] == 1]
         return sweep, {(e["init"], e["finetune"]): plan.runs[e["run"]] for e in wanted}
 
     long, whole = load("shapes_long")
-    labels, by_count = load("shapes_labels")
+    labels, by_count = planned("shapes_labels")
     lengths, by_length = load("shapes_lengths")
     assert long.output_dir == labels.output_dir == lengths.output_dir
     assert long.name == labels.name == lengths.name
 
-    counts = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
-    assert set(by_count) == {
-        (init, f"labels{n}") for init in ("random", "soco", "mcl") for n in counts
-    }
-    for (init, name), run in by_count.items():
-        cfg, n = config(run), int(name.removeprefix("labels"))
+    found = set()
+    for entry in by_count.entries:
+        if entry["kind"] != FINETUNE:
+            continue
+        run, part, seed = by_count.runs[entry["run"]], entry["label_fraction"], entry["seed"]
+        cfg = config(run)
         data = cfg.dataloader.train.dataset
-        assert data.get("fraction", 1) * data.names.size == n and data.get("seed", 1) == 1
-        assert cfg.train.max_iter == counts[n]
-        assert cfg.lr_multiplier.max_iter == counts[n] and cfg.optimizer.lr == 0.1
-        assert set(run.parents) <= set(whole[init, "detector"].parents)
+        assert data.names.size == 1000 and data.get("fraction", 1) == part
+        assert data.get("seed", seed) == cfg.train.seed == seed
+        assert cfg.train.max_iter == cfg.lr_multiplier.max_iter == 900 and cfg.optimizer.lr == 0.1
+        pretrained = whole[entry["init"], "detector"].parents
+        assert set(run.parents) == set(pretrained)
+        found.add((entry["init"], part, seed))
+    fractions = [n / 1000 for n in (25, 50, 100, 200, 400, 1000)]
+    assert found == set(itertools.product(("random", "soco", "ccop", "mcl"), fractions, (0, 1)))
 
     methods = METHODS - {"supervised"}
     assert {init for init, _ in by_length} == {"random"} | {
@@ -178,6 +183,27 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
     seen = {entry.images_seen for entry in lengths.pretrain.values()}
     assert seen == {None, 109 * 32, 434 * 32}
     assert lengths.images_seen == long.images_seen == 1736 * 32
+
+
+@pytest.mark.parametrize(("data", "steps"), [("shapes", {300, 900}), ("emoji", {900})])
+def test_longer_fine_tunings_share_the_pre_trainings_of_the_long_benchmark(data, steps):
+    sweep, plan = planned(f"{data}_steps")
+    long, whole = planned(f"{data}_long", ONE_RATE, NO_CEILING)
+    assert (sweep.output_dir, sweep.name) == (long.output_dir, long.name)
+    pretrained = {e["init"]: e["run"] for e in whole.entries if e["kind"] == PRETRAIN}
+    detector = next(e for e in whole.entries if e["kind"] == FINETUNE and e["init"] == "random")
+    reference, found = config(whole.runs[detector["run"]]), {}
+    for entry in plan.entries:
+        if entry["kind"] == PRETRAIN:
+            assert entry["run"] == pretrained.get(entry["init"], entry["run"])
+            found.setdefault(entry["init"], set())
+        elif entry["kind"] == FINETUNE:
+            cfg = config(plan.runs[entry["run"]])
+            changed = {key.partition(".")[0] for key in changed_keys(reference, cfg)}
+            assert changed <= {"train", "optimizer", "lr_multiplier"} and cfg.optimizer.lr == 0.1
+            found.setdefault(entry["init"], set()).add(cfg.train.max_iter)
+    extra = {"byol_twice"} if data == "shapes" else set()
+    assert found == dict.fromkeys(METHODS - {"supervised"} | extra | {"random"}, steps)
 
 
 def test_four_times_the_long_pre_trainings_belong_to_the_figure_of_lengths():
