@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -23,6 +24,11 @@ class UserError(Exception):
         if "\nOriginal Traceback" in message:  # raised in a worker of a PyTorch DataLoader
             message = message.strip().rpartition("\n")[2].partition(": ")[2]
         return message
+
+
+#: In the message of a worker of a loader that died. That of a worker's exception is "Caught
+#: KeyError in DataLoader worker process 0".
+DEAD_WORKER = re.compile(r"DataLoader worker (\(pid|sent no batch)")
 
 
 def describe(error: BaseException) -> str:

@@ -8,31 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 
 
-def resolved(records: Sequence[Mapping]) -> list[str]:
-    """The files of a data set, in folders without links: these are few, unlike the files."""
+def files_of(records: Sequence[Mapping]) -> list[str]:
+    """The files of records that have one, in folders without links: these are few."""
     folder = functools.cache(os.path.realpath)
-    paths = (os.path.split(record["file_name"]) for record in records)
+    paths = (os.path.split(record["file_name"]) for record in records if "file_name" in record)
     return [os.path.join(folder(path), name) for path, name in paths]
-
-
-def same_files(one: str, other: str, files: Mapping[str, Sequence[str]]) -> str:
-    """Note that files are in two data sets; "" if there are none.
-
-    Args:
-        one, other: their names.
-        files: name -> result of :func:`resolved`; data sets that are absent have no files.
-    """
-    others = set(files.get(other, ()))
-    return _note(one, other, [path for path in files.get(one, ()) if path in others])
 
 
 def same_images(one: str, other: str, records: Sequence[Mapping], others: Sequence[Mapping]) -> str:
     """Note that images are in two data sets, by path or content; "" if there are none."""
-    return _note(one, other, _shared_images(records, others))
-
-
-def _note(one: str, other: str, shared: Sequence[str]) -> str:
-    if not shared:
+    if not (shared := _shared_images(records, others)):
         return ""
     return f"{one} and {other} have {len(shared)} images in common, e.g. {shared[0]}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import statistics
 from collections import Counter
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.coco_json import load_coco, mend_registered
-from region_pretrain.data.common_images import resolved, same_files, same_images
+from region_pretrain.data.common_images import same_images
 from region_pretrain.data.evaluators import is_evaluated_by
 from region_pretrain.data.findings import Finding, Findings, box_findings
 from region_pretrain.data.masks import check_evaluated_masks
@@ -28,7 +27,7 @@ from region_pretrain.data.other_labels import check_evaluated_keypoints
 from region_pretrain.data.sources import check_voc_files, findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
 from region_pretrain.errors import UserError
-from region_pretrain.images import UnreadableImage, read_record
+from region_pretrain.images import FileSystemFailure, UnreadableImage, read_record
 from region_pretrain.system import cores
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,6 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
         UserError: a data set cannot be trained on or evaluated.
     """
     lines: dict[str, None] = {}
-    files: dict[str, list[str]] = {}
     for split, name in [(split, name) for split, some in names.items() for name in some]:
         evaluated = split == "test" and is_evaluated_by(cfg, COCOEvaluator, name)
         if split == "test" and is_evaluated_by(cfg, PascalVOCDetectionEvaluator, name):
@@ -69,7 +67,6 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
                     _refuse_no_boxes(name, DatasetCatalog.get(name))
                 continue
             findings, records = data.findings, data.records
-        files[name] = resolved(records)
         warn_of_few_bits(name, records)
         if split == "train" and not _has_boxes(records):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
@@ -80,9 +77,6 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
             check_evaluated_keypoints(name, records, cfg)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
         lines.update(dict.fromkeys(summary(name, records, classes, findings)))
-    for one, other in itertools.product(*(names.get(split, ()) for split in ("train", "test"))):
-        if one != other and (note := same_files(one, other, files)):
-            logger.warning("%s, whose AP is that of images that are trained on", note)
     return list(lines)
 
 
@@ -257,7 +251,7 @@ def _read_file(record: Mapping, decode: bool) -> _File:
         bands = header.bands - header.alpha
         if decode and (bands in (1, 3) or "bands" in record.get("reading", {})):
             read_record(record, "RGB")
-    except (UnreadableImage, OSError) as error:
+    except (UnreadableImage, FileSystemFailure, OSError) as error:
         return _File(error=" ".join(str(error).split()))
     return _File("", image.size(), header.format, header.bits, bands)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +22,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from region_pretrain.data.common_images import files_of
 from region_pretrain.data.contents import Contents, describe_record
 from region_pretrain.data.few_label import ImageSubset, write_subset
 from region_pretrain.data.masks import check_masks
@@ -156,6 +157,18 @@ def _check_test_images(records: Sequence[dict]) -> None:
         )
 
 
+def _warn_of_common_files(records: Sequence[dict], trained_on: Collection[str]) -> None:
+    files, others = files_of(records), set(trained_on)
+    if shared := [file for file in files if file in others]:
+        logger.warning(
+            "dataloader.test: the training sees %d of the %d images, e.g. %s, so their AP says "
+            "little about others",
+            len(shared),
+            len(files),
+            shared[0],
+        )
+
+
 class DetectionTrainData:
     """Endless training batches of one process.
 
@@ -170,6 +183,9 @@ class DetectionTrainData:
         aspect_ratio_grouping: put wide and tall images into different batches.
         max_unreadable: largest fraction of the images that may be unreadable, counted in each
             loader process; one is always tolerated, unless the fraction is 0.
+
+    Attributes:
+        files: the image files, see :func:`~region_pretrain.data.common_images.files_of`.
 
     Raises:
         UserError: there are no records, too many image files do not exist, or the processes cannot
@@ -198,6 +214,7 @@ class DetectionTrainData:
             )
         self.total_batch_size = total_batch_size
         self.iterations_per_epoch = len(records) // total_batch_size
+        self.files = files_of(records)
         self._num_workers = num_workers
         self._sampler = sampler or TrainingSampler(len(records), seed=seed)
         self._dataset = _MappedRecords(records, mapper, seed, tolerated)
@@ -253,13 +270,17 @@ class _RestartingData:
         return itertools.islice(iter(self._loader), stop_iter - start_iter)
 
 
-def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
+def build_test_loader(
+    cfg: DictConfig, read_images: bool = False, trained_on: Collection[str] = ()
+) -> Any:
     """Instantiate a lazy test loader; its mapper, if it has one, reads as in pre-training.
 
     Args:
         cfg: the lazy loader.
         read_images: find images that are not complete; all processes call this together. An
             evaluation cannot replace them, and would fail after the training.
+        trained_on: the training's image files (``DetectionTrainData.files``). If the test data
+            have some of them, a warning is logged.
 
     Raises:
         UserError: the images are a part of a data set, do not exist or, with ``read_images``, are
@@ -279,6 +300,7 @@ def build_test_loader(cfg: DictConfig, read_images: bool = False) -> Any:
             )
         if isinstance(parts["dataset"], list):
             check_image_files(parts["dataset"], "dataloader.test")
+            _warn_of_common_files(parts["dataset"], trained_on)
             if read_images:
                 on_main_process(lambda: _check_test_images(parts["dataset"]))
     return build_part(parts, "dataloader.test")

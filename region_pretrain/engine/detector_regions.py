@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from region_pretrain.config import to_yaml
+from region_pretrain.convert.reading import checkpoint_of
 from region_pretrain.engine.build import build_model, resolve_device
 from region_pretrain.engine.image_boxes import ImageBoxes, load_model_config
 from region_pretrain.engine.transfer import TransferReport, load_pretrained
@@ -125,6 +126,6 @@ def _digest(parts: Mapping[str, Any], weights: str) -> str:
         for name, part in parts.items()
     }
     cfg = OmegaConf.create(resolved, flags={"allow_objects": True})
-    path = os.path.expanduser(weights.partition("?")[0])
+    path = checkpoint_of(os.path.expanduser(weights.partition("?")[0]))
     digests = to_yaml(cfg) + sha256_of(PathManager.get_local_path(path))
     return hashlib.sha256(digests.encode()).hexdigest()[:16]

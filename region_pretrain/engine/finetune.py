@@ -42,7 +42,6 @@ from region_pretrain.engine.labelled_data import (
     check_labelled_data,
     compare_with_checkpoint,
     missing_files_are_user_errors,
-    warn_of_same_data,
 )
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.processes import fail_together, on_main_process
@@ -196,7 +195,6 @@ def do_train(cfg: DictConfig, resume: bool = False, *, hooks: Sequence[HookBase]
     """
     complete_train(cfg)
     classes = check_labelled_data(cfg, training=True)
-    warn_of_same_data(cfg)
     with start_run(cfg, resume):
         classes.log()
         try:
@@ -220,7 +218,7 @@ def _train(
         )
         if "test" in cfg.dataloader:
             # Finds missing and broken files now, not after the training.
-            build_test_loader(cfg.dataloader.test, read_images=True)
+            build_test_loader(cfg.dataloader.test, True, getattr(data, "files", ()))
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
         # All batch norms may be frozen.

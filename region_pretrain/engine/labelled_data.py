@@ -106,17 +106,6 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     return Classes(classes[first], names[first], followed, tuple(lines))
 
 
-def warn_of_same_data(cfg: DictConfig) -> None:
-    """Warn of a data set for both training and evaluation."""
-    train, test = (_dataset_names(cfg, split) for split in ("train", "test"))
-    if same := [name for name in test if name in train]:
-        logger.warning(
-            "%s is both dataloader.train and dataloader.test: the AP is that of images that are "
-            "trained on",
-            _shown(same),
-        )
-
-
 @contextmanager
 def missing_files_are_user_errors() -> Iterator[None]:
     """Turn an ``OSError`` into one line about the data set's folder; also a missing package."""

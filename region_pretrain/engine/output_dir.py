@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.config import changed_keys, read_saved, saved_train_defaults, to_yaml
 from region_pretrain.engine.fingerprint import HARMLESS_OF_LOADERS
-from region_pretrain.errors import UserError, first_few
+from region_pretrain.errors import DEAD_WORKER, UserError, first_few
 from region_pretrain.files import write_text_atomic
 from region_pretrain.lazy import load_plain_yaml
 from region_pretrain.modeling.given import without_numbers
@@ -244,7 +244,7 @@ def _is_not_traceback(record: logging.LogRecord) -> bool:
 def _handle_error(handle: Callable[[logging.LogRecord], None], record: logging.LogRecord) -> None:
     """Pass on the error of a loader's worker, which PyTorch's signal handler raises anywhere."""
     error = sys.exc_info()[1]
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    if isinstance(error, RuntimeError) and DEAD_WORKER.search(str(error)):
         raise error
     handle(record)
 

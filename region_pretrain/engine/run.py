@@ -58,7 +58,7 @@ from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.engine.writer_list import check_writers
-from region_pretrain.errors import ProcessKilled, UserError
+from region_pretrain.errors import DEAD_WORKER, ProcessKilled, UserError
 from region_pretrain.files import is_disk_full
 from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
@@ -67,8 +67,6 @@ from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import forget_tracked
 
 logger = logging.getLogger(__name__)
-
-_LOST_WORKER = "DataLoader worker"  # in PyTorch's messages
 
 
 @contextmanager
@@ -245,9 +243,10 @@ def run_training(
             trainer.train(start_iter, max_iter)
         stop.close()
         if evaluation is not None and evaluation.error:
-            lost = _LOST_WORKER in evaluation.error
+            error = evaluation.error
+            lost = DEAD_WORKER.search(error) and "shared memory" not in error
             raise (ProcessKilled if lost else UserError)(
-                f"the final evaluation failed: {evaluation.error}. The trained model is "
+                f"the final evaluation failed: {error}. The trained model is "
                 f"{checkpointer.last_good()}; evaluate it again with region-pretrain finetune "
                 f"--config-file {os.path.join(train.output_dir, 'config.yaml')} --eval-only "
                 f"train.init_checkpoint={checkpointer.last_good()}"
@@ -294,7 +293,7 @@ def _system_failures_explained(checkpointer: RunCheckpointer) -> Iterator[None]:
             raise UserError(
                 "the loader's workers ran out of shared memory: " + MORE_SHARED_MEMORY.format(8)
             ) from None
-        if _LOST_WORKER not in text:
+        if not DEAD_WORKER.search(text):
             raise
         raise ProcessKilled(
             f"{text.rstrip('.')}, perhaps because memory ran out: continue with --resume, if "

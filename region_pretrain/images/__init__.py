@@ -2,6 +2,7 @@
 
 from region_pretrain.images.encoded import EncodedImage, read_image, read_record, tolerated_files
 from region_pretrain.images.mapper import SamePixels
+from region_pretrain.images.opening import FileSystemFailure
 from region_pretrain.images.reading import (
     MAX_PIXELS,
     Reading,
@@ -13,6 +14,7 @@ from region_pretrain.images.reading import (
 __all__ = [
     "MAX_PIXELS",
     "EncodedImage",
+    "FileSystemFailure",
     "Reading",
     "SamePixels",
     "UnreadableImage",

@@ -30,6 +30,10 @@ _OF_THE_FILE = (
 )
 
 
+class FileSystemFailure(UserError):
+    """A disk, file server or network fails, so the file itself may be intact."""
+
+
 def read_bytes(path: str, name: str) -> bytes:
     """Read an image file or any URI that PathManager opens.
 
@@ -41,7 +45,7 @@ def read_bytes(path: str, name: str) -> bytes:
 
     Raises:
         UnreadableImage: the file is missing, or no file that can be read.
-        UserError: the file system fails; no image may be left out for that.
+        FileSystemFailure: no image may be left out for that.
     """
     waits = iter(_WAITS)
     while True:
@@ -85,7 +89,7 @@ def reading_error(error: OSError, name: str, seconds: float = 0) -> UserError:
     if is_of_the_file(error):
         return UnreadableImage(f"{name}: cannot be read: {describe(error)}")
     tried = f", even after {seconds:g} s" if seconds else ""
-    return UserError(
+    return FileSystemFailure(
         f"{name}: the file system cannot read it{tried}: {describe(error)}; repair the disk or "
         "file server, then continue"
     )

@@ -109,7 +109,8 @@ def _files(run: Run) -> set[str]:
         return set()
     config, overrides = _config(run)
     cfg = OmegaConf.to_container(load(config, overrides))
-    weights = checkpoint_of(cfg["train"].get("init_checkpoint") or "")
+    weights, _, _ = (cfg["train"].get("init_checkpoint") or "").partition("?")
+    weights = checkpoint_of(os.path.expanduser(weights))
     todo = [cfg["dataloader"], cfg["model"], weights]
     if run.kind == REGIONS:
         todo = [cfg["dataloader"]["train"]["dataset"]["names"]]

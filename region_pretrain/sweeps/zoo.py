@@ -160,7 +160,7 @@ def _initial_weights(sweep: SweepFile, run: Run, cfg: DictConfig) -> str | None:
         if parent.kind == PRETRAIN:
             return parent.name
     path = cfg.train.init_checkpoint
-    return (os.path.basename(path) if is_local(path) else path) or None
+    return (os.path.basename(os.path.normpath(path)) if path and is_local(path) else path) or None
 
 
 def _facts(sweep: SweepFile, run: Run, rows: Sequence[Row], seed: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The doctor's report, on files and labels with one fault each."""
 
 import json
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,10 +10,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from region_pretrain.commands.check_data import main
-from region_pretrain.config import get_config
 from region_pretrain.data.coco_fixes import read_head
 from region_pretrain.data.generated import register_scenes
-from region_pretrain.data.inspection import compare, inspect, prepare_labels
+from region_pretrain.data.inspection import compare, inspect
 from region_pretrain.data.shapes import ShapesSpec
 from region_pretrain.images import UnreadableImage, read_image
 
@@ -275,25 +273,3 @@ def test_two_data_sets(images):
                      or d["annotations"].clear()))  # fmt: skip
     assert compare(a, c)[1] == [f"{a.name} and {c.name} differ in their classes: another order"]
     assert compare(a, inspect(f"folder://{other}"))[1] == []
-
-
-def test_a_fine_tuning_warns_of_files_that_it_is_also_evaluated_on(write_coco, tmp_path, caplog):
-    path, root = write_coco()
-    data = json.loads(Path(path).read_text())
-    (tmp_path / "link").symlink_to(root)
-    names = {}
-    for split, ids in (("train", (1, 2)), ("test", (2, 3)), ("other", (3,))):
-        part = {**data, "images": [image for image in data["images"] if image["id"] in ids]}
-        part["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
-        (tmp_path / f"{split}.json").write_text(json.dumps(part))
-        names[split] = f"coco://{tmp_path}/{split}.json?images={tmp_path}/link"
-    names["train"] = names["train"].replace("/link", "/images")
-    cfg = get_config("detection/mask_rcnn_r18_fpn_shapes.py")
-    prepare_labels(cfg, {"train": [names["train"]], "test": [names["other"]]})
-    prepare_labels(cfg, {"test": [names["test"]]})
-    assert caplog.messages == []
-    prepare_labels(cfg, {"train": [names["train"]], "test": [names["test"]]})
-    assert caplog.messages == [
-        f"{names['train']} and {names['test']} have 1 images in common, e.g. {root}/1.jpg, whose "
-        "AP is that of images that are trained on"
-    ]

@@ -375,3 +375,23 @@ def test_a_data_set_of_unreadable_images_says_why(tmp_path):
         UserError, match=r"rejected 100 records in a row; unreadable: .*\.png: not an i"
     ):
         ids(data)
+
+
+def test_test_images_that_the_training_sees_are_warned_of(tmp_path, caplog):
+    """Of a part of a data set, only its own images count; paths may lead through links."""
+    (tmp_path / "pool").mkdir()
+    some = [{**record, "width": 8, "height": 8} for record in files(tmp_path / "pool")]
+    (tmp_path / "link").symlink_to(tmp_path / "pool")
+    cfg = lazy_files(some)
+    cfg.dataset = L(ImageSubset)(names=["pool"], dicts=cfg.dataset, chosen=[0, 1, 2, 3])
+    data = detection_training_data(cfg, seed=3)
+    linked = [{**r, "file_name": r["file_name"].replace("/pool/", "/link/")} for r in some]
+    caplog.clear()
+    build_test_loader(lazy_test(linked[4:]), False, data.files)
+    build_test_loader(lazy_test(linked))
+    assert caplog.messages == []
+    build_test_loader(lazy_test(linked[2:]), False, data.files)
+    assert caplog.messages == [
+        f"dataloader.test: the training sees 2 of the 8 images, e.g. {some[2]['file_name']}, so "
+        "their AP says little about others"
+    ]

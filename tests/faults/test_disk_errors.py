@@ -13,10 +13,17 @@ from PIL import Image
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.dataset import PretrainDataset
+from region_pretrain.data.inspection import inspect
 from region_pretrain.data.loader import PretrainLoader
 from region_pretrain.engine.detection_data import DetectionTrainData
 from region_pretrain.errors import UserError
-from region_pretrain.images import SamePixels, UnreadableImage, opening, read_image
+from region_pretrain.images import (
+    FileSystemFailure,
+    SamePixels,
+    UnreadableImage,
+    opening,
+    read_image,
+)
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 
@@ -132,6 +139,14 @@ def test_a_region_search_is_continued_once_the_disk_is_back(photos, tmp_path, fa
     assert "05.png" in RegionStore.open(out)
 
 
+def test_an_inspection_of_a_data_set_lists_all_errors(photos, fail):
+    (photos / "02.png").write_bytes(b"no image")
+    fail(errno.EIO)
+    found = inspect(f"folder://{photos}")
+    (error,) = found.problems
+    assert "2 unreadable files" in error and sum(found.formats.values()) == 6
+
+
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.ELOOP, errno.EISDIR])
 def test_an_error_of_the_file_is_one_of_the_image(photos, tmp_path, soco_views, fail, code, caplog):
     records = get_records(f"folder://{photos}")
@@ -162,8 +177,11 @@ def test_an_error_while_the_file_is_read(photos):
     [
         (urllib.error.HTTPError("https://x/05.png", 404, "Not Found", {}, None), UnreadableImage),
         (OSError("no such member"), UnreadableImage),
-        (urllib.error.URLError(ConnectionRefusedError(111, "Connection refused")), UserError),
-        (TimeoutError("timed out"), UserError),
+        (
+            urllib.error.URLError(ConnectionRefusedError(111, "Connection refused")),
+            FileSystemFailure,
+        ),
+        (TimeoutError("timed out"), FileSystemFailure),
     ],
 )
 def test_errors_of_a_network(monkeypatch, error, kind):

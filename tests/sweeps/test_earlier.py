@@ -99,15 +99,16 @@ def test_the_newest_earlier_run_counts_and_names_are_compared_exactly(tmp_path):
 
 
 def test_files_that_were_replaced_after_the_results(coco_folder, tmp_path):
-    weights, split = tmp_path / "w.pth", tmp_path / "split.json"
+    weights, split = tmp_path / "w/model_final.pth", tmp_path / "split.json"
     annotations = coco_folder.rename(tmp_path / "a&b") / "ann.json"
     split.write_text('{"50": {"0": ["2", "8"], "1": ["9", "77"]}}')
+    weights.parent.mkdir()
     weights.touch()
     data = f"coco://{tmp_path}/a%26b/ann.json?images={tmp_path}/a%26b/images"
     plan = make(
         tmp_path / "out",
         seeds=[0, 1],
-        baselines={"random": {}, "own": {"init_checkpoint": f"{weights}?part=teacher"}},
+        baselines={"random": {}, "own": {"init_checkpoint": f"{weights.parent}?part=teacher"}},
         finetune={
             "det": {
                 "config": DETECTOR,

@@ -187,6 +187,7 @@ def test_what_a_pre_training_started_from(sweep, tmp_path):
 
     assert facts("") is None
     assert facts("/home/me/r50.pth") == "r50.pth" and facts("zoo://x") == "zoo://x"
+    assert facts("/home/me/run/") == "run"
     assert facts("/sweep/runs/soco_seed0/model_final.pth", parents=("start",)) == "soco_seed0"
 
 
