@@ -75,11 +75,9 @@ def _torchvision_detector(
         f"{_norm_layer(tensors, f'fpn_lateral{levels[0]}')})",
     ]
     pixels = "" if unknown_pixels(facts) else ", image_mean=mean, image_std=std"
-    heads = ["rpn.head", "roi_heads.box_head", "roi_heads.box_predictor"]
     if retina:
         heads = [f"head.classification_head.{part}" for part in ("conv", "cls_logits")]
         heads += [f"head.regression_head.{part}" for part in ("conv", "bbox_reg")]
-    if retina:
         if extra:
             lines[:0] = ["from torchvision.ops.feature_pyramid_network import LastLevelP6P7"]
         lines[:0] = ["from torchvision.models.detection.anchor_utils import AnchorGenerator"]
@@ -91,6 +89,14 @@ def _torchvision_detector(
             f"model = RetinaNet(backbone, num_classes, head=RetinaNetHead({width}, {anchors}, "
             f"num_classes){pixels})",
         ]
+        depth = len(numbered(tensors, r"head\.cls_subnet\.(\d+)\.weight"))
+        if depth not in (0, 4):  # torchvision's have four convolutions
+            lines[:0] = ["from copy import deepcopy"]
+            layers = f"deepcopy(tower.conv[0]) for _ in range({depth})"
+            lines += [
+                "for tower in model.head.children():",
+                f"    tower.conv = nn.Sequential(*({layers}))",
+            ]
         return lines + _not_filled(heads, state)
     mask = _torchvision_mask(tensors)
     name = "MaskRCNN" if mask else "FasterRCNN"
@@ -99,7 +105,7 @@ def _torchvision_detector(
     classes = classes or rows(tensors, f"{_MASK}.predictor.weight")
     rpn_width = rows(tensors, f"{_RPN}.objectness_logits.weight")
     depth = len(numbered(tensors, rf"{re.escape(_RPN)}\.conv\.conv(\d+)\.weight")) or 1
-    box, features = _torchvision_box(tensors, width)
+    box, features, parts = _torchvision_box(tensors, width)
     arguments = ["backbone", f"rpn_head=RPNHead({width}, {rpn_width}, {depth})"]
     arguments = arguments if rpn_width else arguments[:1]
     arguments += [
@@ -119,23 +125,35 @@ def _torchvision_detector(
         "# set the detector's anchor sizes, which are not in the file",
         "# torchvision pools regions without the half-pixel shift of Detectron2's ROIAlignV2",
     ]
+    heads = ["rpn.head", *parts, "roi_heads.box_predictor"]
     heads += ["roi_heads.mask_head", "roi_heads.mask_predictor"] if mask else []
     return lines + _not_filled(heads, state)
 
 
-def _torchvision_box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, int]:
-    """The constructor of the box head, and its output width."""
-    fcs = numbered(tensors, rf"{re.escape(_BOX)}\.fc(\d+)\.weight")
-    if not fcs:
-        return f"TwoMLPHead({width} * 7 * 7, 1024)", 1024
-    convs = numbered(tensors, rf"{re.escape(_BOX)}\.conv(\d+)\.weight")
-    dims = [rows(tensors, f"{_BOX}.fc{i}.weight") for i in fcs]
+def _torchvision_box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, int, list[str]]:
+    """The constructor of the box head, its output width, and the names of its parts."""
+    convs, fcs = _box_layers(tensors)
+    if not convs and not fcs:
+        return f"TwoMLPHead({width} * 7 * 7, 1024)", 1024, ["roi_heads.box_head"]
     if not convs and len(fcs) == 2:
         inputs = tensors[f"{_BOX}.fc1.weight"].shape[1]
-        return f"TwoMLPHead({inputs}, {dims[-1]})", dims[-1]
-    channels = [rows(tensors, f"{_BOX}.conv{i}.weight") for i in convs]
+        return f"TwoMLPHead({inputs}, {fcs[-1]})", fcs[-1], ["roi_heads.box_head"]
     norm = _norm_layer(tensors, f"{_BOX}.conv1")
-    return f"FastRCNNConvFCHead(({width}, 7, 7), {channels}, {dims}{norm})", dims[-1]
+    fc = f"roi_heads.box_head.{len(convs) + 1}"  # of a Sequential, after the flattening
+    fcs = fcs or [1024]  # MCL pre-trains the convolutions only
+    return f"FastRCNNConvFCHead(({width}, 7, 7), {convs}, {fcs}{norm})", fcs[-1], [fc]
+
+
+def _box_layers(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Output widths of a box head's convolutions and fully connected layers."""
+    convs, fcs = (
+        [rows(tensors, f"{_BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
+        for kind, pattern in (
+            ("conv", rf"{re.escape(_BOX)}\.conv(\d+)\.weight"),
+            ("fc", rf"{re.escape(_BOX)}\.fc(\d+)\.weight"),
+        )
+    )
+    return convs, fcs
 
 
 def _torchvision_mask(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -189,17 +207,16 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
         f"neck = dict(type='FPN', in_channels={net.widths}, out_channels={width}, "
         f"start_level={levels[0] - 2}{extra}{norm})"
     )
-    fcs = numbered(tensors, rf"{re.escape(_BOX)}\.fc(\d+)\.weight")
-    if fcs:
-        convs = len(numbered(tensors, rf"{re.escape(_BOX)}\.conv(\d+)\.weight"))
+    convs, fcs = _box_layers(tensors)
+    if convs or fcs:
         classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
-        options = f", conv_out_channels={rows(tensors, f'{_BOX}.conv1.weight')}" if convs else ""
+        options = f", conv_out_channels={convs[0]}" if convs else ""
         options += f", num_classes={classes}" if classes > 0 else ""
         if rows(tensors, "roi_heads.box_predictor.bbox_pred.weight") == 4 != 4 * classes:
             options += ", reg_class_agnostic=True"
         lines.append(
-            f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={convs}, "
-            f"num_shared_fcs={len(fcs)}, fc_out_channels={rows(tensors, f'{_BOX}.fc1.weight')}"
+            f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={len(convs)}, "
+            f"num_shared_fcs={len(fcs) or 1}, fc_out_channels={(fcs or [1024])[0]}"
             f"{options}, in_channels={width}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
         )
     lines += _mmdet_mask(tensors, state)
@@ -212,8 +229,9 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
             + (f", num_classes={predicted}" if "bbox_head.retina_cls.weight" in state else "")
             + f", feat_channels={rows(tensors, f'head.cls_subnet.{subnet[0]}.weight')})"
         )
-    heads = ["rpn_head", "roi_head.bbox_head", "roi_head.bbox_head.fc_cls"]
-    heads += ["roi_head.bbox_head.fc_reg"]
+    parts = ["shared_fcs", "fc_cls", "fc_reg"] if convs or fcs else ["fc_cls", "fc_reg"]
+    heads = ["rpn_head", *([] if convs or fcs else ["roi_head.bbox_head"])]
+    heads += [f"roi_head.bbox_head.{part}" for part in parts]
     predicts = any(name.startswith("roi_head.bbox_head.fc_cls.") for name in state)
     if not predicts or any(name.startswith("roi_head.mask_head.") for name in state):
         heads += ["roi_head.mask_head"]  # not if a trained detector has none
@@ -309,23 +327,19 @@ def detectron2_lines(
 def _detectron2_box(
     tensors: Mapping[str, Tensor], facts: Facts, lazy: dict[str, str], yacs: dict[str, str]
 ) -> None:
-    convs, fcs = (
-        [rows(tensors, f"{_BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
-        for kind, pattern in (
-            ("conv", rf"{re.escape(_BOX)}\.conv(\d+)\.weight"),
-            ("fc", rf"{re.escape(_BOX)}\.fc(\d+)\.weight"),
-        )
-    )
-    if not fcs:
+    convs, fcs = _box_layers(tensors)
+    if not convs and not fcs:
         return
     norm = _detectron2_norm(tensors, f"{_BOX}.conv1", _known(facts.box_norm, facts))
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
-    lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
+    if fcs:
+        lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
     lazy["model.roi_heads.box_head.conv_norm"] = yacs["MODEL.ROI_BOX_HEAD.NORM"] = norm
     yacs["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCHead"
     yacs["MODEL.ROI_BOX_HEAD.NUM_CONV"] = str(len(convs))
-    yacs["MODEL.ROI_BOX_HEAD.NUM_FC"] = str(len(fcs))
-    yacs["MODEL.ROI_BOX_HEAD.FC_DIM"] = str(fcs[0])
+    if fcs:
+        yacs["MODEL.ROI_BOX_HEAD.NUM_FC"] = str(len(fcs))
+        yacs["MODEL.ROI_BOX_HEAD.FC_DIM"] = str(fcs[0])
     if convs:
         yacs["MODEL.ROI_BOX_HEAD.CONV_DIM"] = str(convs[0])
 

@@ -137,15 +137,15 @@ def is_trunk(name: str) -> bool:
 def group_of(name: str) -> str:
     """The part of a detector that is loaded completely or not at all.
 
-    These are the stages of the trunk, the convolutions and the fully connected layers of a box
-    head, and the other modules of :func:`module_of`, e.g. ``backbone.bottom_up.res3``,
+    These are the stages of the trunk, the convolutions and the fully connected layers of the box
+    heads, and the other modules of :func:`module_of`, e.g. ``backbone.bottom_up.res3``,
     ``backbone.fpn``, ``roi_heads.box_head.fc``.
     """
     module = module_of(name)
     if module in ("backbone", "backbone.bottom_up", "backbone.net"):
         stage = re.match(r"(?:layers|blocks|stages)\.\d+|[^.]+", common_name(name))[0]
         return f"{module}.{stage}"
-    layer = re.match(r"roi_heads\.box_head\.(conv|fc)\d", name)
+    layer = re.match(r"roi_heads\.box_head\.(?:\d+\.)?(conv|fc)\d", name)  # a cascade has several
     stage = re.match(_STAGE, name)  # in common names
     return f"{module}.{layer[1]}" if layer else stage[0] if stage else module
 

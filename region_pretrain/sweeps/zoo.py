@@ -215,7 +215,9 @@ def _results(sweep: SweepFile, row: Row, baselines: Sequence[Row]) -> list[Mappi
             "Iterations": cfg.train.max_iter,
             "Learning Rate": row.learning_rate,
             "Seeds": len(row.by_seeds),
-            "Baselines": {k: {f"{name} AP": round(v, 2)} for k, v in values.items() if v},
+            "Baselines": {
+                k: {f"{name} AP": round(v, 2)} for k, v in values.items() if v is not None
+            },
         }
         found.append(
             {

@@ -199,6 +199,8 @@ def _parse(text: str, old: Any) -> Any:
     if isinstance(old, float) and type(value) is int:
         return float(value)
     if isinstance(old, list | tuple) and not isinstance(value, list | tuple):
+        if value is None:
+            raise ValueError("a list is never null")
         return [value]
     return value
 

@@ -123,9 +123,10 @@ def test_torchvision_detector_computes_the_same(tmp_path, settings):
     assert theirs.transform.image_mean == pytest.approx([v / 255 for v in IMAGENET.pixel_mean])
 
 
+@pytest.mark.parametrize("depth", [4, 2, 5])
 @torch.no_grad()
-def test_torchvision_retinanet_predicts_the_same_for_each_anchor(tmp_path):
-    ours = from_yacs(RETINA)
+def test_torchvision_retinanet_predicts_the_same_for_each_anchor(tmp_path, depth):
+    ours = from_yacs(RETINA, ["MODEL.RETINANET.NUM_CONVS", depth])
     state, lines = export_weights(save(tmp_path / "x.pth", ours), "torchvision")
     theirs = built(lines)
     theirs.load_state_dict(state, strict=True)

@@ -236,6 +236,43 @@ def test_pretrained_detector_names_what_is_not_filled(tmp_path):
     assert not unexpected
 
 
+def test_a_box_head_of_convolutions_alone_keeps_them(tmp_path):
+    """As after MCL."""
+    ours = from_yacs(SMALL, NORMED)
+    state = {k: v for k, v in ours.state_dict().items() if re.match(r"backbone|.*box_head.conv", k)}
+    path = save(tmp_path / "x.pth", state)
+    exported, lines = export_weights(path, "torchvision")
+    assert comments(lines, "not filled") == [
+        "# not filled: rpn.head, roi_heads.box_head.5, roi_heads.box_predictor"
+    ]
+    model = built(lines)
+    missing, unexpected = model.load_state_dict(exported, strict=False)
+    assert not unexpected and {name.rpartition(".")[0] for name in missing} >= {
+        "roi_heads.box_head.5"
+    }
+    pooled = torch.randn(3, 32, 7, 7)
+    head = ours.roi_heads.box_head
+    expected = head.conv4(head.conv3(head.conv2(head.conv1(pooled))))
+    for layer in list(model.roi_heads.box_head)[:4]:
+        pooled = layer(pooled)
+    assert torch.equal(pooled, expected)
+
+    exported, lines = export_weights(path, "mmdet")
+    assert any("num_shared_convs=4, num_shared_fcs=1, fc_out_channels=1024" in s for s in lines)
+    assert comments(lines, "not filled") == [
+        "# not filled: rpn_head, roi_head.bbox_head.shared_fcs, roi_head.bbox_head.fc_cls, "
+        "roi_head.bbox_head.fc_reg, roi_head.mask_head"
+    ]
+    _, lines = export_weights(path, "detectron2")
+    assert {
+        "model.roi_heads.box_head.conv_dims=[32,32,32,32]",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV 4",
+    } < set(lines)
+    assert not any(
+        "fc" in line.lower().partition("=")[0].split(".")[-1] for line in lines if "=" in line
+    )
+
+
 @pytest.mark.parametrize("to", ["torchvision", "timm"])
 def test_stride_in_the_1x1_convolution_is_refused(tmp_path, to):
     path = save(tmp_path / "x.pth", bottlenecks(stride_in_1x1=True), MSRA)

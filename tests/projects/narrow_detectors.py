@@ -215,6 +215,7 @@ DETECTORS: dict[str, Callable[[], DictConfig]] = {
     "Keypoint R-CNN, FPN": partial(_rcnn, "keypoint_rcnn_fpn"),
     "Panoptic FPN": partial(_rcnn, "panoptic_fpn"),
     "Cascade R-CNN, FPN": partial(_rcnn, "cascade_rcnn"),
+    "Cascade R-CNN, FPN, convolutions in the box heads": partial(_rcnn, "cascade_rcnn", 2),
     "RetinaNet": partial(_dense, "retinanet"),
     "FCOS": partial(_dense, "fcos"),
     "C4": _c4,

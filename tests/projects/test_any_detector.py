@@ -55,6 +55,7 @@ ONE_MAP = FPN | {"SoCo": (TRUNK, HEAD), "point-level": (TRUNK,)} | NO_PYRAMID
 CONVOLUTIONS = FPN | {"MCL": (TRUNK, PYRAMID, "box head's convolutions")}
 FILLED = dict.fromkeys(DETECTORS, FPN) | {
     "Mask R-CNN, FPN, convolutions in the box head": CONVOLUTIONS,
+    "Cascade R-CNN, FPN, convolutions in the box heads": CONVOLUTIONS,
     "ViTDet": CONVOLUTIONS,
     "timm's ViT, simple pyramid": CONVOLUTIONS,
     "RetinaNet": ONE_STAGE,

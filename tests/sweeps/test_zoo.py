@@ -1,6 +1,7 @@
 """Weights of a sweep are published with cards, and ``zoo://NAME`` loads wherever weights do."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -201,6 +202,26 @@ def test_a_config_of_the_users_own_has_no_paper_of_another_readme(sweep, tmp_pat
     state.write_sweep(str(folder), file)
     (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
     assert not card.paper
+
+
+def test_a_baseline_that_finds_nothing_has_an_ap_of_0(sweep, tmp_path):
+    folder = tmp_path / "nothing"
+    shutil.copytree(sweep[0], folder)
+    file = state.read_sweep(str(folder))
+    mine = file.plan.runs["moco_seed0_det"]
+    other = folder / "runs/random_det"
+    shutil.copytree(folder / "runs/moco_seed0_det", other)
+    results = {task: dict.fromkeys(values, 0.0) for task, values in sweep[1].items()}
+    (other / "results.json").write_text(json.dumps(results))
+    run = replace(mine, id="random", name="random_det", folder=str(other), parents=())
+    file.plan.runs["random"] = replace(run, product=str(other / "results.json"))
+    (entry,) = (e for e in file.plan.entries if e["kind"] == FINETUNE)
+    entry = {**entry, "init": "random", "run": "random"}
+    file.plan.entries.append({k: v for k, v in entry.items() if k != "pretrain_seed"})
+    file.labels["random"] = "random weights"
+    state.write_sweep(str(folder), file)
+    (card,) = zoo.read_metafile(write_zoo(str(folder), str(tmp_path / "zoo"))[0]).values()
+    assert card.results[0]["Fine-tuning"]["Baselines"] == {"random weights": {"box AP": 0.0}}
 
 
 def test_a_pre_training_of_unknown_length_is_no_baseline(sweep, tmp_path):

@@ -114,6 +114,7 @@ def test_overrides_are_separated_by_case():
         ("MODEL.ROI_HEADS.NUM_CLASSES=many", "MODEL.ROI_HEADS.NUM_CLASSES must be of type int"),
         ("MODEL.MASK_ON=3", "MODEL.MASK_ON must be of type bool"),
         ("MODEL.ROI_HEADS=3", "MODEL.ROI_HEADS is a group"),
+        ("SOLVER.STEPS=null", "SOLVER.STEPS must be of type tuple"),
         ("MODEL.WEIGHTS", "write MODEL.WEIGHTS=VALUE"),
         ("MODEL.MASK_ON.X=3", "no key 'MODEL.MASK_ON.X'"),
         (
