@@ -19,7 +19,7 @@ sweep = {
         **{
             **ONE_EACH,
             "title": "Shapes benchmark: AP against the number of labels",
-            "methods": {name: LONG["methods"][name] for name in ("soco", "ccop", "mcl")},
+            "methods": {name: LONG["methods"][name] for name in ("ccop", "mcl")},
             "labelled": 1000,
             "label_fractions": [n / 1000 for n in COUNTS],
             "iterations": 900,

@@ -171,7 +171,7 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
         assert set(run.parents) == set(pretrained)
         found.add((entry["init"], part, seed))
     fractions = [n / 1000 for n in (25, 50, 100, 200, 400, 1000)]
-    assert found == set(itertools.product(("random", "soco", "ccop", "mcl"), fractions, (0, 1)))
+    assert found == set(itertools.product(("random", "ccop", "mcl"), fractions, (0, 1)))
 
     methods = METHODS - {"supervised"}
     assert {init for init, _ in by_length} == {"random"} | {
