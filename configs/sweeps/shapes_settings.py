@@ -2,8 +2,8 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_settings.py --jobs 2
 
-MoCo v2, BYOL, CCOP and point-level region contrast are pre-trained twice with their own settings,
-with half and twice the learning rate, and, if they have a temperature, with that of the recipes for
+All methods are pre-trained twice with their own settings, with half and twice the learning rate,
+and MoCo v2, CCOP and point-level region contrast with the temperature of the recipes for
 photographs; CCOP and point-level region contrast also with the boxes of another search. These two
 and SoCo are pre-trained on annotated boxes as well, an upper bound of the regions' quality and not
 a choice; the methods with a queue with batch norm over 8 images instead of all 32. Each
@@ -50,6 +50,8 @@ SETTINGS = {
     "point_boxes": variant("point", "regions shapes-v1", *_BOXES, f"{_DATA}.recipe=shapes-v1"),
     "point_annotated": variant("point", "annotated boxes", *_BOXES, *_ANNOTATED),
     **_rates("byol", 4.0),
+    **_rates("soco", 4.0),
+    **_rates("mcl", 4.0),
     **_rates("moco", 0.3),
     "moco_warm": variant("moco", "temperature 0.2", "model.temperature=0.2"),
     **{
