@@ -37,38 +37,41 @@ def test_page_of_the_benchmark(tmp_path):
 
 
 def test_readme():
-    """Both tables of results: means, and differences in bold where the interval excludes 0."""
+    """The table of results: means, and differences in bold where the interval excludes 0."""
     text = (ROOT / "README.md").read_text()
     trained = table(text, "method", "trained on")[2:]
     assert {re.sub(r"\[(.*?)\].*", r"\1", line[0]) for line in trained} == set(NAMES)
-    long = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
-    del long["full"], long["supervised"]
-    (twice,) = (r for r in read_csv(str(CHOSEN)) if r.init == "byol_twice")
-    long["byol_twice"] = twice.values("bbox/AP")
-    longer = {init: steps_900(init) for init in (*NAMES.values(), "random")}
     names = {**NAMES, "BYOL, learning rate x 2": "byol_twice", "random weights": "random"}
+    rows = {init: steps_900(init) for init in names.values()}
     references = ["random", "moco", "byol", "byol_twice"]
-    for steps, rows in ((300, long), (900, longer)):
-        header, _, *lines = table(text, f"fine-tuned with {steps} steps", "box AP")
-        used = references[: len(header) - 2]
-        assert {names[line[0]] for line in lines} == set(rows)
-        for label, mean, *cells in lines:
-            values = list(rows[names[label]].values())
-            assert mean == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-            for reference, cell in itertools.zip_longest(used, cells, fillvalue=""):
-                if cell:
-                    found = difference(pair(rows[names[label]], rows[reference]))
-                    shown = f"{found.mean:+.1f} ± {found.standard_error:.1f}"
-                    excluded = found.low > 0 or found.high < 0
-                    assert cell == (f"**{shown}**" if excluded else shown), (steps, label)
-        for init in ("mcl", "soco", "ccop", "point"):
-            (line,) = (line for line in lines if names[line[0]] == init)
-            assert all(line[2:]) and len(line) == len(header)
-    assert len(long["byol_twice"]) == 9 and all(len(long[i]) == 12 for i in NAMES.values())
-    assert (
-        "Four pre-trainings x three fine-tunings (BYOL with twice its learning rate: three x"
-        in text
-    )
+    header, _, *lines = table(text, "initialisation", "box AP", "over random weights")
+    assert {names[line[0]] for line in lines} == set(rows) and len(header) == 6
+    for label, mean, *cells in lines:
+        values = list(rows[names[label]].values())
+        assert mean == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+        for reference, cell in itertools.zip_longest(references, cells, fillvalue=""):
+            if cell:
+                found = difference(pair(rows[names[label]], rows[reference]))
+                shown = f"{found.mean:+.1f} ± {found.standard_error:.1f}"
+                excluded = found.low > 0 or found.high < 0
+                assert cell == (f"**{shown}**" if excluded else shown), label
+    for init in ("mcl", "soco", "ccop", "point"):
+        (line,) = (line for line in lines if names[line[0]] == init)
+        assert all(line[2:]) and len(line) == len(header)
+    assert {len(rows[i]) for i in NAMES.values()} == {9} and len(rows["byol_twice"]) == 8
+    assert "Four pre-trainings x two fine-tunings, one of them x three" in text
+    long = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
+    gains = {
+        label: difference(pair(long[init], long["random"])).mean for label, init in NAMES.items()
+    }
+    short = " ".join(text.split())
+    shown = "MCL is {MCL:.1f} above random weights, SoCo {SoCo:.1f}, CCOP {CCOP:.1f} and "
+    shown += "point-level contrast {Point-level region contrast:.1f}"
+    assert shown.format(**gains) in short
+    (twice,) = (r.values("bbox/AP") for r in read_csv(str(CHOSEN)) if r.init == "byol_twice")
+    to = [difference(pair(long[init], twice)) for init in ("mcl", "soco")]
+    assert all(d.low > 0 for d in to)
+    assert "above the tuned BYOL, by {:.1f} and {:.1f}.".format(*(d.mean for d in to)) in short
 
 
 def test_pages_of_the_methods():
@@ -83,6 +86,12 @@ def test_pages_of_the_methods():
         )
         random = f"against {reference[0]} and {reference[1]} from random weights"
         assert f"{box} box AP and {mask} mask AP, {random}" in text, folder
+        longer = []
+        for name, metric in itertools.product((init, "random"), ("bbox/AP", "segm/AP")):
+            aps = list(steps_900(name, metric).values())
+            longer.append(f"{statistics.fmean(aps):.1f} ± {statistics.stdev(aps):.1f}")
+        shown = "900 instead of 300 steps](../README.md#ap-against-fine-tuning-steps): {} and {}, "
+        assert (shown + "against {} and {}.").format(*longer) in text, folder
 
 
 def test_random_weights_on_two_processors():
