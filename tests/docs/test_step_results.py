@@ -15,6 +15,13 @@ NAMES = {
     "random weights": "random", "MoCo v2": "moco", "BYOL": "byol", TWICE: "byol_twice",
     "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl", "point-level region contrast": "point",
 }  # fmt: skip
+#: Also from one pre-training with another learning rate.
+RUNS = {
+    key: init
+    for name, own in NAMES.items()
+    for key, init in ((name, own), (f"{name}, learning rate x 2", f"{own}_twice"))
+    if key == name or own in ("soco", "mcl")
+}
 REGIONAL, BASELINES = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol", "byol_twice")
 TASKS = {"box AP": "bbox/AP", "mask AP": "segm/AP"}
 #: Of the random weights beside a pre-training.
@@ -49,11 +56,11 @@ def test_tables_of_all_runs():
             ("25 scenes, seed 3", [("steps900", 25, seed) for seed in (3, 4, 5)]),
         ):
             lines = table(page(), caption, first)[2:]
-            names = [name for name in NAMES if name != TWICE or len(columns) > 3]
+            names = [n for n in RUNS if "learning rate" not in n or len(columns) > 3]
             assert [label for label, *_ in lines] == names
             for label, *cells in lines:
                 for column, cell in zip(columns, cells, strict=True):
-                    found = sorted(values(NAMES[label], *column, key).items())
+                    found = sorted(values(RUNS[label], *column, key).items())
                     assert cell == (", ".join(f"{v:.1f}" for _, v in found) or "–"), label
 
 
@@ -137,6 +144,27 @@ def test_byol_with_twice_its_learning_rate():
         assert max(found[init, "byol_twice", "box AP"].values()) < 0
     lower = [-to[init, "box AP"].mean for init in ("soco", "point")]
     assert "are {:.1f} and {:.1f} box AP below it, in all 8 pairs.".format(*lower) in text
+
+
+def test_mcl_and_soco_with_twice_their_learning_rate():
+    """One pre-training, so there is no interval."""
+    text, front = " ".join(page().split()), words("README.md")
+    mcl, own, soco, less, byol = (
+        [aps[1] for aps in sorted(values(init, "steps900", 100, 7).items())]
+        for init in ("mcl_twice", "mcl", "soco_twice", "soco", "byol_twice")
+    )
+    shown = (
+        "{:.1f} and {:.1f} box AP from one pre-training (seed 7), {:.1f} and {:.1f} above its own "
+    )
+    shown += (
+        "and {:.1f} and {:.1f} above BYOL's with equal seeds; SoCo differs from its own by {:+.1f} "
+    )
+    shown += "and {:+.1f}."
+    above = [a - b for other in (own, byol) for a, b in zip(mcl, other, strict=True)]
+    changes = [a - b for a, b in zip(soco, less, strict=True)]
+    assert shown.format(*mcl, *above, *changes) in text
+    shown = "from one pre-training {:.1f} and {:.1f}, {:.1f} and {:.1f} above that BYOL"
+    assert shown.format(*mcl, *above[2:]) in front
 
 
 def test_lengths_and_spreads():

@@ -168,7 +168,18 @@ def test_settings():
             aps = [f"{values[seed, 1000]:.1f}" for seed in (0, 1) if (seed, 1000) in values]
             assert cell == (", ".join(aps) or "–"), name + suffix
             shown += len(aps)
-    assert shown == sum(len(values) for values in rows.values()) == 31
+    assert shown == sum(seeds[0] < 2 for values in rows.values() for seeds in values) == 31
+    once = {label: cells for label, *cells in table(page, "box AP, one pre-training", "own")[2:]}
+    gains = {}
+    for label, init in (("BYOL", "byol"), ("SoCo", "soco"), ("MCL", "mcl")):
+        aps = [rows[name][7, 1000] for name in (init, f"{init}_twice")]
+        assert once.pop(label) == [f"{value:.1f}" for value in aps]
+        gains[label] = aps[1] - aps[0]
+    assert not once and gains["SoCo"] < 0
+    assert (
+        f"MCL is {gains['MCL']:.1f} better with twice its learning rate in its single"
+        in " ".join(page.split())
+    )
     chosen = {row.init: row for row in read_csv(str(CHOSEN))}
     long = {row.init: row for row in read_csv(str(CSV))}
     to = {"difference to random weights": "random", "to MoCo v2": "moco", "to BYOL": "byol"}
@@ -191,6 +202,8 @@ def test_settings():
     page = " ".join(page.split())
     gain = difference(pair(chosen["byol_twice"].values("bbox/AP"), long["byol"].values("bbox/AP")))
     assert f"by 2.7 on average, and in the results by {gain.mean:.1f}." in page
+    rows = {init: {k: v for k, v in values.items() if k[0] < 2} for init, values in rows.items()}
+    rows = {init: values for init, values in rows.items() if values}
     means = {init: sum(values.values()) / len(values) for init, values in rows.items()}
     below = [means["ccop"] - means[f"ccop_{s}"] for s in ("half", "twice", "warm", "boxes")]
     assert f"{min(below):.1f} to {max(below):.1f} below its own settings" in page
