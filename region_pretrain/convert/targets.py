@@ -21,6 +21,7 @@ _NORMS = {
     "NaiveSyncBatchNorm": "SyncBN",
     "FrozenBatchNorm2d": "FrozenBN",
 }
+_FC_DIM = 1024  # of a box head whose fully connected layers are not in the file
 _BOX, _MASK, _RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
 
 
@@ -134,13 +135,13 @@ def _torchvision_box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, in
     """The constructor of the box head, its output width, and the names of its parts."""
     convs, fcs = _box_layers(tensors)
     if not convs and not fcs:
-        return f"TwoMLPHead({width} * 7 * 7, 1024)", 1024, ["roi_heads.box_head"]
+        return f"TwoMLPHead({width} * 7 * 7, {_FC_DIM})", _FC_DIM, ["roi_heads.box_head"]
     if not convs and len(fcs) == 2:
         inputs = tensors[f"{_BOX}.fc1.weight"].shape[1]
         return f"TwoMLPHead({inputs}, {fcs[-1]})", fcs[-1], ["roi_heads.box_head"]
     norm = _norm_layer(tensors, f"{_BOX}.conv1")
     fc = f"roi_heads.box_head.{len(convs) + 1}"  # of a Sequential, after the flattening
-    fcs = fcs or [1024]  # MCL pre-trains the convolutions only
+    fcs = fcs or [_FC_DIM]
     return f"FastRCNNConvFCHead(({width}, 7, 7), {convs}, {fcs}{norm})", fcs[-1], [fc]
 
 
@@ -216,7 +217,7 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
             options += ", reg_class_agnostic=True"
         lines.append(
             f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={len(convs)}, "
-            f"num_shared_fcs={len(fcs) or 1}, fc_out_channels={(fcs or [1024])[0]}"
+            f"num_shared_fcs={len(fcs) or 1}, fc_out_channels={(fcs or [_FC_DIM])[0]}"
             f"{options}, in_channels={width}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
         )
     lines += _mmdet_mask(tensors, state)

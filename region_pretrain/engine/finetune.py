@@ -218,7 +218,8 @@ def _train(
         )
         if "test" in cfg.dataloader:
             # Finds missing and broken files now, not after the training.
-            build_test_loader(cfg.dataloader.test, True, getattr(data, "files", ()))
+            files = getattr(data, "files", ())  # other loaders do not tell
+            build_test_loader(cfg.dataloader.test, read_images=True, trained_on=files)
 
     def make_hooks(trainer: Trainer) -> list[HookBase]:
         # All batch norms may be frozen.

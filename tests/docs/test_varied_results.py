@@ -207,6 +207,7 @@ def test_settings():
     means = {init: sum(values.values()) / len(values) for init, values in rows.items()}
     below = [means["ccop"] - means[f"ccop_{s}"] for s in ("half", "twice", "warm", "boxes")]
     assert f"{min(below):.1f} to {max(below):.1f} below its own settings" in page
+    assert all(means[f"{init}_twice"] < means[init] for init in ("ccop", "point"))
     assert f"annotated boxes are {means['ccop_annotated'] - means['ccop']:.1f} above" in page
     assert f"by {means['point_warm'] - means['point']:.1f} on average" in page
     gain = means["byol_twice"] - means["byol"]

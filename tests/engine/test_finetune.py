@@ -28,7 +28,7 @@ from region_pretrain.engine.command_line import argument_parser
 from region_pretrain.engine.finetune import do_evaluate, do_test, do_train
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.processes import FailedElsewhere, launch
-from region_pretrain.errors import ProcessKilled, UserError
+from region_pretrain.errors import UserError
 from region_pretrain.images import UnreadableImage
 from region_pretrain.metrics import DIVERGED, read_results
 
@@ -94,47 +94,6 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):
 
 def final_weights(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
-
-
-def test_a_final_evaluation_that_lost_a_worker_is_repeated(tmp_path, monkeypatch):
-    def lose_a_worker(*args):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    cfg = make_detection_config(tmp_path, max_iter=3)
-    with monkeypatch.context() as patch, pytest.raises(ProcessKilled, match="final evaluation fa"):
-        patch.setattr("region_pretrain.engine.finetune.do_test", lose_a_worker)
-        do_train(cfg)
-    assert not (tmp_path / "results.json").exists()
-    assert do_train(cfg, resume=True)["bbox"]["AP"] >= 0
-
-
-class Faulty:
-    def __call__(self, record):
-        raise RuntimeError("the size of tensor a must match")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Caught RuntimeError in DataLoader worker process 0. Original Traceback: the size of",
-        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
-        "dataloader's workers are out of shared memory.",
-    ],
-)
-def test_an_error_in_a_worker_is_no_killed_process(tmp_path, monkeypatch, text):
-    """Another attempt would meet it again, so a job must not be requeued."""
-    cfg = make_detection_config(tmp_path / "a", max_iter=3)
-    cfg.dataloader.train.update(mapper=L(Faulty)(), num_workers=1)
-    with pytest.raises(RuntimeError, match="(?s)in DataLoader worker.*the size of tensor a"):
-        do_train(cfg)
-
-    def fail(*args):
-        raise RuntimeError(text)
-
-    monkeypatch.setattr("region_pretrain.engine.finetune.do_test", fail)
-    with pytest.raises(UserError, match="the final evaluation failed") as caught:
-        do_train(make_detection_config(tmp_path / "b", max_iter=3))
-    assert caught.value.exit_code == 2
 
 
 def test_a_failed_evaluation_costs_nothing_but_itself(tmp_path, capsys):

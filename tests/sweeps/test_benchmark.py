@@ -19,22 +19,6 @@ from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, TRIAL
 from region_pretrain.sweeps.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
-_QUICK_PRETRAIN = (
-    "dataloader.train.dataset.names.size=24",
-    "dataloader.train.total_batch_size=8",
-    "dataloader.train.num_workers=0",
-    "train.max_iter=4",
-    "train.log_period=1",
-)
-_QUICK_DETECTION = (
-    "dataloader.train.dataset.names.size=16",
-    "dataloader.train.total_batch_size=4",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.dataset.names.size=8",
-    "train.max_iter=4",
-    "train.eval_period=2",
-    "train.log_period=1",
-)
 REPORT = ("report.html", "report.md", "results.csv")
 TINY = {
     "pretrain_overrides": [
