@@ -2,12 +2,14 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_settings.py --jobs 2
 
-All methods are pre-trained twice with their own settings, with half and twice the learning rate,
+All methods are pre-trained twice with their own settings, with half and twice the learning rate
+(BYOL and MCL, which gain by that, also with four times theirs),
 and MoCo v2, CCOP and point-level region contrast with the temperature of the recipes for
 photographs; CCOP and point-level region contrast also with the boxes of another search. These two
 and SoCo are pre-trained on annotated boxes as well, an upper bound of the regions' quality and not
 a choice; the methods with a queue with batch norm over 8 images instead of all 32. Each
-pre-training is fine-tuned once, with a seed that the results do not use.
+pre-training is fine-tuned once per length, 300 and 900 steps, with a seed that the results do not
+use.
 """
 
 from .common.shapes_benchmark import HELD_OUT_SEED, benchmark
@@ -32,11 +34,18 @@ def variant(name: str, label: str, *overrides: str) -> dict:
     return {**entry, "label": f"{entry['label']}, {label}", "overrides": own}
 
 
-def _rates(name: str, rate: float) -> dict:
+_FACTORS = {"half": 0.5, "twice": 2, "four": 4}
+
+
+def _rates(name: str, rate: float, factors: tuple = ("half", "twice")) -> dict:
     return {
         name: variant(name, "own settings"),
-        f"{name}_half": variant(name, "learning rate x 0.5", f"optimizer.lr={rate / 2:g}"),
-        f"{name}_twice": variant(name, "learning rate x 2", f"optimizer.lr={rate * 2:g}"),
+        **{
+            f"{name}_{k}": variant(
+                name, f"learning rate x {_FACTORS[k]}", f"optimizer.lr={rate * _FACTORS[k]:g}"
+            )
+            for k in factors
+        },
     }
 
 
@@ -49,9 +58,9 @@ SETTINGS = {
     "point_warm": variant("point", "temperature 0.2", "model.temperature=0.2"),
     "point_boxes": variant("point", "regions shapes-v1", *_BOXES, f"{_DATA}.recipe=shapes-v1"),
     "point_annotated": variant("point", "annotated boxes", *_BOXES, *_ANNOTATED),
-    **_rates("byol", 4.0),
+    **_rates("byol", 4.0, ("half", "twice", "four")),
     **_rates("soco", 4.0),
-    **_rates("mcl", 4.0),
+    **_rates("mcl", 4.0, ("half", "twice", "four")),
     **_rates("moco", 0.3),
     "moco_warm": variant("moco", "temperature 0.2", "model.temperature=0.2"),
     **{
@@ -61,16 +70,26 @@ SETTINGS = {
     "soco_annotated": variant("soco", "annotated boxes", *_ANNOTATED),
 }
 
-sweep = benchmark(
-    **{
-        **ONE_EACH,
-        "title": "Shapes benchmark: settings of the methods on held-out scenes",
-        "methods": SETTINGS,
-        "seeds": [0, 1],
-        "finetune_seeds": [HELD_OUT_SEED],
-    }
-)
-_entry = sweep["finetune"].pop("detector")
-_entry["overrides"] = [*_entry["overrides"], *_entry["held_out"]]
-sweep["finetune"]["held_out"] = _entry
+
+def _trials(iterations: int) -> dict:
+    one = benchmark(
+        **{
+            **ONE_EACH,
+            "title": "Shapes benchmark: settings of the methods on held-out scenes",
+            "methods": SETTINGS,
+            "seeds": [0, 1],
+            "finetune_seeds": [HELD_OUT_SEED],
+            "iterations": iterations,
+        }
+    )
+    entry = one["finetune"]["detector"]
+    entry["overrides"] = [*entry["overrides"], *entry["held_out"]]
+    return one
+
+
+sweep = _trials(300)
+sweep["finetune"] = {
+    "held_out": sweep["finetune"]["detector"],
+    "held_out900": _trials(900)["finetune"]["detector"],
+}
 sweep["baselines"] = {}

@@ -74,26 +74,6 @@ def test_readme():
     assert "above the tuned BYOL, by {:.1f} and {:.1f}.".format(*(d.mean for d in to)) in short
 
 
-def test_pages_of_the_methods():
-    rows = {row.init: row for row in read_csv(str(CSV))}
-    folders = "SoCo", "MCL", "CCOP", "PointRegionContrast", "BYOL", "MoCo"
-    for folder, init in zip(folders, NAMES.values(), strict=True):
-        text = " ".join((ROOT / f"projects/{folder}/README.md").read_text().split())
-        box, mask, *reference = (
-            "{mean:.1f} ± {std:.1f}".format(**rows[name].statistics(metric))
-            for name in (init, "random")
-            for metric in ("bbox/AP", "segm/AP")
-        )
-        random = f"against {reference[0]} and {reference[1]} from random weights"
-        assert f"{box} box AP and {mask} mask AP, {random}" in text, folder
-        longer = []
-        for name, metric in itertools.product((init, "random"), ("bbox/AP", "segm/AP")):
-            aps = list(steps_900(name, metric).values())
-            longer.append(f"{statistics.fmean(aps):.1f} ± {statistics.stdev(aps):.1f}")
-        shown = "900 instead of 300 steps](../README.md#ap-against-fine-tuning-steps): {} and {}, "
-        assert (shown + "against {} and {}.").format(*longer) in text, folder
-
-
 def test_random_weights_on_two_processors():
     (random,) = (row for row in read_csv(str(CSV)) if row.init == "random")
     assert len(random.by_seeds) == 11
