@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from urllib.parse import unquote
 
 from omegaconf import DictConfig, ListConfig
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 
 #: Scheme -> how a name is written.
 FORMS = {
@@ -71,11 +70,10 @@ def parse(name: str) -> Source:
     for item in query.split("&") if question else []:
         key, equals, value = item.partition("=")
         if key not in known or not equals:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}=?" if near else ""
+            options_of = [f"{k}=" for k in known]
             raise UserError(
-                f"data set {name!r}: no option {item!r}{hint}; {scheme}:// has "
-                f"{', '.join(f'{k}=' for k in known)}; in a path write %3F for ? and %26 for &"
+                f"data set {name!r}: no option {item!r}{did_you_mean(f'{key}=', options_of)}; "
+                f"{scheme}:// has {', '.join(options_of)}; in a path write %3F for ? and %26 for &"
             )
         if not value or key in options:
             raise UserError(f"data set {name!r}: {key}= needs one value")

@@ -57,17 +57,21 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and type(row.get("iteration")) is int else None
 
 
+def logged_rows(path: str) -> list[dict[str, Any]]:
+    """As :func:`read_metrics`; none if the run has logged none."""
+    try:
+        return read_metrics(path)
+    except UserError:
+        return []
+
+
 def newest_metrics(path: str) -> dict[str, float]:
     """The newest value of every metric of a run; empty if the run has logged none.
 
     Args:
         path: as for :func:`read_metrics`.
     """
-    try:
-        rows = read_metrics(path)
-    except UserError:
-        return {}
-    return {key: value for row in rows for key, value in row.items()}
+    return {key: value for row in logged_rows(path) for key, value in row.items()}
 
 
 def newest_iteration(path: str, before: float = math.inf) -> int:
@@ -77,11 +81,8 @@ def newest_iteration(path: str, before: float = math.inf) -> int:
         path: as for :func:`read_metrics`.
         before: lines of this and later iterations do not count.
     """
-    try:
-        rows = read_metrics(path)
-    except UserError:
-        return -1
-    return max((row["iteration"] for row in rows if row["iteration"] < before), default=-1)
+    iterations = (row["iteration"] for row in logged_rows(path))
+    return max((iteration for iteration in iterations if iteration < before), default=-1)
 
 
 def read_results(path: str) -> Results:

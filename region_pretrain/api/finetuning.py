@@ -19,10 +19,11 @@ from region_pretrain.api.detectors import (
     detection_config,
     load_detection_config,
 )
-from region_pretrain.api.pretraining import Weights, check_weights, set_run, weights_of
+from region_pretrain.api.pretraining import Weights, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys
+from region_pretrain.convert.recognise import check_weights
 from region_pretrain.data.evaluators import evaluators_of
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.finetune import do_evaluate, do_train, without_nan

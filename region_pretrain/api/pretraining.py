@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from glob import escape, glob
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +33,7 @@ from region_pretrain.config import (
     to_yaml,
 )
 from region_pretrain.convert.reading import checkpoint_of
+from region_pretrain.convert.recognise import check_weights
 from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import is_recipe, load_method
@@ -41,7 +41,7 @@ from region_pretrain.engine.output_dir import holds_run, refuse_existing_run
 from region_pretrain.engine.pretrain import do_pretrain
 from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
-from region_pretrain.files import is_local, write_text_atomic
+from region_pretrain.files import write_text_atomic
 from region_pretrain.modeling.given import detector_in, modes_kept, weights_kept
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 from region_pretrain.regions import RegionStore
@@ -264,27 +264,6 @@ def weights_of(init: Weights) -> str:
     if not isinstance(init, str | os.PathLike):
         raise UserError(f"init={init!r}: must be a finished run, or the path or name of weights")
     return checkpoint_of(os.path.expanduser(os.fspath(init)))
-
-
-def check_weights(path: str) -> None:
-    """Refuse a local path, from :func:`weights_of`, at which there is no file.
-
-    Raises:
-        UserError: there is none; the message names the newest weights of an unfinished run.
-    """
-    if not path or not is_local(path) or os.path.exists(path):
-        return
-    path = path.rpartition("?")[0] or path  # options of the file
-    if os.path.exists(path):
-        return
-    folder, name = os.path.split(path)
-    found = sorted(glob(os.path.join(escape(folder), "model_[0-9]*.pth")))
-    if name == "model_final.pth" and found:
-        raise UserError(
-            f"the run in {folder} is not finished: continue it with resume=True, or name its "
-            f"newest weights, {found[-1]}"
-        )
-    raise UserError(f"there is no {path}: name the folder of a finished run, or weights")
 
 
 def _own_regions(cfg: DictConfig) -> str:

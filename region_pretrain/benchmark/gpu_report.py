@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,7 @@ from region_pretrain.benchmark.plan import Plan, markdown_table, plan_step
 from region_pretrain.benchmark.step import repeated_steps
 from region_pretrain.benchmark.timing import reset_peak_memory
 from region_pretrain.engine.trainer import Trainer
+from region_pretrain.system import cores
 
 _WARM_UP_STEPS = 4
 _PROFILED_STEPS = 3
@@ -92,7 +92,7 @@ def measure_use(
     use_images(cfg, *images)
     plan = _fitting_plan(cfg, recipe_images, images, memory)
     train.total_batch_size = plan.images
-    train.num_workers = min(train.num_workers, os.cpu_count() or 1)
+    train.num_workers = min(train.num_workers, len(cores()))
     trainer = make_trainer(cfg, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     batch = synthetic_batch(cfg, plan.images)

@@ -25,7 +25,6 @@ import contextlib
 import gc
 import json
 import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict
@@ -41,8 +40,10 @@ from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.plan import describe_plan, gpus_of, plan_step
 from region_pretrain.commands import at_least_one, text_parser
 from region_pretrain.config import check_parts, check_pretraining, load_config, load_file
+from region_pretrain.engine.environment import machine
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable, write_text_atomic
+from region_pretrain.system import cores
 
 #: Defines ``report``, whose ``configs`` has one recipe per method.
 REPORT = "configs/gpu_report.py"
@@ -169,7 +170,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     machine = (
-        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {os.cpu_count()} CPU "
+        f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {len(cores())} CPU "
         f"cores; PyTorch {torch.__version__}"
     )
     configs = args.report_configs or load_file(REPORT).report.configs
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     results = {
         "config": args.config_file or args.plan,
         "overrides": args.opts,
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine()["cpu"],
         "torch": torch.__version__,
         **run(args),
     }

@@ -102,7 +102,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="change a field of the recipe, and thereby its id",
     )
-    parser.add_argument("--mode", help="mode of selective search: fast, quality or single")
     parser.add_argument(
         "--working-size", metavar="PIXELS", help="long side to downscale to before selective search"
     )
@@ -208,7 +207,7 @@ def _wants_elsewhere(args: argparse.Namespace) -> bool:
     if file + detector + features > 1:
         raise UserError("--from, --from-detector and --from-features exclude each other")
     elsewhere = file or detector or features
-    if elsewhere and (wrong := _given(args, "recipe", "mode", "working_size")):
+    if elsewhere and (wrong := _given(args, "recipe", "working_size")):
         raise UserError(f"--{_flag(wrong)} does not apply to boxes from elsewhere")
     for source, applies, names in (
         ("--from", file, ("format", "ids", "with_zero")),
@@ -308,8 +307,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         if not equals:
             raise UserError(f"--set {text}: write FIELD=VALUE")
         changes[field] = value
-    if args.mode is not None:
-        changes["mode"] = args.mode
     if args.working_size is not None:
         changes["working_size"] = args.working_size
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)

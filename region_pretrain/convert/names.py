@@ -56,7 +56,7 @@ def under(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     return tuple((re.escape(prefix) + pattern, form) for pattern, form in rules)
 
 
-# A level is counted from the first one until `levels` adds the number of that.
+# A level is counted from the first one until `with_levels` adds the number of that.
 _MM_NECK: tuple[Rule, ...] = (
     (r"neck\.lateral_convs\.(\d)\.conv\.(weight|bias)", r"fpn_lateral<\1>.\2"),
     (rf"neck\.lateral_convs\.(\d)\.(?:bn|gn)\.{ANY}", r"fpn_lateral<\1>.norm.\2"),

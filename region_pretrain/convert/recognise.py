@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from glob import escape, glob
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -26,6 +27,7 @@ from region_pretrain.convert.names import (
 from region_pretrain.convert.reading import checkpoint_of, read_checkpoint
 from region_pretrain.convert.trunk_names import translate
 from region_pretrain.errors import UserError, describe
+from region_pretrain.files import is_local
 
 #: Entries of a checkpoint that contain its weights, the preferred ones first.
 _CONTAINERS = (
@@ -140,6 +142,31 @@ def read_weights(path: str) -> Weights:
         raise UserError(
             f"{file} is not a checkpoint: its content has an unknown form ({describe(error)[:200]})"
         ) from error
+
+
+def check_weights(path: str, where: str = "") -> None:
+    """Refuse a local path, as of :func:`read_weights`, at which there is no file.
+
+    Args:
+        path: not checked if it is empty or a URL.
+        where: begins the message, e.g. the key that names the path.
+
+    Raises:
+        UserError: there is none; the message names the newest weights of an unfinished run.
+    """
+    if not path or not is_local(path) or os.path.exists(path) and not os.path.isdir(path):
+        return
+    file = checkpoint_of(os.path.expanduser(_split(path)[0]))
+    if os.path.exists(file):
+        return
+    folder, name = os.path.split(file)
+    found = sorted(glob(os.path.join(escape(folder), "model_[0-9]*.pth")))
+    if name == "model_final.pth" and found:
+        raise UserError(
+            f"{where}the run in {folder} is not finished: continue it with --resume "
+            f"(resume=True), or name its newest weights, {found[-1]}"
+        )
+    raise UserError(f"{where}there is no {file}: name the folder of a finished run, or weights")
 
 
 def _weights(file: str, content: Any, options: dict[str, str]) -> Weights:

@@ -316,7 +316,7 @@ def detectron2_lines(
         level = numbered(tensors, r"fpn_lateral(\d+)\.weight")[0]
         width = str(rows(tensors, f"fpn_lateral{level}.weight"))
         lazy["model.backbone.out_channels"] = yacs["MODEL.FPN.OUT_CHANNELS"] = width
-        norm = _detectron2_norm(tensors, f"fpn_lateral{level}", _known(facts.fpn_norm, facts))
+        norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts.fpn_norm)
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items()), *comments]
@@ -331,7 +331,7 @@ def _detectron2_box(
     convs, fcs = _box_layers(tensors)
     if not convs and not fcs:
         return
-    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", _known(facts.box_norm, facts))
+    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts.box_norm)
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
     if fcs:
         lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
@@ -351,11 +351,6 @@ def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, known: str | Non
     if f"{layer}.norm.running_mean" not in tensors:
         return "GN"
     return _NORMS.get(known or "", "BN")
-
-
-def _known(norm: str | None, facts: Facts) -> str | None:
-    """A part's norm; in files of earlier versions that of the trunk, unless it is frozen."""
-    return norm or (None if facts.norm == "FrozenBatchNorm2d" else facts.norm)
 
 
 _LINES = {"torchvision": _torchvision, "timm": timm_lines, "mmdet": _mmdet}

@@ -161,7 +161,7 @@ def mend_registered(name: str, evaluated: bool = False) -> CocoData | None:
     json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
     if json_file is None:
         if evaluated:
-            metadata.json_file = _json_of_records(name)
+            metadata.json_file = json_of_records(name)
         return None
     owner = DatasetCatalog[name].__module__
     stock, ours = owner == "detectron2.data.datasets.coco", owner == __name__
@@ -202,8 +202,12 @@ def _register_again(name: str, data: CocoData) -> None:
     DatasetCatalog.register(name, load)
 
 
-def _json_of_records(name: str) -> str:
-    """Write the records of a data set as a COCO json; returns its path."""
+def json_of_records(name: str) -> str:
+    """Write the records of a data set as a COCO json in the cache; returns its path.
+
+    Raises:
+        UserError: the records or the metadata lack something.
+    """
     whole = f"{name} as a COCO json"
     # Detectron2 shifts the keypoints of the records that it converts, in place.
     annotated = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
+
+from region_pretrain.files import sha256_of
 
 
 def files_of(records: Sequence[Mapping]) -> list[str]:
@@ -33,14 +34,10 @@ def _shared_images(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[str]:
                 found.setdefault(os.path.getsize(path), []).append(path)
         return found
 
-    def digest(path: str) -> bytes:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).digest()
-
     sizes = by_size(b)
     shared = []
     for size, paths in by_size(a).items():
         others = set(sizes.get(size, ()))
-        digests = {digest(path) for path in others} if set(paths) - others and others else set()
-        shared += [p for p in paths if p in others or digests and digest(p) in digests]
+        digests = {sha256_of(path) for path in others} if set(paths) - others and others else set()
+        shared += [p for p in paths if p in others or digests and sha256_of(p) in digests]
     return shared

@@ -68,8 +68,11 @@ class SceneSpec(ABC):
         """The data set's folder under ``$DETECTRON2_DATASETS`` (default ``datasets``)."""
         facts = json.dumps({"version": self.version, **asdict(self)}, sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
-        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), self.title.lower())
-        return root / f"{self.split}_{self.size}x{self.side}px_seed{self.seed}_{digest}"
+        root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+        return (
+            Path(root, self.title.lower())
+            / f"{self.split}_{self.size}x{self.side}px_seed{self.seed}_{digest}"
+        )
 
     def rng(self, index: int) -> np.random.Generator:
         """The random generator of one scene."""
@@ -116,7 +119,8 @@ def _draw_to_disk(job: tuple[SceneSpec, int, str]) -> tuple[dict, list[dict]]:
     spec, index, folder = job
     pixels, objects = spec.draw(index)
     name = f"{index:06d}.png"
-    cv2.imwrite(os.path.join(folder, name), pixels[..., ::-1])
+    if not cv2.imwrite(os.path.join(folder, name), pixels[..., ::-1]):
+        raise OSError(f"cannot write {os.path.join(folder, name)}")
     image = {"id": index, "file_name": name, "width": spec.side, "height": spec.side}
     return image, [{"image_id": index, "iscrowd": 0, **item} for item in objects]
 

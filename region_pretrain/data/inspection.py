@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from region_pretrain.data.catalog import check_registered, get_records, warn_of_few_bits
 from region_pretrain.data.coco_fixes import read_head
-from region_pretrain.data.coco_json import load_coco, mend_registered
+from region_pretrain.data.coco_json import json_of_records, load_coco, mend_registered
 from region_pretrain.data.common_images import same_images
 from region_pretrain.data.evaluators import is_evaluated_by
 from region_pretrain.data.findings import Finding, Findings, box_findings
@@ -58,6 +58,8 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
         if is_path_name(name):
             findings, records = findings_of(name), DatasetCatalog.get(name)
             if parse(name).scheme == "voc":
+                if evaluated:
+                    MetadataCatalog.get(name).json_file = json_of_records(name)
                 for finding in box_findings(records):
                     logger.warning("%s: %s; correct the labels", name, finding)
         else:

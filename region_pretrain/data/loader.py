@@ -58,8 +58,7 @@ class PretrainLoader:
         pin_memory: page-lock the batches if there is a CUDA device.
 
     Raises:
-        UserError: fewer images than one batch, or a batch size that is not a multiple of the number
-            of ranks.
+        UserError: fewer images than one batch.
     """
 
     def __init__(
@@ -71,11 +70,6 @@ class PretrainLoader:
         pin_memory: bool = False,
     ) -> None:
         world = comm.get_world_size()
-        if total_batch_size < 1 or total_batch_size % world:
-            raise UserError(
-                f"dataloader.train.total_batch_size={total_batch_size} is not a positive multiple "
-                f"of the {world} processes of this run"
-            )
         if len(dataset) < total_batch_size:
             raise UserError(
                 f"the data set has {len(dataset)} images, fewer than one batch: lower "

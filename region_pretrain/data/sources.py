@@ -10,14 +10,11 @@ import functools
 import os
 import pickle
 import re
-import tempfile
-import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
@@ -153,7 +150,6 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         "year": 2007 if "2007" in os.path.basename(os.path.abspath(root)) else 2012,
         "evaluator_type": _EVALUATOR_TYPES["voc"],
         "thing_classes": classes,
-        "json_file": _voc_as_coco(records, classes),
     }
 
 
@@ -235,27 +231,6 @@ def _voc_classes(root: str) -> list[str]:
             found.update(box.findtext("name") or "" for box in tree.iter("object"))
     published = os.path.basename(os.path.abspath(root)) in ("VOC2007", "VOC2012")
     return list(CLASS_NAMES) if published and found <= set(CLASS_NAMES) else sorted(found)
-
-
-def _voc_as_coco(records: Records, classes: list[str]) -> str:
-    """A temporary json for COCOEvaluator, which cannot derive a file's name from a name by path."""
-    folder = _temporary_folder().name
-    path = os.path.join(folder, f"{uuid.uuid4().hex}.json")
-    name = f"voc of {path}"
-    DatasetCatalog.register(name, lambda: records)
-    MetadataCatalog.get(name).set(thing_classes=classes)
-    try:
-        convert_to_coco_json(name, path)
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    return path
-
-
-@functools.cache
-def _temporary_folder() -> tempfile.TemporaryDirectory:
-    """Exists until this process ends."""
-    return tempfile.TemporaryDirectory()
 
 
 def check_voc_files(name: str, training: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,6 @@ _ENTRIES = {
     "iteration": int,
 }
 
-#: What states with NumPy's numbers and arrays are pickled with; earlier versions saved these.
-_NUMPY = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd")]
-_NUMPY += [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
-
 
 class DamagedCheckpoint(UserError):
     """A file that is not a complete checkpoint of a run."""
@@ -42,8 +39,8 @@ def plain(state: Any) -> Any:
         return state.item()
     if isinstance(state, np.ndarray):
         return torch.from_numpy(state.copy())
-    if type(state) is dict:
-        return {plain(key): plain(value) for key, value in state.items()}
+    if type(state) in (dict, OrderedDict):
+        return type(state)((plain(key), plain(value)) for key, value in state.items())
     if type(state) in (list, tuple):
         return type(state)(map(plain, state))
     return state
@@ -88,8 +85,7 @@ def read_run_checkpoint(path: str) -> dict[str, Any]:
     try:
         local = PathManager.get_local_path(path)
         check_archive(local)
-        with torch.serialization.safe_globals(_NUMPY):
-            data = torch.load(local, map_location="cpu", weights_only=True)
+        data = torch.load(local, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing") from error
     except Exception as error:  # damaged bytes raise all kinds of exceptions

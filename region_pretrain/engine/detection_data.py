@@ -207,11 +207,6 @@ class DetectionTrainData:
             raise UserError("dataloader.train.dataset is empty")
         tolerated = tolerated_files(len(records), max_unreadable, "train.max_unreadable")
         check_image_files(records, "dataloader.train", tolerated)
-        if total_batch_size < 1 or total_batch_size % comm.get_world_size():
-            raise UserError(
-                f"dataloader.train.total_batch_size={total_batch_size} must be a positive multiple "
-                f"of the {comm.get_world_size()} processes"
-            )
         self.total_batch_size = total_batch_size
         self.iterations_per_epoch = len(records) // total_batch_size
         self.files = files_of(records)

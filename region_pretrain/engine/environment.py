@@ -69,9 +69,7 @@ def read_machine(folder: str) -> str | None:
     if not os.path.isfile(path):
         return None
     facts = read_json(path, dict[str, Any], "delete it")
-    # Earlier versions wrote train.device, which may be "cuda" where there is no GPU.
-    on_gpu = "gpu" in facts and facts.get("device") != "cpu"
-    names = ("gpu",) if on_gpu else ("cpu", "instructions")
+    names = ("gpu",) if facts.get("device") == "cuda" else ("cpu", "instructions")
     found = [str(facts[name]) for name in names if name in facts]
     version = str(facts.get("torch", "")).partition("+")[0]  # without the build's CUDA version
     return ", ".join([*found, f"PyTorch {version}"]) if version else None

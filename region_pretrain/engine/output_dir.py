@@ -93,8 +93,9 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
         The seed.
 
     Raises:
-        UserError: the folder contains a run and ``resume`` is off; the config of that run differs
-            in more than :data:`HARMLESS` keys; or the config cannot be written.
+        UserError: the folder contains a run and ``resume`` is off, or the config of that run
+            differs in more than :data:`HARMLESS` keys.
+        OSError: the config cannot be read or written.
     """
     folder = cfg.train.output_dir
     path = os.path.join(folder, "config.yaml")
@@ -106,12 +107,7 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
         cfg.train.seed = drawn if saved is None else saved["train"].get("seed", drawn)
     if saved is not None:
         _refuse_changes(path, saved, cfg)
-    text = to_yaml(cfg)
-    try:
-        PathManager.mkdirs(folder)
-        write_text_atomic(path, text)
-    except OSError as error:
-        raise UserError(f"cannot write to train.output_dir={folder}: {error}") from error
+    write_text_atomic(path, to_yaml(cfg))
     return cfg.train.seed
 
 

@@ -92,9 +92,9 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
             try:
                 PathManager.mkdirs(folder)
                 leases.enter_context(hold(folder))
+                seed = claim_output_dir(cfg, resume)
             except OSError as error:
                 raise UserError(f"cannot write to train.output_dir={folder}: {error}") from error
-            seed = claim_output_dir(cfg, resume)
             if not resume:
                 forget_tracked(folder)
             return seed

@@ -20,7 +20,7 @@ from region_pretrain.engine.writers import (
     drop_lines_from,
 )
 from region_pretrain.errors import UserError, describe, did_you_mean
-from region_pretrain.metrics import newest_iteration, read_metrics
+from region_pretrain.metrics import logged_rows, newest_iteration
 from region_pretrain.progress import PROGRESS_FILE
 from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import SERVICES, RunInfo, check_package, read_tracked
@@ -105,7 +105,7 @@ def _run_info(cfg: DictConfig, service: str, logged: int) -> RunInfo:
     folder, tracking = os.path.abspath(cfg.train.output_dir), cfg.train.tracking
     path = os.path.join(folder, "config.yaml")
     history = {}
-    for row in read_metrics(folder) if newest_iteration(folder) >= 0 else []:
+    for row in logged_rows(folder):
         history[row.pop("iteration")] = row
     with open(path, encoding="utf-8") as file:
         text = file.read()

@@ -45,14 +45,13 @@ class Regions(NamedTuple):
 
 
 @contextmanager
-def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Set modules to eval mode without gradients; restores the mode of each submodule.
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set a module to eval mode without gradients; restores the mode of each submodule.
 
     Images of any shape may pass (:func:`~region_pretrain.engine.kernels.without_cudnn_benchmark`).
     """
-    given = [module for module in modules if module is not None]
-    with training_modes_kept(*given), torch.no_grad(), without_cudnn_benchmark():
-        for part in (part for module in given for part in module.modules()):
+    with training_modes_kept(module), torch.no_grad(), without_cudnn_benchmark():
+        for part in module.modules():
             part.training = False
         yield
 

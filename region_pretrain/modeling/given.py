@@ -138,9 +138,9 @@ def weights_kept(detector: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def training_modes_kept(*modules: nn.Module) -> Iterator[None]:
-    """Restore train or eval mode of modules and their submodules after the context."""
-    modes = {part: part.training for module in modules for part in module.modules()}
+def training_modes_kept(module: nn.Module) -> Iterator[None]:
+    """Restore train or eval mode of a module and its submodules after the context."""
+    modes = {part: part.training for part in module.modules()}
     try:
         yield
     finally:

@@ -19,37 +19,19 @@ logger = logging.getLogger(__name__)
 _DEFORMABLE = ("DeformConv", "ModulatedDeformConv")  # absent where Detectron2 is not compiled
 
 
-def pyramid_features(backbone: Backbone, images: Tensor) -> dict[str, Tensor]:
-    """Run a detector's backbone on a batch of views.
-
-    Detectron2's FPN upsamples the coarser map by two, so sides must be divisible by 32; the
-    detector pads its images to that. A view of 112 pixels is not padded: its maps are 28, 14, 7
-    and 4 pixels wide (ConvNeXt's last one 3), and twice the coarser map is cropped or extended to
-    the finer one. If the sides are divisible, or the backbone has no FPN, this is
-    ``backbone(images)`` itself.
-
-    Args:
-        backbone: the detector's.
-        images: ``(B, 3, H, W)``, normalised.
-
-    Returns:
-        Maps by the backbone's names, finest first, without those of an FPN's top block if the
-        sides are not divisible.
-    """
-    divides = all(side % max(backbone.size_divisibility, 1) == 0 for side in images.shape[-2:])
-    if divides or not isinstance(backbone, FPN):
-        return backbone(images)
-    return trunk_and_pyramid_features(backbone, images)[1]
-
-
 def trunk_and_pyramid_features(
     backbone: Backbone, images: Tensor, names: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Run a detector's feature pyramid on a batch of views, and keep the trunk's maps as well.
 
+    Detectron2's FPN upsamples the coarser map by two, so sides must be divisible by 32; the
+    detector pads its images to that. A view of 112 pixels is not padded: its maps are 28, 14, 7
+    and 4 pixels wide (ConvNeXt's last one 3), and twice the coarser map is cropped or extended to
+    the finer one.
+
     Args:
         backbone: the detector's.
-        images: ``(B, 3, H, W)``, normalised; the sides need not be divisible by 32.
+        images: ``(B, 3, H, W)``, normalised.
         names: the pyramid's maps to return; None for those of :func:`pyramid_names`.
 
     Returns:
@@ -76,7 +58,7 @@ def pyramid_maps(
         backbone: the detector's. One that is neither of the two, or a subclass of them with a
             ``forward`` of its own, runs completely.
         images: ``(B, 3, H, W)``, normalised. Sides need not be divisible by the FPN's size
-            divisibility, see :func:`pyramid_features`.
+            divisibility, see :func:`trunk_and_pyramid_features`.
         reads: map name -> images to return, a slice with bounds and step 1. Maps of a top block
             cannot be read.
 

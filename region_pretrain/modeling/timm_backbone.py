@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from detectron2.modeling.backbone import Backbone
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 
 #: Options with which timm's transformers accept images of any size; the first that fit are used.
 #: ``always_partition`` shifts the windows of a Swin's last stage too, as Detectron2's Swin does.
@@ -127,9 +126,8 @@ def create_timm_model(name: str, **options: Any) -> nn.Module:
     timm = _timm()
     if not timm.is_model(name):
         plain = name.partition(".")[0]
-        close = difflib.get_close_matches(plain, timm.list_models(), n=3, cutoff=0.5)
-        text = f"did you mean {' or '.join(close)}?" if close else "see timm.list_models()"
-        raise UserError(f"timm {timm.__version__} has no model {name!r}: {text}")
+        hint = did_you_mean(plain, timm.list_models(), 3, 0.5, "; see timm.list_models()")
+        raise UserError(f"timm {timm.__version__} has no model {name!r}{hint}")
     return timm.create_model(name, pretrained=False, num_classes=0, **options)
 
 

@@ -7,7 +7,12 @@ import numpy as np
 
 from region_pretrain.regions.filters import canonical, clip
 
-MODES = ("fast", "quality", "single")
+_SWITCHES = {
+    "fast": "switchToSelectiveSearchFast",
+    "quality": "switchToSelectiveSearchQuality",
+    "single": "switchToSingleStrategy",
+}
+MODES = tuple(_SWITCHES)
 
 
 def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 0) -> np.ndarray:
@@ -18,7 +23,7 @@ def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 
 
     Args:
         image: ``(H, W, 3)`` uint8 RGB.
-        mode: ``fast``, ``quality`` or ``single``, each with OpenCV's default parameters.
+        mode: one of :data:`MODES`, each with OpenCV's default parameters.
         working_size: a larger image is downscaled to this long side before the search, whose time
             is roughly proportional to the pixels, and the boxes are mapped back; 0 is full size.
 
@@ -32,16 +37,7 @@ def selective_search(image: np.ndarray, mode: str = "fast", working_size: int = 
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(np.ascontiguousarray(image[..., ::-1]))  # BGR
-    if mode == "fast":
-        search.switchToSelectiveSearchFast()
-    elif mode == "quality":
-        search.switchToSelectiveSearchQuality()
-    elif mode == "single":
-        search.switchToSingleStrategy()
-    else:
-        raise ValueError(
-            f"selective search has no mode {mode!r}: must be one of {', '.join(MODES)}"
-        )
+    getattr(search, _SWITCHES[mode])()
     boxes = np.asarray(search.process(), np.float64).reshape(-1, 4)  # x, y, width, height
     boxes[:, 2:] += boxes[:, :2]
     shrunk_height, shrunk_width = image.shape[:2]

@@ -23,10 +23,11 @@ _UNDECAYED = re.compile(
 )
 
 
-def pretrain_param_groups(
-    model: nn.Module, weight_decay: float, exclude_1d: bool = True
-) -> list[dict[str, Any]]:
+def pretrain_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for :class:`region_pretrain.solver.lars.LARS` (or any other optimiser).
+
+    Parameters of at most one dimension (BN scales and offsets, biases) are excluded from weight
+    decay and LARS adaptation (BYOL, arXiv 2006.07733).
 
     In a config the engine supplies the model, as Detectron2's lazy training does::
 
@@ -35,16 +36,14 @@ def pretrain_param_groups(
     Args:
         model: the model; only its parameters with ``requires_grad`` are used.
         weight_decay: L2 penalty of the decayed group.
-        exclude_1d: exclude parameters of at most one dimension (BN scales and offsets, biases) from
-            weight decay and LARS adaptation (BYOL, arXiv 2006.07733).
 
     Returns:
         One group with ``weight_decay`` and ``adapt=True``, one without both. Empty groups are
         dropped.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    excluded = [p for p in trained if exclude_1d and p.ndim <= 1]
-    decayed = [p for p in trained if not (exclude_1d and p.ndim <= 1)]
+    excluded = [p for p in trained if p.ndim <= 1]
+    decayed = [p for p in trained if p.ndim > 1]
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "adapt": True},
         {"params": excluded, "weight_decay": 0.0, "adapt": False},

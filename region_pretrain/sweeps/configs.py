@@ -145,17 +145,6 @@ def checked_config(path: str, overrides: tuple[str, ...], detection: bool) -> Di
     return cfg
 
 
-def check_weights(key: str, path: str) -> None:
-    """Check before any run that a local file of weights exists; ``""`` and URLs are not checked.
-
-    Raises:
-        UserError: there is no such file; the message names ``key``.
-    """
-    file = os.path.expanduser(path.partition("?")[0])  # options such as ?part=NAME
-    if path and is_local(file) and not os.path.exists(file):
-        raise UserError(f"{key}={path}: no such file; relative paths refer to {os.getcwd()}")
-
-
 @functools.cache
 def check_split(where: str, split: str, fraction: float, seed: int) -> None:
     """Check before any run that a split file has the images of a fraction and seed.

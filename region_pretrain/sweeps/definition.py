@@ -18,7 +18,7 @@ from region_pretrain.overrides import apply_overrides
 FINAL = "final"
 _NAME = re.compile(r"[\w.+-]+")
 #: Arguments of the search that change the recipe, whose id the pre-training compares.
-_OF_RECIPE = ("--recipe", "--set", "--mode", "--working-size")
+_OF_RECIPE = ("--recipe", "--set", "--working-size")
 
 
 @dataclass

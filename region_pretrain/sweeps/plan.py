@@ -11,12 +11,12 @@ from typing import Any
 
 from detectron2.config import instantiate
 
+from region_pretrain.convert.recognise import check_weights
 from region_pretrain.engine import checkpoint
 from region_pretrain.errors import UserError
 from region_pretrain.sweeps.configs import (
     check_split,
     check_transfer,
-    check_weights,
     checked_config,
     content,
     for_jobs,
@@ -320,7 +320,7 @@ class _Planner:
             without = ["train.init_checkpoint"]  # parent and checkpoint identify the weights
         else:
             weights, without = self._sweep.baselines[init].init_checkpoint, []
-            check_weights(f"sweep.baselines.{init}.init_checkpoint", weights)
+            check_weights(weights, f"sweep.baselines.{init}.init_checkpoint: ")
         fraction, seed = labels["label_fraction"], labels["seed"]
         if entry.label_split and fraction < 1:
             check_split(f"sweep.finetune.{labels['finetune']}", entry.label_split, fraction, seed)

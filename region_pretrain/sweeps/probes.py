@@ -19,10 +19,10 @@ from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.probe import PROBE_FILE, do_probe
 from region_pretrain.json_files import read_json
-from region_pretrain.metrics import read_results
+from region_pretrain.metrics import logged_rows, read_results
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Run
-from region_pretrain.sweeps.results import logged, step_minutes
+from region_pretrain.sweeps.results import step_minutes
 from region_pretrain.sweeps.rows import METRICS
 from region_pretrain.sweeps.state import SweepFile
 
@@ -90,7 +90,7 @@ def probe_checkpoints(
             if value is not None:
                 checkpoint.probes[other] = value
                 checkpoint.seconds[other] = statistics.fmean(
-                    60 * step_minutes(logged(run)) for run in others
+                    60 * step_minutes(logged_rows(run.folder)) for run in others
                 )
         found.append(checkpoint)
     if not found:

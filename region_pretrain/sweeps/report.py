@@ -12,12 +12,13 @@ from tabulate import tabulate
 from region_pretrain.engine.environment import machine, versions
 from region_pretrain.files import make_writable, write_atomic, write_text_atomic
 from region_pretrain.jobs import slurm
+from region_pretrain.metrics import logged_rows
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.plots import metric_curve, plot_curves
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.figures import figures
 from region_pretrain.sweeps.pictures import SweepPictures
-from region_pretrain.sweeps.results import collect, collect_probes, logged, pretrainings
+from region_pretrain.sweeps.results import collect, collect_probes, pretrainings
 from region_pretrain.sweeps.rows import METRICS, Row, read_csv, results_csv
 from region_pretrain.sweeps.state import SweepFile
 from region_pretrain.sweeps.tables import Table, row_name, tables
@@ -187,7 +188,10 @@ def _loss_curves(sweep: SweepFile) -> list[report.Markup]:
     """One diagram per pre-training, as losses are not comparable, with one curve per seed."""
     blocks = []
     for init, by_seed in pretrainings(sweep).items():
-        curves = {f"seed {s}": metric_curve(logged(r), "total_loss") for s, r in by_seed.items()}
+        curves = {
+            f"seed {s}": metric_curve(logged_rows(r.folder), "total_loss")
+            for s, r in by_seed.items()
+        }
         curves = {name: curve for name, curve in curves.items() if curve[0]}
         if curves:
             png = plot_curves(curves, "iteration", "total loss")

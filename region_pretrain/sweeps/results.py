@@ -17,9 +17,8 @@ from region_pretrain.config import load_file
 from region_pretrain.data.few_label import SUBSET_FILE
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.environment import read_machine
-from region_pretrain.errors import UserError
 from region_pretrain.json_files import read_json
-from region_pretrain.metrics import read_metrics, read_results
+from region_pretrain.metrics import logged_rows, read_results
 from region_pretrain.reporting.plots import Curve, metric_curve
 from region_pretrain.reporting.summary import mean_std
 from region_pretrain.sweeps import state
@@ -81,7 +80,7 @@ def collect_probes(sweep: SweepFile) -> dict[str, dict[str, tuple[Statistics, St
     for init, by_seed in pretrainings(sweep).items():
         values = defaultdict(list)
         for run in by_seed.values():
-            rows = logged(run)
+            rows = logged_rows(run.folder)
             for key in dict.fromkeys(k for row in rows for k in row if k.startswith(_PROBE)):
                 values[key].append(metric_curve(rows, key)[1])
         found[init] = {
@@ -89,14 +88,6 @@ def collect_probes(sweep: SweepFile) -> dict[str, dict[str, tuple[Statistics, St
             for key, curves in values.items()
         }
     return {init: probes for init, probes in found.items() if probes}
-
-
-def logged(run: Run) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.json``; none if it has not logged yet."""
-    try:
-        return read_metrics(os.path.join(run.folder, "metrics.json"))
-    except UserError:
-        return []
 
 
 def _last(checkpoint: str | int) -> float:
@@ -138,7 +129,7 @@ def _fill(
     row.wanted = len(finetunings)
     row.test_data = next((name for run in finished.values() if (name := _test_data(run))), None)
     row.labels = next((n for run in finished.values() if (n := _labelled_images(run, known))), None)
-    metrics = [logged(run) for run in (finished or finetunings).values()]
+    metrics = [logged_rows(run.folder) for run in (finished or finetunings).values()]
     for key in METRICS:
         curves = [metric_curve(rows, key) for rows in metrics]
         row.curves[key] = mean_curve([curve for curve in curves if curve[0]])
@@ -237,7 +228,7 @@ def step_minutes(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def _cost(run: Run) -> Cost | None:
     """None if nothing is logged yet."""
-    rows = logged(run)
+    rows = logged_rows(run.folder)
     if not rows:
         return None
     speeds = [row["img_per_sec"] for row in rows if "img_per_sec" in row]

@@ -168,6 +168,19 @@ def test_generation_finishes_where_sigterm_is_ignored(tmp_path):
     assert [len(json.loads(path.read_text())["images"]) for path in made] == [100] * 8
 
 
+def test_home_is_expanded_in_the_folder_of_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/data")
+    assert ShapesSpec("val", 3).folder.parent == tmp_path / "data/shapes"
+
+
+def test_an_image_that_cannot_be_written_ends_the_generation(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr("cv2.imwrite", lambda *args: False)  # what it returns on a full disk
+    with pytest.raises(OSError, match=r"cannot write .*000000\.png"):
+        make_scenes(ShapesSpec("val", 1, side=48), workers=1)
+
+
 def test_the_json_is_coco_with_masks_of_the_right_area():
     folder = make_scenes(ShapesSpec("train", 8, side=128))
     coco = COCO(str(folder / "annotations.json"))

@@ -202,6 +202,8 @@ def test_voc_ap_by_name_is_that_of_the_registered_data_set(tmp_path, stock, fold
     mine = results(PascalVOCDetectionEvaluator(name), expected)["bbox"]
     theirs = results(PascalVOCDetectionEvaluator(stock), expected)["bbox"]
     np.testing.assert_equal(mine, theirs)  # NaN: classes without boxes
+    cfg = get_config("detection/faster_rcnn_r50_fpn_4conv1fc.py")
+    prepare_labels(cfg, {"test": [name]})
     coco = results(COCOEvaluator(name), expected)["bbox"]
     theirs = results(COCOEvaluator(stock, output_dir=str(tmp_path)), expected)["bbox"]
     np.testing.assert_equal(coco, theirs)

@@ -193,15 +193,6 @@ def test_numpys_numbers_are_saved_as_others_read_them(tmp_path):
     assert checkpointer.checkpointables["optimizer"].param_groups[0]["lr"] == 0.1
 
 
-def test_numpys_numbers_of_earlier_checkpoints_are_read(tmp_path):
-    make(tmp_path).save("m", iteration=1)
-    data = read_run_checkpoint(str(tmp_path / "m.pth"))
-    data["hooks"] = {"a": np.float64(2.5), "b": np.arange(4, dtype=np.int16)}
-    torch.save(data, tmp_path / "m.pth")
-    read = read_run_checkpoint(str(tmp_path / "m.pth"))["hooks"]
-    assert read["a"] == 2.5 and np.array_equal(read["b"], data["hooks"]["b"])
-
-
 @pytest.mark.parametrize("value", [Path("x"), Decimal(1), lambda: 0, np.array(["a", "b"])])
 def test_a_hook_whose_state_cannot_be_read_back_is_named_before_it_is_saved(tmp_path, value):
     checkpointer = with_hook(make(tmp_path), {"value": [value]})

@@ -306,7 +306,7 @@ def test_the_first_value_is_that_of_the_untrained_network(names, dicts):
 def test_modes_come_back_even_after_an_error(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     module = nn.Sequential(nn.BatchNorm2d(2).eval(), nn.Dropout())
-    with pytest.raises(RuntimeError), evaluating(module, None):
+    with pytest.raises(RuntimeError), evaluating(module):
         assert not any(m.training for m in module.modules()) and not torch.is_grad_enabled()
         assert not torch.backends.cudnn.benchmark  # for images of different shapes
         raise RuntimeError

@@ -38,6 +38,7 @@ ATTACKS = [
 
 def claim(folder, resume=True):
     cfg = complete_train(make_config(folder))
+    folder.mkdir(exist_ok=True)
     claim_output_dir(cfg, resume)
     return cfg
 

@@ -8,7 +8,7 @@ from torch import nn
 from region_pretrain.config import get_config
 from region_pretrain.modeling.heads import MLPHead
 from region_pretrain.modeling.norms import use_local_batchnorm
-from region_pretrain.modeling.pyramid import pyramid_features, trunk_and_pyramid_features
+from region_pretrain.modeling.pyramid import pyramid_maps, trunk_and_pyramid_features
 from region_pretrain.modeling.regions import pool_boxes, pool_regions
 
 
@@ -30,9 +30,11 @@ def test_trunk_and_pyramid_are_the_detectors_own():
         for side in (64, 56):  # the second does not divide by 32
             images = torch.randn(2, 3, side, side)
             trunk, maps = trunk_and_pyramid_features(fpn, images)
-            expected = pyramid_features(fpn, images)
             assert list(maps) == ["p2", "p3", "p4", "p5"]
+            expected = pyramid_maps(fpn, images, dict.fromkeys(maps, slice(0, 2)))
+            own = fpn(images) if side == 64 else expected
             for name, value in maps.items():
+                torch.testing.assert_close(value, own[name])
                 torch.testing.assert_close(value, expected[name])
             for name, value in fpn.bottom_up(images).items():
                 torch.testing.assert_close(trunk[name], value)

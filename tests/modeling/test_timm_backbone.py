@@ -175,8 +175,8 @@ def test_ghost_batch_norms_of_timm_see_their_group_only(norm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(name="convnext_tinny"), r"has no model 'convnext_tinny': did you mean convnext_tiny"),
-        (dict(name="qqqq"), r"has no model 'qqqq': see timm.list_models\(\)"),
+        (dict(name="convnext_tinny"), r"has no model 'convnext_tinny'; did you mean convnext_tiny"),
+        (dict(name="qqqq"), r"has no model 'qqqq'; see timm.list_models\(\)"),
         (dict(name="resnet18", out_features=["res6"]), "maps of resnet18 are res1, res2, res3"),
         (dict(name="resnet18", out_features=[]), "maps of resnet18 are res1, res2, res3"),
         (dict(name="eva02_tiny_patch14_224"), "has stride 14.*set patch_size=16 in its options"),

@@ -86,8 +86,3 @@ def test_tiny_images(shape, working_size):
     x0, y0, x1, y1 = boxes.T
     assert ((0 <= x0) & (x0 < x1) & (x1 <= shape[1])).all()
     assert ((0 <= y0) & (y0 < y1) & (y1 <= shape[0])).all()
-
-
-def test_unknown_mode(image):
-    with pytest.raises(ValueError, match="fast, quality, single"):
-        selective_search(image, "slow")

@@ -34,9 +34,3 @@ def test_one_dimensional_parameters_neither_decay_nor_adapt():
         ]
     )
     assert (excluded["weight_decay"], excluded["adapt"]) == (0.0, False)
-
-
-def test_all_in_one_group_when_nothing_is_excluded():
-    (group,) = pretrain_param_groups(Model(), weight_decay=0.1, exclude_1d=False)
-    assert len(group["params"]) == 7  # shared ones once, frozen ones not at all
-    assert (group["weight_decay"], group["adapt"]) == (0.1, True)

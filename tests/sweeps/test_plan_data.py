@@ -94,10 +94,20 @@ def test_weights_of_a_baseline_must_exist(tmp_path, query):
         det = {"config": DETECTOR}
         return make_plan(sweep(tmp_path, pretrain={}, baselines=baselines, finetune={"det": det}))
 
-    with pytest.raises(UserError, match="sweep.baselines.file.init_checkpoint=absent.pth.*no such"):
+    with pytest.raises(UserError, match="file.init_checkpoint: there is no absent.pth: name"):
         planned("absent.pth")
-    (tmp_path / "here.pth").touch()
-    for path in (tmp_path / "here.pth", "zoo://absent", "https://absent/r50.pth"):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match=f"init_checkpoint: there is no {run}/model_final.pth"):
+        planned(run)
+    newest = run / "model_0000009.pth"
+    newest.touch()
+    with pytest.raises(UserError, match=f"is not finished: .* its newest weights, {newest}"):
+        planned(run)
+    for path in (newest, "zoo://absent", "https://absent/r50.pth"):
+        assert len(planned(path).runs) == 1
+    (run / "model_final.pth").touch()
+    for path in (run, run / "model_final.pth"):
         assert len(planned(path).runs) == 1
 
 

@@ -37,7 +37,7 @@ def photos(tmp_path) -> Path:
 
 def test_folder_with_a_preview(tmp_path, photos):
     result = run(
-        "--images", photos, "--out", "r.arrow", "--set", "min_side=20", "--mode", "single",
+        "--images", photos, "--out", "r.arrow", "--set", "min_side=20", "--set", "mode=single",
         "--working-size", 100, "--workers", 2, "--preview", 5, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -62,7 +62,7 @@ def test_a_store_keeps_its_recipe_if_no_other_is_given(tmp_path, photos, caplog,
     """Else the command for the preview would ask to delete hours of search."""
     caplog.set_level(logging.INFO)
     common = ["--images", str(photos), "--out", str(tmp_path / "r.arrow"), "--workers", "1"]
-    make_regions.main([*common, "--working-size", "100", "--mode", "single"])
+    make_regions.main([*common, "--working-size", "100", "--set", "mode=single"])
     boxes = RegionStore.open(str(tmp_path / "r.arrow")).manifest["boxes"]
     make_regions.main([*common, "--preview", "2"])
     assert (tmp_path / "r.arrow.preview.png").exists()
@@ -116,7 +116,7 @@ def test_registered_data_set_with_its_recall(tmp_path, capsys, monkeypatch):
         (["--images", "photos", "--recipe", "soco"], "no recipe is called 'soco'"),
         (["--images", "photos", "--set", "min_side"], "FIELD=VALUE"),
         (["--images", "photos", "--set", "colour=3"], "no field 'colour'"),
-        (["--images", "photos", "--mode", "slow"], "mode=slow"),
+        (["--images", "photos", "--set", "mode=slow"], "mode=slow"),
         (["--images", "photos", "--working-size", "big"], "working_size=big"),
         (["--images", "photos", "--shard", "3"], "--shard 3"),
         (["--images", "photos", "--shard", "2/2"], "0 <= i < n"),

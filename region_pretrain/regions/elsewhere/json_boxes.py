@@ -87,7 +87,7 @@ def read_masks(path: str) -> BoxTable:
                 else:
                     stream.value()
         stream.end()
-        return found.table(by_id=False, xywh=True, sizes=sizes)
+        return found.table(by_id=False, sizes=sizes)
 
 
 def _results(stream: JsonStream) -> BoxTable:
@@ -100,7 +100,7 @@ def _results(stream: JsonStream) -> BoxTable:
 
     _for_each(stream.items(), add)
     stream.end()
-    return found.table(by_id=kind == "image_id", xywh=True)
+    return found.table(by_id=kind == "image_id")
 
 
 def _object(stream: JsonStream) -> BoxTable:
@@ -122,7 +122,7 @@ def _object(stream: JsonStream) -> BoxTable:
                     fault = ValueError(f"image {key[:60]!r}: {error}")
     stream.end()
     if annotations is not None:
-        table = annotations.table(by_id=True, xywh=True)
+        table = annotations.table(by_id=True)
         return named(table, names)._replace(sizes=sizes) if names else table
     if names is not None:
         raise ValueError("it has images, but no annotations")
@@ -130,7 +130,7 @@ def _object(stream: JsonStream) -> BoxTable:
         raise fault
     if not masks.images:
         raise ValueError("it has neither annotations nor lists of boxes by image")
-    return masks.table(by_id=False, xywh=True)
+    return masks.table(by_id=False)
 
 
 def named(table: BoxTable, names: dict[str, str]) -> BoxTable:

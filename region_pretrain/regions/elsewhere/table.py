@@ -97,20 +97,15 @@ class Collector:
             self._scores.append(score)
         self._images.append(row)
 
-    def table(
-        self, by_id: bool, xywh: bool, sizes: Mapping[str, tuple[int, int]] | None = None
-    ) -> BoxTable:
-        """Everything that was added.
+    def table(self, by_id: bool, sizes: Mapping[str, tuple[int, int]] | None = None) -> BoxTable:
+        """Everything that was added, as ``(x, y, width, height)``.
 
         Args:
             by_id: see :class:`BoxTable`.
-            xywh: whether the boxes are ``(x, y, width, height)``.
             sizes: see :class:`BoxTable`.
         """
-        boxes = np.frombuffer(self._boxes, np.float64).reshape(-1, 4)
-        if xywh:
-            boxes = boxes.copy()
-            boxes[:, 2:] += boxes[:, :2]
+        boxes = np.frombuffer(self._boxes, np.float64).reshape(-1, 4).copy()
+        boxes[:, 2:] += boxes[:, :2]
         scores = np.frombuffer(self._scores, np.float64) if self._scores else None
         rows = np.frombuffer(self._images, np.int32)
         return BoxTable.of(list(self._rows), by_id, rows, boxes, scores, sizes)

@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.pyramid import pyramid_features
+from region_pretrain.modeling.pyramid import trunk_and_pyramid_features
 from region_pretrain.modeling.regions import pool_regions
 from region_pretrain.modeling.trunk import compile_trunks
 from region_pretrain.projects.soco import SoCo
@@ -59,7 +59,7 @@ def test_shapes_of_maps_at_full_size():
     fpn = instantiate(get_config("common/models/mask_rcnn_fpn_small.py").model.backbone).eval()
     for side, maps in ((224, (56, 28, 14, 7)), (192, (48, 24, 12, 6)), (112, (28, 14, 7, 4))):
         with torch.no_grad():
-            features = pyramid_features(fpn, torch.randn(1, 3, side, side))
+            _, features = trunk_and_pyramid_features(fpn, torch.randn(1, 3, side, side))
         assert tuple(features[f"p{i}"].shape[-1] for i in range(2, 6)) == maps
 
 
@@ -68,12 +68,10 @@ def test_pyramid_equals_the_detectors_own_if_sides_are_divisible():
     fpn = instantiate(get_config("common/models/mask_rcnn_fpn_small.py").model.backbone).eval()
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        own = fpn(images)
-        assert pyramid_features(fpn, images).keys() == own.keys()
-        fpn._size_divisibility = 1000  # as if the sides were not divisible: the other code path
-        ours = pyramid_features(fpn, images)
-    for name in ("p2", "p3", "p4", "p5"):
-        torch.testing.assert_close(ours[name], own[name])
+        own, (_, ours) = fpn(images), trunk_and_pyramid_features(fpn, images)
+    assert list(ours) == ["p2", "p3", "p4", "p5"]
+    for name, value in ours.items():
+        torch.testing.assert_close(value, own[name])
 
 
 def test_pooling_scales_boxes_by_the_maps_own_size():
