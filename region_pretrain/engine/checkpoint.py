@@ -255,11 +255,13 @@ class RunCheckpointer(DetectionCheckpointer):
         self._load_model_state(path, {**data["model"], **data["pretraining"]})
         rates = self._base_rates()
         for key, obj in self.checkpointables.items():
-            if key not in data:
-                raise UserError(
-                    f"{path} has no {key}: it was written with another train.amp; restore that "
-                    "setting"
+            if key == "scaler" and key not in data:
+                logger.warning(
+                    "%s was written on a device without a loss scale: starting one", path
                 )
+                continue
+            if key not in data:
+                raise UserError(f"{path} is not a checkpoint of such a run: it has no {key}")
             with _of_another_run(path, key):
                 obj.load_state_dict(data[key])
         if self.trainer:

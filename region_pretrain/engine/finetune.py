@@ -45,6 +45,7 @@ from region_pretrain.engine.labelled_data import (
 )
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.processes import fail_together, on_main_process
+from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
@@ -250,7 +251,7 @@ class _NextBatches:
 
 
 class _PreciseBN(hooks.PreciseBN):
-    """Restarts its iterator on each update, so that a resumed run sees the same batches."""
+    """Changes nothing else: each update has its own iterator, and the random state is kept."""
 
     def update_stats(self) -> None:
         self.trainer.check_weights()
@@ -258,7 +259,8 @@ class _PreciseBN(hooks.PreciseBN):
         usual = precise_bn._PopulationVarianceEstimator
         precise_bn._PopulationVarianceEstimator = _OfRegions
         try:
-            super().update_stats()
+            with random_state_kept():  # detectors draw proposals
+                super().update_stats()
         finally:
             precise_bn._PopulationVarianceEstimator = usual
         self._data_iter = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from submitit.core.utils import JobPaths
 
 from region_pretrain.errors import UserError
 from region_pretrain.jobs import slurm
@@ -132,6 +135,45 @@ def waiting_reasons(sweep: SweepFile) -> dict[str, str]:
         return {}
 
 
+def failed_jobs(sweep: SweepFile, now: Mapping[str, str]) -> dict[str, list[str]]:
+    """Ids of the runs that go on although some of their jobs have failed -> these jobs.
+
+    Args:
+        sweep: the sweep.
+        now: run id -> state.
+    """
+    records = {
+        run.id: state.read_record(run)
+        for run in sweep.plan.runs.values()
+        if now[run.id] in (state.RUNNING, state.QUEUED)
+    }
+    several = {i: record for i, record in records.items() if record and len(record.job_ids) > 1}
+    live = None
+    if several:
+        with suppress(slurm.Unavailable):
+            live = slurm.jobs_of("" if sweep.user == user_name() else sweep.user)
+    runs = sweep.plan.runs
+    found = {i: state.failed_jobs(runs[i], record, live) for i, record in several.items()}
+    return {i: ids for i, ids in found.items() if ids}
+
+
+def unrecorded(sweep: SweepFile, folder: str) -> list[str]:
+    """Jobs on SLURM whose start was interrupted before it recorded them.
+
+    submitit's file of a job shows that the sweep has submitted it.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
+    known = {job for record in state.all_records(folder).values() for job in record.job_ids}
+    path = os.path.join(folder, "jobs")
+    return [
+        job
+        for job in live_jobs(sweep.cluster, folder, sweep.user)
+        if job not in known and JobPaths(path, job).submitted_pickle.exists()
+    ]
+
+
 def left_behind(sweep: SweepFile, folder: str) -> dict[str, list[str]]:
     """Folders of runs that have left the plan -> their jobs that are queued or running.
 
@@ -202,8 +244,8 @@ def states(
         on_slurm: the runs' disk may be that of other machines, see :func:`state.ended_state`.
 
     Returns:
-        Run id -> state. A run of several jobs of which one has failed blocks those that depend on
-        it, although it is ``running`` until the others end.
+        Run id -> state. A run of several jobs of which one has failed or was cancelled blocks those
+        that depend on it, although it is ``running`` until the others end.
     """
     records = {run.id: state.read_record(run) for run in plan.runs.values()}
     done = all(map(state.is_finished, plan.runs.values()))
@@ -229,7 +271,7 @@ def states(
     failed = {
         run.id
         for run in unfinished
-        if found[run.id] == state.FAILED or state.failed_jobs(run, records[run.id])
+        if found[run.id] == state.FAILED or state.failed_jobs(run, records[run.id], live)
     }
     for run in plan.runs.values():  # SLURM cancels the dependants of a failed job
         stuck = any(p in failed or found[p] == state.BLOCKED for p in run.parents)

@@ -113,14 +113,17 @@ def _work(folder: str) -> None:
             return
         if ready and state.read_sweep(folder) != sweep:
             continue  # it has just been started again
+        # Of runs that have left the plan.
+        left = [state.all_records(folder)[path].gpus for path in jobs.left_behind(sweep, folder)]
         for name in ready:
             run, count = runs[name], _processes(runs[name], sweep.cluster)
             started = [runs[n] for n, word in now.items() if word == state.RUNNING]
+            # Those of running jobs are in their records: another coordinator may have started them.
+            busy = [state.read_record(run).gpus for run in started] + left
             others = sum(_processes(run, sweep.cluster) for run in started)
+            others += len(left) * sweep.cluster.tasks
             if others + count > sweep.cluster.jobs * sweep.cluster.tasks:
                 break  # smaller ones do not overtake it: it might wait for ever
-            # Those of running jobs are in their records: another coordinator may have started them.
-            busy = [state.read_record(run).gpus for run in started]
             with _on_free_gpus(devices, count, busy) as group:
                 mine += jobs.submit_runs([run], sweep, folder, run.name, gpus=group)[name]
             now[name] = state.RUNNING
@@ -145,9 +148,11 @@ def _on_free_gpus(devices: Sequence[str], count: int, busy: Sequence[str]) -> It
     Yields:
         Their value of ``CUDA_VISIBLE_DEVICES``. With a single group of GPUs nothing changes.
     """
-    groups = [",".join(devices[i : i + count]) for i in range(0, len(devices) - count + 1, count)]
     used = Counter(device for group in busy for device in group.split(","))
-    group = min(groups, key=lambda group: sum(used[d] for d in group.split(",")), default="")
+    groups = [devices[i : i + count] for i in range(0, len(devices) - count + 1, count)]
+    # Neighbours are connected best; the GPUs that are free may be no neighbours.
+    options = [*groups, sorted(devices, key=used.__getitem__)[:count]] if groups else [()]
+    group = ",".join(min(options, key=lambda option: sum(used[device] for device in option)))
     with environment_variables(CUDA_VISIBLE_DEVICES=group) if len(groups) > 1 else nullcontext():
         yield group
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from glob import escape, glob
 
@@ -298,6 +298,13 @@ def _attempt_folders(run: Run) -> list[str]:
     return [run.folder, *sorted(glob(os.path.join(escape(run.folder), "shard*")))]
 
 
+def _look_again(run: Run) -> None:
+    """Let an NFS client see what other machines have written to the run's folders."""
+    for folder in (run.folder, os.path.dirname(run.product), *_attempt_folders(run)[1:]):
+        with contextlib.suppress(OSError):
+            os.listdir(folder)
+
+
 def ended_state(run: Run, record: Record) -> str:
     """The state of a run of which all jobs have left SLURM's queue.
 
@@ -307,9 +314,7 @@ def ended_state(run: Run, record: Record) -> str:
     Returns:
         ``finished``, ``running`` or ``failed``.
     """
-    for folder in (run.folder, os.path.dirname(run.product), *_attempt_folders(run)[1:]):
-        with contextlib.suppress(OSError):
-            os.listdir(folder)  # the client looks again
+    _look_again(run)
     if is_finished(run):
         return FINISHED
     newest = {attempt["job"]: attempt.get("outcome") for attempt in attempts(run)}
@@ -320,12 +325,26 @@ def ended_state(run: Run, record: Record) -> str:
     return RUNNING if now_at(run.folder) - ended < NFS_SECONDS else FAILED
 
 
-def failed_jobs(run: Run, record: Record | None) -> list[str]:
-    """The jobs of a run's submission, if there are several, that failed with an error."""
+def failed_jobs(run: Run, record: Record | None, live: Collection[str] | None = None) -> list[str]:
+    """The jobs of a run's submission, if there are several, that ended before they had finished.
+
+    Args:
+        run: the run.
+        record: its submission.
+        live: the jobs that are queued or running; None: unknown. Then only those count that have
+            recorded a failure, and not e.g. those that were cancelled.
+    """
     if record is None or len(record.job_ids) < 2:
         return []
-    failed = {attempt["job"] for attempt in attempts(run) if attempt.get("outcome") == FAILED}
-    return sorted(failed.intersection(record.job_ids))
+    ended = () if live is None else set(record.job_ids).difference(live)
+    if ended:
+        _look_again(run)
+    newest = {attempt["job"]: attempt.get("outcome") for attempt in attempts(run)}
+    return sorted(
+        job
+        for job in record.job_ids
+        if newest.get(job) == FAILED or job in ended and newest.get(job) != FINISHED
+    )
 
 
 def finished_at(run: Run) -> float:

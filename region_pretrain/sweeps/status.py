@@ -42,12 +42,13 @@ def status_rows(sweep: SweepFile, now: dict[str, str]) -> list[list[str]]:
     """
     rows = []
     reasons = jobs.waiting_reasons(sweep) if state.QUEUED in now.values() else {}
+    failed = jobs.failed_jobs(sweep, now)
     for run in sweep.plan.runs.values():
         word, record, at = now[run.id], state.read_record(run), state.progress(run)
         found = (reasons[job] for job in record.job_ids if job in reasons) if record else ()
         reason = next(found, "") if word == state.QUEUED else ""
-        if word in (state.RUNNING, state.QUEUED) and (failed := state.failed_jobs(run, record)):
-            reason = f"{len(failed)} of {len(record.job_ids)} jobs failed"
+        if run.id in failed:
+            reason = f"{len(failed[run.id])} of {len(record.job_ids)} jobs failed"
         rows.append(
             [
                 run.name,
@@ -114,12 +115,11 @@ def _text(sweep: SweepFile, now: dict[str, str], going: bool) -> tuple[str, bool
     parts = [tabulate(status_rows(sweep, now), HEADER, disable_numparse=True)]
     failed = (run for run in sweep.plan.runs.values() if now[run.id] == state.FAILED)
     parts += [f"{run.name} {_failure(sweep, now, run)}" for run in failed]
-    running = (run for run in sweep.plan.runs.values() if now[run.id] == state.RUNNING)
-    parts += [
-        "\n  ".join([f"{run.name}: failed jobs: {' '.join(ids)}", *state.failure(run)])
-        for run in running
-        if (ids := state.failed_jobs(run, state.read_record(run)))
-    ]
+    for i, ids in jobs.failed_jobs(sweep, now).items():
+        run = sweep.plan.runs[i]
+        parts.append(
+            "\n  ".join([f"{run.name}: failed jobs: {' '.join(ids)}", *state.failure(run)])
+        )
     return "\n\n".join([*parts, _summary(now, going, _is_here(sweep))]), going
 
 

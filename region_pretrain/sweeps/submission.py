@@ -28,7 +28,8 @@ from region_pretrain.system import user_name
 
 Group = tuple[list[Run], list[Run]]
 
-_PATIENCE_SECONDS = 60.0  # another start of the same sweep takes seconds
+#: Another start of the same sweep takes seconds, and a cancellation at most as long as its jobs.
+_PATIENCE_SECONDS = jobs.ENDING_SECONDS + 30.0
 _POLL_SECONDS = 5.0  # each look at SLURM's queue loads its controller
 
 
@@ -97,8 +98,10 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
 
 def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     _refuse_jobs_elsewhere(sweep, folder)
-    if sweep.cluster.kind == "slurm":
-        _wait_for_cancelled(sweep, folder, say)
+    if sweep.cluster.kind == "slurm" and (ids := jobs.unrecorded(sweep, folder)):
+        say(f"cancelling {len(ids)} jobs of a start that was interrupted: {' '.join(ids)}")
+        slurm.cancel(ids)
+    _wait_for_cancelled(sweep, folder, say)
     before = jobs.states_now(sweep, folder)
     # Later edits of the code and of configs do not affect the runs that wait.
     tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
@@ -118,13 +121,13 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
             f"still queued or running, though the sweep no longer contains them: {names}; to stop "
             f"them as well, cancel the sweep: tools/sweep.py cancel {folder}"
         )
-    for run in sweep.plan.runs.values():
-        record = state.read_record(run)
-        if now[run.id] in (state.RUNNING, state.QUEUED) and (ids := state.failed_jobs(run, record)):
-            say(
-                f"{run.name}: {len(ids)} of {len(record.job_ids)} jobs failed: start the sweep "
-                "again when the others have ended"
-            )
+    for i, ids in jobs.failed_jobs(sweep, now).items():
+        run = sweep.plan.runs[i]
+        count = len(state.read_record(run).job_ids)
+        say(
+            f"{run.name}: {len(ids)} of {count} jobs failed: start the sweep again when the others "
+            "have ended"
+        )
     say(f"{folder}: {len(now)} runs: {state.counted(now)}")
     if sweep.cluster.kind == "slurm":
         _submit_slurm(sweep, folder, now)
@@ -172,16 +175,17 @@ def _wait_for_cancelled(sweep: SweepFile, folder: str, say: Callable[[str], None
     records = filter(None, map(state.read_record, sweep.plan.runs.values()))
     ids = {job for record in records if record.cancelled for job in record.job_ids}
     deadline, said = time.monotonic() + jobs.ENDING_SECONDS, False
+    on_slurm = sweep.cluster.kind == "slurm"
     while ids and (still := ids & jobs.live_jobs(sweep.cluster, folder, sweep.user).keys()):
         if time.monotonic() > deadline:
             raise UserError(
                 f"cancelled jobs of the sweep in {folder} have not ended: "
-                f"{', '.join(sorted(still))}; start it again when squeue no longer shows them"
+                f"{', '.join(sorted(still))}; start it again when they have"
             )
         if not said:
             say(f"waiting for {len(still)} cancelled jobs to end")
             said = True
-        time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS if on_slurm else 1.0)
 
 
 def missing(plan: Plan, now: dict[str, str]) -> list[Group]:
@@ -284,19 +288,27 @@ def cancel(folder: str, say: Callable[[str], None] = print) -> list[str]:
     """
     folder = os.path.abspath(folder)
     sweep = state.read_sweep(folder)
-    if sweep.cluster.kind != "slurm":
+    if sweep.cluster.kind == "debug":  # its start holds the lease as long as it runs
         return local.cancel_local(folder, say)
+    with hold(folder, jobs.START_LEASE, patience=_PATIENCE_SECONDS):
+        if sweep.cluster.kind == "local":
+            return local.cancel_local(folder, say)
+        return _cancel_slurm(state.read_sweep(folder), folder)
+
+
+def _cancel_slurm(sweep: SweepFile, folder: str) -> list[str]:
     live = jobs.live_jobs(sweep.cluster, folder, sweep.user)
     mine = []
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
         if record and any(job in live for job in record.job_ids):
             mine.append((run, record))
-    others = jobs.left_behind(sweep, folder)
+    others, unknown = jobs.left_behind(sweep, folder), jobs.unrecorded(sweep, folder)
     ids = [job for _, record in mine for job in record.job_ids if job in live]
-    ids += [job for left in others.values() for job in left]
+    ids += [job for left in others.values() for job in left] + unknown
     if ids:
         slurm.cancel(ids)
     for run, record in mine:
         state.write_record(run, dataclasses.replace(record, cancelled=True))
-    return [run.name for run, _ in mine] + [os.path.basename(path) for path in others]
+    names = [run.name for run, _ in mine] + [os.path.basename(path) for path in others]
+    return names + [f"job {job}" for job in unknown]

@@ -110,6 +110,19 @@ def test_resume_restores_everything(tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
+def test_a_float16_run_may_be_resumed_on_a_cpu_in_between(tmp_path, caplog):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    on_gpu, on_cpu, again = make(tmp_path), make(tmp_path), make(tmp_path)
+    on_gpu.checkpointables["scaler"] = again.checkpointables["scaler"] = scaler
+    on_gpu.save("model_0000004", iteration=4)
+    assert on_cpu.resume() == 5
+    on_cpu.save("model_0000009", iteration=9)
+    with caplog.at_level("WARNING"):
+        assert again.resume() == 10
+    assert "model_0000009.pth was written on a device without a loss scale" in caplog.text
+    assert scaler.get_scale() == 8.0
+
+
 def test_nothing_to_resume_starts_at_zero(tmp_path):
     assert make(tmp_path).resume() == 0
     assert make(tmp_path / "absent").resume() == 0

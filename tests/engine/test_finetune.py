@@ -92,6 +92,16 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch):
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
+def test_how_often_a_run_is_evaluated_does_not_change_it(tmp_path):
+    """Precise batch norm runs the model, which draws random numbers."""
+    found = []
+    for period in (0, 2):
+        folder = tmp_path / str(period)
+        do_train(make_detection_config(folder, eval_period=period))
+        found.append([row["total_loss"] for row in metrics(folder) if "total_loss" in row])
+    assert len(found[0]) == 12 and found[0] == found[1]
+
+
 def final_weights(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import submitit
@@ -257,12 +258,10 @@ def test_a_job_fails_after_too_many_attempts_without_a_checkpoint(make_job, tmp_
 def test_a_process_that_lost_a_worker_is_noted_as_killed(make_job, tmp_path, monkeypatch):
     """The batch script reads the note and requeues the job."""
 
-    class Environment:
-        global_rank, num_tasks, job_id, cluster = 1, 2, "7", "slurm"
-
+    environment = SimpleNamespace(global_rank=1, num_tasks=2, job_id="7", cluster="slurm")
     monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
     start_attempt(str(tmp_path / "run"), "7", 0, "n1")
-    task = job._Task(make_job("well"), Environment())
+    task = job._Task(make_job("well"), environment)
     with pytest.raises(SystemExit) as ended:
         task._conclude(KILLED)
     assert ended.value.code == 128 + signal.SIGKILL and outcomes(tmp_path) == ["killed"]
@@ -270,14 +269,25 @@ def test_a_process_that_lost_a_worker_is_noted_as_killed(make_job, tmp_path, mon
     assert (note["state"], note["code"]) == ("killed", signal.SIGKILL)
 
 
-@pytest.mark.parametrize("code", [1, -signal.SIGABRT, 128 + signal.SIGABRT])
-def test_a_task_that_lost_another_one_is_not_the_cause(make_job, tmp_path, monkeypatch, code):
-    class Environment:
-        global_rank, num_tasks, job_id, cluster = 0, 2, "7", "slurm"
-
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_a_tool_that_stops_ends_the_job(make_job, tmp_path, monkeypatch, rank):
+    """Such as a full disk at the time limit: with a requeue, it would be met ten times."""
+    environment = SimpleNamespace(global_rank=rank, num_tasks=2, job_id="7", cluster="slurm")
     monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
     start_attempt(str(tmp_path / "run"), "7", 0, "n1")
-    task = job._Task(make_job("well"), Environment())
+    task = job._Task(make_job("well"), environment)
+    task.signalled = signal.SIGUSR2
+    with pytest.raises(UserError, match=rf"failed on rank {rank} of 2 \(exit code 2\)"):
+        task._conclude(UserError.exit_code)
+    assert outcomes(tmp_path) == ["failed"]
+
+
+@pytest.mark.parametrize("code", [1, -signal.SIGABRT, 128 + signal.SIGABRT])
+def test_a_task_that_lost_another_one_is_not_the_cause(make_job, tmp_path, monkeypatch, code):
+    environment = SimpleNamespace(global_rank=0, num_tasks=2, job_id="7", cluster="slurm")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "jobs"))
+    start_attempt(str(tmp_path / "run"), "7", 0, "n1")
+    task = job._Task(make_job("well"), environment)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         # SLURM terminates it, as the other task has failed.
         patch.setattr(job.time, "sleep", lambda _: task._on_signal(signal.SIGTERM, None))

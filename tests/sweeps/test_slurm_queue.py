@@ -19,63 +19,6 @@ from region_pretrain.sweeps.report import write_sweep_report
 from region_pretrain.system import user_name
 
 
-class Queue:
-    """A queue of SLURM: job id -> state, by user. Submissions are recorded."""
-
-    def __init__(self) -> None:
-        self.users: dict[str, dict[str, str]] = {"": {}}
-        self.submitted: list[str] = []
-        self.cancelled: list[str] = []
-        self.reasons: dict[str, str] = {}
-        self.room = 99
-        self.silent = 0
-
-    def jobs_of(self, user: str = "") -> dict[str, str]:
-        if self.silent:
-            self.silent -= 1
-            raise slurm.Unavailable("squeue failed: Socket timed out")
-        return dict(self.users.get(user, {}))
-
-    def submit(self, runs, sweep, folder, name, after=()) -> None:
-        if self.room < len(runs):
-            raise UserError(f"sbatch refuses the job {name}: QOSMaxSubmitJobPerUserLimit")
-        for run in runs:
-            self.room -= 1
-            self.submitted.append(run.name)
-            job = str(len(self.submitted))
-            self.users[""][job] = "PENDING"
-            state.write_record(run, state.Record(1, [job]))
-
-
-@pytest.fixture
-def queue(monkeypatch) -> Queue:
-    made = Queue()
-    monkeypatch.setattr(slurm, "jobs_of", made.jobs_of)
-    monkeypatch.setattr(slurm, "waiting_reasons", lambda user="": made.reasons)
-    monkeypatch.setattr(slurm, "cancel", made.cancelled.extend)
-    monkeypatch.setattr(jobs, "submit_runs", made.submit)
-    monkeypatch.setattr(submission, "check_cluster", lambda cluster: None)
-    monkeypatch.setattr(submission, "take_snapshot", lambda folder: "/code")
-    monkeypatch.setattr(submission, "_POLL_SECONDS", 0.01)
-    return made
-
-
-@pytest.fixture
-def start(sweeps, queue):
-    """Starts the sweep on SLURM; returns what it says."""
-    sweeps.add("pre")
-    sweeps.add("det", "pre")
-
-    def run(user="", **cluster) -> list[str]:
-        said: list[str] = []
-        made = Cluster(**{"kind": "slurm", **cluster})
-        file = dataclasses.replace(sweeps.file(), cluster=made, user=user or user_name())
-        submission.start(file, str(sweeps.folder), said.append)
-        return said
-
-    return run
-
-
 def test_jobs_of_an_earlier_start_are_not_run_again_elsewhere(start, queue, sweeps):
     start(user="alice")
     assert queue.submitted == ["pre", "det"]
@@ -219,7 +162,9 @@ def test_the_cause_of_a_failure_is_that_of_the_process_that_failed(sweeps):
     assert state.failure(run) == ["shard 0 ends"]  # of the next submission
 
 
-def test_a_failed_shard_blocks_what_needs_the_store_while_the_others_run(sweeps, queue):
+@pytest.mark.parametrize("outcome", ["failed", "stopped", ""])
+def test_a_failed_shard_blocks_what_needs_the_store_while_the_others_run(sweeps, queue, outcome):
+    """Also one that was cancelled alone, with or without recording it."""
     sweeps.add("regions")
     sweeps.add("pre", "regions")
     sweeps.add("other")
@@ -240,13 +185,15 @@ def test_a_failed_shard_blocks_what_needs_the_store_while_the_others_run(sweeps,
     queue.users[""] = {"7_1": "RUNNING", "2": "RUNNING"}  # SLURM has cancelled what depends on 7_0
     start_attempt(f"{regions.folder}/shard2", "7_2", 0, "n1")
     end_attempt(f"{regions.folder}/shard2", "finished")
-    assert words() == ["running", "failed", "running"]
     start_attempt(f"{regions.folder}/shard0", "7_0", 0, "n1")
-    end_attempt(f"{regions.folder}/shard0", "failed", "error: the disk broke")
+    if outcome:
+        error = "error: the disk broke" if outcome == "failed" else ""
+        end_attempt(f"{regions.folder}/shard0", outcome, error)
     assert words() == ["running", "blocked", "running"]
     text = status.status_text(folder)[0]
     assert re.search(r"^regions +running \(1 of 3 jobs failed\)", text, re.M)
-    assert "\nregions: failed jobs: 7_0\n  error: the disk broke\n" in text
+    assert "\nregions: failed jobs: 7_0\n" in text
+    assert ("\n  error: the disk broke\n" in text) == (outcome == "failed")
     submitted = list(queue.submitted)
     assert start()[0].startswith("regions: 1 of 3 jobs failed: start the sweep again when")
     assert queue.submitted == submitted
