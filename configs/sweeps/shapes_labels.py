@@ -1,34 +1,35 @@
-"""AP against the number of labelled scenes: how many labels are SoCo and MCL worth on Shapes?
+"""AP against the number of labelled scenes: how many labels is a pre-training worth on Shapes?
 
     python tools/sweep.py --config configs/sweeps/shapes_labels.py --jobs 2
 
-The pre-trainings are those of ``shapes_long.py``: the sweep uses the folder of that sweep, with the
-runs that it has. The seed also selects the labelled scenes out of 1,000.
+Every fine-tuning has the 900 steps of ``shapes_steps.py``, whatever the number of scenes. The
+fine-tuning seed also selects the scenes out of 1,000. The pre-trainings are those of
+``shapes_long.py`` and ``shapes_settings.py``: the sweep uses the folder of the former, with the
+runs that it has.
 """
 
 from .common.shapes_benchmark import benchmark
 from .shapes_long import LONG, ONE_EACH, SHARED
+from .shapes_settings import SETTINGS
 
-#: Labelled scenes -> fine-tuning iterations, the same for every initialisation.
-ITERATIONS = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
+#: Labelled scenes.
+COUNTS = [25, 50, 100, 200, 400, 1000]
 
-
-def _sweep(labelled: int, iterations: int) -> dict:
-    return benchmark(
+sweep = {
+    **benchmark(
         **{
             **ONE_EACH,
             "title": "Shapes benchmark: AP against the number of labels",
-            "methods": {name: LONG["methods"][name] for name in ("soco", "mcl")},
+            "methods": {
+                "byol_twice": SETTINGS["byol_twice"],
+                "ccop": LONG["methods"]["ccop"],
+                "mcl_twice": SETTINGS["mcl_twice"],
+            },
             "labelled": 1000,
-            "label_fractions": [labelled / 1000],
-            "iterations": iterations,
+            "label_fractions": [n / 1000 for n in COUNTS],
+            "iterations": 900,
+            "finetune_seeds": [0, 1],
         }
-    )
-
-
-_sweeps = {n: _sweep(n, iterations) for n, iterations in ITERATIONS.items()}
-sweep = {
-    **_sweeps[100],
+    ),
     **SHARED,
-    "finetune": {f"labels{n}": one["finetune"]["detector"] for n, one in _sweeps.items()},
 }

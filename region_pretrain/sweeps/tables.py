@@ -24,9 +24,9 @@ _COST = (
     " Speed, peak memory per process and minutes (of the steps only) are those of the pre-training."
 )
 _DIFFERENCES = (
-    "Difference to {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
-    "interval], which include the variance between the seeds of pre-training, where there are "
-    "several, and of fine-tuning."
+    "Difference from {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
+    "interval]. Both cover the variance between the seeds of fine-tuning and, where there are "
+    "several, of pre-training."
 )
 _TWO_MACHINES = (
     " With equal seeds, fine-tunings still differ between machines; pairs of two machines: {}."
@@ -130,7 +130,7 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
 
 
 def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
-    """Paired differences to a reference's row of the same fine-tuning and label fraction."""
+    """Paired differences from a reference's row of the same fine-tuning and label fraction."""
     columns, metrics = varying(rows), _metrics(brief)
     bases = {(r.finetune, r.label_fraction, r.checkpoint): r for r in rows if r.init == reference}
     body, label = [], ""

@@ -28,8 +28,8 @@ def test_page_of_the_benchmark(tmp_path):
     made = Path(path).read_text()
     assert table(page, "initialisation", "n", "learning rate") == table(made, "initialisation")
     for label in ("random weights", "MoCo v2", "BYOL"):
-        shown = table(page.split(f"To {label}:\n\n")[1], "initialisation")
-        full = table(made.split(f"Difference to {label}:")[1], "initialisation")
+        shown = table(page.split(f"Over {label}:\n\n")[1], "initialisation")
+        full = table(made.split(f"Difference from {label}:")[1], "initialisation")
         assert full[0][:3] == ["initialisation", "n", "box AP"] and full[0][5] == "mask AP"
         left_out = ("full supervision", "random weights")
         kept = [line for line in full if not line[0].startswith(left_out)]
@@ -90,7 +90,7 @@ def test_random_weights_on_two_processors():
 def test_halves_of_the_pre_trainings():
     """The first two seeds and the last two differ in processor and precision."""
     rows = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
-    lines = table((ROOT / "projects/README.md").read_text(), "| to random weights: seeds 0, 1")[2:]
+    lines = table((ROOT / "projects/README.md").read_text(), "| over random weights: seeds 0, 1")[2:]
     names = {**NAMES, "point-level region contrast": "point"}
     assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
     for label, *cells in lines:

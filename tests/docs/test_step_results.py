@@ -76,7 +76,7 @@ def differences():
 def test_tables_of_differences():
     found = differences()
     for task in TASKS:
-        lines = table(page(), f"{task}, 900 steps", "to random weights")[2:]
+        lines = table(page(), f"{task}, 900 steps", "over random weights")[2:]
         assert [NAMES[label] for label, *_ in lines] == [*NAMES.values()][1:]
         for label, *cells in lines:
             for reference, cell in zip(BASELINES, cells, strict=True):

@@ -182,8 +182,8 @@ def test_settings():
     )
     chosen = {row.init: row for row in read_csv(str(CHOSEN))}
     long = {row.init: row for row in read_csv(str(CSV))}
-    to = {"difference to random weights": "random", "to MoCo v2": "moco", "to BYOL": "byol"}
-    own = {"point_warm": {**to, "to temperature 0.1": "point"}, "byol_twice": to}
+    to = {"over random weights": "random", "over MoCo v2": "moco", "over BYOL": "byol"}
+    own = {"point_warm": {**to, "over temperature 0.1": "point"}, "byol_twice": to}
     of = {"SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "point-level region contrast": "point"}
     for title, init in (("temperature 0.2", "point_warm"), (BYOL_TWICE, "byol_twice")):
         lines = table(page, title, "box AP")[2:]
@@ -194,7 +194,7 @@ def test_settings():
         expected.append(["n = 9", *(f"{aps['mean']:.1f} ± {aps['std']:.1f}" for aps in found)])
         pairs = {label: (row, long[name]) for label, name in own[init].items()}
         if init == "byol_twice":
-            pairs |= {f"{label} to it": (long[name], row) for label, name in of.items()}
+            pairs |= {f"{label} over it": (long[name], row) for label, name in of.items()}
         for label, (a, b) in pairs.items():
             both = [pair(a.values(key), b.values(key)) for key in ("bbox/AP", "segm/AP")]
             expected.append([label, *(str(difference(values)) for values in both)])

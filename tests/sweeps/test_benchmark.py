@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -132,32 +133,32 @@ def test_labels_and_lengths_share_the_runs_of_the_long_benchmark():
         # One learning rate: the runs that choose it are parents of the fine-tunings.
         sweep, plan = planned(name, *([ONE_RATE, NO_CEILING] if name == "shapes_long" else []))
         wanted = [e for e in plan.entries if e["kind"] == FINETUNE and e["seed"] == 1]
-        return sweep, {(e["init"], e["finetune"]): plan.runs[e["run"]] for e in wanted}
+        return sweep, {(e["init"], e["label_fraction"]): plan.runs[e["run"]] for e in wanted}
 
     long, whole = load("shapes_long")
     labels, by_count = load("shapes_labels")
     lengths, by_length = load("shapes_lengths")
+    _, steps = planned("shapes_steps")
     assert long.output_dir == labels.output_dir == lengths.output_dir
     assert long.name == labels.name == lengths.name
 
-    counts = {25: 300, 50: 300, 100: 300, 200: 300, 400: 600, 1000: 900}
-    assert set(by_count) == {
-        (init, f"labels{n}") for init in ("random", "soco", "mcl") for n in counts
-    }
-    for (init, name), run in by_count.items():
-        cfg, n = config(run), int(name.removeprefix("labels"))
+    pretrained = {e["run"] for e in steps.entries if e["kind"] == PRETRAIN}
+    inits, counts = ("random", "byol_twice", "ccop", "mcl_twice"), (25, 50, 100, 200, 400, 1000)
+    assert set(by_count) == set(itertools.product(inits, (n / 1000 for n in counts)))
+    for (init, fraction), run in by_count.items():
+        cfg = config(run)
         data = cfg.dataloader.train.dataset
-        assert data.get("fraction", 1) * data.names.size == n and data.get("seed", 1) == 1
-        assert cfg.train.max_iter == counts[n]
-        assert cfg.lr_multiplier.max_iter == counts[n] and cfg.optimizer.lr == 0.1
-        assert set(run.parents) <= set(whole[init, "detector"].parents)
+        assert data.names.size == 1000 and data.get("fraction", 1) == fraction
+        assert data.get("seed", 1) == cfg.train.seed == 1
+        assert cfg.train.max_iter == cfg.lr_multiplier.max_iter == 900 and cfg.optimizer.lr == 0.1
+        assert set(run.parents) <= pretrained and len(run.parents) == (init != "random")
 
     methods = METHODS - {"supervised"}
     assert {init for init, _ in by_length} == {"random"} | {
         f"{method}{suffix}" for method in methods for suffix in ("", "_quarter", "_sixteenth")
     }
-    assert {by_length[init, "detector"].id for init in ("random", *methods)} == {
-        whole[init, "detector"].id for init in ("random", *methods)
+    assert {by_length[init, 1.0].id for init in ("random", *methods)} == {
+        whole[init, 1.0].id for init in ("random", *methods)
     }
     seen = {entry.images_seen for entry in lengths.pretrain.values()}
     assert seen == {None, 109 * 32, 434 * 32}

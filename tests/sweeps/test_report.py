@@ -106,7 +106,7 @@ def test_tables_of_page_and_markdown(folder):
     header, *differences = cells(page, 1)
     assert header[:4] == ["initialisation", "labels", "n", "box AP"] and len(header) == 9
     assert differences == expected_differences(folder)
-    assert "Difference to random weights: " in page
+    assert "Difference from random weights: " in page
     header, *probes = cells(page, 2)
     assert header == ["pre-training", "kNN, FPN", "probe/other"]
     first, last = ([100 * p[at] for p in folder.values["probes"]] for at in (0, 1))
