@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 Curve = tuple[Sequence[float], Sequence[float]]
 Colour = tuple[float, float, float]
 _COLOURS = colormaps["tab10"].colors
-#: Start of the checksum that chooses a name's colour: with this one, the nine initialisations of
-#: the benchmarks have nine colours, and random weights are grey.
-_START = 943_526
+#: Start of the checksum that chooses a name's colour: with this one, the initialisations of each
+#: figure of the benchmarks have colours of their own, and random weights are grey.
+_START = 444_026
 _LINE_STYLES = "-", "--", ":"  # of the first ten curves, the next ten, ...
 
 

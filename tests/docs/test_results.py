@@ -90,7 +90,9 @@ def test_random_weights_on_two_processors():
 def test_halves_of_the_pre_trainings():
     """The first two seeds and the last two differ in processor and precision."""
     rows = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
-    lines = table((ROOT / "projects/README.md").read_text(), "| over random weights: seeds 0, 1")[2:]
+    lines = table((ROOT / "projects/README.md").read_text(), "| over random weights: seeds 0, 1")[
+        2:
+    ]
     names = {**NAMES, "point-level region contrast": "point"}
     assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
     for label, *cells in lines:

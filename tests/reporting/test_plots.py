@@ -73,16 +73,20 @@ def test_a_run_without_metrics_is_an_error(tmp_path):
 
 
 def test_a_name_has_the_same_colour_in_every_figure():
-    names = [
-        "random weights",
-        "full supervision (boxes and masks of all scenes)",
-        "supervised MCL (labels of all scenes)",
-        *("MoCo v2", "BYOL", "SoCo", "CCOP", "MCL", "point-level region contrast"),
-    ]
+    methods = ["MoCo v2", "BYOL", "SoCo", "CCOP", "MCL", "point-level region contrast"]
+    labelled = ["full supervision (boxes and masks of all scenes)"]
+    labelled.append("supervised MCL (labels of all scenes)")
+    twice = [f"{name}, learning rate x 2" for name in ("BYOL", "MCL", "SoCo")]
+    names = ["random weights", *methods, *labelled]
     chosen = colours(names)
     assert list(chosen) == names and len(set(chosen.values())) == 9
-    for some in (names[::-1], names[:1] + names[5:6] + names[7:8]):
-        assert colours(some) == {name: chosen[name] for name in some}
+    for more in (labelled[::-1], twice, twice[::-1]):
+        some = [*more, *methods[::-1], "random weights"]
+        found = colours(some)
+        assert len(set(found.values())) == len(some)
+        assert {name: found[name] for name in names if name in some} == {
+            name: chosen[name] for name in names if name in some
+        }
     assert chosen["random weights"] == pytest.approx((127 / 255,) * 3)  # tab10's grey
     many = list(colours([str(i) for i in range(25)]).values())
     assert len(set(many[:10])) == len(set(many[10:20])) == 10 and len(set(many[20:])) == 5
@@ -116,7 +120,7 @@ def test_curves_of_one_colour_differ_in_their_line():
 
 
 def test_points_are_drawn_where_their_values_are():
-    groups = {"first": [[0.0, 40.0, 100.0]], "second": [[60.0]]}
+    groups = {"upper": [[0.0, 40.0, 100.0]], "two": [[60.0]]}
     picture = decode(plot_points(groups, "AP (%)")).astype(int)
     assert picture.shape == (600, 960, 3)
     places = {}
@@ -127,13 +131,13 @@ def test_points_are_drawn_where_their_values_are():
         columns = np.unique(found[:, 1])
         starts = np.split(columns, np.flatnonzero(np.diff(columns) > 8) + 1)
         places[name] = found[:, 0].mean(), [(part[0] + part[-1]) / 2 for part in starts]
-    assert places["first"][0] < places["second"][0]
-    left, middle, right = places["first"][1]
+    assert places["upper"][0] < places["two"][0]
+    left, middle, right = places["upper"][1]
     assert middle == pytest.approx(left + 0.4 * (right - left), abs=2)
-    (only,) = places["second"][1]
+    (only,) = places["two"][1]
     assert only == pytest.approx(left + 0.6 * (right - left), abs=2)
     # A group with an undefined value keeps its points, and has no tick at a mean.
-    undefined = decode(plot_points({**groups, "second": [[60.0, None]]}, "AP (%)")).astype(int)
+    undefined = decode(plot_points({**groups, "two": [[60.0, None]]}, "AP (%)")).astype(int)
     black = [((p < 30).all(-1)[:, 150:900]).sum() for p in (picture, undefined)]
     assert black[1] < black[0] and (undefined == picture).all(-1).mean() > 0.99
     assert plot_points(groups, "AP (%)") != plot_points(dict(reversed(groups.items())), "AP (%)")
