@@ -81,6 +81,10 @@ def get_records(
                 )
             origin[key] = name
         logger.info("%s: %d images", name, len(found))
+        found = [
+            r if isinstance(r["file_name"], str) else {**r, "file_name": os.fspath(r["file_name"])}
+            for r in found
+        ]
         warn_of_few_bits(name, found)
         records += found
     return records

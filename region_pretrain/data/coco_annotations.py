@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -69,7 +70,12 @@ class AnnotationFixer:
                     and x + w <= image["width"] + _ROUNDING
                     and y + h <= image["height"] + _ROUNDING
                     and not a.get("ignore")
-                    and ("keypoints" not in a or "num_keypoints" in a)
+                    and (
+                        "keypoints" not in a
+                        or "num_keypoints" in a
+                        and not len(a["keypoints"]) % 3
+                        and math.isfinite(sum(a["keypoints"]))
+                    )
                     and (
                         not segmentation
                         or isinstance(segmentation, list)
@@ -163,10 +169,28 @@ class AnnotationFixer:
         a["iscrowd"] = crowd
         if a.get("keypoints", ()) is None:
             del a["keypoints"]
+        if "keypoints" in a:
+            self._fix_keypoints(a, example)
         if "keypoints" in a and "num_keypoints" not in a:
             a["num_keypoints"] = sum(visibility > 0 for visibility in a["keypoints"][2::3])
             self._findings.add("no num_keypoints; counted", example)
         return True
+
+    def _fix_keypoints(self, a: dict, example: str) -> None:
+        given = a["keypoints"]
+        if not isinstance(given, list) or len(given) % 3:
+            self._refuse(f"has keypoints in {example} that are not x, y and visibility of each")
+        points = [given[i : i + 3] for i in range(0, len(given), 3)]
+        # Tools write null where a keypoint is not labelled.
+        points = [[0, 0, 0] if p[2] in (None, 0) and None in p else p for p in points]
+        values = [value for point in points for value in point]
+        with suppress(ValueError):
+            values = [float(value) if isinstance(value, str) else value for value in values]
+        if not all(map(_is_number, values)):
+            self._refuse(f"has keypoints in {example} that are not finite numbers: {given!r:.60}")
+        if values != given:
+            self._findings.add("keypoints as text or null; converted", example)
+            a["keypoints"] = values
 
     def _fix_segmentation(self, a: dict, image: dict, example: str) -> list | dict | None:
         """The valid mask, None without one, or an empty list if no polygon is valid."""
@@ -176,10 +200,15 @@ class AnnotationFixer:
             given = given[0]
         if isinstance(given, dict) and given:
             size = image["height"], image["width"]
-            if tuple(given.get("size", ())) != size or not given.get("counts"):
+            if given.get("size") != list(size) or not given.get("counts"):
                 self._refuse(
                     f"has an RLE mask of size {given.get('size')} in {example}, but the image is "
                     f"{list(size)} (height, width): export the mask again"
+                )
+            if not _covers(given["counts"], size[0] * size[1]):
+                self._refuse(
+                    f"has an RLE mask in {example} whose runs are damaged or do not add up to its "
+                    f"{size[0]} x {size[1]} pixels: export the mask again"
                 )
             return given
         if not isinstance(given, list) or not any(given):
@@ -246,6 +275,29 @@ class AnnotationFixer:
 
 def _place(a: dict) -> str:
     return f"an annotation of image {a['image_id']}"
+
+
+def _covers(counts: Any, pixels: int) -> bool:
+    """Whether the runs of an RLE mask are those of so many pixels: pycocotools does not ask."""
+    if isinstance(counts, list):
+        return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
+    if not isinstance(counts, str) or not counts.isascii():
+        return False
+    # Five bits a character, the lowest first; 32: the number goes on, 16 in its last one: negative.
+    code = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(code & 32 == 0)
+    if code.min() < 0 or code.max() > 63 or not len(ends) or ends[-1] != len(code) - 1:
+        return False
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return False
+    places = np.arange(len(code)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((code & 31) << 5 * places, starts)
+    runs -= np.where(code[ends] & 16, np.int64(1) << 5 * lengths, 0)
+    for first in (1, 2):  # from the fourth on, differences from the last but one
+        runs[first::2] = np.cumsum(runs[first::2])
+    return bool(runs.min() >= 0 and runs.sum() == pixels)
 
 
 def _numbers(value: Any) -> list | None:

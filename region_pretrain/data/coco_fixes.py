@@ -6,6 +6,7 @@ pycocotools and Detectron2 accept the fixed json; training and evaluation see th
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NoReturn
@@ -65,12 +66,12 @@ def missing_files(images: Iterable[dict], image_root: str) -> list[str]:
             folders.setdefault(folder, []).append(name)
     missing = []
     for folder, names in folders.items():
-        if len(names) < _LISTED_FOLDER:
-            absent = [n for n in names if not os.path.exists(os.path.join(folder, n))]
-        else:
-            listed = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            absent = [name for name in names if name not in listed]
-        missing += [os.path.join(folder, name) for name in absent]
+        listed: set[str] = set()
+        if len(names) >= _LISTED_FOLDER and os.path.isdir(folder):
+            listed.update(os.listdir(folder))
+        # macOS and Windows find files by other spellings than the listed one.
+        paths = (os.path.join(folder, name) for name in names if name not in listed)
+        missing += [path for path in paths if not os.path.exists(path)]
     return missing
 
 
@@ -252,12 +253,12 @@ class CocoFixer:
                 self._refuse(f"has a category without id or name: {category!r}")
         if any(type(category["id"]) is not int for category in categories):
             self.findings.add("category ids that are not integers; converted", keys[0])
-        integers = all(key.lstrip("-").isdecimal() for key in keys)
+        integers = all(re.fullmatch("0|-?[1-9][0-9]*", key) for key in keys)
         kept: dict[str, dict] = {}  # by name
         for number, (category, key) in enumerate(zip(categories, keys, strict=True), 1):
             name = category["name"] = str(category["name"])
             first = kept.get(name)
-            if first is None and key in self._categories:
+            if key in self._categories and (first is None or first["id"] != self._categories[key]):
                 self._refuse(f"has two categories with id {key}: renumber {name!r}")
             if first is not None:
                 self.findings.add("categories of one name; merged", name)

@@ -65,9 +65,7 @@ class Drawn(NamedTuple):
     @property
     def reduce(self) -> int:
         """Factor by which the image is downscaled in decoding; 1 unless it is a large JPEG."""
-        if not self.file.encoded.reducible:
-            return 1
-        return decode_reduction([view.geometry for view in self.views])
+        return self.file.encoded.reduction(decode_reduction([v.geometry for v in self.views]))
 
 
 class Sample(NamedTuple):

@@ -183,7 +183,11 @@ def write_subset(records: Sequence[dict[str, Any]], folder: str) -> None:
     Other records, and other processes than the main one, write nothing.
     """
     if isinstance(records, ImageSubset) and comm.is_main_process():
-        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in records.selection.items()]
+        of_numpy = np.generic.item  # ids and seeds may be its numbers
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(value, default=of_numpy)}"
+            for key, value in records.selection.items()
+        ]
         path = os.path.join(folder, SUBSET_FILE)
         write_text_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
         logger.info("the images to train on: %s", path)

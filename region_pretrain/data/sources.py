@@ -155,7 +155,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
 
 def _voc_records(root: str, listing: str, classes: list[str]) -> Records:
     """The records of ``load_voc_instances``, also of names with spaces and of other endings."""
-    with open(listing, encoding="utf-8") as file:
+    with open(listing, encoding="utf-8-sig") as file:
         lines = [line.strip() for line in file]
     images = functools.cache(_images_by_stem)  # for this call: files may come and go
     records = []
@@ -223,7 +223,7 @@ def _voc_classes(root: str) -> list[str]:
     folder = os.path.join(root, "Annotations")
     found: set[str] = set()
     for file in sorted(os.listdir(folder)):
-        if file.endswith(".xml"):
+        if file.endswith(".xml") and not file.startswith("."):  # ._NAME.xml in archives of macOS
             try:
                 tree = ET.parse(os.path.join(folder, file))
             except ET.ParseError as error:
@@ -250,6 +250,11 @@ def check_voc_files(name: str, training: bool) -> None:
     listing = os.path.join(metadata.dirname, "ImageSets", "Main", f"{metadata.split}.txt")
     with PathManager.open(listing, "rb") as file:
         images = [line.strip() for line in file.read().decode().splitlines()]
+    if images[:1] and images[0].startswith("\ufeff"):
+        raise UserError(
+            f"{listing} begins with a byte order mark, which VOC's metric takes for a part of a "
+            "name: save it as UTF-8 without one"
+        )
     if "" in images:
         raise UserError(
             f"{listing}: line {images.index('') + 1} is empty, and VOC's metric reads it as the "

@@ -82,8 +82,10 @@ def read_split(
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         content = content["images"]
     elif isinstance(content, dict) and "image_ids" in content and "file_names" in content:
-        pairs = zip(content["image_ids"], content["file_names"], strict=True)
-        content = [{"id": image_id, "file_name": name} for image_id, name in pairs]
+        ids, names = content["image_ids"], content["file_names"]
+        if not isinstance(ids, list) or not isinstance(names, list) or len(ids) != len(names):
+            raise UserError(f"{path}: image_ids and file_names are not two lists of one length")
+        content = [{"id": i, "file_name": n} for i, n in zip(ids, names, strict=True)]
     if not isinstance(content, list) or not content:
         raise UserError(
             f"{path} lists no images: expected a COCO json, a list of image ids or file names, "

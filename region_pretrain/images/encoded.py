@@ -72,10 +72,19 @@ class EncodedImage:
         check_pixels(header.width, header.height, self.name)
         return header
 
-    @property
-    def reducible(self) -> bool:
-        """Whether decoding at a reduced size saves time."""
-        return self.crop is None and is_jpeg(self.data)
+    def reduction(self, largest: int) -> int:
+        """The factor of at most ``largest`` (1, 2, 4 or 8) at which decoding saves time.
+
+        The pixels at the edges that a side does not fill must be at the right and at the bottom,
+        also after an image has been turned upright.
+        """
+        if self.crop is not None or not is_jpeg(self.data):
+            return 1
+        while self.header.orientation != 1 and (
+            self.header.width % largest or self.header.height % largest
+        ):
+            largest //= 2
+        return largest
 
     def size(self) -> tuple[int, int]:
         """``(width, height)`` of the upright image in pixels, read from its header.
@@ -117,11 +126,19 @@ class EncodedImage:
         Raises:
             UnreadableImage: the file is damaged, too large or not an image, or its bands do not
                 suit the reading options.
+            UserError: the crop reaches out of the image, or is empty.
         """
         if self.crop is None:
             return decode(self.data, self.name, self._header, reduce, self.reading)
         x0, y0, x1, y1 = self.crop
-        return decode(self.data, self.name, self._header, 1, self.reading)[y0:y1, x0:x1]
+        pixels = decode(self.data, self.name, self._header, 1, self.reading)
+        height, width = pixels.shape[:2]
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise UserError(
+                f"{self.name}: crop={self.crop} of its record is not within its {width} x {height} "
+                "pixels"
+            )
+        return pixels[y0:y1, x0:x1]
 
 
 def read_image(path: str) -> np.ndarray:

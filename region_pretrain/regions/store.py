@@ -15,6 +15,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from region_pretrain.files import printable
 FORMAT_VERSION = 2
 MANIFEST_KEY = b"region_pretrain.regions"
 CHECKSUM_KEY = b"region_pretrain.regions.crc32"
+_CAN_REPLACE_MAPPED = os.name == "posix"  # as the extension of a store does
 _BLOCK_ROWS = 256
 SCHEMA = pa.schema(
     [
@@ -188,7 +190,10 @@ class RegionStore:
                     f"{path} is not a region store, but another file: choose another --out, or "
                     "name another store"
                 )
-            reader = pa.ipc.open_file(pa.memory_map(local, "r"))
+            mapped = _CAN_REPLACE_MAPPED
+            reader = pa.ipc.open_file(
+                pa.memory_map(local, "r") if mapped else Path(local).read_bytes()
+            )
             manifest = _read_manifest(path, reader.schema)
             chunks = []
             for i in range(reader.num_record_batches):

@@ -293,8 +293,7 @@ def test_records_are_data(region_folder, tmp_path):
     from detectron2.data import DatasetCatalog
 
     records = [
-        {"file_name": str(region_folder.images / key), "image_id": key}
-        for key in region_folder.boxes
+        {"file_name": region_folder.images / key, "image_id": key} for key in region_folder.boxes
     ]
     given = arguments(region_folder, tmp_path / "a", images=records)
     run = rp.pretrain("soco", **given)

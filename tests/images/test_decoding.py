@@ -11,6 +11,7 @@ import skimage
 from picture_files import oriented, png, save, smooth
 from PIL import Image, ImageOps
 
+from region_pretrain.data.geometry import ViewGeometry, decode_reduction, map_points, render
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, read_image
 
@@ -335,3 +336,36 @@ def test_a_jpeg_with_minor_damage_is_decoded_as_opencv_does():
     assert np.array_equal(found, expected)
     clean = skimage.data.astronaut()[:200].astype(int)
     assert np.abs(found[:200] - clean).mean() < 4  # the rows before the damage
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_views_of_reduced_images_show_what_their_boxes_are(tmp_path, orientation):
+    """No factor divides 1,009, and the padding of a turned image is on another side."""
+    edge, side = 500, 1009
+    upright = np.zeros((side, side, 3), np.uint8)
+    upright[:, edge:] = 255
+    path, stored = tmp_path / "a.jpg", Image.fromarray(upright)
+    if orientation > 1:  # the turn that undoes the orientation's
+        turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
+        stored = stored.transpose(Image.Transpose(turn))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored.save(path, quality=100, subsampling=0, exif=exif)
+    assert np.array_equal(
+        np.asarray(ImageOps.exif_transpose(Image.open(path)))[:, 490:510] > 99,
+        upright[:, 490:510] > 99,
+    )
+    image, geometry = EncodedImage.read(str(path)), ViewGeometry(0, 0, side, side, (63, 63))
+    reduce = image.reduction(decode_reduction([geometry]))
+    assert reduce == (8 if orientation == 1 else 1)
+    view = render(image.decode(reduce), geometry, np.zeros((63, 63, 3), np.uint8), True, reduce)
+    expected = map_points(geometry.affine, np.array([[edge, 0.0]]))[0, 0]
+    assert 63 - view[30, :, 0].sum() / 255 == pytest.approx(expected, abs=0.25)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 80, 60), (-5, 0, 20, 20), (50, 50, 60, 60), (9, 9, 9, 20)])
+def test_a_crop_must_be_within_its_image(tmp_path, crop):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a.png: crop=.* is not within its 40 x 30 pixels"):
+        EncodedImage.read(str(tmp_path / "a.png"), crop).decode()
+    assert EncodedImage.read(str(tmp_path / "a.png"), (1, 2, 40, 30)).decode().shape == (28, 39, 3)

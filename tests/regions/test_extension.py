@@ -9,7 +9,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from region_pretrain.errors import UserError
-from region_pretrain.regions import RegionStore, generate
+from region_pretrain.regions import RegionStore, generate, store
 from region_pretrain.regions.generate import make_regions
 
 
@@ -73,3 +73,21 @@ def test_unreadable_added_images_count_against_all_images(tmp_path, records):
     assert contents(out) == before
     assert make_regions(records, out, "grid-v1", workers=1, max_unreadable=0.2)["unreadable"] == 2
     assert contents(out) == before
+
+
+def test_a_store_can_be_extended_where_mapped_files_cannot_be_replaced(
+    tmp_path, records, monkeypatch
+):
+    replace = os.replace
+
+    def of_windows(source, target):
+        if f" {os.path.realpath(target)}" in open("/proc/self/maps").read():
+            raise PermissionError(13, "file with a user-mapped section open", target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", of_windows)
+    monkeypatch.setattr(store, "_CAN_REPLACE_MAPPED", False)
+    path = str(tmp_path / "a.arrow")
+    assert make_regions(records[:2], path, "grid-v1", workers=1)["images"] == 2
+    assert make_regions(records, path, "grid-v1", workers=1)["images"] == len(records)
+    assert len(RegionStore.open(path)) == len(records)
