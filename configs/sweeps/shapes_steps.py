@@ -2,9 +2,9 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_steps.py --jobs 2
 
-As ``shapes_long.py``, with 300 and with 900 steps on the same 100 labelled scenes, and BYOL, SoCo
-and MCL also with twice their learning rate, which ``shapes_settings.py`` tries. The sweep uses the
-folder of the long one, with the runs that it has.
+As ``shapes_long.py``, with 300 and with 900 steps on the same 100 labelled scenes, and BYOL and MCL
+also with twice their learning rate, which the trials of ``shapes_settings.py`` choose. The sweep
+uses the folder of the long one, with the runs that it has.
 """
 
 from .common.shapes_benchmark import benchmark
@@ -15,7 +15,7 @@ from .shapes_settings import SETTINGS
 ITERATIONS = [300, 900]
 
 _methods = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
-_methods.update({name: SETTINGS[name] for name in ("byol_twice", "soco_twice", "mcl_twice")})
+_methods.update({name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")})
 _sweeps = {
     iterations: benchmark(
         **{

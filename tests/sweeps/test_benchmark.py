@@ -182,7 +182,7 @@ def test_longer_fine_tunings_share_the_pre_trainings_of_the_long_benchmark(data,
             changed = {key.partition(".")[0] for key in changed_keys(reference, cfg)}
             assert changed <= {"train", "optimizer", "lr_multiplier"} and cfg.optimizer.lr == 0.1
             found.setdefault(entry["init"], set()).add(cfg.train.max_iter)
-    extra = {"byol_twice", "soco_twice", "mcl_twice"} if data == "shapes" else set()
+    extra = {"byol_twice", "mcl_twice"} if data == "shapes" else set()
     assert found == dict.fromkeys(METHODS - {"supervised"} | extra | {"random"}, steps)
 
 
