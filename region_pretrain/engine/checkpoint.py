@@ -287,8 +287,6 @@ class RunCheckpointer(DetectionCheckpointer):
         if not rates or optimizer is None:
             return
         scheduler.base_lrs = rates
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate
         for group, rate in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
             group["lr"] = rate
 

@@ -68,9 +68,9 @@ class StepScalars(EventStorage):
         self._storage.put_histogram(hist_name, hist_tensor, bins)
 
 
-def _mean(name: str, values: list[float]) -> float:
+def _mean(values: list[float]) -> float:
     """The mean, for metrics without NaN: a spread is undefined where a process has one vector."""
-    defined = values if "loss" in name else [v for v in values if not isnan(v)]
+    defined = [v for v in values if not isnan(v)]
     return sum(defined) / len(defined) if defined else nan
 
 
@@ -359,7 +359,7 @@ class Trainer(TrainerBase):
         ]
         flat = iter(torch.stack(tensors).tolist())
         report = {
-            "scalars": {k: _mean(k, [next(flat) for _ in v]) for k, v in mine.items()},
+            "scalars": {k: _mean([next(flat) for _ in v]) for k, v in mine.items()},
             "data_time": self._data_seconds / self._steps,
             "time": self._step_seconds / self._steps,
             "images": self._images / self._step_seconds,
@@ -371,7 +371,7 @@ class Trainer(TrainerBase):
             return
         names = dict.fromkeys(name for r in reports for name in r["scalars"])
         for name in names:
-            value = _mean(name, [r["scalars"][name] for r in reports if name in r["scalars"]])
+            value = _mean([r["scalars"][name] for r in reports if name in r["scalars"]])
             if not isnan(value) or "loss" in name:
                 self.storage.put_scalar(name, value, smoothing_hint=scalars.hints.get(name, True))
         # All processes wait for the slowest one.

@@ -22,6 +22,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from forked import LONG
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -285,7 +286,7 @@ def _join(rank: int, folder: str) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=LONG),
     )
 
 

@@ -5,6 +5,7 @@ import logging
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.dataset import PretrainDataset
@@ -185,3 +186,20 @@ def test_reduction_is_the_largest_that_keeps_twice_the_size_of_each_view():
     for side in range(224, 4000, 7):
         expected = max(r for r in (1, 2, 4, 8) if r == 1 or side / r / 224 >= 2)
         assert decode_reduction([view(side, 224), view(side, 112)]) == expected
+
+
+def test_a_batch_read_in_several_parts_equals_one_read_at_once(pretrain_dataset, monkeypatch):
+    """Files are read 64 at a time; recipes have 128 images per process."""
+    whole = pretrain_dataset.batch(0, 0, range(12))
+    monkeypatch.setattr("region_pretrain.data.dataset._FILES_IN_MEMORY", 5)
+    parts = pretrain_dataset.batch(0, 0, range(12))
+    for one, other in zip(whole.views, parts.views, strict=True):
+        for name, value in vars(one).items():
+            assert torch.equal(getattr(other, name), value), name
+    assert torch.equal(whole.indices, parts.indices)
+
+
+def test_each_sample_has_a_generator_of_its_own(pretrain_dataset):
+    drawn = pretrain_dataset.draw(3, 2, [0, 5])
+    seeds = [d.rng.bit_generator.seed_seq.entropy for d in drawn]
+    assert seeds == [[3, 2, 1], [3, 2, 6]]  # [3, 2, 0] orders the epoch

@@ -50,6 +50,9 @@ def test_first_fraction_is_the_head_of_the_filtered_list():
     assert numbers(first_fraction("few_label_a", 0.05)) == labelled[:10]
     assert numbers(first_fraction("few_label_a", 0.05, filter_empty=False)) == list(range(12))
     assert numbers(first_fraction("few_label_a", 1.0)) == labelled
+    assert len(labelled) * 0.29 < 58  # 57.99999999999999
+    assert numbers(first_fraction("few_label_a", 0.29)) == labelled[:58]
+    assert len(random_fraction("few_label_a", 0.29, seed=0)) == 58
 
 
 @pytest.mark.parametrize(

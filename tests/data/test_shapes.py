@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import shapely
 from detectron2.data import DatasetCatalog
+from forked import LONG
 from pycocotools.coco import COCO
 from shapely.geometry import Polygon
 
@@ -163,7 +164,7 @@ for seed in range(8):  # the failure is random
 
 def test_generation_finishes_where_sigterm_is_ignored(tmp_path):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", IN_A_JOB], env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", IN_A_JOB], env=environment, check=True, timeout=LONG)
     made = list(tmp_path.rglob("annotations.json"))
     assert [len(json.loads(path.read_text())["images"]) for path in made] == [100] * 8
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked import LONG
 from nbclient import NotebookClient
 
 from region_pretrain.metrics import read_metrics
@@ -29,7 +30,7 @@ def executed(tmp_path_factory):
         patch.setenv("DETECTRON2_DATASETS", str(folder / "datasets"))
         patch.setenv("OMP_NUM_THREADS", "1")
         resources = {"metadata": {"path": str(folder)}}
-        NotebookClient(notebook, timeout=300, resources=resources).execute()
+        NotebookClient(notebook, timeout=LONG, resources=resources).execute()
     return notebook, folder
 
 

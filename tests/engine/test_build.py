@@ -96,6 +96,15 @@ RELATIVE_STEPS = (
         (900, {"warmup_iters": 0}, "drops at 600, 800", []),
         (90, {}, "warm-up until iteration 1; drops at 60, 80", []),  # a trial
         (
+            200,
+            {},
+            "warm-up until iteration 2; drops at 134, 178",
+            [
+                "the warm-up of 1000 of 90000 iterations has become one of 2 of 200: "
+                "+lr_multiplier.warmup_iters=18000 makes it 40"
+            ],
+        ),
+        (
             900,
             {"steps": [600, 800], "warmup_iters": 10_000},
             "warm-up until iteration 100; drops at 6, 8",

@@ -102,6 +102,25 @@ def test_how_often_a_run_is_evaluated_does_not_change_it(tmp_path):
     assert len(found[0]) == 12 and found[0] == found[1]
 
 
+def test_an_evaluation_that_is_written_is_not_repeated_on_resume(tmp_path, monkeypatch):
+    train = {"checkpointer": {"period": 3}, "eval_period": 3, "log_period": 1, "max_iter": 8}
+    monkeypatch.setenv("STOP_AT", "6")  # after the checkpoint and the evaluation of iteration 5
+    with pytest.raises(KeyboardInterrupt):
+        do_train(make_detection_config(tmp_path, hooks=[L(StopAt)()], **train))
+    monkeypatch.delenv("STOP_AT")
+    done = []
+
+    def evaluate(self, original=MeanOutput.evaluate):
+        done.append(get_event_storage().iter)
+        return original(self)
+
+    monkeypatch.setattr(MeanOutput, "evaluate", evaluate)
+    do_train(make_detection_config(tmp_path, hooks=[L(StopAt)()], **train), resume=True)
+    log = (tmp_path / "log.txt").read_text()
+    assert "Starting training from iteration 6" in log and "is missing: evaluating" not in log
+    assert len(done) == 1  # the final one
+
+
 def final_weights(folder):
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 

@@ -13,6 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import get_detection_dataset_dicts as get_dicts
+from forked import LONG
 from tiny_run import make_detection_config
 
 from region_pretrain.config import load_config
@@ -39,7 +40,7 @@ register_coco_instances("own_val", {{}}, "{0}/ann.json", "{0}/images")
 
 def run(*args, cwd):
     command = [sys.executable, str(ROOT / "tools/train_net.py"), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -353,3 +353,16 @@ def test_step_scalars_keep_tensors_names_and_hints():
     assert scalars.hints == {"rpn/n": False}
     assert not storage.latest()
     assert [name for name, _, _ in storage._vis_data] == ["view"]
+
+
+def test_nan_between_distant_log_steps_is_found_before_the_next_one(monkeypatch):
+    monkeypatch.setattr("region_pretrain.engine.trainer._MAX_UNCHECKED", 3)
+    seen = []
+
+    class Count(HookBase):
+        def after_step(self):
+            seen.append(self.trainer.iter)
+
+    with pytest.raises(NonFiniteLoss, match="at iteration 4"):
+        train(TinyMethod(), 100, log_period=50, hooks=[Poison(4), Count()])
+    assert len(seen) == 5  # iterations 3 to 5 are checked in step 5

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import LazyConfig, instantiate
+from forked import LONG
 from narrow_detector import PRETRAINED, build, detector_config, save, state
 from torch import nn
 
@@ -345,7 +346,7 @@ def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, che
         """)
     command = [sys.executable, "-W", "ignore", "-c", program]
     command += [str(tmp_path / "detector.yaml"), checkpoint]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=LONG)
     assert done.returncode == 0, done.stderr
     # one warning: what is honestly new. None about unused or misshapen tensors.
     named = [line for line in done.stderr.splitlines() if "." in line and "{" in line]

@@ -17,6 +17,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
@@ -343,7 +344,12 @@ def worker(rank: int, folder: str, dicts: list) -> None:
     DatasetCatalog.register("probe_train", lambda: dicts[:6])
     DatasetCatalog.register("probe_val", lambda: dicts[6:7])  # one process has no image
     hook = KNNProbeHook(0, "probe_train", "probe_val", k=5, short_edge=None, batch_size=1)
-    with_trainer(hook, make_detector()).before_train()
+    probed = make_detector()
+    norms = [m for m in probed.modules() if isinstance(m, _BatchNorm)]
+    assert norms
+    for norm in norms:
+        norm.running_mean += rank  # the probe uses those of the first process
+    with_trainer(hook, probed).before_train()
     values = {name: value for name, (value, _) in hook.trainer.storage.latest().items()}
     model = make_detector()
     reader = model_reader(model)

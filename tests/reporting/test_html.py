@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import cv2
 import numpy as np
 import pytest
+from forked import LONG
 
 from region_pretrain.reporting.html import (
     Link,
@@ -193,7 +194,7 @@ def test_a_click_on_a_header_sorts_the_table(tmp_path):
     path.write_text(path.read_text().replace("</body>", f"<script>{clicks}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{path}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=True).stdout
     found = [
         " ".join(name.replace(" ", "") for name in re.findall(r"<tr>\s*<td>([^<]+)<", part))
         for part in dom.split("<table>")[1:]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import LONG
 from PIL import Image
 from report_folder import LABELS, METRICS, TASKS, Folder
 from scipy import stats
@@ -312,7 +313,7 @@ def test_in_a_browser(folder, tmp_path):
         ]
         command += [f"--user-data-dir={tmp_path / 'profile'}", *arguments]
         done = subprocess.run(
-            [*command, f"file://{folder.paths[0]}"], capture_output=True, text=True, timeout=120
+            [*command, f"file://{folder.paths[0]}"], capture_output=True, text=True, timeout=LONG
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

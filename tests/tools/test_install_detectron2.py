@@ -18,6 +18,7 @@ from types import ModuleType
 
 import detectron2
 import pytest
+from forked import LONG
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def wheel(tmp_path_factory, toy_files) -> Path:
         [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
         + ["--retries", "0", "-d", str(folder), tool.CARRIER],
         capture_output=True,
-        timeout=120,
+        timeout=LONG,
     )
     if download.returncode == 0:
         files = tool.extract_detectron2(next(folder.glob("*.whl")))

@@ -9,7 +9,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.utils.events import EventStorage
 from project_runs import check_stopped_run_resumes, six_steps, two_view_batch
 from torch import nn
-from two_processes import check_two_are_one, one_and_two_processes
 
 from region_pretrain.config import CONFIG_ROOT, get_config
 from region_pretrain.engine.pretrain import do_pretrain
@@ -86,12 +85,6 @@ def test_online_learns_and_the_target_follows_the_schedule():
             assert parameter.grad is None
         else:
             assert parameter.grad.abs().sum() > 0, name
-
-
-def test_two_processes_are_one(tmp_path):
-    cases = {"byol": (small_byol(), two_view_batch(8))}
-    ((one, two),) = one_and_two_processes(cases, tmp_path, ["loss"], []).values()
-    check_two_are_one(one, two)
 
 
 @pytest.fixture

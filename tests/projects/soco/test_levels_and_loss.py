@@ -15,7 +15,8 @@ SCALES = (48, 96, 192, 224)
 
 @pytest.mark.parametrize(
     ("side", "level"),
-    [(48, 0), (49, 1), (64, 1), (96, 1), (97, 2), (192, 2), (193, 3), (224, 3), (225, UNASSIGNED)],
+    [(48, 0), (49, 1), (64, 1), (96, 1), (97, 2), (192, 2), (193, 3), (224, 3), (225, UNASSIGNED)]
+    + [(224 * (1 + 5e-6), 3)],  # rounding,
 )
 def test_levels_of_squares(side, level):
     box = torch.tensor([[7.0, 5.0, 7.0 + side, 5.0 + side]])
