@@ -41,7 +41,8 @@ def test_readme():
     text = (ROOT / "README.md").read_text()
     trained = table(text, "method", "trained on")[2:]
     assert {re.sub(r"\[(.*?)\].*", r"\1", line[0]) for line in trained} == set(NAMES)
-    names = {**NAMES, "BYOL, learning rate x 2": "byol_twice", "random weights": "random"}
+    twice = {f"{name}, learning rate x 2": f"{NAMES[name]}_twice" for name in ("MCL", "BYOL")}
+    names = {**NAMES, **twice, "random weights": "random"}
     rows = {init: steps_900(init) for init in names.values()}
     references = ["random", "moco", "byol", "byol_twice"]
     header, _, *lines = table(text, "initialisation", "box AP", "over random weights")
@@ -55,11 +56,15 @@ def test_readme():
                 shown = f"{found.mean:+.1f} ± {found.standard_error:.1f}"
                 excluded = found.low > 0 or found.high < 0
                 assert cell == (f"**{shown}**" if excluded else shown), label
-    for init in ("mcl", "soco", "ccop", "point"):
+    for init in ("mcl", "mcl_twice", "soco", "ccop", "point"):
         (line,) = (line for line in lines if names[line[0]] == init)
         assert all(line[2:]) and len(line) == len(header)
-    assert {len(rows[i]) for i in NAMES.values()} == {9} and len(rows["byol_twice"]) == 8
-    assert "Four pre-trainings x two fine-tunings, one of them x three" in text
+    assert {len(rows[init]) for init in NAMES.values()} == {9} and len(rows["random"]) == 5
+    assert {len(rows[init]) for init in twice.values()} == {8}
+    shown = (
+        "Nine fine-tunings of four pre-trainings (2 + 2 + 3 + 2); eight of those with twice the "
+    )
+    assert f"{shown}learning rate; five of random weights." in text
     long = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
     gains = {
         label: difference(pair(long[init], long["random"])).mean for label, init in NAMES.items()

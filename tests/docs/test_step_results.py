@@ -10,18 +10,11 @@ from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
 from region_pretrain.sweeps.rows import read_csv
 
-TWICE = "BYOL, learning rate x 2"
 NAMES = {
-    "random weights": "random", "MoCo v2": "moco", "BYOL": "byol", TWICE: "byol_twice",
-    "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl", "point-level region contrast": "point",
+    "random weights": "random", "MoCo v2": "moco", "BYOL": "byol",
+    "BYOL, learning rate x 2": "byol_twice", "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl",
+    "MCL, learning rate x 2": "mcl_twice", "point-level region contrast": "point",
 }  # fmt: skip
-#: Also from one pre-training with another learning rate.
-RUNS = {
-    key: init
-    for name, own in NAMES.items()
-    for key, init in ((name, own), (f"{name}, learning rate x 2", f"{own}_twice"))
-    if key == name or own in ("soco", "mcl")
-}
 ROWS = {(r.init, r.finetune, r.labels): r for r in read_csv(str(STEPS))}
 FEW = {init for init, steps, labels in ROWS if labels == 25}
 REGIONAL, BASELINES = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol", "byol_twice")
@@ -57,11 +50,11 @@ def test_tables_of_all_runs():
             ("25 scenes, seed 3", [("steps900", 25, seed) for seed in (3, 4, 5, 7)]),
         ):
             lines = table(page(), caption, first)[2:]
-            names = [name for name, init in RUNS.items() if columns[0][1] == 100 or init in FEW]
+            names = [name for name, init in NAMES.items() if columns[0][1] == 100 or init in FEW]
             assert [label for label, *_ in lines] == names
             for label, *cells in lines:
                 for column, cell in zip(columns, cells, strict=True):
-                    found = sorted(values(RUNS[label], *column, key).items())
+                    found = sorted(values(NAMES[label], *column, key).items())
                     assert cell == (", ".join(f"{v:.1f}" for _, v in found) or "–"), label
 
 
@@ -118,54 +111,37 @@ def test_comparisons_of_900_steps():
     above += (
         "comparisons the mean difference is more than two standard errors and the 95 % interval "
     )
-    above += "excludes 0; that of point-level region contrast to BYOL in mask AP is "
+    above += "excludes 0; that of point-level region contrast over BYOL in mask AP is "
     assert f"{above}{least.mean / least.standard_error:.1f} standard errors." in text
-    assert "in all 9 pairs, but for one of point-level contrast in mask AP." in front
+    shown = "in all 9 pairs, except for one pair of point-level contrast and BYOL in mask AP."
+    assert shown in front
     assert "exclude 0 in 23 of the 24 comparisons in box and mask AP." in front
 
 
-def test_byol_with_twice_its_learning_rate():
-    found, text = differences(), " ".join(page().split())
-    gain = found["byol_twice", "byol", "box AP"]
-    assert len(gain) == 8 and min(gain.values()) > 0
-    shown = (
-        f"{mean('byol_twice'):.1f} box AP, {difference(gain).mean:.1f} above BYOL with its own, "
-    )
-    assert f"{shown}in all 8 pairs." in text
-    to = {
-        (init, task): difference(found[init, "byol_twice", task])
-        for init in REGIONAL
-        for task in TASKS
-    }
-    level = [to[init, task] for task in TASKS for init in ("mcl", "ccop")]
+def test_tuned_learning_rates():
+    found, text, front = differences(), " ".join(page().split()), words("README.md")
+    for init, own in (("byol_twice", "byol"), ("mcl_twice", "mcl")):
+        gain = found[init, own, "box AP"]
+        assert len(gain) == 8 and min(gain.values()) > 0
+        shown = f"has {mean(init):.1f} box AP, {difference(gain).mean:.1f} above its own, in all 8"
+        assert shown in text, init
+    tuned = ("mcl_twice", "soco", "ccop", "point")
+    to = {(init, task): found[init, "byol_twice", task] for init in tuned for task in TASKS}
+    box, mask = (difference(to["mcl_twice", task]) for task in TASKS)
+    assert min(min(to["mcl_twice", task].values()) for task in TASKS) > 0
+    assert box.low > 0 and mask.low > 0
+    shown = f"MCL is {box.mean:.1f} box AP and {mask.mean:.1f} mask AP above BYOL, in all 8 pairs"
+    assert shown in text and f"MCL is {box.mean:.1f} box AP above BYOL, in all 8 pairs" in front
+    level = [difference(to["ccop", task]) for task in TASKS]
     assert all(d.low < 0 < d.high for d in level)
-    shown = "{:+.1f} and {:+.1f} box AP, {:+.1f} and {:+.1f} mask AP, with intervals that include 0"
+    shown = "CCOP is level with it ({:+.1f} and {:+.1f}; both intervals include 0)"
     assert shown.format(*(d.mean for d in level)) in text
     for init in ("soco", "point"):
-        assert max(found[init, "byol_twice", "box AP"].values()) < 0
-    lower = [-to[init, "box AP"].mean for init in ("soco", "point")]
-    assert "are {:.1f} and {:.1f} box AP below it, in all 8 pairs.".format(*lower) in text
-
-
-def test_mcl_and_soco_with_twice_their_learning_rate():
-    """One pre-training, so there is no interval."""
-    text, front = " ".join(page().split()), words("README.md")
-    mcl, own, soco, less, byol = (
-        [aps[1] for aps in sorted(values(init, "steps900", 100, 7).items())]
-        for init in ("mcl_twice", "mcl", "soco_twice", "soco", "byol_twice")
-    )
-    shown = (
-        "{:.1f} and {:.1f} box AP from one pre-training (seed 7), {:.1f} and {:.1f} above its own "
-    )
-    shown += (
-        "and {:.1f} and {:.1f} above BYOL's with equal seeds; SoCo differs from its own by {:+.1f} "
-    )
-    shown += "and {:+.1f}."
-    above = [a - b for other in (own, byol) for a, b in zip(mcl, other, strict=True)]
-    changes = [a - b for a, b in zip(soco, less, strict=True)]
-    assert shown.format(*mcl, *above, *changes) in text
-    shown = "from one pre-training {:.1f} and {:.1f}, {:.1f} and {:.1f} above that BYOL"
-    assert shown.format(*mcl, *above[2:]) in front
+        assert max(to[init, "box AP"].values()) < 0
+    lower = [-difference(to[init, "box AP"]).mean for init in ("soco", "point")]
+    shown = "{:.1f} and {:.1f} box AP below it, in all 8 pairs"
+    assert shown.format(*lower) in text
+    assert "contrast {:.1f} and {:.1f} below it".format(*lower) in front
 
 
 def test_lengths_and_spreads():
