@@ -136,24 +136,44 @@ def test_labels(tmp_path):
     path, *figures = write_tables(str(LABELS), ["random"], str(tmp_path))
     made = Path(path).read_text()
     page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against labels") : page.index("### Other sizes")]
+    page = page[page.index("### AP against labels") : page.index("### AP against fine-tuning")]
     for caption in ("box AP", "mask AP"):
         shown = table(page[page.index(f"labelled scenes, {caption}") :], "initialisation")
         assert shown == table(made[made.index(f"labelled images: {caption}") :], "initialisation")
+    worth = table(page[page.index("weights would need for the same box AP") :], "initialisation")
+    assert worth == table(made[made.index("would need for the same box AP") :], "initialisation")
     assert (ROOT / "docs/shapes_labels.png").stat().st_size > 10_000
     assert any(figure.endswith("_labels_box_ap.png") for figure in figures)
-    aps = {(r.init, r.labels): r.statistics("bbox/AP")["mean"] for r in read_csv(str(LABELS))}
+    rows = read_csv(str(LABELS))
+    assert {len(row.by_seeds) for row in rows} == {1} and len(rows) == 18
+    aps = {(row.init, row.labels): row.statistics("bbox/AP")["mean"] for row in rows}
     gains = {
-        n: [round(aps[init, n] - aps["random", n], 1) for init in ("soco", "mcl")]
-        for n in (25, 50, 100, 200, 400, 1000)
+        init: [round(aps[init, n] - aps["random", n], 1) for n in (25, 50, 100, 200, 400, 1000)]
+        for init in ("mcl_twice", "byol_twice")
     }
-    few = [gain for n in (25, 50, 100, 200) for gain in gains[n]]
-    text = " ".join(page.split())
-    assert f"are {min(few)} to {max(few)} box AP above random weights on 25 to 200" in text
-    assert "{} and {} on 400, and {} and {} on 1,000".format(*gains[400], *gains[1000]) in text
-    more = [aps["random", b] - aps["random", a] for a, b in ((100, 200), (200, 400))]
-    more = "they gain {:.1f}, and from there to 400, with twice the steps, {:.1f}.".format(*more)
-    assert more in text
+    text, front = (" ".join(p.split()) for p in (page, (ROOT / "README.md").read_text()))
+    mcl, byol = gains.values()
+    shown = (
+        f"MCL is {min(mcl[:4])} to {max(mcl[:4])} box AP above random weights on 25 to 200 scenes"
+    )
+    assert f"{shown}, {mcl[4]} on 400 and {mcl[5]} on 1,000; BYOL {min(byol[:4])} to " in text
+    assert f"to {max(byol[:4])}, {byol[4]} and {byol[5]}." in text
+    times = {
+        label: [cell.split("(")[1].removesuffix(" x)") if "(" in cell else cell for cell in cells]
+        for label, *cells in worth[2:]
+    }
+    mcl, byol = (times[f"{name}, learning rate x 2"] for name in ("MCL", "BYOL"))
+    shown = (
+        f"MCL's is worth {mcl[0]} times the labels on 25 scenes, {mcl[2]} times on 100 and more "
+    )
+    assert f"{shown}than 5 times on 200" in text and mcl[3] == "> 5.0"
+    assert aps["mcl_twice", 200] > aps["random", 1000]
+    shown = (
+        f"pre-training is worth {mcl[0]} times the labels with MCL and {byol[0]} times with BYOL"
+    )
+    assert shown in front
+    few = (ROOT / "docs/shapes.md").read_text()
+    assert f"[{aps['random', 1000]:.1f} box AP](../projects/README.md#ap-against-labels)" in few
 
 
 def test_settings():
