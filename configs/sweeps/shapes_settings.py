@@ -3,13 +3,12 @@
     python tools/sweep.py --config configs/sweeps/shapes_settings.py --jobs 2
 
 All methods are pre-trained twice with their own settings, with half and twice the learning rate
-(BYOL and MCL, which gain by that, also with four times theirs),
-and MoCo v2, CCOP and point-level region contrast with the temperature of the recipes for
-photographs; CCOP and point-level region contrast also with the boxes of another search. These two
-and SoCo are pre-trained on annotated boxes as well, an upper bound of the regions' quality and not
-a choice; the methods with a queue with batch norm over 8 images instead of all 32. Each
-pre-training is fine-tuned once per length, 300 and 900 steps, with a seed that the results do not
-use.
+(BYOL and MCL, which gain by twice theirs, also with four times), and MoCo v2, CCOP and point-level
+region contrast with the temperature of the recipes for photographs; CCOP and point-level region
+contrast also with the boxes of another search. These two and SoCo are pre-trained on annotated
+boxes as well, an upper bound of the regions' quality and not a choice; the methods with a queue
+with batch norm over 8 images instead of all 32. Each pre-training is fine-tuned once with 300 and
+once with 900 steps, with a seed that the results do not use.
 """
 
 from .common.shapes_benchmark import HELD_OUT_SEED, benchmark

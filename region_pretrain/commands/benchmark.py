@@ -169,7 +169,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--gpu-report: PyTorch finds no GPU on this machine (try nvidia-smi)")
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    machine = (
+    described = (
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB; {len(cores())} CPU "
         f"cores; PyTorch {torch.__version__}"
     )
@@ -188,8 +188,8 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
             print(f"    {time.perf_counter() - started:.0f} s", flush=True)
             gc.collect()  # a trainer and its model refer to each other
             torch.cuda.empty_cache()
-            results = {"machine": machine, "configs": [asdict(use) for use in uses]}
-            text = describe_use(uses, machine)
+            results = {"machine": described, "configs": [asdict(use) for use in uses]}
+            text = describe_use(uses, described)
             write_text_atomic(f"{args.gpu_report}/report.md", text)
             write_text_atomic(f"{args.gpu_report}/report.json", json.dumps(results, indent=2))
     print(text)

@@ -278,7 +278,7 @@ def _place(a: dict) -> str:
 
 
 def _covers(counts: Any, pixels: int) -> bool:
-    """Whether the runs of an RLE mask are those of so many pixels: pycocotools does not ask."""
+    """Whether RLE counts are valid and add up to the image's pixels; pycocotools does not check."""
     if isinstance(counts, list):
         return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == pixels
     if not isinstance(counts, str) or not counts.isascii():

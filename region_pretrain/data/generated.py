@@ -69,10 +69,8 @@ class SceneSpec(ABC):
         facts = json.dumps({"version": self.version, **asdict(self)}, sort_keys=True)
         digest = hashlib.sha256(facts.encode()).hexdigest()[:10]
         root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-        return (
-            Path(root, self.title.lower())
-            / f"{self.split}_{self.size}x{self.side}px_seed{self.seed}_{digest}"
-        )
+        name = f"{self.split}_{self.size}x{self.side}px_seed{self.seed}_{digest}"
+        return Path(root, self.title.lower(), name)
 
     def rng(self, index: int) -> np.random.Generator:
         """The random generator of one scene."""

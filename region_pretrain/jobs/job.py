@@ -175,16 +175,17 @@ class _Task:
             return self.job.output_dir
         if code in _PERHAPS_A_PEER and self.env.num_tasks > 1:
             self._wait_for_peer_failure()
+        asked_to_stop = self.signalled not in (None, signal.SIGTERM)
         # While it stops, a tool may find that the disk is full: another attempt would, too.
-        refused = code == UserError.exit_code and self.signalled != signal.SIGTERM
-        if code in (STOPPED, None) or not (refused or self.signalled in (None, signal.SIGTERM)):
+        failed = asked_to_stop and code == UserError.exit_code
+        if code in (STOPPED, None) or asked_to_stop and not failed:
             if self.env.global_rank:
                 sys.exit(0)  # any other code would make srun kill rank 0
             self._end("stopped")
             if self._needs_requeue():
                 self.env._requeue(MAX_TIMEOUTS)  # with the local executor this exits
             sys.exit(STOPPED)
-        if self.signalled is not None and not refused:
+        if self.signalled == signal.SIGTERM:
             sys.exit(STOPPED)  # SLURM terminated this rank because another one failed
         if code < 0 or code > 128:  # container runtimes report a signal as 128 + number
             number = -code if code < 0 else code - 128

@@ -28,7 +28,8 @@ from region_pretrain.files import printable
 FORMAT_VERSION = 2
 MANIFEST_KEY = b"region_pretrain.regions"
 CHECKSUM_KEY = b"region_pretrain.regions.crc32"
-_CAN_REPLACE_MAPPED = os.name == "posix"  # as the extension of a store does
+#: The extension of a store replaces a file that is open; Windows refuses that for mapped files.
+_CAN_REPLACE_MAPPED = os.name == "posix"
 _BLOCK_ROWS = 256
 SCHEMA = pa.schema(
     [
@@ -190,10 +191,10 @@ class RegionStore:
                     f"{path} is not a region store, but another file: choose another --out, or "
                     "name another store"
                 )
-            mapped = _CAN_REPLACE_MAPPED
-            reader = pa.ipc.open_file(
-                pa.memory_map(local, "r") if mapped else Path(local).read_bytes()
-            )
+            if _CAN_REPLACE_MAPPED:
+                reader = pa.ipc.open_file(pa.memory_map(local, "r"))
+            else:
+                reader = pa.ipc.open_file(Path(local).read_bytes())
             manifest = _read_manifest(path, reader.schema)
             chunks = []
             for i in range(reader.num_record_batches):

@@ -113,8 +113,9 @@ def _work(folder: str) -> None:
             return
         if ready and state.read_sweep(folder) != sweep:
             continue  # it has just been started again
-        # Of runs that have left the plan.
-        left = [state.all_records(folder)[path].gpus for path in jobs.left_behind(sweep, folder)]
+        gone = jobs.left_behind(sweep, folder) if ready else {}
+        records = state.all_records(folder) if gone else {}
+        left = [records[path].gpus for path in gone]  # of runs that have left the plan
         for name in ready:
             run, count = runs[name], _processes(runs[name], sweep.cluster)
             started = [runs[n] for n, word in now.items() if word == state.RUNNING]

@@ -98,10 +98,11 @@ def start(sweep: SweepFile, folder: str, say: Callable[[str], None] = print) -> 
 
 def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     _refuse_jobs_elsewhere(sweep, folder)
-    if sweep.cluster.kind == "slurm" and (ids := jobs.unrecorded(sweep, folder)):
-        say(f"cancelling {len(ids)} jobs of a start that was interrupted: {' '.join(ids)}")
-        slurm.cancel(ids)
-    _wait_for_cancelled(sweep, folder, say)
+    unknown = jobs.unrecorded(sweep, folder) if sweep.cluster.kind == "slurm" else []
+    if unknown:
+        say(f"cancelling {len(unknown)} jobs of an interrupted start: {' '.join(unknown)}")
+        slurm.cancel(unknown)
+    _wait_for_cancelled(sweep, folder, unknown, say)
     before = jobs.states_now(sweep, folder)
     # Later edits of the code and of configs do not affect the runs that wait.
     tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
@@ -166,14 +167,22 @@ def _refuse_jobs_elsewhere(sweep: SweepFile, folder: str) -> None:
         )
 
 
-def _wait_for_cancelled(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
+def _wait_for_cancelled(
+    sweep: SweepFile, folder: str, unknown: Sequence[str], say: Callable[[str], None]
+) -> None:
     """Wait until cancelled jobs have ended: until then they hold their runs' folders.
+
+    Args:
+        sweep: the sweep.
+        folder: its folder.
+        unknown: cancelled jobs that are in no record.
+        say: receives the line to print.
 
     Raises:
         UserError: they do not end.
     """
     records = filter(None, map(state.read_record, sweep.plan.runs.values()))
-    ids = {job for record in records if record.cancelled for job in record.job_ids}
+    ids = {job for record in records if record.cancelled for job in record.job_ids} | {*unknown}
     deadline, said = time.monotonic() + jobs.ENDING_SECONDS, False
     on_slurm = sweep.cluster.kind == "slurm"
     while ids and (still := ids & jobs.live_jobs(sweep.cluster, folder, sweep.user).keys()):

@@ -1,4 +1,4 @@
-"""Labels that other readers take as they are, and files that archives and editors add."""
+"""Damaged labels that pycocotools and Detectron2 accept, and stray files in folders of VOC."""
 
 import codecs
 import json

@@ -29,21 +29,28 @@ def half_submitted(start, queue, sweeps, monkeypatch):
         start()
     assert queue.users[""] == {"1": "PENDING", "2": "PENDING", "99": "RUNNING"}
 
-    def cancel(ids):
-        queue.cancelled += ids
-        for job in ids:
-            queue.users[""].pop(job)
+    looks = []
 
-    monkeypatch.setattr(slurm, "cancel", cancel)
+    def jobs_of(user=""):
+        """A cancelled job that runs saves a checkpoint, and leaves the queue after two looks."""
+        looks.append(len(queue.cancelled) and len(queue.submitted) == 2)
+        if sum(looks) > 2:
+            for job in queue.cancelled:
+                queue.users[""].pop(job, None)
+        return dict(queue.users[""])
+
+    monkeypatch.setattr(slurm, "jobs_of", jobs_of)
 
 
 def test_a_job_that_was_submitted_but_not_recorded_is_cancelled(half_submitted, queue, sweeps):
     assert submission.cancel(str(sweeps.folder)) == ["pre", "job 2"]
-    assert queue.users[""] == {"99": "RUNNING"}
+    assert queue.cancelled == ["1", "2"]
 
 
 def test_a_job_that_was_not_recorded_is_not_submitted_twice(half_submitted, start, queue):
-    assert start()[0] == "cancelling 1 jobs of a start that was interrupted: 2"
+    said = start()
+    assert said[0] == "cancelling 1 jobs of an interrupted start: 2"
+    assert said[1] == "waiting for 1 cancelled jobs to end"
     assert queue.submitted == ["pre", "det", "det"] and queue.cancelled == ["2"]
     assert queue.users[""] == {"1": "PENDING", "3": "PENDING", "99": "RUNNING"}
 

@@ -130,10 +130,8 @@ class _Names:
         self._paths: list[tuple[str, str]] = []  # key and path of each image
         self._by_base: dict[str, list[int]] = defaultdict(list)
         for i, record in enumerate(records):
-            key, path = self._clean(str(record["image_id"])), self._clean(
-                os.fspath(record["file_name"])
-            )
-            self._paths.append((key, path))
+            path = self._clean(os.fspath(record["file_name"]))
+            self._paths.append((self._clean(str(record["image_id"])), path))
             self._by_base[posixpath.basename(path)].append(i)
 
     def find(self, name: str, source: str) -> int:

@@ -98,7 +98,7 @@ class Collector:
         self._images.append(row)
 
     def table(self, by_id: bool, sizes: Mapping[str, tuple[int, int]] | None = None) -> BoxTable:
-        """Everything that was added, as ``(x, y, width, height)``.
+        """Everything that was added. Boxes are added as ``(x, y, width, height)``.
 
         Args:
             by_id: see :class:`BoxTable`.
