@@ -2,18 +2,23 @@
 
     python tools/sweep.py --config configs/sweeps/emoji_steps.py --jobs 2
 
-As ``emoji_long.py``, whose folder and runs the sweep uses.
+As ``emoji_long.py``, whose folder and runs the sweep uses. BYOL and MCL are also pre-trained with
+twice their learning rate, which the trials of ``shapes_settings.py`` chose on Shapes.
 """
 
 from .common.shapes_benchmark import benchmark
 from .emoji_long import EMOJI
+from .shapes_settings import SETTINGS
+
+_methods = {name: entry for name, entry in EMOJI["methods"].items() if name != "supervised"}
+_methods.update({name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")})
 
 sweep = {
     **benchmark(
         **{
             **EMOJI,
             "title": "Emoji benchmark: 900 steps of fine-tuning",
-            "methods": {k: v for k, v in EMOJI["methods"].items() if k != "supervised"},
+            "methods": _methods,
             "learning_rates": [0.1],  # chosen on Shapes
             "finetune_seeds": [0, 1],
             "iterations": 900,
