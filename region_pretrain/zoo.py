@@ -102,7 +102,8 @@ def read_metafile(path: str) -> dict[str, Card]:
         UserError: the file cannot be read, or is not a metafile.
     """
     content = read_content(path)
-    collections = {c.get("Name"): c for c in content.get("Collections") or []}
+    named = _entry(path, content, "Collections", list)
+    collections = {str(c.get("Name")): c for c in named if isinstance(c, dict)}
     cards: dict[str, Card] = {}
     for model in content["Models"]:
         card = _card(path, model, collections)
@@ -154,7 +155,7 @@ def read_content(path: str) -> dict[str, Any]:
 
 def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:
     entries = model if isinstance(model, dict) else {}
-    metadata = entries.get("Metadata") or {}
+    metadata = _entry(path, entries, "Metadata", dict)
     name, weights, sha256 = entries.get("Name"), entries.get("Weights"), metadata.get("SHA256")
     for key, value in (("Name", name), ("Weights", weights), ("Metadata.SHA256", sha256)):
         if not isinstance(value, str) or not value:
@@ -163,7 +164,7 @@ def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:
         raise UserError(f"{path}: Metadata.SHA256 of {name} must be 64 hexadecimal digits")
     if is_local(weights) and not os.path.isabs(weights):
         weights = f"{os.path.dirname(path) or '.'}/{weights}"
-    collection = entries.get("In Collection", "")
+    collection = str(entries.get("In Collection", ""))
     return Card(
         name,
         weights,
@@ -171,9 +172,17 @@ def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:
         collection,
         entries.get("Config", ""),
         metadata,
-        entries.get("Results") or [],
-        (collections.get(collection) or {}).get("Paper") or {},
+        _entry(path, entries, "Results", list),
+        _entry(path, collections.get(collection, {}), "Paper", dict),
     )
+
+
+def _entry(path: str, entries: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = entries.get(key) or kind()
+    if not isinstance(value, kind):
+        expected = "a map" if kind is dict else "a list"
+        raise UserError(f"{path}: {key} must be {expected}, not {value!r}")
+    return value
 
 
 def metafiles() -> list[str]:

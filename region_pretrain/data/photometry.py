@@ -336,8 +336,10 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
     ``radius`` is that of the group's widest kernel: 6, or 13 taps, at sigma 2. (The ``radius`` of
     Pillow's ``GaussianBlur``, which the papers' code calls, is the sigma here.) Adding up the taps
-    is three times faster on a CPU than a convolution with one group per sample.
+    is three times faster on a CPU than a convolution with one group per sample. In images of
+    ``radius`` pixels or fewer, kernels end where the reflection of the image does.
     """
+    radius = min(radius, min(images.shape[2:]) - 1)
     sigma = sigma[:, :1]  # (n, 1, 1, 1)
     taps = torch.arange(radius + 1, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (n, 1, 1, radius + 1): centre and one half

@@ -142,6 +142,14 @@ def test_blur_at_sigma_2_has_13_taps():
     assert ((out > 0).numpy() == (expected > 0)).all()
 
 
+@pytest.mark.parametrize("side", [2, 4, 6])
+def test_blur_of_an_image_smaller_than_the_kernel(side):
+    image = torch.rand(1, 3, side, side)
+    out = apply_photometry(image.clone(), rows(1, blur_sigma=2.0))
+    expected = TF.gaussian_blur(image, kernel_size=2 * side - 1, sigma=2.0)  # all that it reflects
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, 9))
 def test_a_sample_does_not_depend_on_its_neighbours(seed, count):

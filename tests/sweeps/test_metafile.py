@@ -24,6 +24,9 @@ CARD = f"Name: a, Weights: b.pth, Metadata: {{SHA256: '{'0' * 64}'}}"
         ("Models: [{Name: a, Weights: b.pth}]", "the model a has no Metadata.SHA256"),
         ("Models: [{Name: a, Weights: b.pth, Metadata: {SHA256: ab}}]", "64 hexadecimal digits"),
         ("Models: [3]", r"the model \? has no Name"),
+        ("{Models: [{Metadata: x}]}", "m.yml: Metadata must be a map, not 'x'"),
+        ("{Models: [], Collections: x}", "m.yml: Collections must be a list, not 'x'"),
+        (f"Models: [{{{CARD}, Results: 3}}]", "m.yml: Results must be a list, not 3"),
         (f"Models: [{{{CARD}}}, {{{CARD}}}]", "m.yml has two models called a: rename one"),
     ],
 )
