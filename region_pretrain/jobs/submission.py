@@ -19,7 +19,7 @@ from region_pretrain.jobs import slurm
 from region_pretrain.jobs.cluster import Cluster, check_cluster, parse_slurm
 from region_pretrain.jobs.executor import sbatch_text, submit
 from region_pretrain.jobs.job import ToolJob
-from region_pretrain.jobs.snapshot import take_snapshot
+from region_pretrain.jobs.snapshot import packages_of, take_snapshot
 from region_pretrain.shipped import ROOT
 
 
@@ -138,7 +138,7 @@ def _submit(
     _refuse_queued(folder, output)
     for path, text in files.items():
         write_text_atomic(path, text)
-    root = take_snapshot(folder)
+    root = take_snapshot(folder, packages_of("\n".join(files.values())))
     for job in jobs:
         job.root = root
     submitted = submit(jobs, cluster, folder, name)

@@ -90,7 +90,8 @@ def submit_runs(
         before = state.read_record(run) or Record()
         logs = [str(job.paths.stdout) for job in mine]
         ids = [str(job.job_id) for job in mine]
-        state.write_record(run, Record(before.submitted + 1, ids, logs, gpus=gpus))
+        code = os.path.basename(sweep.root)
+        state.write_record(run, Record(before.submitted + 1, ids, logs, gpus=gpus, code=code))
     return found
 
 

@@ -16,6 +16,7 @@ from region_pretrain.metrics import logged_rows
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.plots import metric_curve, plot_curves
 from region_pretrain.sweeps import jobs, state
+from region_pretrain.sweeps.code import finished_by_code
 from region_pretrain.sweeps.figures import figures
 from region_pretrain.sweeps.pictures import SweepPictures
 from region_pretrain.sweeps.results import collect, collect_probes, pretrainings
@@ -112,8 +113,17 @@ def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
         f"{len(now)} runs: {state.counted(now)}.{_wall_time(sweep)}{seen}",
         f"Command: {sweep.command}",
         f"Report written on: {host}; {facts}.",
+        *_codes(sweep),
         *([sweep.notes] if sweep.notes else []),
     ]
+
+
+def _codes(sweep: SweepFile) -> list[str]:
+    """A line if the finished runs were computed with different code."""
+    codes = {name: len(runs) for name, runs in finished_by_code(sweep.plan).items()}
+    shown = ", ".join(f"{name} ({count} runs)" for name, count in codes.items())
+    where = os.path.dirname(sweep.root)
+    return [f"The code changed between the runs: {where} has {shown}."] if len(codes) > 1 else []
 
 
 def _wall_time(sweep: SweepFile) -> str:

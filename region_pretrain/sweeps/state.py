@@ -44,6 +44,8 @@ class Record:
         logs: log files of these jobs.
         cancelled: whether the latest submission was cancelled.
         gpus: ``CUDA_VISIBLE_DEVICES`` of a job on this machine; "" if its coordinator chose none.
+        code: name of the copy of the code that these jobs run, in the sweep's ``code/``; "" if an
+            earlier version has written this.
     """
 
     submitted: int = 0
@@ -51,6 +53,7 @@ class Record:
     logs: list[str] = field(default_factory=list)
     cancelled: bool = False
     gpus: str = ""
+    code: str = ""
 
 
 @dataclass

@@ -19,6 +19,7 @@ from region_pretrain.jobs.submission import check_batch
 from region_pretrain.lease import hold
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import configs, jobs, local, state
+from region_pretrain.sweeps.code import describe_code, own_packages
 from region_pretrain.sweeps.definition import Sweep
 from region_pretrain.sweeps.earlier import describe_earlier
 from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, TRIAL, Plan, Run
@@ -108,13 +109,14 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
     used = [task[task.index(CONFIG) + 1] for task in tasks if CONFIG in task]
     copies = configs.freeze(used, os.path.join(folder, "configs"))
-    sweep = dataclasses.replace(sweep, root=take_snapshot(folder), configs=copies)
+    root = take_snapshot(folder, own_packages(sweep.plan))
+    sweep = dataclasses.replace(sweep, root=root, configs=copies)
     state.write_sweep(folder, sweep)
     for run in sweep.plan.runs.values():  # not before: a coordinator would start the earlier code
         if before[run.id] in (state.FAILED, state.CANCELLED):
             state.write_record(run, Record(state.read_record(run).submitted))
     now = jobs.states_now(sweep, folder)
-    for line in describe_earlier(sweep.plan):
+    for line in describe_earlier(sweep.plan) + describe_code(sweep.plan, root):
         say(line)
     if left := jobs.left_behind(sweep, folder):
         names = ", ".join(os.path.basename(path) for path in left)

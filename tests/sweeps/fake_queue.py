@@ -47,7 +47,7 @@ def queue(monkeypatch) -> Queue:
     monkeypatch.setattr(slurm, "cancel", made.cancelled.extend)
     monkeypatch.setattr(jobs, "submit_runs", made.submit)
     monkeypatch.setattr(submission, "check_cluster", lambda cluster: None)
-    monkeypatch.setattr(submission, "take_snapshot", lambda folder: "/code")
+    monkeypatch.setattr(submission, "take_snapshot", lambda folder, packages: "/code")
     monkeypatch.setattr(submission, "_POLL_SECONDS", 0.01)
     return made
 

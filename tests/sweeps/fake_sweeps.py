@@ -123,7 +123,7 @@ def sweeps(tmp_path, monkeypatch):
     made = Sweeps(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(submission, "take_snapshot", lambda folder: str(made.code))
+    monkeypatch.setattr(submission, "take_snapshot", lambda folder, packages: str(made.code))
     yield made
     if (made.folder / "sweep.json").exists():
         local.cancel_local(str(made.folder))
