@@ -175,7 +175,8 @@ def check_parts(cfg: DictConfig, path: str, parts: Sequence[str] = TRAINED) -> N
         UserError: they are missing or null.
     """
     if missing := [part for part in parts if OmegaConf.select(cfg, part) is None]:
-        raise UserError(f"{path} has no {', '.join(missing)}: a config needs {', '.join(parts)}")
+        needed = f"a config needs {', '.join(parts)}, each a LazyCall or a dict"
+        raise UserError(f"{path} has no {', '.join(missing)}: {needed}")
 
 
 def check_pretraining(cfg: DictConfig) -> None:

@@ -18,6 +18,10 @@ from region_pretrain.modeling.timm_backbone import TimmBackbone
 _RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
+#: The class of norms that are fixed affine layers.
+FROZEN = "FrozenBatchNorm2d"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a network; None where it is not.
@@ -129,34 +133,30 @@ def differences(theirs: Facts, ours: Facts) -> tuple[list[str], list[str]]:
             f"stride_in_1x1={theirs.stride_in_1x1} in the backbone's stages (yacs: "
             f"MODEL.RESNETS.STRIDE_IN_1X1 {theirs.stride_in_1x1})"
         )
-    if None not in (theirs.input_format, ours.input_format) and (
-        theirs.input_format != ours.input_format
-    ):
+    values = {key: getattr(theirs, key) for key in ("pixel_mean", "pixel_std")}
+    texts = {
+        key: "[" + ",".join(f"{v:g}" for v in value) + "]" for key, value in values.items() if value
+    }
+    order = theirs.input_format
+    if None not in (order, ours.input_format) and order != ours.input_format:
+        lazy = [f"model.input_format={order}", *(f"model.{k}={v}" for k, v in texts.items())]
+        yacs = [f"INPUT.FORMAT={order}", *(f"MODEL.{k.upper()}={v}" for k, v in texts.items())]
         cautions.append(
-            f"it was trained on {theirs.input_format} images, the detector reads "
-            f"{ours.input_format}: set model.input_format={theirs.input_format} and "
-            f"dataloader.train.mapper.image_format={theirs.input_format} (yacs: INPUT.FORMAT "
-            f"{theirs.input_format})"
+            f"it was trained on {order} images, the detector reads {ours.input_format}: set "
+            f"{' '.join(lazy)} and, in fine-tuning, dataloader.train.mapper.image_format={order} "
+            f"(yacs: {' '.join(yacs)})"
         )
-    for key, mine in (("pixel_mean", ours.pixel_mean), ("pixel_std", ours.pixel_std)):
-        value = getattr(theirs, key)
-        if None in (value, mine) or _close(_in_order(value, theirs, ours), mine):
+        return faults, cautions
+    for key, value in values.items():
+        mine = getattr(ours, key)
+        if None in (value, mine) or _close(value, mine):
             continue
-        text = "[" + ",".join(f"{v:g}" for v in value) + "]"
         cautions.append(
-            f"it was trained with {key} {text} ({theirs.input_format}), the detector has "
-            f"{[*mine]} ({ours.input_format}): set model.{key}={text} (yacs: MODEL.{key.upper()} "
-            f"{text})"
+            f"it was trained with {key} {texts[key]} ({order}), the detector has {[*mine]} "
+            f"({ours.input_format}): set model.{key}={texts[key]} (yacs: "
+            f"MODEL.{key.upper()}={texts[key]})"
         )
     return faults, cautions
-
-
-def _in_order(value: tuple[float, ...], theirs: Facts, ours: Facts) -> tuple[float, ...]:
-    """Values per channel in our channel order."""
-    swapped = None not in (theirs.input_format, ours.input_format) and (
-        theirs.input_format != ours.input_format
-    )
-    return value[::-1] if swapped else value
 
 
 def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

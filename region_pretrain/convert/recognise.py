@@ -55,6 +55,8 @@ _DETECTRON2 = re.compile(
 )
 _DETECTOR = ("backbone.", "roi_heads.", "proposal_generator.")
 _DETECTRON2_ROOT = re.compile(r"(.*?)backbone(\w*)\.(?:bottom_up|net|timm|fpn_\w+|stem|res\d)\.")
+#: The box head of a stage of a Cascade R-CNN.
+BOX_HEAD_STAGE = re.compile(r"^roi_heads\.box_head\.(\d+)\.")
 #: What trainers put before all names.
 _WRAPPERS = re.compile(r"(?:(?:module|model|backbone|encoder|network)\.)*")
 
@@ -104,14 +106,26 @@ class Weights:
             if key is not None:
                 found[name] = known[key]
                 used.add(key)
+        if not any(map(BOX_HEAD_STAGE.match, target)):  # one head, perhaps that of the first stage
+            stages = {key for key in known if BOX_HEAD_STAGE.match(key)}
+            used |= stages if stages & used else set()
         return found, [self.names.get(key, key) for key in known if key not in used]
+
+    def stages_differ(self) -> bool:
+        """Whether the weights have several box heads, of a Cascade R-CNN, that are not equal."""
+        stages: dict[str, list[Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if match := BOX_HEAD_STAGE.match(name):
+                stages.setdefault(name[match.end() :], []).append(tensor)
+        return any(not torch.equal(heads[0], head) for heads in stages.values() for head in heads)
 
     def _keys(self, name: str) -> Iterator[str]:
         """Where a model's tensor may be found, in common names and then in the file's own."""
         common, own = common_name(name), timm_name(name)
         yield common
-        # One box head fills all stages of a Cascade R-CNN.
-        yield re.sub(r"^(roi_heads\.box_head)\.\d+\.", r"\1.", common)
+        # One box head fills all stages of a Cascade R-CNN, and its first stage's fills one head.
+        yield BOX_HEAD_STAGE.sub("roi_heads.box_head.", common)
+        yield re.sub(r"^roi_heads\.box_head\.(?!\d)", "roi_heads.box_head.0.", common)
         if own is not None:  # a tensor that only timm's network has
             yield own
             yield self.prefix + own

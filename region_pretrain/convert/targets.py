@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from region_pretrain.convert.facts import Facts
+from region_pretrain.convert.facts import FROZEN, Facts
 from region_pretrain.convert.layout import ResNetLayout, is_bottleneck, numbered, rows, trunk_kind
 from region_pretrain.convert.lines import pixel_lines, stride_lines, unknown_pixels, values
 from region_pretrain.convert.timm_target import timm_lines
@@ -50,6 +50,9 @@ def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[st
     options = f", groups={net.groups}, width_per_group={net.group_width}"
     options = options if (net.groups, net.group_width) != (1, 64) else ""
     options += "" if net.batch_norm else _norm_layer(tensors, "stem.conv1")
+    if facts.norm == FROZEN:
+        lines.append("from torchvision.ops import FrozenBatchNorm2d")
+        options += ", norm_layer=FrozenBatchNorm2d"
     levels = numbered(tensors, r"fpn_lateral(\d+)\.weight")
     trunk = "trunk" if levels else "model"
     lines += [f"{trunk} = ResNet({net.block}, {net.blocks}{options})"]
@@ -189,10 +192,13 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
     widths += f", stem_channels={net.stem}" if net.stem != base else ""
     if (facts.res5_dilation or 1) > 1:
         widths += f", strides=(1, 2, 2, 1), dilations=(1, 1, 1, {facts.res5_dilation})"
+    norms = "norm_cfg=dict(type='SyncBN'), norm_eval=False"
+    if facts.norm == FROZEN:
+        norms = "norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True"
     lines.append(
         f"backbone = dict(type='{'ResNeXt' if grouped else 'ResNet'}', depth={net.depth}{grouped}"
-        f"{widths}, style='{'caffe' if facts.stride_in_1x1 else 'pytorch'}', "
-        "norm_cfg=dict(type='SyncBN'), norm_eval=False, frozen_stages=-1)"
+        f"{widths}, style='{'caffe' if facts.stride_in_1x1 else 'pytorch'}', {norms}, "
+        "frozen_stages=-1)"
     )
     levels = numbered(tensors, r"fpn_lateral(\d+)\.weight")
     if not levels:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from region_pretrain.convert.facts import Facts
+from region_pretrain.convert.facts import FROZEN, Facts
 from region_pretrain.convert.layout import ResNetLayout, numbered, trunk_kind
 from region_pretrain.convert.lines import pixel_lines, stride_lines
 from region_pretrain.errors import UserError
@@ -88,6 +88,7 @@ def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
     if kind == "ResNet":
         net = ResNetLayout(tensors)
         norm = "" if net.batch_norm else ", norm_layer=timm.layers.GroupNorm"
+        fixed = facts.norm == FROZEN
         return [
             *lines,
             *stride_lines(facts, net),
@@ -99,6 +100,11 @@ def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
             "from timm.models.resnet import BasicBlock, Bottleneck, ResNet",
             f"model = ResNet({net.block}, {net.blocks}, num_classes=0, cardinality={net.groups}, "
             f"base_width={net.group_width}, channels={net.planes}{norm})",
+            *(
+                ["# its norms were fixed: timm.layers.freeze_batch_norm_2d keeps them so"]
+                if fixed
+                else []
+            ),
         ]
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     if kind == "Swin":

@@ -108,7 +108,9 @@ def summary(
     counts = [f"{c} {n}" for c, n in list(boxes.items())[:_CLASSES_IN_A_LINE]]
     if len(boxes) > len(counts):
         counts.append(f"and {len(boxes) - len(counts)} more classes")
-    total = f"{len(records)} images, {sum(boxes.values())} boxes ({', '.join(counts)})"
+    crowds = sum(bool(a.get("iscrowd")) for r in records for a in r.get("annotations", ()))
+    of_them = f", {crowds} of them crowd regions" if crowds else ""
+    total = f"{len(records)} images, {sum(boxes.values())} boxes{of_them} ({', '.join(counts)})"
     return [f"{name}: {total}", *(f"{name}: {finding}" for finding in findings)]
 
 

@@ -349,10 +349,12 @@ class RunCheckpointer(DetectionCheckpointer):
                 logger.info("%s: %d iterations become %d", path, run[key], self.run[key])
                 continue
             if key == "max_iter":
+                mend = "set train.allow_new_length=True to make the run longer, or "
+                if self.run[key] < run[key]:
+                    mend = "a run cannot become shorter: "
                 raise UserError(
-                    f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: set "
-                    "train.allow_new_length=True to make the run longer, or choose another "
-                    "train.output_dir"
+                    f"{path} was written with {key}={run[key]}, now it is {self.run[key]}: {mend}"
+                    "choose another train.output_dir"
                 )
             if key == "world_size":
                 raise UserError(

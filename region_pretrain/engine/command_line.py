@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from region_pretrain.config import TRAINED, check_parts, load_config
 from region_pretrain.engine.methods import load_method
+from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.engine.processes import launch
 from region_pretrain.errors import UserError
 
@@ -90,12 +92,26 @@ def config_of(args: argparse.Namespace) -> DictConfig:
         cfg = load_config(args.config_file, args.opts)
         only_evaluates = getattr(args, "eval_only", True)  # as the probe does
         check_parts(cfg, args.config_file, ("model", "dataloader") if only_evaluates else TRAINED)
+        if getattr(args, "resume", False):
+            _check_same_folder(args.config_file, cfg.train.output_dir)
         return cfg
     if not method or not detector or args.config_file:
         raise UserError(
             "--method NAME and --detector FILE belong together and replace --config-file"
         )
     return load_method(method, detector, args.opts)
+
+
+def _check_same_folder(config_file: str, output_dir: str) -> None:
+    """Refuse to start anew where a run's ``config.yaml`` names a folder of another directory."""
+    folder, name = os.path.split(os.path.abspath(config_file))
+    here = os.path.abspath(output_dir)
+    if name == "config.yaml" and here != folder and holds_run(folder) and not holds_run(here):
+        raise UserError(
+            f"--resume: {config_file} is that of the run in {folder}, but train.output_dir="
+            f"{output_dir} is {here}, where there is no run: change to the directory in which it "
+            f"was started, or add train.output_dir={folder}"
+        )
 
 
 def launch_with_config(args: argparse.Namespace, main: Callable[..., Any], *more: Any) -> None:

@@ -63,9 +63,12 @@ LENGTH = ("train.epochs", "train.max_iter", "lr_multiplier", "optimizer.lr", "op
 def holds_run(folder: str) -> bool:
     """Whether a folder contains a run's first results: metrics or a checkpoint."""
     names = PathManager.ls(folder) if PathManager.isdir(folder) else []
-    return "metrics.json" in names or any(
-        name.startswith("model_") and name.endswith(".pth") for name in names
-    )
+    if any(name.startswith("model_") and name.endswith(".pth") for name in names):
+        return True
+    if "metrics.json" not in names:
+        return False
+    with PathManager.open(os.path.join(folder, "metrics.json"), "rb") as file:
+        return bool(file.read(1))  # empty if the run ended in its first steps
 
 
 def refuse_existing_run(folder: str) -> None:
@@ -83,6 +86,8 @@ def refuse_existing_run(folder: str) -> None:
 
 def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
     """Write ``config.yaml`` to ``train.output_dir``. Only the main process calls this.
+
+    That of a run to be continued is kept until :func:`save_config`, when its checkpoint fits.
 
     Args:
         cfg: complete. A null ``train.seed`` is replaced: by the seed of the resumed run, or by a
@@ -105,10 +110,16 @@ def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
     if cfg.train.seed is None:
         drawn = int.from_bytes(os.urandom(3), "big")
         cfg.train.seed = drawn if saved is None else saved["train"].get("seed", drawn)
-    if saved is not None:
+    if saved is None:
+        save_config(cfg)
+    else:
         _refuse_changes(path, saved, cfg)
-    write_text_atomic(path, to_yaml(cfg))
     return cfg.train.seed
+
+
+def save_config(cfg: DictConfig) -> None:
+    """Write ``config.yaml`` to ``train.output_dir``."""
+    write_text_atomic(os.path.join(cfg.train.output_dir, "config.yaml"), to_yaml(cfg))
 
 
 def _saved_config(path: str) -> dict[str, Any] | None:

@@ -51,7 +51,7 @@ from region_pretrain.engine.hooks import (
 from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
 from region_pretrain.engine.memory import MORE_SHARED_MEMORY, check_shared_memory
-from region_pretrain.engine.output_dir import claim_output_dir, start_logging
+from region_pretrain.engine.output_dir import claim_output_dir, save_config, start_logging
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainable import check_trainable, freeze
@@ -63,6 +63,7 @@ from region_pretrain.files import is_disk_full
 from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
+from region_pretrain.solver import check_schedule
 from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import forget_tracked
 
@@ -169,7 +170,7 @@ def run_training(
         warn_of_long_queues(data, model)
         warn_of_few_steps(data, max_iter)
         optimizer = build_optimizer(cfg, model, lr)
-        multiplier = build_part(cfg.lr_multiplier, "lr_multiplier")
+        multiplier = check_schedule(build_part(cfg.lr_multiplier, "lr_multiplier"))
         log_schedule(cfg, multiplier, max_iter)
         scheduler = LRMultiplier(optimizer, multiplier, max_iter)
         trainer = Trainer(
@@ -240,6 +241,8 @@ def run_training(
             stop.listen(finished=lambda: trainer.iter >= max_iter),
             _system_failures_explained(checkpointer),
         ):
+            if resume:
+                on_main_process(lambda: save_config(cfg))
             trainer.train(start_iter, max_iter)
         stop.close()
         if evaluation is not None and evaluation.error:

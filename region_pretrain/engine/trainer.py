@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.build import one_image_at_a_time
 from region_pretrain.engine.memory import peak_memory_mib
-from region_pretrain.errors import NonFiniteLoss, UserError, describe
+from region_pretrain.errors import NonFiniteLoss, UserError, describe, first_few
 from region_pretrain.modeling.meta_arch import PretrainingModel
 
 logger = logging.getLogger(__name__)
@@ -203,6 +203,8 @@ class Trainer(TrainerBase):
         scalars = StepScalars(self.storage)
         losses = self._forward_backward(batch, scalars)
         self.after_backward()
+        if self.iter == self.start_iter and self._method is not None:
+            self._warn_of_untrained()
         self._optimizer_step(scalars)
         if self._method is not None:
             self._method.after_step(self.iter, self.max_iter)
@@ -216,6 +218,18 @@ class Trainer(TrainerBase):
         self._step_seconds += time.perf_counter() - started
         if self.is_log_step():
             self._write_metrics(losses, scalars)
+
+    def _warn_of_untrained(self) -> None:
+        names = [
+            n for n, p in self._method.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        if names:
+            logger.warning(
+                "%d parameters get no gradient and keep their first values, e.g. %s: freeze them, "
+                "as region_pretrain.modeling.pyramid.freeze_unread does for maps that are not read",
+                len(names),
+                first_few(names, 3),
+            )
 
     def _load(self) -> Batch:
         try:

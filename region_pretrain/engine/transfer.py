@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from region_pretrain.convert.facts import differences, facts_of
 from region_pretrain.convert.names import common_name
-from region_pretrain.convert.recognise import Weights, read_weights
+from region_pretrain.convert.recognise import BOX_HEAD_STAGE, Weights, read_weights
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.meta_arch import detector_part
 
@@ -184,6 +184,11 @@ def load_pretrained(model: nn.Module, path: str, partial: bool = False) -> Trans
             "its batch norms were folded into affine layers, which only FrozenBN computes (yacs: "
             "MODEL.RESNETS.NORM FrozenBN); here they start with mean 0 and variance 1"
         )
+    if weights.stages_differ() and _has_one_box_head(part):
+        cautions.append(
+            "the box heads of its stages differ, and here there is one for all stages: it starts "
+            "from that of the first stage"
+        )
     for text in cautions:
         logger.warning("%s: %s", path, text)
     logger.info(report.summary())
@@ -215,11 +220,13 @@ def check_fits(source: nn.Module, target: nn.Module, partial: bool = False) -> N
 
 def _fill(model: nn.Module, weights: Weights, load: bool = True) -> TransferReport:
     """Load the tensors whose names and shapes fit, or find out which would be loaded."""
-    ours = model.state_dict()
+    ours = model.state_dict(keep_vars=True)
     found, unexpected = weights.fit(ours)
     fitting = {name: t for name, t in found.items() if t.shape == ours[name].shape}
     if load:
-        model.load_state_dict(fitting, strict=False)
+        first = {id(tensor): name for name, tensor in reversed(ours.items())}  # of shared ones
+        once = {name: t for name, t in fitting.items() if first[id(ours[name])] == name}
+        model.load_state_dict(once, strict=False)
     mismatched = [
         (name, tuple(tensor.shape), tuple(ours[name].shape))
         for name, tensor in found.items()
@@ -230,6 +237,14 @@ def _fill(model: nn.Module, weights: Weights, load: bool = True) -> TransferRepo
     report = _count(ours, absent, unexpected, mismatched, fitting)
     report.path, report.source, report.classes = weights.path, weights.title, weights.classes
     return report
+
+
+def _has_one_box_head(model: nn.Module) -> bool:
+    """Whether all stages have the same box head, or there is a single one."""
+    state = model.state_dict(keep_vars=True)
+    heads = {n: id(t) for n, t in state.items() if n.startswith("roi_heads.box_head.")}
+    single = {BOX_HEAD_STAGE.sub("", name) for name in heads}
+    return bool(heads) and len(set(heads.values())) == len(single)
 
 
 def _count(

@@ -75,8 +75,8 @@ def plot_curves(
         x_label: label of the x axis.
         y_label: label of the y axis.
         errors: name -> half the length of the error bar at each point; NaN: no bar.
-        log_x: use a logarithmic x axis, with a tick at each x value. Points with error bars are
-            drawn slightly beside it, so that the bars do not cover each other.
+        log_x: use a logarithmic x axis, with a tick at each x value. Points are drawn slightly
+            beside it, so that they do not cover each other.
 
     Returns:
         PNG, 960 x 600 pixels.
@@ -88,7 +88,7 @@ def plot_curves(
         marker = "o" if len(x) <= 30 else None
         bars = (errors or {}).get(name)
         bars = None if bars is None or np.isnan(bars).all() else bars
-        shift = 1.01 ** (i - (len(curves) - 1) / 2) if bars is not None and log_x else 1
+        shift = 1.01 ** (i - (len(curves) - 1) / 2) if log_x else 1
         axes.errorbar(
             [value * shift for value in x],
             y,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import (
@@ -19,6 +19,20 @@ from fvcore.common.param_scheduler import (
 )
 
 from region_pretrain.errors import UserError
+
+
+def check_schedule(multiplier: Any) -> ParamScheduler:
+    """What ``lr_multiplier`` of a config builds.
+
+    Raises:
+        UserError: it is no ``ParamScheduler``.
+    """
+    if not isinstance(multiplier, ParamScheduler):
+        raise UserError(
+            f"lr_multiplier builds a {type(multiplier).__name__}, not an fvcore ParamScheduler: "
+            "derive a class from it whose __call__(where) takes the share of training, 0 to 1"
+        )
+    return multiplier
 
 
 def warmup_cosine(

@@ -27,6 +27,7 @@ from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.regions import RegionStore
 from region_pretrain.shipped import find_shipped
+from region_pretrain.solver import check_schedule
 from region_pretrain.yacs import find_config_file, is_yacs, read_yacs, split_overrides
 
 
@@ -181,7 +182,7 @@ def _build(cfg: DictConfig) -> nn.Module:
         names = instantiate(cfg.dataloader.train.get("dataset", {}).get("names", []))
         for name in [names] if isinstance(names, str) else names:
             check_registered(name)
-    instantiate(cfg.lr_multiplier)
+    check_schedule(instantiate(cfg.lr_multiplier))
     parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.optimizer)]
     if (text := repr(parts)) in _BUILT:  # e.g. of another length
         return _BUILT[text]

@@ -140,10 +140,11 @@ def _draw(kind, title, text, groups, axis, x, flat=None, seen=()) -> list[Figure
                 for row in rows
                 if (value := row.statistics(key))["mean"] is not None
             )
+            curves[name] = [], []
             if points:
                 places, means, errors[name] = map(list, zip(*points, strict=True))
                 curves[name] = places, means
-        if curves:
+        if any(places for places, _ in curves.values()):
             png = plot_curves(curves, axis, f"{METRICS[key]} (%)", errors=errors, log_x=True)
             name = METRICS[key]
             caption = f"{name} against {axis}{text}: mean ± standard deviation of several runs"

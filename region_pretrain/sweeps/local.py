@@ -195,7 +195,7 @@ def cancel_local(folder: str, say: Callable[[str], None] = print) -> list[str]:
     unknown -= {job for left in others.values() for job in left}
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
-        if record and not unknown.isdisjoint(record.job_ids):
+        if record and not unknown.isdisjoint(record.job_ids) and not state.is_finished(run):
             state.write_record(run, dataclasses.replace(record, cancelled=True))
             stopped.append(run.name)
             unknown -= set(record.job_ids)

@@ -72,6 +72,8 @@ def probe_checkpoints(
     groups = _finetunings(sweep)
     names = list(dict.fromkeys(name for name, _ in groups))
     finetune = finetune or next(iter(names), None)
+    if not names:
+        raise UserError(f"the sweep in {folder} has no fine-tuning, whose AP a probe could predict")
     if finetune not in names:
         raise UserError(f"no fine-tuning {finetune!r} in {folder}; it has {', '.join(names)}")
     measured = {

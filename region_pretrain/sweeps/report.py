@@ -127,15 +127,13 @@ def _codes(sweep: SweepFile) -> list[str]:
 
 
 def _wall_time(sweep: SweepFile) -> str:
-    """From the first start of a run to the last end so far."""
+    """How long at least one run was running, so far."""
     attempts = [a for run in sweep.plan.runs.values() for a in state.attempts(run)]
-    ends = [a["ended"] for a in attempts if a.get("ended")]
-    if not ends:
-        return ""
-    minutes = (max(ends) - min(a["started"] for a in attempts)) / 60
-    if minutes <= 0:  # the clocks of two machines differ
-        return ""
-    return f" {minutes:.1f} minutes from the first start to the last end."
+    seconds, until = 0.0, 0.0
+    for start, end in sorted((a["started"], a["ended"]) for a in attempts if a.get("ended")):
+        seconds += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return f" Runs were running for {seconds / 60:.1f} minutes." if seconds else ""
 
 
 def _sections(

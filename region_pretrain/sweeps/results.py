@@ -53,6 +53,10 @@ def collect(sweep: SweepFile) -> list[Row]:
         done = {seed: run for seed, run in by_seed.items() if state.is_finished(run)}
         row.costs = {seed: cost for seed, run in done.items() if (cost := _cost(run))}
         rows.append(row)
+    # Also of initialisations of which no fine-tuning is finished.
+    labels = {(row.finetune, row.label_fraction): row.labels for row in rows if row.labels}
+    for row in rows:
+        row.labels = row.labels or labels.get((row.finetune, row.label_fraction))
     order = list(sweep.labels)
     return sorted(
         rows,

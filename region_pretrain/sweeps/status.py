@@ -84,9 +84,10 @@ def _unchanged(run: Run, at: Progress, word: str = state.RUNNING) -> str:
     """For how long a running run has made no progress, such as while its disk does not answer."""
     if word != state.RUNNING or at.updated is None:
         return ""
-    seconds = time.time() - at.updated
+    since = max([at.updated, *(attempt["started"] for attempt in state.attempts(run))])
+    seconds = time.time() - since
     if not 0 <= seconds < _QUIET_SECONDS:  # or the clocks differ
-        seconds = now_at(os.path.dirname(run.product)) - at.updated
+        seconds = now_at(os.path.dirname(run.product)) - since
     return f" (unchanged for {seconds // 60:.0f} min)" if seconds >= _QUIET_SECONDS else ""
 
 

@@ -23,6 +23,7 @@ _RESULTS = "Box and mask AP in percent, mean ± sample standard deviation over n
 _COST = (
     " Speed, peak memory per process and minutes (of the steps only) are those of the pre-training."
 )
+_FOUND_NOTHING = " No AP, and so no mean, where the detector has found nothing: {}."
 _DIFFERENCES = (
     "Difference from {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
     "interval]. Both cover the variance between the seeds of fine-tuning and, where there are "
@@ -126,7 +127,14 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
                 *("–" if v is None else f"{v:.{d}f}" for v, d in ([] if brief else costs)),
             ]
         )
-    return Table(_RESULTS + ("" if brief else _COST), header, body)
+    caption = _RESULTS + ("" if brief else _COST)
+    nothing = {
+        " ".join(row_name(row, columns)): sum(None in v.values() for v in row.by_seeds.values())
+        for row in rows
+    }
+    if found := ", ".join(f"{name} ({n} times)" for name, n in nothing.items() if n):
+        caption += _FOUND_NOTHING.format(found)
+    return Table(caption, header, body)
 
 
 def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
@@ -171,13 +179,19 @@ def _against_labels(rows: Sequence[Row]) -> list[Table]:
     for name, mine in groups.items():
         counts = sorted({row.labels for row in mine})
         for key in _AP:
-            cells = {(row.init, row.labels): shown(row.statistics(key)) for row in mine}
+            cells = {(row.init, row.labels): _cell_of_labels(row, key) for row in mine}
             labels = {row.init: row.label for row in mine}
             body = [[v, *(cells.get((k, n), "–") for n in counts)] for k, v in labels.items()]
             caption = _AGAINST_LABELS.format(METRICS[key])
             caption = f"{name}: {caption}" if len(groups) > 1 else caption
             found.append(Table(caption, ["initialisation", *map(str, counts)], body))
     return found
+
+
+def _cell_of_labels(row: Row, key: str) -> str:
+    done = len(row.by_seeds)
+    some = 0 < done < row.wanted
+    return shown(row.statistics(key)) + (f" (n = {done}/{row.wanted})" if some else "")
 
 
 def _worth(rows: Sequence[Row], references: Sequence[str]) -> list[Table]:

@@ -52,6 +52,22 @@ def test_trunk_has_the_same_features(tmp_path, to, kind):
 
 
 @torch.no_grad()
+def test_fixed_norms_stay_fixed(tmp_path):
+    model = bottlenecks(norm="FrozenBN")
+    path = save(tmp_path / "x.pth", model, facts_of(model))
+    state, lines = export_weights(path, "torchvision")
+    theirs = built(lines).train()
+    theirs.load_state_dict(state, strict=True)
+    assert_same(trunk_features(theirs, images()), model.train()(images()).values(), 1e-4)
+    assert comments(export_weights(path, "timm")[1], "its norms were fixed: timm.layers.freeze_ba")
+    assert "norm1.weight" not in dict(theirs.named_parameters())
+    (line,) = (line for line in export_weights(path, "mmdet")[1] if line.startswith("backbone"))
+    assert (
+        "norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True, frozen_stages=-1)" in line
+    )
+
+
+@torch.no_grad()
 def test_the_folder_of_the_file_is_created_or_refused_before_the_export(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"cannot write to the folder of --out {tmp_path}/file"):

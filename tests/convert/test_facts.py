@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,9 +86,16 @@ def test_differences_name_the_overrides():
     (fault,), cautions = differences(MSRA, IMAGENET)
     assert "stride in the 1x1 convolution, the detector's in the 3x3 one" in fault
     assert "MODEL.RESNETS.STRIDE_IN_1X1 True" in fault
-    channels, std = cautions  # the mean is the same but for the order of the channels
-    assert "model.input_format=BGR" in channels and "INPUT.FORMAT BGR" in channels
-    assert "set model.pixel_std=[1,1,1]" in std
+    (caution,) = cautions
+    mean = "[103.53,116.28,123.675]"
+    lazy = f"model.input_format=BGR model.pixel_mean={mean} model.pixel_std=[1,1,1] and, in fine-"
+    yacs = f"(yacs: INPUT.FORMAT=BGR MODEL.PIXEL_MEAN={mean} MODEL.PIXEL_STD=[1,1,1])"
+    assert "it was trained on BGR images, the detector reads RGB: set " + lazy in caution
+    assert caution.endswith(f"dataloader.train.mapper.image_format=BGR {yacs}")
+    (caution,) = differences(IMAGENET, replace(IMAGENET, pixel_std=(1.0, 1.0, 1.0)))[1]
+    assert caution.endswith(
+        "model.pixel_std=[58.395,57.12,57.375] (yacs: MODEL.PIXEL_STD=[58.395,57.12,57.375])"
+    )
 
 
 def caffe2(groups: int = 1, kind: str = "bn") -> dict:
@@ -229,8 +237,8 @@ def test_a_checkpoint_of_this_library_carries_its_facts(tmp_path, caplog):
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     load_pretrained(detector(stride_in_1x1=False, rgb=False), path)
     warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 2 and "INPUT.FORMAT RGB" in warnings[0]
-    assert "MODEL.PIXEL_STD [58.395,57.12,57.375]" in warnings[1]
+    assert len(warnings) == 1 and "INPUT.FORMAT=RGB MODEL.PIXEL_MEAN=[123.675," in warnings[0]
+    assert "MODEL.PIXEL_STD=[58.395,57.12,57.375]" in warnings[0]
     with pytest.raises(UserError, match="stride in the 3x3 convolution, the detector's in the 1x1"):
         load_pretrained(detector(stride_in_1x1=True, rgb=True), path)
 

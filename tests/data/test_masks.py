@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
-from region_pretrain.config import get_config
+from region_pretrain.config import get_config, load_config
 from region_pretrain.data.coco_json import mend_registered
 from region_pretrain.data.masks import MaskCount, check_masks
 from region_pretrain.engine.detection_data import detection_training_data
@@ -77,6 +77,18 @@ def test_a_mask_head_without_masks_is_told_what_to_override(masks, text):
     check_masks(records(*masks), cfg)
     with torch.device("meta"):
         assert not instantiate(cfg.model).roi_heads.mask_on
+
+
+@pytest.mark.parametrize("head", ["", "ROI_HEADS.NAME=CascadeROIHeads"])
+def test_a_mask_head_of_a_yacs_config(head):
+    zoo = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    more = [f"MODEL.{head}", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG=True"] if head else []
+    with pytest.raises(UserError) as error:
+        check_masks(records(None, SQUARE), load_config(zoo, more))
+    mend = str(error.value).split("MODEL.MASK_ON learns masks: set ")[1]
+    cfg = load_config(zoo, [*more, mend])
+    check_masks(records(None, SQUARE), cfg)
+    assert not cfg.model.cfg.MODEL.MASK_ON and not cfg.dataloader.train.mapper.use_instance_mask
 
 
 def mapper_after(masks, cfg):

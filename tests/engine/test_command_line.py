@@ -10,7 +10,8 @@ from tiny_run import make_config, make_detection_config
 
 from region_pretrain.commands import evaluate, make_regions, pretrain_net, train_net, visualize
 from region_pretrain.config import CONFIG_ROOT
-from region_pretrain.errors import exit_on_user_error
+from region_pretrain.engine.command_line import argument_parser, config_of
+from region_pretrain.errors import UserError, exit_on_user_error
 
 
 @pytest.fixture
@@ -36,6 +37,25 @@ def test_pretraining_with_overrides_then_refusal_then_resume(config, tmp_path):
         "Undo the change or choose another train.output_dir"
     ]
     assert "Traceback" not in again.stderr
+
+
+def test_a_resume_with_the_config_of_a_run_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    LazyConfig.save(make_config("run"), "run/config.yaml")
+    (tmp_path / "run/metrics.json").write_text("{}\n")
+    parser = argument_parser("")
+
+    def load(*more):
+        return config_of(parser.parse_args(["--config-file", *more]))
+
+    assert load("run/config.yaml", "--resume").train.output_dir == "run"
+    monkeypatch.chdir(tmp_path / "run")
+    assert load("config.yaml").train.output_dir == "run"  # a new run of this config
+    message = rf"config.yaml is that of the run in {tmp_path}/run, but train.output_dir=run is .*: "
+    with pytest.raises(UserError, match=f"{message}change .*, or add train.output_dir={tmp_path}/"):
+        load("config.yaml", "--resume")
+    assert load("config.yaml", "--resume", f"train.output_dir={tmp_path}/run")
 
 
 def test_a_mistyped_key_costs_one_line_and_nothing_else(config, tmp_path):

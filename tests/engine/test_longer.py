@@ -45,6 +45,19 @@ def test_a_finished_run_becomes_longer(tmp_path, caplog):
     assert rates[20] > lines(tmp_path / "run")[19]["lr"]
 
 
+def test_a_refused_resume_leaves_the_config_as_it_was(tmp_path):
+    do_pretrain(make_config(tmp_path))
+    before = (tmp_path / "config.yaml").read_bytes()
+    shorter = make_config(tmp_path, allow_new_length=True)
+    shorter.train.epochs = shorter.train.epochs // 2
+    with pytest.raises(UserError, match="max_iter=20, now it is 10: a run cannot become shorter: "):
+        do_pretrain(shorter, resume=True)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+    do_pretrain(make_config(tmp_path), resume=True)  # the first command still works
+    do_pretrain(longer(tmp_path, allow_new_length=True), resume=True)
+    assert b"epochs: 8" in (tmp_path / "config.yaml").read_bytes()
+
+
 def test_another_learning_rate_may_be_given(tmp_path):
     do_pretrain(make_config(tmp_path))
     first = [line["lr"] for line in lines(tmp_path)]

@@ -13,7 +13,7 @@ from tiny_run import make_config
 
 from region_pretrain.config import complete_train, load_config
 from region_pretrain.engine import output_dir
-from region_pretrain.engine.output_dir import holds_run, logging_kept
+from region_pretrain.engine.output_dir import holds_run, logging_kept, save_config
 from region_pretrain.engine.run import start_run
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.knn_probe import KNNProbeHook
@@ -22,6 +22,7 @@ from region_pretrain.evaluation.knn_probe import KNNProbeHook
 def begin(folder, resume=False, **train):
     cfg = complete_train(make_config(folder, **train))
     with start_run(cfg, resume):
+        save_config(cfg)  # as a run does when its checkpoint has been read
         return cfg
 
 
@@ -44,6 +45,14 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="already contains a run.*--resume"):
         begin(tmp_path, seed=5)
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_ended_in_its_first_step_holds_nothing(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "metrics.json").touch()
+    assert not holds_run(str(tmp_path))
+    begin(tmp_path, seed=5)
+    assert LazyConfig.load(str(tmp_path / "config.yaml")).train.seed == 5
 
 
 def test_a_run_of_a_yacs_config_resumes_with_keys_of_its_own(tmp_path):

@@ -333,6 +333,19 @@ def test_data_that_ends_early_is_an_error_of_the_user():
         trainer.train(0, 3)
 
 
+def test_parameters_without_a_gradient_are_named_once(caplog):
+    model = regression()
+    model.unread = nn.Linear(2, 2)
+    train(model)
+    (message,) = caplog.messages
+    assert message.startswith("2 parameters get no gradient and keep their first values, e.g. unr")
+    assert "unread.weight, unread.bias: freeze them" in message
+    caplog.clear()
+    model.unread.requires_grad_(False)
+    train(model)
+    assert not caplog.messages
+
+
 def test_a_model_without_a_loss_is_named():
     class Silent(Regression):
         def forward(self, batch):

@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -290,41 +289,6 @@ def test_module_of_tells_apart_what_pretraining_fills():
     assert module_of("roi_heads.res5.norm.weight") == "roi_heads.res5"
     assert module_of("head.cls_score.weight") == "head"
     assert module_of("head.bbox_subnet.0.weight") == "head.bbox_subnet"
-
-
-def test_one_box_head_fills_every_stage_of_a_cascade(tmp_path):
-    """A Mask R-CNN's pre-training serves the Cascade R-CNN on the same backbone."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))
-    from narrow_detectors import DETECTORS
-
-    single = instantiate(DETECTORS["Faster/Mask R-CNN, FPN"]())
-    cascade = instantiate(DETECTORS["Cascade R-CNN, FPN"]())
-    report = load_pretrained(cascade, save(tmp_path, {"model": state(single, *PRETRAINED)}))
-    heads = cascade.roi_heads.box_head
-    for stage in heads:
-        for name, value in single.roi_heads.box_head.state_dict().items():
-            assert torch.equal(stage.state_dict()[name], value), name
-    assert report.modules["roi_heads.box_head"].loaded_tensors == 12  # 3 stages of 2 fc layers
-    assert not report.unexpected
-
-
-def test_convolutions_of_a_box_head_fill_every_stage_of_a_cascade(tmp_path):
-    """MCL pre-trains them without the fully connected layers behind them."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))
-    from narrow_detectors import DETECTORS
-
-    single = instantiate(DETECTORS["Mask R-CNN, FPN, convolutions in the box head"]())
-    cascade = instantiate(DETECTORS["Cascade R-CNN, FPN, convolutions in the box heads"]())
-    trained = state(single, "backbone.", "roi_heads.box_head.conv")
-    before = {name: tensor.clone() for name, tensor in cascade.state_dict().items()}
-    report = load_pretrained(cascade, save(tmp_path, {"model": trained}))
-    assert report.modules["roi_heads.box_head"].loaded_tensors == 12  # 3 stages of 2 convolutions
-    for i, stage in enumerate(cascade.roi_heads.box_head):
-        assert torch.equal(stage.conv2.weight, trained["roi_heads.box_head.conv2.weight"])
-        assert torch.equal(stage.fc1.weight, before[f"roi_heads.box_head.{i}.fc1.weight"])
-    del trained["roi_heads.box_head.conv2.bias"]
-    with pytest.raises(UserError, match=r"fills 9 of the 12 tensors of roi_heads.box_head.conv"):
-        load_pretrained(cascade, save(tmp_path, {"model": trained}))
 
 
 def test_stock_detectron2_loads_the_same_file_without_this_library(tmp_path, checkpoint):

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from tiny_run import make_config
 
 from region_pretrain.config import CONFIG_ROOT, complete_train, load_config, load_file, to_yaml
-from region_pretrain.engine.output_dir import claim_output_dir
+from region_pretrain.engine.output_dir import claim_output_dir, save_config
 from region_pretrain.errors import UserError
 from region_pretrain.lazy import load_plain_yaml, load_yaml
 
@@ -40,6 +40,7 @@ def claim(folder, resume=True):
     cfg = complete_train(make_config(folder))
     folder.mkdir(exist_ok=True)
     claim_output_dir(cfg, resume)
+    save_config(cfg)  # as a run does when its checkpoint has been read
     return cfg
 
 

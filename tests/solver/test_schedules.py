@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from region_pretrain.config import get_config
 from region_pretrain.errors import UserError
 from region_pretrain.solver import (
+    check_schedule,
     cosine_momentum,
     warmup_cosine,
     warmup_multistep,
@@ -121,6 +122,13 @@ def test_ema_momentum_at_the_quarters():
 def test_values_that_do_not_fit_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_what_a_config_builds_must_be_a_schedule():
+    schedule = warmup_multistep(100, [60], warmup_iters=10)
+    assert check_schedule(schedule) is schedule
+    with pytest.raises(UserError, match="lr_multiplier builds a function, not an fvcore ParamSch"):
+        check_schedule(lambda where: 1 - where)
 
 
 def test_warmup_times_cosine_at_published_values():

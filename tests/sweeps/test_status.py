@@ -56,6 +56,27 @@ def test_progress_of_a_training(sweeps):
     assert status.status_rows(sweeps.file(), {run.id: state.FAILED})[0][3] == ""
 
 
+def test_a_run_that_was_started_again_is_not_quiet_yet(sweeps, monkeypatch):
+    sweeps.add("soco_seed0")
+    (run,) = sweeps.plan.runs.values()
+    log(run, iteration=119, total_loss=1.0)
+    write_progress(f"{run.folder}/progress.json", Progress(120, 434, 190.4))
+    start_attempt(run.folder, "1", 0, "host")
+    began = time.time()
+    now = [began + 600]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(status, "now_at", lambda folder: now[0])
+
+    def progress():
+        return status.status_rows(sweeps.file(), {run.id: state.RUNNING})[0][2]
+
+    assert progress() == "120/434 (unchanged for 10 min)"
+    start_attempt(run.folder, "2", 0, "host")
+    assert progress() == "120/434"
+    now[0] += 180
+    assert progress() == "120/434 (unchanged for 3 min)"
+
+
 @pytest.mark.parametrize(
     ("aps", "shown"),
     [([1.0, 12.34], "box AP 12.3"), ([float("nan")], "loss 0.5"), ([], "loss 0.5")],
