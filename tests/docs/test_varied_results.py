@@ -292,32 +292,3 @@ def test_better_regions():
     assert sum(value < 0 for value in boxes) == 1
     for init in ("ccop_annotated", "point_annotated"):
         assert min(found[init, "bbox/AP"]) < 0 < max(found[init, "bbox/AP"])
-
-
-def test_emoji():
-    rows = {row.init: row.by_seeds for row in read_csv(str(ROOT / "docs/results/emoji_long.csv"))}
-    values = {init: next(iter(seeds.values())) for init, seeds in rows.items()}
-    second = {init: list(seeds.values())[1] for init, seeds in rows.items() if len(seeds) > 1}
-    assert list(second) == ["random", "soco", "ccop"]
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Emoji") : page.index("### Other sizes")]
-    names = {**NAMES, "random weights": "random", "point-level region contrast": "point"}
-    lines = table(page, "initialisation", "box AP", "box AP50")[2:]
-    assert len(lines) == 7
-    for label, *cells in lines:
-        assert cells == [f"{value:.1f}" for value in values[names[label]].values()]
-    for label, *cells in table(page, "second seed", "box AP")[2:]:
-        assert cells == [f"{value:.1f}" for value in second[names[label]].values()]
-    text = " ".join(page.split())
-
-    def above(init, key):
-        return values[init][key] - values["random"][key]
-
-    best = ("mcl", "point", "ccop")
-    box, mask = ([f"{above(init, key):.1f}" for init in best] for key in ("bbox/AP", "segm/AP"))
-    assert "are {}, {} and {} box AP above".format(*box) in text
-    assert "and {}, {} and {} in mask AP".format(*mask) in text
-    assert all(above(init, "bbox/AP") < 0 for init in ("moco", "byol", "soco"))
-    first = -above("soco", "bbox/AP")
-    ccop, soco = (second[n]["bbox/AP"] - second["random"]["bbox/AP"] for n in ("ccop", "soco"))
-    assert f"CCOP is {ccop:.1f} above and SoCo {-soco:.1f} below, after {first:.1f} with" in text
