@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch import nn
 
 from region_pretrain.convert.facts import facts_of
+from region_pretrain.convert.recognise import check_weights
 from region_pretrain.engine.build import (
     TrainingData,
     amp_dtype,
@@ -51,7 +52,12 @@ from region_pretrain.engine.hooks import (
 from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.labelled_data import Classes, compare_with_checkpoint
 from region_pretrain.engine.memory import MORE_SHARED_MEMORY, check_shared_memory
-from region_pretrain.engine.output_dir import claim_output_dir, save_config, start_logging
+from region_pretrain.engine.output_dir import (
+    claim_output_dir,
+    holds_run,
+    save_config,
+    start_logging,
+)
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
 from region_pretrain.engine.trainable import check_trainable, freeze
@@ -82,10 +88,12 @@ def start_run(cfg: DictConfig, resume: bool) -> Iterator[None]:
         resume: continue the run in the folder.
 
     Raises:
-        UserError: another run is using the folder, or see
-            :func:`~region_pretrain.engine.output_dir.claim_output_dir`.
+        UserError: another run is using the folder, there is no file ``train.init_checkpoint``, or
+            see :func:`~region_pretrain.engine.output_dir.claim_output_dir`.
     """
     folder = cfg.train.output_dir
+    if not (resume and holds_run(folder)):
+        check_weights(cfg.train.init_checkpoint or "", "train.init_checkpoint: ")
     with ExitStack() as leases:
 
         def claim() -> int:

@@ -174,6 +174,18 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path):
         begin(tmp_path / "file" / "run")
 
 
+def test_absent_weights_are_named_before_the_folder_is_made(tmp_path):
+    with pytest.raises(UserError, match="train.init_checkpoint: there is no absent.pth: name the"):
+        begin(tmp_path / "run", init_checkpoint="absent.pth")
+    assert not (tmp_path / "run").exists()
+    begin(tmp_path)
+    make_progress(tmp_path)
+    cfg = complete_train(make_config(tmp_path, init_checkpoint="absent.pth"))
+    with pytest.raises(UserError, match="cannot resume with a config that differs"):
+        with start_run(cfg, True):  # the weights are those of its checkpoint
+            pass
+
+
 def test_a_second_run_in_the_process_logs_to_its_own_folder(tmp_path):
     begin(tmp_path / "a")
     begin(tmp_path / "b")

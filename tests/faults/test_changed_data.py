@@ -204,8 +204,9 @@ def test_an_error_before_the_first_step_does_not_wait_for_the_files(tmp_path, mo
     closed = []
     close = Fingerprint.close
     monkeypatch.setattr(Fingerprint, "close", lambda self: closed.append(self) or close(self))
-    cfg = make_config(tmp_path / "run", init_checkpoint="absent.pth")
-    with pytest.raises(UserError, match="absent.pth"):
+    (tmp_path / "damaged.pth").write_text("x")
+    cfg = make_config(tmp_path / "run", init_checkpoint=f"{tmp_path}/damaged.pth")
+    with pytest.raises(UserError, match="damaged.pth"):
         do_pretrain(cfg)
     assert len(closed) == 1
 

@@ -370,7 +370,7 @@ def test_a_failure_is_reported_with_the_tail_of_its_log(demo):
     shutil.copytree(folder / "demo/runs", out / "runs")  # only the pre-training runs
     done = run(folder, "--wait", pretrain=absent, output="failed")
     assert done.returncode == 1
-    error = "error: cannot read the checkpoint absent.pth"
+    error = "error: train.init_checkpoint: there is no absent.pth"
     assert error in done.stdout and "soco_seed0" in done.stdout
     page = (out / "report.html").read_text()
     assert "soco_seed0 failed. These runs depend on it: soco_seed0_det." in page
