@@ -175,7 +175,7 @@ def check_parts(cfg: DictConfig, path: str, parts: Sequence[str] = TRAINED) -> N
         UserError: they are missing or null.
     """
     if missing := [part for part in parts if OmegaConf.select(cfg, part) is None]:
-        needed = f"a config needs {', '.join(parts)}, each a LazyCall or a dict"
+        needed = f"a config needs {', '.join(parts)}, as LazyCalls or dicts of them"
         raise UserError(f"{path} has no {', '.join(missing)}: {needed}")
 
 

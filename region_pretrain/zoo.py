@@ -164,7 +164,7 @@ def _card(path: str, model: Any, collections: Mapping[str, Any]) -> Card:
         raise UserError(f"{path}: Metadata.SHA256 of {name} must be 64 hexadecimal digits")
     if is_local(weights) and not os.path.isabs(weights):
         weights = f"{os.path.dirname(path) or '.'}/{weights}"
-    collection = str(entries.get("In Collection", ""))
+    collection = str(entries.get("In Collection") or "")
     return Card(
         name,
         weights,

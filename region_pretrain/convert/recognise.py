@@ -106,9 +106,9 @@ class Weights:
             if key is not None:
                 found[name] = known[key]
                 used.add(key)
-        if not any(map(BOX_HEAD_STAGE.match, target)):  # one head, perhaps that of the first stage
-            stages = {key for key in known if BOX_HEAD_STAGE.match(key)}
-            used |= stages if stages & used else set()
+        stages = {key: match[1] for key in known if (match := BOX_HEAD_STAGE.match(key))}
+        if stages.keys() & used and not any(map(BOX_HEAD_STAGE.match, target)):
+            used.update(key for key, stage in stages.items() if stage != "0")  # one head for all
         return found, [self.names.get(key, key) for key in known if key not in used]
 
     def stages_differ(self) -> bool:

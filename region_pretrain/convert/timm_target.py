@@ -88,10 +88,11 @@ def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
     if kind == "ResNet":
         net = ResNetLayout(tensors)
         norm = "" if net.batch_norm else ", norm_layer=timm.layers.GroupNorm"
-        fixed = facts.norm == FROZEN
+        lines += stride_lines(facts, net)
+        if facts.norm == FROZEN:
+            lines.append("# its norms were fixed: timm.layers.freeze_batch_norm_2d keeps them so")
         return [
             *lines,
-            *stride_lines(facts, net),
             *(
                 [f"# timm's ResNet has no stem of {net.stem} channels: build your own"]
                 if net.stem != 64
@@ -100,11 +101,6 @@ def timm_lines(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
             "from timm.models.resnet import BasicBlock, Bottleneck, ResNet",
             f"model = ResNet({net.block}, {net.blocks}, num_classes=0, cardinality={net.groups}, "
             f"base_width={net.group_width}, channels={net.planes}{norm})",
-            *(
-                ["# its norms were fixed: timm.layers.freeze_batch_norm_2d keeps them so"]
-                if fixed
-                else []
-            ),
         ]
     width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     if kind == "Swin":

@@ -110,7 +110,7 @@ def summary(
         counts.append(f"and {len(boxes) - len(counts)} more classes")
     crowds = sum(bool(a.get("iscrowd")) for r in records for a in r.get("annotations", ()))
     of_them = f", {crowds} of them crowd regions" if crowds else ""
-    total = f"{len(records)} images, {sum(boxes.values())} boxes{of_them} ({', '.join(counts)})"
+    total = f"{len(records)} images, {sum(boxes.values())} boxes ({', '.join(counts)}){of_them}"
     return [f"{name}: {total}", *(f"{name}: {finding}" for finding in findings)]
 
 

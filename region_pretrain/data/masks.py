@@ -141,17 +141,17 @@ def _mask_head(node: Any, key: str = "model") -> str | None:
     if node.get("mask_head") is not None:
         return f"{key}.mask_head"
     if OmegaConf.select(node, "cfg.MODEL.MASK_ON"):  # a converted yacs config
-        return "MODEL.MASK_ON"
+        return f"{key}.cfg.MODEL.MASK_ON"
     found = (_mask_head(node._get_node(name), f"{key}.{name}") for name in node)
     return next(filter(None, found), None)
 
 
 def _remedy(cfg: DictConfig) -> str:
-    head = _mask_head(cfg.model)
-    if head == "MODEL.MASK_ON":
-        return "set MODEL.MASK_ON=False"
-    parent = head.removesuffix(".mask_head")
+    parent, _, last = _mask_head(cfg.model).rpartition(".")
+    without = "dataloader.train.mapper.use_instance_mask=False"
+    if last == "MASK_ON":
+        return f"override {parent}.{last}=False {without}"
     heads = OmegaConf.select(cfg, parent)
     overrides = [f"{parent}.{key}=null" for key in _MASK_KEYS if heads.get(key) is not None]
-    overrides.append("dataloader.train.mapper.use_instance_mask=False")
+    overrides.append(without)
     return f"use one of configs/detection/faster_rcnn_*.py, or override {' '.join(overrides)}"

@@ -336,8 +336,8 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
 
     ``radius`` is that of the group's widest kernel: 6, or 13 taps, at sigma 2. (The ``radius`` of
     Pillow's ``GaussianBlur``, which the papers' code calls, is the sigma here.) Adding up the taps
-    is three times faster on a CPU than a convolution with one group per sample. In images of
-    ``radius`` pixels or fewer, kernels end where the reflection of the image does.
+    is three times faster on a CPU than a convolution with one group per sample. The radius is
+    at most the image's shorter side minus 1, beyond which there is no reflection.
     """
     radius = min(radius, min(images.shape[2:]) - 1)
     sigma = sigma[:, :1]  # (n, 1, 1, 1)

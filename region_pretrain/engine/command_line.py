@@ -92,7 +92,8 @@ def config_of(args: argparse.Namespace) -> DictConfig:
         cfg = load_config(args.config_file, args.opts)
         only_evaluates = getattr(args, "eval_only", True)  # as the probe does
         check_parts(cfg, args.config_file, ("model", "dataloader") if only_evaluates else TRAINED)
-        if getattr(args, "resume", False):
+        given = any(word.lstrip("+").startswith("train.output_dir=") for word in args.opts)
+        if getattr(args, "resume", False) and not given:
             _check_same_folder(args.config_file, cfg.train.output_dir)
         return cfg
     if not method or not detector or args.config_file:
@@ -103,7 +104,7 @@ def config_of(args: argparse.Namespace) -> DictConfig:
 
 
 def _check_same_folder(config_file: str, output_dir: str) -> None:
-    """Refuse to start anew where a run's ``config.yaml`` names a folder of another directory."""
+    """Refuse to start anew in another working directory than that of the run in ``config.yaml``."""
     folder, name = os.path.split(os.path.abspath(config_file))
     here = os.path.abspath(output_dir)
     if name == "config.yaml" and here != folder and holds_run(folder) and not holds_run(here):

@@ -67,7 +67,10 @@ def holds_run(folder: str) -> bool:
         return True
     if "metrics.json" not in names:
         return False
-    with PathManager.open(os.path.join(folder, "metrics.json"), "rb") as file:
+    path = os.path.join(folder, "metrics.json")
+    if not PathManager.isfile(path):
+        return True
+    with PathManager.open(path, "rb") as file:
         return bool(file.read(1))  # empty if the run ended in its first steps
 
 
@@ -87,7 +90,8 @@ def refuse_existing_run(folder: str) -> None:
 def claim_output_dir(cfg: DictConfig, resume: bool) -> int:
     """Write ``config.yaml`` to ``train.output_dir``. Only the main process calls this.
 
-    That of a run to be continued is kept until :func:`save_config`, when its checkpoint fits.
+    If a run is continued, its ``config.yaml`` is replaced only after its checkpoint was read; see
+    :func:`save_config`.
 
     Args:
         cfg: complete. A null ``train.seed`` is replaced: by the seed of the resumed run, or by a

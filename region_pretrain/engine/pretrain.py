@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -53,7 +54,7 @@ def do_pretrain(
         raise UserError("the config is for region-pretrain finetune: it trains a detector on boxes")
     register_named(cfg)
     with start_run(cfg, resume):
-        loader = cfg.dataloader.train
+        loader = copy.deepcopy(cfg.dataloader.train)
         if cfg.train.device == "cpu" and "pin_memory" in loader:
             loader.pin_memory = False  # also on a machine with GPUs
         data = build_part(loader, "dataloader.train")

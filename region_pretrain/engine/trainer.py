@@ -202,9 +202,9 @@ class Trainer(TrainerBase):
             self._method.before_step(self.iter, self.max_iter)
         scalars = StepScalars(self.storage)
         losses = self._forward_backward(batch, scalars)
-        self.after_backward()
         if self.iter == self.start_iter and self._method is not None:
             self._warn_of_untrained()
+        self.after_backward()
         self._optimizer_step(scalars)
         if self._method is not None:
             self._method.after_step(self.iter, self.max_iter)
@@ -225,8 +225,9 @@ class Trainer(TrainerBase):
         ]
         if names:
             logger.warning(
-                "%d parameters get no gradient and keep their first values, e.g. %s: freeze them, "
-                "as region_pretrain.modeling.pyramid.freeze_unread does for maps that are not read",
+                "%d parameters got no gradient in the first step, e.g. %s: if they are never used, "
+                "freeze them; region_pretrain.modeling.pyramid.freeze_unread does so for an "
+                "FPN's unread levels",
                 len(names),
                 first_few(names, 3),
             )

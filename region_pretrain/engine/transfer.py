@@ -224,9 +224,8 @@ def _fill(model: nn.Module, weights: Weights, load: bool = True) -> TransferRepo
     found, unexpected = weights.fit(ours)
     fitting = {name: t for name, t in found.items() if t.shape == ours[name].shape}
     if load:
-        first = {id(tensor): name for name, tensor in reversed(ours.items())}  # of shared ones
-        once = {name: t for name, t in fitting.items() if first[id(ours[name])] == name}
-        model.load_state_dict(once, strict=False)
+        first = {id(ours[name]): name for name in reversed(fitting)}  # of those that share a tensor
+        model.load_state_dict({name: fitting[name] for name in first.values()}, strict=False)
     mismatched = [
         (name, tuple(tensor.shape), tuple(ours[name].shape))
         for name, tensor in found.items()

@@ -20,15 +20,17 @@ from region_pretrain.tracking.git import git_state, state_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _FOLDERS = ("configs", "projects", "tools")
-_TARGET = re.compile(r"""(?<!\w)_target_["']?\s*[:=]\s*["']?(\w+)\.""")
+_NAME = re.compile(r"""(?:(?<!\w)_target_["']?\s*[:=]\s*["']?|!!python/name:)(\w+)\.""")
 _LARGEST = 20_000_000  # bytes of a package that is copied
+#: What the copied code needs is not the user's own, also if it is installed from a checkout.
+_REQUIRED = ("region_pretrain", "detectron2", "fvcore", "timm", "torch", "torchvision")
 
 logger = logging.getLogger(__name__)
 
 
 def packages_of(text: str) -> set[str]:
-    """The top-level packages of the ``_target_``s in a config or an override."""
-    return set(_TARGET.findall(text))
+    """The top-level packages of classes and functions in the text of a config or an override."""
+    return set(_NAME.findall(text))
 
 
 def take_snapshot(folder: str, packages: Iterable[str] = ()) -> str:
@@ -39,8 +41,8 @@ def take_snapshot(folder: str, packages: Iterable[str] = ()) -> str:
 
     Args:
         folder: a folder that is visible to all nodes.
-        packages: top-level packages that are copied as well, unless they are installed or have more
-            than 20 MB.
+        packages: top-level packages that are copied as well if they are the user's own: neither in
+            ``site-packages`` nor required by this library, and of at most 20 MB.
 
     Returns:
         The root of the copy, which contains ``tools/``.
@@ -72,35 +74,46 @@ def take_snapshot(folder: str, packages: Iterable[str] = ()) -> str:
 
 
 def _files() -> dict[str, Path]:
-    """Path in the copy -> file, sorted."""
+    """Path in the copy -> file, without what no job reads: pages and definitions of sweeps."""
     shipped = [ROOT / name for name in _FOLDERS]
     found = {}
     for source, above in ((PACKAGE, PACKAGE.parent), *((folder, ROOT) for folder in shipped)):
         for path in source.rglob("*"):
             in_wheel = source == PACKAGE and any(path.is_relative_to(f) for f in shipped)
-            if path.is_file() and "__pycache__" not in path.parts and not in_wheel:
-                found[path.relative_to(above).as_posix()] = path
+            name = path.relative_to(above).as_posix()
+            unread = name.endswith(".md") or name.startswith("configs/sweeps/")
+            if path.is_file() and not (in_wheel or unread or "__pycache__" in path.parts):
+                found[name] = path
     return found
 
 
 def _own_files(package: str) -> dict[str, Path]:
     """Path in the copy -> file, of a package that is not installed."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or package == "region_pretrain":
+    try:
+        spec = None if package in _REQUIRED else importlib.util.find_spec(package)
+    except ValueError:  # __main__
+        spec = None
+    if spec is None or not (spec.has_location or spec.submodule_search_locations):
         return {}
-    place = Path(*(spec.submodule_search_locations or [spec.origin or ""])[:1]).resolve()
-    libraries = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+    folders = spec.submodule_search_locations
+    place = Path(folders[0] if folders else spec.origin).resolve()
+    libraries = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))
     installed = {"site-packages", "dist-packages"}.intersection(place.parts)
-    if installed or any(map(place.is_relative_to, libraries)) or not place.exists():
+    if installed or any(map(place.is_relative_to, libraries)):
         return {}
     if place.is_file():
         return {place.name: place}
-    found, size = {}, 0
-    for path in place.rglob("*"):
-        below = path.relative_to(place)
-        if path.is_file() and not any(p == "__pycache__" or p[0] == "." for p in below.parts):
-            found[f"{package}/{below.as_posix()}"] = path
-            if (size := size + path.stat().st_size) > _LARGEST:
-                logger.warning("%s is not copied, as it has more than 20 MB", place)
-                return {}
+    found, size, seen = {}, 0, set()
+    for folder, below, names in os.walk(place, followlinks=True):
+        below[:] = [name for name in below if name[0] != "." and name != "__pycache__"]
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+            below.clear()
+            continue
+        seen.add(real)
+        for path in (Path(folder, name) for name in names if name[0] != "."):
+            found[f"{package}/{path.relative_to(place).as_posix()}"] = path
+            size += path.stat().st_size
+        if size > _LARGEST:
+            logger.warning("%s is not copied, as it has more than 20 MB", place)
+            return {}
     return found

@@ -11,18 +11,21 @@ from region_pretrain.jobs.snapshot import packages_of
 from region_pretrain.sweeps.configs import load
 from region_pretrain.sweeps.graph import CONFIG, Plan, Run
 from region_pretrain.sweeps.state import is_finished, read_record
+from region_pretrain.yacs import split_overrides
 
 _SHOWN = 5
 
 
 def own_packages(plan: Plan) -> set[str]:
     """The top-level packages that the configs and overrides of a sweep's runs name."""
-    paths, overrides = set(), set()
+    files, texts = set(), set()
     for task in (task for run in plan.runs.values() for task in run.tasks if CONFIG in task):
         path, *rest = task[task.index(CONFIG) + 1 :]
-        paths.add(path)
-        overrides.update(rest)
-    return packages_of("\n".join([*(to_yaml(load(path, [])) for path in paths), *overrides]))
+        of_yacs, others = split_overrides([word for word in rest if not word.startswith("@")])
+        files.add((path, tuple(of_yacs)))
+        texts.update(others)
+    texts.update(to_yaml(load(path, of_yacs)) for path, of_yacs in files)
+    return packages_of("\n".join(texts))
 
 
 def finished_by_code(plan: Plan) -> dict[str, list[Run]]:
@@ -53,12 +56,12 @@ def describe_code(plan: Plan, root: str) -> list[str]:
         if name == os.path.basename(root):
             continue
         before = os.path.join(os.path.dirname(root), name)
-        changed = _changed(before, root) if os.path.isdir(before) else ["unknown files"]
-        folders = " ".join(os.path.basename(run.folder) for run in runs)
+        changed = _changed(before, root) if os.path.isdir(before) else ["its copy is gone"]
+        folders = [os.path.basename(run.folder) for run in runs]
         lines.append(
-            f"the code has changed since {len(runs)} of the finished runs, in "
-            f"{first_few(changed, _SHOWN)} (diff -r {before} {root}), which are not computed "
-            f"again; for that, delete in {os.path.dirname(runs[0].folder)}: {folders}"
+            f"finished with other code and not computed again: {len(runs)} runs; changed since: "
+            f"{first_few(changed, _SHOWN)} (diff -r {before} {root}); to compute them again, "
+            f"delete in {os.path.dirname(runs[0].folder)}: {first_few(folders, _SHOWN, ' ')}"
         )
     return lines
 

@@ -195,10 +195,11 @@ def cancel_local(folder: str, say: Callable[[str], None] = print) -> list[str]:
     unknown -= {job for left in others.values() for job in left}
     for run in sweep.plan.runs.values():
         record = state.read_record(run)
-        if record and not unknown.isdisjoint(record.job_ids) and not state.is_finished(run):
-            state.write_record(run, dataclasses.replace(record, cancelled=True))
-            stopped.append(run.name)
+        if record and not unknown.isdisjoint(record.job_ids):
             unknown -= set(record.job_ids)
+            if not state.is_finished(run):  # its process is still ending
+                state.write_record(run, dataclasses.replace(record, cancelled=True))
+                stopped.append(run.name)
     # The coordinator has started these, and ended before it recorded that.
     stopped += [f"job {job}" for job in sorted(unknown)]
     _stop_jobs(lambda: jobs.local_jobs(folder), say)

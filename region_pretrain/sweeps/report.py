@@ -121,9 +121,9 @@ def _summary(sweep: SweepFile, now: Mapping[str, str]) -> list[str]:
 def _codes(sweep: SweepFile) -> list[str]:
     """A line if the finished runs were computed with different code."""
     codes = {name: len(runs) for name, runs in finished_by_code(sweep.plan).items()}
-    shown = ", ".join(f"{name} ({count} runs)" for name, count in codes.items())
-    where = os.path.dirname(sweep.root)
-    return [f"The code changed between the runs: {where} has {shown}."] if len(codes) > 1 else []
+    shown = ", ".join(f"{count} with {name}" for name, count in codes.items())
+    text = f"Finished runs were computed with different code: {shown} of "
+    return [f"{text}{os.path.dirname(sweep.root)}."] if len(codes) > 1 else []
 
 
 def _wall_time(sweep: SweepFile) -> str:
@@ -133,7 +133,7 @@ def _wall_time(sweep: SweepFile) -> str:
     for start, end in sorted((a["started"], a["ended"]) for a in attempts if a.get("ended")):
         seconds += max(0.0, end - max(start, until))
         until = max(until, end)
-    return f" Runs were running for {seconds / 60:.1f} minutes." if seconds else ""
+    return f" At least one run was running for {seconds / 60:.1f} minutes." if seconds else ""
 
 
 def _sections(

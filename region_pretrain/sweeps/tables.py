@@ -23,7 +23,7 @@ _RESULTS = "Box and mask AP in percent, mean ± sample standard deviation over n
 _COST = (
     " Speed, peak memory per process and minutes (of the steps only) are those of the pre-training."
 )
-_FOUND_NOTHING = " No AP, and so no mean, where the detector has found nothing: {}."
+_FOUND_NOTHING = " {}: no mean, as the detector of {} of {} fine-tunings found nothing."
 _DIFFERENCES = (
     "Difference from {}: mean over n pairs of fine-tunings with equal seeds ± standard error [95 % "
     "interval]. Both cover the variance between the seeds of fine-tuning and, where there are "
@@ -128,12 +128,13 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
             ]
         )
     caption = _RESULTS + ("" if brief else _COST)
-    nothing = {
-        " ".join(row_name(row, columns)): sum(None in v.values() for v in row.by_seeds.values())
-        for row in rows
-    }
-    if found := ", ".join(f"{name} ({n} times)" for name, n in nothing.items() if n):
-        caption += _FOUND_NOTHING.format(found)
+    all_values = [values for row in rows for values in row.by_seeds.values()]
+    measured = {key for values in all_values for key in values if values[key] is not None}
+    for row in rows:
+        lost = sum(any(v[key] is None for key in measured) for v in row.by_seeds.values())
+        if lost:
+            name = " ".join(row_name(row, columns))
+            caption += _FOUND_NOTHING.format(name, lost, len(row.by_seeds))
     return Table(caption, header, body)
 
 

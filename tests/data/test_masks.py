@@ -85,9 +85,11 @@ def test_a_mask_head_of_a_yacs_config(head):
     more = [f"MODEL.{head}", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG=True"] if head else []
     with pytest.raises(UserError) as error:
         check_masks(records(None, SQUARE), load_config(zoo, more))
-    mend = str(error.value).split("MODEL.MASK_ON learns masks: set ")[1]
-    cfg = load_config(zoo, [*more, mend])
+    mend = str(error.value).split("model.cfg.MODEL.MASK_ON learns masks: override ")[1].split()
+    cfg = load_config(zoo, [*more, *mend])
     check_masks(records(None, SQUARE), cfg)
+    cfg.model.cfg.MODEL.DEVICE = "cpu"
+    assert not instantiate(cfg.model).roi_heads.mask_on
     assert not cfg.model.cfg.MODEL.MASK_ON and not cfg.dataloader.train.mapper.use_instance_mask
 
 

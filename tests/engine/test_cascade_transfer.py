@@ -101,3 +101,25 @@ def test_the_first_stage_fills_the_head_of_a_faster_rcnn(tmp_path, caplog, diffe
     assert report.modules["roi_heads.box_head"].loaded_tensors == 4
     assert not report.unexpected
     assert (DIFFER in caplog.text) == differ
+
+
+def test_a_layer_of_the_first_stage_that_the_head_lacks_is_refused(tmp_path):
+    single = instantiate(DETECTORS["Faster/Mask R-CNN, FPN"]())
+    weights = state(cascade(1), *PRETRAINED)
+    for stage in range(3):
+        weights[f"roi_heads.box_head.{stage}.fc3.weight"] = torch.ones(2, 2)
+    with pytest.raises(UserError, match=r"has others there, such as roi_heads.box_head.0.fc3.weig"):
+        load_pretrained(single, save(tmp_path, {"model": weights}))
+
+
+def test_a_shared_tensor_may_be_in_the_file_under_its_second_name(tmp_path):
+    target = shared(2)
+    weights = state(target, *PRETRAINED)
+    kept = {
+        name: torch.full_like(tensor, 0.5)
+        for name, tensor in weights.items()
+        if not name.startswith(("roi_heads.box_head.0.", "roi_heads.box_head.1."))
+    }
+    report = load_pretrained(target, save(tmp_path, {"model": kept}), partial=True)
+    assert "roi_heads.box_head.2.fc1.weight" in report.matched
+    assert (target.roi_heads.box_head[0].fc1.weight == 0.5).all()

@@ -56,6 +56,7 @@ def test_a_resume_with_the_config_of_a_run_elsewhere(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"{message}change .*, or add train.output_dir={tmp_path}/"):
         load("config.yaml", "--resume")
     assert load("config.yaml", "--resume", f"train.output_dir={tmp_path}/run")
+    assert load("config.yaml", "--resume", "train.output_dir=another").train.output_dir == "another"
 
 
 def test_a_mistyped_key_costs_one_line_and_nothing_else(config, tmp_path):
@@ -186,6 +187,7 @@ def test_a_config_without_its_parts_is_refused_in_one_line(command, message, cap
     config = str(CONFIG_ROOT / "common/models/mask_rcnn_fpn.py")
     with pytest.raises(SystemExit):
         command.main(["--config-file", config])
+    message += "" if "regions" in message else ", as LazyCalls or dicts of them"
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {config} {message}"
 
 

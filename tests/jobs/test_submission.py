@@ -53,7 +53,7 @@ def test_a_dry_run_shows_the_sbatch_file_and_leaves_nothing(tmp_path, capsys):
 def test_bad_input_is_refused_before_submission(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "held").mkdir()
     (tmp_path / "held/config.yaml").write_text("")
-    (tmp_path / "held/metrics.json").write_text("")
+    (tmp_path / "held/metrics.json").write_text("{}\n")
     (tmp_path / "local.py").write_text("cluster = dict(kind='local')")
     places = {"held": tmp_path / "held", "local": tmp_path / "local.py"}
     monkeypatch.setattr("region_pretrain.jobs.submission._submit", lambda *_: pytest.fail("ran"))

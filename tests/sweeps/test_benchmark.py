@@ -182,8 +182,8 @@ def test_longer_fine_tunings_share_the_pre_trainings_of_the_long_benchmark(data,
             changed = {key.partition(".")[0] for key in changed_keys(reference, cfg)}
             assert changed <= {"train", "optimizer", "lr_multiplier"} and cfg.optimizer.lr == 0.1
             found.setdefault(entry["init"], set()).add(cfg.train.max_iter)
-    extra = {"byol_twice", "mcl_twice"} if data == "shapes" else set()
-    assert found == dict.fromkeys(METHODS - {"supervised"} | extra | {"random"}, steps)
+    tuned = {"byol_twice", "mcl_twice"}
+    assert found == dict.fromkeys(METHODS - {"supervised"} | tuned | {"random"}, steps)
 
 
 def test_four_times_the_long_pre_trainings_belong_to_the_figure_of_lengths():

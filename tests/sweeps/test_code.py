@@ -1,15 +1,20 @@
 """The code of a sweep's jobs: copied, and compared with that of the finished runs."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from detectron2 import model_zoo
 from sweep_plans import DETECTOR, sweep
 
 from region_pretrain.config import load_config, to_yaml
+from region_pretrain.errors import UserError
 from region_pretrain.jobs import snapshot
 from region_pretrain.sweeps import state, submission
 from region_pretrain.sweeps.code import own_packages
+from region_pretrain.sweeps.configs import load
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Plan, Run
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.report import write_sweep_report
 
@@ -45,6 +50,26 @@ def test_a_package_of_the_users_own_is_copied(tmp_path, mine, monkeypatch):
     assert not (Path(found) / "torch").exists() and not (Path(found) / "detectron2").exists()
 
 
+def test_links_are_followed_and_required_libraries_are_not_copied(tmp_path, mine):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/classes.txt").write_text("cat")
+    os.symlink(tmp_path / "data", mine / "my_method/data")
+    os.symlink(mine / "my_method", mine / "my_method/loop")
+    (mine / "detectron2").mkdir()  # a checkout of it on the path
+    (mine / "detectron2/__init__.py").touch()
+    found = snapshot.take_snapshot(str(tmp_path), ["my_method", "detectron2", "__main__", "os"])
+    assert copied(found) == {
+        "my_method/__init__.py", "my_method/heads/mlp.py", "my_method/data/classes.txt"
+    }  # fmt: skip
+    assert not {"detectron2", "os", "frozen"} & set(os.listdir(found))
+
+
+def test_pages_and_definitions_of_sweeps_are_no_code(tmp_path):
+    found = Path(snapshot.take_snapshot(str(tmp_path)))
+    assert (found / "configs/common/train.py").is_file()
+    assert not (found / "configs/sweeps").exists() and not list(found.rglob("*.md"))
+
+
 def test_a_large_package_is_not_copied(tmp_path, mine, monkeypatch, caplog):
     monkeypatch.setattr(snapshot, "_LARGEST", 10)
     found = snapshot.take_snapshot(str(tmp_path), ["my_method", "my_views"])
@@ -59,6 +84,7 @@ def test_a_large_package_is_not_copied(tmp_path, mine, monkeypatch, caplog):
         ("x={_target_:my_data.scenes,size:3}", {"my_data"}),
         ("x.y._target_=my_data.scenes", {"my_data"}),
         ('"_target_": "my_data.scenes"', {"my_data"}),
+        ("f: !!python/name:my_layers.norm ''", {"my_layers"}),
         ("my_target_: a.b", set()),
     ],
 )
@@ -73,6 +99,18 @@ def test_packages_of_a_plan(tmp_path):
     extra = "+dataloader.mine={_target_:my_data.scenes}"
     plan = make_plan(sweep(tmp_path, finetune_overrides=[extra], **changes))
     assert {"my_data", "detectron2", "region_pretrain"} <= own_packages(plan)
+
+
+def test_packages_of_a_yacs_config_that_needs_its_overrides(tmp_path):
+    config = tmp_path / "mine.yaml"
+    base = model_zoo.get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    names = "  TRAIN: ('shapes_train',)\n  TEST: ('shapes_val', 'shapes_train')\n"
+    config.write_text(f"_BASE_: {base}\nDATASETS:\n{names}")
+    with pytest.raises(UserError, match="exactly one test set"):
+        load(str(config), [])
+    task = (CONFIG, str(config), "DATASETS.TEST=('shapes_val',)")
+    plan = Plan({"a": Run("a", FINETUNE, "a", "t.py", (task,), "a", "a/b")})
+    assert "detectron2" in own_packages(plan)
 
 
 def test_finished_runs_of_other_code_are_named(sweeps, monkeypatch, tmp_path):
@@ -96,17 +134,15 @@ def test_finished_runs_of_other_code_are_named(sweeps, monkeypatch, tmp_path):
     monkeypatch.setattr(submission, "take_snapshot", lambda folder, packages: str(later))
     sweeps.add("b", "a")
     assert start() == [
-        "the code has changed since 1 of the finished runs, in tools/fake.py, tools/new.py "
-        f"(diff -r {sweeps.code} {later}), which are not computed again; for that, delete in "
+        "finished with other code and not computed again: 1 runs; changed since: tools/fake.py, "
+        f"tools/new.py (diff -r {sweeps.code} {later}); to compute them again, delete in "
         f"{sweeps.folder}/runs: a"
     ]
     codes = {run.id: state.read_record(run).code for run in sweeps.plan.runs.values()}
     assert codes == {"a": "code", "b": "later"}
     assert [name for name, *_ in sweeps.noted()].count("start") == 2  # a was not repeated
     text = Path(write_sweep_report(str(sweeps.folder))[1]).read_text()
-    assert (
-        f"The code changed between the runs: {tmp_path} has code (1 runs), later (1 runs)" in text
-    )
+    assert f"computed with different code: 1 with code, 1 with later of {tmp_path}." in text
     shutil.rmtree(sweeps.code)
     (line,) = start()
-    assert "since 1 of the finished runs, in unknown files (" in line
+    assert "1 runs; changed since: its copy is gone (diff" in line

@@ -25,10 +25,18 @@ def table(rows, start):
 def test_a_detector_that_found_nothing_is_named():
     rows = [row("random", 100, 10.0, 12.0), row("moco", 100, 20.0, None)]
     found = table(rows, "Box and mask AP")
-    assert found.caption.endswith("where the detector has found nothing: MOCO (1 times).")
+    assert found.caption.endswith(
+        "MOCO: no mean, as the detector of 1 of 2 fine-tunings found nothing."
+    )
     assert found.rows[1][1:4] == ["2", "–", "–"]
     complete = table([row("random", 100, 10.0), row("moco", 100, 20.0)], "Box and mask AP")
     assert "found nothing" not in complete.caption
+    for row_ in rows:  # a detector without masks
+        for values in row_.by_seeds.values():
+            values |= {key: None for key in values if key.startswith("segm/")}
+    boxes = table(rows, "Box and mask AP").caption
+    assert boxes == found.caption
+    assert "found nothing" not in table(rows[:1], "Box and mask AP").caption
 
 
 def test_label_counts_of_unfinished_runs():
