@@ -206,6 +206,22 @@ def test_settings():
         rises = [b[0] - a[0] for a, b in itertools.pairwise(aps)]
         best[label] = 2 if rises[0] > 1 else 1
         assert len(rises) == best[label] and rises[-1] <= 1
+    lines = table(page, "trial with 900 steps", "box AP / mask AP")[2:]
+    others = ["soco_half", "soco_crops", "point_warm", "point_boxes"]
+    assert [longer[name].label.replace("shapes-v1", "`shapes-v1`") for name in others] == [
+        label for label, *_ in lines
+    ]
+    for name, (_, *cells) in zip(others, lines, strict=True):
+        both = [
+            [longer[init].values(key)[7, 1000] for key in ("bbox/AP", "segm/AP")]
+            for init in (name, name.split("_")[0])
+        ]
+        assert cells == [f"{box:.1f} / {mask:.1f}" for box, mask in both]
+        assert both[0][0] - both[1][0] <= 1
+    assert set(longer) == {
+        *others, *of.values(), "moco", "byol", "byol_four", "mcl_four",
+        *(f"{init}_twice" for init in ("moco", "byol", *of.values())),
+    }  # fmt: skip
     assert not trials and {k for k, times in best.items() if times == 2} == {"BYOL", "MCL"}
     assert "It chooses twice their own for BYOL and MCL, and their own for the" in page
     chosen = {row.init: row for row in read_csv(str(CHOSEN))}
