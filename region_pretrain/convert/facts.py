@@ -16,8 +16,6 @@ from region_pretrain.modeling.preprocess import Preprocess, format_of_mean
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
 _RGB_MEAN, _RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-
 #: The class of norms that are fixed affine layers.
 FROZEN = "FrozenBatchNorm2d"
 

@@ -111,8 +111,9 @@ def _own_files(package: str) -> dict[str, Path]:
             continue
         seen.add(real)
         for path in (Path(folder, name) for name in names if name[0] != "."):
-            found[f"{package}/{path.relative_to(place).as_posix()}"] = path
-            size += path.stat().st_size
+            if path.is_file():  # and no link to nothing
+                found[f"{package}/{path.relative_to(place).as_posix()}"] = path
+                size += path.stat().st_size
         if size > _LARGEST:
             logger.warning("%s is not copied, as it has more than 20 MB", place)
             return {}

@@ -55,6 +55,7 @@ def test_links_are_followed_and_required_libraries_are_not_copied(tmp_path, mine
     (tmp_path / "data/classes.txt").write_text("cat")
     os.symlink(tmp_path / "data", mine / "my_method/data")
     os.symlink(mine / "my_method", mine / "my_method/loop")
+    os.symlink(tmp_path / "absent", mine / "my_method/nothing.txt")
     (mine / "detectron2").mkdir()  # a checkout of it on the path
     (mine / "detectron2/__init__.py").touch()
     found = snapshot.take_snapshot(str(tmp_path), ["my_method", "detectron2", "__main__", "os"])
