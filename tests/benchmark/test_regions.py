@@ -14,7 +14,7 @@ from region_pretrain.regions.recipes import get_recipe
 
 
 def test_results_are_those_of_the_stores(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "perf_counter", time.process_time)  # without that of other processes
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)  # without that of others
     records = get_records(shapes(split="val", size=4, side=96, level="easy"))
     names = ["ground_truth-v1", "grid-v1", "shapes-v1"]
     costs = compare_recipes(records, [get_recipe(name) for name in names])
