@@ -12,7 +12,7 @@ from .shapes_long import LONG, ONE_EACH, SHARED
 #: Suffix of the names -> images seen: 109 and 434 steps * 32 images/step.
 SHORTER = {"sixteenth": 3_488, "quarter": 13_888}
 
-_FULL = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
+FULL = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
 
 
 def of_length(suffix: str, images: int) -> dict:
@@ -24,7 +24,7 @@ def of_length(suffix: str, images: int) -> dict:
             "method": entry["label"],
             "images_seen": images,
         }
-        for name, entry in _FULL.items()
+        for name, entry in FULL.items()
     }
 
 
@@ -38,7 +38,7 @@ _SHORTER = {
 LENGTHS = {
     **ONE_EACH,
     "title": "Shapes benchmark: AP against the images seen in pre-training",
-    "methods": {**_FULL, **_SHORTER},
+    "methods": {**FULL, **_SHORTER},
 }
 
 sweep = {**benchmark(**LENGTHS), **SHARED}

@@ -186,19 +186,23 @@ def test_longer_fine_tunings_share_the_pre_trainings_of_the_long_benchmark(data,
     assert found == dict.fromkeys(METHODS - {"supervised"} | tuned | {"random"}, steps)
 
 
-def test_four_times_the_long_pre_trainings_belong_to_the_figure_of_lengths():
-    lengths, longer = (
-        load_sweep(str(ROOT / f"configs/sweeps/{name}.py"), [])
-        for name in ("shapes_lengths", "shapes_four_times")
-    )
-    assert {longer.methods[f"{name}_four_times"] for name in METHODS - {"supervised"}} == {
-        lengths.methods[name] for name in METHODS - {"supervised"}
-    }
-    assert longer.labels["soco_four_times"] == "SoCo, 222,208 images"
-    plan = make_plan(longer)
-    pretrained = [run for run in plan.runs.values() if run.kind == PRETRAIN]
-    assert len(pretrained) == 6
-    assert all(config(run).train.max_iter == 4 * 1736 for run in pretrained)
+def test_four_times_the_pre_training_is_compared_with_runs_of_the_long_benchmark():
+    (steps, usual), (sweep, plan) = planned("shapes_steps"), planned("shapes_four_times")
+    assert (sweep.output_dir, sweep.name) == (steps.output_dir, steps.name)
+    assert sweep.labels["soco_four_times"] == "SoCo, 222,208 images"
+    pretrained = {e["init"]: e["run"] for e in plan.entries if e["kind"] == PRETRAIN}
+    methods = METHODS - {"supervised"}
+    assert set(pretrained) == methods | {f"{name}_four_times" for name in methods}
+    for name in methods:
+        assert sweep.methods[f"{name}_four_times"] == sweep.methods[name]
+        longer, once = (config(plan.runs[pretrained[n]]) for n in (f"{name}_four_times", name))
+        assert longer.train.max_iter == 4 * once.train.max_iter == 4 * 1736
+        changed = {key.partition(".")[0] for key in changed_keys(once, longer)}
+        assert changed <= {"train", "lr_multiplier"}
+    for entry in plan.entries:
+        if entry["kind"] == FINETUNE:
+            assert config(plan.runs[entry["run"]]).train.max_iter == 900
+            assert entry["init"].endswith("_four_times") or entry["run"] in usual.runs
 
 
 def test_overrides_of_single_list_entries():
