@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": ("pretrain_net", "pre-train a detector on unlabelled images"),
     "finetune": ("train_net", "fine-tune a detector on labelled images, and evaluate it"),
     "evaluate": ("evaluate", "evaluate a detector"),
+    "compare": ("compare", "compare the AP of fine-tunings"),
     "probe": ("probe", "classify labelled regions from frozen features"),
     "sweep": ("sweep", "run pre-trainings and their fine-tunings, and compare them"),
     "export": ("export", "write a detector's weights for another library"),

@@ -149,19 +149,32 @@ def _is_in(key: str, groups: Sequence[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
+def differing_settings(saved: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings of two runs that differ, apart from those that do not change what is computed.
+
+    Args:
+        saved: the config of a run, perhaps of an earlier version, from
+            :func:`~region_pretrain.config.read_saved`.
+        other: another config in its saved form.
+
+    Returns:
+        As :func:`~region_pretrain.config.changed_keys`.
+    """
     # A run of an earlier version lacks keys that have been added since.
     saved = {**saved, "train": {**saved_train_defaults(), **saved["train"]}}
-    changed = {
+    changed = changed_keys(_without_observers(saved), _without_observers(other))
+    return {
         key: values
-        for key, values in changed_keys(
-            _without_observers(saved), _without_observers(load_plain_yaml(to_yaml(cfg)))
-        ).items()
+        for key, values in changed.items()
         if key.rsplit(".", 1)[-1] not in HARMLESS_OF_LOADERS
         and not _is_in(key, HARMLESS + _ELSEWHERE)
         # A built detector, of which another one of these shapes exists, e.g. in a traceback.
         and not (key.endswith(".detector") and len({without_numbers(v[1:-1]) for v in values}) == 1)
     }
+
+
+def _refuse_changes(path: str, saved: dict[str, Any], cfg: DictConfig) -> None:
+    changed = differing_settings(saved, load_plain_yaml(to_yaml(cfg)))
     longer = not changed.keys().isdisjoint(("train.epochs", "train.max_iter"))
     if cfg.train.allow_new_length and (longer or saved["train"]["allow_new_length"]):
         changed = {key: both for key, both in changed.items() if not _is_in(key, LENGTH)}

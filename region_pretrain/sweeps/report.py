@@ -90,14 +90,20 @@ def results_text(folder: str) -> str:
         UserError: the folder contains no sweep.
     """
     sweep = state.read_sweep(folder)
-    parts = []
-    for table in tables(collect(sweep), _probes(sweep), brief=True):
-        align = ["left", *["right"] * (len(table.header) - 1)]
-        text = tabulate(table.rows, table.header, disable_numparse=True, colalign=align)
-        parts.append(f"{textwrap.fill(table.caption, 90)}\n{text}")
+    parts = tables_text(tables(collect(sweep), _probes(sweep), brief=True))
     if sweep.notes:
         parts.append(textwrap.fill(sweep.notes, 90))
     return "\n\n".join(parts)
+
+
+def tables_text(found: Sequence[Table]) -> list[str]:
+    """Tables as plain text for a terminal, each with its caption."""
+    parts = []
+    for table in found:
+        align = ["left", *["right"] * (len(table.header) - 1)]
+        text = tabulate(table.rows, table.header, disable_numparse=True, colalign=align)
+        parts.append(f"{textwrap.fill(table.caption, 90)}\n{text}")
+    return parts
 
 
 def _probes(sweep: SweepFile) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def _last(checkpoint: str | int) -> float:
     return checkpoint if isinstance(checkpoint, int) else float("inf")
 
 
-def _value(run: Run, key: str) -> float | None:
+def value_of(run: Run, key: str) -> float | None:
+    """A metric of a finished fine-tuning, e.g. ``bbox/AP``; None if the detector found nothing."""
     task, metric = key.split("/")
     # Tasks in which the detector found nothing have no entry.
     return read_results(run.product).get(task, {}).get(metric)
@@ -121,7 +122,7 @@ def _fill(
         if entry["kind"] == CHOICE and state.is_finished(run):
             row.learning_rate = read_choice(run.product)
         elif entry["kind"] == TRIAL and state.is_finished(run):
-            trials[f"{entry['learning_rate']:g}"].append(_value(run, entry["metric"]))
+            trials[f"{entry['learning_rate']:g}"].append(value_of(run, entry["metric"]))
     row.trials = {rate: mean_of_trials(values) for rate, values in trials.items()}
     if not any(entry["kind"] == CHOICE for entry in entries):
         row.learning_rate = _configured_learning_rate(list(finetunings.values()))
@@ -129,9 +130,9 @@ def _fill(
     for seeds, run in finished.items():
         machine = read_machine(run.folder)
         at = seeds if machine is None else (*seeds, machine)
-        row.by_seeds[at] = {key: _value(run, key) for key in METRICS}
+        row.by_seeds[at] = {key: value_of(run, key) for key in METRICS}
     row.wanted = len(finetunings)
-    row.test_data = next((name for run in finished.values() if (name := _test_data(run))), None)
+    row.test_data = next((name for run in finished.values() if (name := tested_on(run))), None)
     row.labels = next((n for run in finished.values() if (n := _labelled_images(run, known))), None)
     metrics = [logged_rows(run.folder) for run in (finished or finetunings).values()]
     for key in METRICS:
@@ -139,7 +140,7 @@ def _fill(
         row.curves[key] = mean_curve([curve for curve in curves if curve[0]])
 
 
-def _test_data(run: Run) -> str | None:
+def tested_on(run: Run) -> str | None:
     """What names the test data of a fine-tuning in its config; None if it has no such key."""
     path = os.path.join(run.folder, "config.yaml")
     if not os.path.isfile(path):

@@ -106,12 +106,19 @@ def tables(
     return [table for table in found if table.rows]
 
 
-def _metrics(brief: bool) -> dict[str, str]:
-    return {key: name for key, name in METRICS.items() if not (brief and key.endswith("AP75"))}
+def _metrics(rows: Sequence[Row], brief: bool) -> dict[str, str]:
+    """The metrics that a fine-tuning has: without masks there is no mask AP."""
+    values = [found for row in rows for found in row.by_seeds.values()]
+    return {
+        key: name
+        for key, name in METRICS.items()
+        if not (brief and key.endswith("AP75"))
+        and (not values or any(found[key] is not None for found in values))
+    }
 
 
 def _results(rows: Sequence[Row], brief: bool) -> Table:
-    columns, metrics = varying(rows), _metrics(brief)
+    columns, metrics = varying(rows), _metrics(rows, brief)
     header = ["initialisation", *columns.values(), "n", "learning rate", *metrics.values()]
     header += [] if brief else ["img/s", "peak MiB", "min"]
     body = []
@@ -140,7 +147,7 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
 
 def _differences(rows: Sequence[Row], reference: str, brief: bool) -> Table:
     """Paired differences from a reference's row of the same fine-tuning and label fraction."""
-    columns, metrics = varying(rows), _metrics(brief)
+    columns, metrics = varying(rows), _metrics(rows, brief)
     bases = {(r.finetune, r.label_fraction, r.checkpoint): r for r in rows if r.init == reference}
     body, label = [], ""
     apart: dict[str, int] = {}
