@@ -72,14 +72,32 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
         warn_of_few_bits(name, records)
         if split == "train" and not _has_boxes(records):
             raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
-        if evaluated and "train" in names:
-            _refuse_no_boxes(name, records)
         if evaluated:
-            check_evaluated_masks(name, records, cfg)
-            check_evaluated_keypoints(name, records, cfg)
+            _check_evaluated(cfg, name, records, "train" in names)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
         lines.update(dict.fromkeys(summary(name, records, classes, findings)))
     return list(lines)
+
+
+def check_evaluated_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> None:
+    """Check what the evaluation needs of data sets named by path, whose labels are read anyway.
+
+    Args:
+        cfg, names: as for :func:`prepare_labels`.
+
+    Raises:
+        UserError: a data set cannot be evaluated.
+    """
+    for name in filter(is_path_name, names["test"]):
+        if is_evaluated_by(cfg, COCOEvaluator, name):
+            _check_evaluated(cfg, name, DatasetCatalog.get(name), "train" in names)
+
+
+def _check_evaluated(cfg: DictConfig, name: str, records: Sequence[Mapping], trained: bool) -> None:
+    if trained:
+        _refuse_no_boxes(name, records)
+    check_evaluated_masks(name, records, cfg)
+    check_evaluated_keypoints(name, records, cfg)
 
 
 def _has_boxes(records: Sequence[Mapping]) -> bool:

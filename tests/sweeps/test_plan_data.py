@@ -2,6 +2,8 @@
 
 import json
 
+import cv2
+import numpy as np
 import pytest
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -141,3 +143,28 @@ def test_fractions_of_coco_have_lengths_and_seeds_of_their_own():
             assert found == pytest.approx([0.5005, 1.0], abs=1e-4)
             lengths.setdefault(entry["label_fraction"], set()).add(length)
     assert lengths == {0.01: {3000}, 0.02: {4000}, 0.05: {5500}, 0.1: {10000}}
+
+
+def test_labels_that_cannot_be_evaluated_are_reported_before_any_run(tmp_path):
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images/a.png"), np.zeros((64, 64, 3), np.uint8))
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 24, 24], "area": 576}
+    box |= {"iscrowd": 0}
+    mask = {**box, "segmentation": [[8, 8, 32, 8, 32, 32, 8, 32]]}
+
+    def planned(config, annotations):
+        name = f"{len(list(tmp_path.glob('*.json')))}.json"
+        labels = {"annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+        labels["images"] = [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]
+        (tmp_path / name).write_text(json.dumps(labels))
+        data = f"coco://{tmp_path / name}?images={tmp_path / 'images'}"
+        names = [f"dataloader.{split}.dataset.names={data}" for split in ("train", "test")]
+        det = {"config": config, "overrides": names}
+        return make_plan(sweep(tmp_path / "sweep", finetune={"det": det}))
+
+    boxes_only = DETECTOR.replace("mask_rcnn", "faster_rcnn")
+    with pytest.raises(UserError, match="1 of 1 boxes have no mask .* mask AP cannot be computed"):
+        planned(DETECTOR, [box])
+    with pytest.raises(UserError, match="has no boxes, so its AP is undefined"):
+        planned(boxes_only, [])
+    assert planned(boxes_only, [box]).runs.keys() and planned(DETECTOR, [mask]).runs.keys()
