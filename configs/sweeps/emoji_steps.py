@@ -8,17 +8,17 @@ twice their learning rate, which the trials of ``shapes_settings.py`` chose on S
 
 from .common.shapes_benchmark import benchmark
 from .emoji_long import EMOJI
+from .shapes_quick import SELF_SUPERVISED
 from .shapes_settings import SETTINGS
 
-_methods = {name: entry for name, entry in EMOJI["methods"].items() if name != "supervised"}
-_methods.update({name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")})
+_TUNED = {name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")}
 
 sweep = {
     **benchmark(
         **{
             **EMOJI,
             "title": "Emoji benchmark: 900 steps of fine-tuning",
-            "methods": _methods,
+            "methods": {**SELF_SUPERVISED, **_TUNED},
             "learning_rates": [0.1],  # chosen on Shapes
             "finetune_seeds": [0, 1],
             "iterations": 900,

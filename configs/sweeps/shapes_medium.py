@@ -7,15 +7,13 @@ It leaves out supervised MCL, which would add an estimated 15 minutes.
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_quick import QUICK
-
-_METHODS = {name: entry for name, entry in QUICK["methods"].items() if name != "supervised"}
+from .shapes_quick import QUICK, SELF_SUPERVISED
 
 sweep = benchmark(
     **{
         **QUICK,
         "title": "Shapes benchmark, medium size",
-        "methods": _METHODS,
+        "methods": SELF_SUPERVISED,
         "images_seen": 13_888,  # 434 steps * 32 images/step
         "iterations": 300,
         "evaluations": 3,

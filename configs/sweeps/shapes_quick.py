@@ -16,6 +16,19 @@ MoCo, BYOL):
 
 from .common.shapes_benchmark import benchmark
 
+#: The methods that need no labels, as entries of a sweep.
+SELF_SUPERVISED = dict(
+    moco=dict(label="MoCo v2", config="projects/MoCo/configs/moco-v2_r18_b32_shapes.py"),
+    byol=dict(label="BYOL", config="projects/BYOL/configs/byol_r18_b32_shapes.py"),
+    soco=dict(label="SoCo", config="projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"),
+    ccop=dict(label="CCOP", config="projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py"),
+    mcl=dict(label="MCL", config="projects/MCL/configs/mcl_r18-fpn_b32_shapes.py"),
+    point=dict(
+        label="point-level region contrast",
+        config="projects/PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.py",
+    ),
+)
+
 #: Arguments of the benchmark, shared with shapes_medium.py and point_region_ablation.py.
 QUICK = dict(
     title="Shapes benchmark, quick size",
@@ -25,15 +38,7 @@ QUICK = dict(
             config="projects/MCL/configs/mcl-supervised_r18-fpn_b32_shapes.py",
             data="dataloader.train.dataset.names.names",
         ),
-        moco=dict(label="MoCo v2", config="projects/MoCo/configs/moco-v2_r18_b32_shapes.py"),
-        byol=dict(label="BYOL", config="projects/BYOL/configs/byol_r18_b32_shapes.py"),
-        soco=dict(label="SoCo", config="projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"),
-        ccop=dict(label="CCOP", config="projects/CCOP/configs/ccop_r18-fpn_b32_shapes.py"),
-        mcl=dict(label="MCL", config="projects/MCL/configs/mcl_r18-fpn_b32_shapes.py"),
-        point=dict(
-            label="point-level region contrast",
-            config="projects/PointRegionContrast/configs/point-region_r18-fpn_b32_shapes.py",
-        ),
+        **SELF_SUPERVISED,
     ),
     detector="configs/detection/mask_rcnn_r18_fpn_shapes.py",
     side=96,

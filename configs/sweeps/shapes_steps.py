@@ -9,19 +9,19 @@ uses the folder of the long one, with the runs that it has.
 
 from .common.shapes_benchmark import benchmark
 from .shapes_long import LONG, SHARED
+from .shapes_quick import SELF_SUPERVISED
 from .shapes_settings import SETTINGS
 
 #: Fine-tuning iterations; the first are those of the long size.
 ITERATIONS = [300, 900]
 
-_methods = {name: entry for name, entry in LONG["methods"].items() if name != "supervised"}
-_methods.update({name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")})
+_TUNED = {name: SETTINGS[name] for name in ("byol_twice", "mcl_twice")}
 _sweeps = {
     iterations: benchmark(
         **{
             **LONG,
             "title": "Shapes benchmark: AP against the length of fine-tuning",
-            "methods": _methods,
+            "methods": {**SELF_SUPERVISED, **_TUNED},
             "learning_rates": [0.1],
             "iterations": iterations,
         }

@@ -7,13 +7,13 @@ They are for trying out what loads weights, not for comparing methods: 64 steps 
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_quick import QUICK
+from .shapes_quick import QUICK, SELF_SUPERVISED
 
 sweep = benchmark(
     **{
         **QUICK,
         "title": "Zoo of small weights",
-        "methods": {k: v for k, v in QUICK["methods"].items() if k != "supervised"},
+        "methods": SELF_SUPERVISED,
         "unlabeled": 500,
         "val": 100,
         "images_seen": 2048,  # 64 steps * 32 images/step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import statistics
 from collections import Counter
@@ -22,7 +23,7 @@ from region_pretrain.data.coco_json import json_of_records, load_coco, mend_regi
 from region_pretrain.data.common_images import same_images
 from region_pretrain.data.evaluators import is_evaluated_by
 from region_pretrain.data.findings import Finding, Findings, box_findings
-from region_pretrain.data.masks import check_evaluated_masks
+from region_pretrain.data.masks import MaskCount, check_evaluated_masks, check_masks
 from region_pretrain.data.other_labels import check_evaluated_keypoints
 from region_pretrain.data.sources import check_voc_files, findings_of, read_like
 from region_pretrain.dataset_names import is_path_name, parse
@@ -70,8 +71,8 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
                 continue
             findings, records = data.findings, data.records
         warn_of_few_bits(name, records)
-        if split == "train" and not _has_boxes(records):
-            raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
+        if split == "train":
+            _refuse_untrainable(name, records)
         if evaluated:
             _check_evaluated(cfg, name, records, "train" in names)
         classes = list(MetadataCatalog.get(name).get("thing_classes", ()))
@@ -79,18 +80,30 @@ def prepare_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> list[
     return list(lines)
 
 
-def check_evaluated_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> None:
-    """Check what the evaluation needs of data sets named by path, whose labels are read anyway.
+def check_labels(cfg: DictConfig, names: Mapping[str, Sequence[str]]) -> None:
+    """Check the data sets named by path, whose labels are read anyway, without fixing anything.
 
     Args:
-        cfg, names: as for :func:`prepare_labels`.
+        cfg, names: as for :func:`prepare_labels`; unchanged.
 
     Raises:
-        UserError: a data set cannot be evaluated.
+        UserError: no subset of a data set can be trained on, or it cannot be evaluated.
     """
-    for name in filter(is_path_name, names["test"]):
-        if is_evaluated_by(cfg, COCOEvaluator, name):
-            _check_evaluated(cfg, name, DatasetCatalog.get(name), "train" in names)
+    for split, name in [(split, name) for split, some in names.items() for name in some]:
+        if not is_path_name(name):
+            continue
+        records = DatasetCatalog.get(name)
+        if split == "train":
+            _refuse_untrainable(name, records)
+            if not MaskCount.of(records).masks:
+                check_masks(records, copy.deepcopy(cfg))
+        elif is_evaluated_by(cfg, COCOEvaluator, name):
+            _check_evaluated(cfg, name, records, "train" in names)
+
+
+def _refuse_untrainable(name: str, records: Sequence[Mapping]) -> None:
+    if not _has_boxes(records):
+        raise UserError(f"data set {name!r} has no boxes: it cannot be trained on")
 
 
 def _check_evaluated(cfg: DictConfig, name: str, records: Sequence[Mapping], trained: bool) -> None:

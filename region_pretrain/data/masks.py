@@ -36,9 +36,14 @@ class MaskCount:
     example: str = ""
 
     @property
+    def masks(self) -> int:
+        """All boxes with a mask."""
+        return self.polygons + self.bitmaps
+
+    @property
     def boxes(self) -> int:
         """All boxes."""
-        return self.polygons + self.bitmaps + self.without
+        return self.masks + self.without
 
     @classmethod
     def of(cls, records: Iterable[dict[str, Any]], crowd: bool = False) -> MaskCount:

@@ -19,7 +19,7 @@ from region_pretrain.config import NUM_CLASSES, class_keys, num_classes_keys
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.evaluators import evaluators_of
 from region_pretrain.data.folder import FOLDER_PREFIX
-from region_pretrain.data.inspection import check_evaluated_labels, prepare_labels
+from region_pretrain.data.inspection import check_labels, prepare_labels
 from region_pretrain.data.other_labels import check_other_heads
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
@@ -70,8 +70,8 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
     Args:
         cfg: changed in place; complete.
         training: whether the detector is trained, not only evaluated.
-        fix: read all labels, fix them where possible, and check them; False: check those of test
-            data named by path.
+        fix: read all labels, fix them where possible, and check them; False: check those of data
+            sets named by path only.
 
     Raises:
         UserError: the config is for pre-training; a data set is unknown, unlabelled or unreadable;
@@ -95,7 +95,7 @@ def check_labelled_data(cfg: DictConfig, training: bool, fix: bool = True) -> Cl
         lines = prepare_labels(cfg, names) if fix else []
         classes = {split: classes_of(f"dataloader.{split}", names[split]) for split in splits}
         if not fix:
-            check_evaluated_labels(cfg, names)
+            check_labels(cfg, names)
     first = splits[0]
     own = _maps_classes(cfg)
     if training and (difference := difference_of(classes["train"], classes["test"])):

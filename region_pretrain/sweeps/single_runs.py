@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from region_pretrain.config import read_saved
 from region_pretrain.engine.checkpoint import FINAL as MODEL
 from region_pretrain.engine.environment import read_machine
@@ -24,6 +26,7 @@ from region_pretrain.sweeps.tables import tables
 #: Settings that a comparison may vary: the weights, the learning rate of each, and the seeds.
 _SEEDS = ("train.seed", "dataloader.train.dataset.seed")  # of the training, and of a few labels
 _RATES = ("optimizer.lr", "optimizer.params.base_lr")
+_FRACTION = "dataloader.train.dataset.fraction"
 _COMPARED = ("train.init_checkpoint", *_RATES, *_SEEDS)
 _RESULTS = ("results.json", "results_eval.json")
 _SHOWN = 10
@@ -79,7 +82,8 @@ def _finished(folder: str) -> Run:
         UserError: the folder contains no results of a detector.
     """
     name = folder.rstrip("/") or folder
-    name = os.path.dirname(name) if os.path.basename(name) in _RESULTS else name
+    if os.path.basename(name) in _RESULTS:
+        name = os.path.dirname(name) or "."
     if not os.path.isdir(name):
         raise UserError(f"there is no folder {name}: expected the output folder of a fine-tuning")
     if os.path.isfile(os.path.join(name, "sweep.json")):
@@ -105,14 +109,14 @@ def _new_row(run: Run, cfg: dict[str, Any], labels: set[str]) -> Row:
     if os.path.isabs(label) and not os.path.relpath(label).startswith(os.pardir):
         label = os.path.relpath(label)
     label = f"{label} ({run.name})" if label in labels else label
-    data = cfg["dataloader"]["train"].get("dataset") or {}
-    rate = cfg.get("optimizer", {}).get("lr")
+    saved = OmegaConf.create(cfg)
+    fraction, rate = (OmegaConf.select(saved, key) for key in (_FRACTION, _RATES[0]))
     return Row(
         run.name,
         label,
         label,
         "",
-        float(data.get("fraction", 1)) if isinstance(data, dict) else 1.0,
+        float(fraction or 1),
         FINAL,
         learning_rate=f"{rate:g}" if isinstance(rate, int | float) else None,
         test_data=tested_on(run),

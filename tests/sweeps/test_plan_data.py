@@ -145,26 +145,40 @@ def test_fractions_of_coco_have_lengths_and_seeds_of_their_own():
     assert lengths == {0.01: {3000}, 0.02: {4000}, 0.05: {5500}, 0.1: {10000}}
 
 
-def test_labels_that_cannot_be_evaluated_are_reported_before_any_run(tmp_path):
+def test_labels_that_cannot_be_used_are_reported_before_any_run(tmp_path):
     (tmp_path / "images").mkdir()
     cv2.imwrite(str(tmp_path / "images/a.png"), np.zeros((64, 64, 3), np.uint8))
     box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [8, 8, 24, 24], "area": 576}
     box |= {"iscrowd": 0}
     mask = {**box, "segmentation": [[8, 8, 32, 8, 32, 32, 8, 32]]}
 
-    def planned(config, annotations):
+    def data(annotations):
         name = f"{len(list(tmp_path.glob('*.json')))}.json"
         labels = {"annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
         labels["images"] = [{"id": 1, "file_name": "a.png", "height": 64, "width": 64}]
         (tmp_path / name).write_text(json.dumps(labels))
-        data = f"coco://{tmp_path / name}?images={tmp_path / 'images'}"
-        names = [f"dataloader.{split}.dataset.names={data}" for split in ("train", "test")]
+        return f"coco://{tmp_path / name}?images={tmp_path / 'images'}"
+
+    def planned(config, train, test):
+        splits = {"train": data(train), "test": data(test)}
+        names = [f"dataloader.{split}.dataset.names={name}" for split, name in splits.items()]
         det = {"config": config, "overrides": names}
         return make_plan(sweep(tmp_path / "sweep", finetune={"det": det}))
 
     boxes_only = DETECTOR.replace("mask_rcnn", "faster_rcnn")
     with pytest.raises(UserError, match="1 of 1 boxes have no mask .* mask AP cannot be computed"):
-        planned(DETECTOR, [box])
+        planned(DETECTOR, [mask], [box])
+    with pytest.raises(UserError, match="1 of 1 boxes have no mask .*mask_head learns masks"):
+        planned(DETECTOR, [box], [mask])
     with pytest.raises(UserError, match="has no boxes, so its AP is undefined"):
-        planned(boxes_only, [])
-    assert planned(boxes_only, [box]).runs.keys() and planned(DETECTOR, [mask]).runs.keys()
+        planned(boxes_only, [box], [])
+    with pytest.raises(UserError, match="has no boxes: it cannot be trained on"):
+        planned(boxes_only, [], [box])
+    kinds = ["regions", "pretrain", "finetune"]
+    some = {**box, "id": 2}  # a subset of the labels may be trained on
+    for plan in (
+        planned(boxes_only, [box], [box]),
+        planned(DETECTOR, [mask], [mask]),
+        planned(DETECTOR, [mask, some], [mask]),
+    ):
+        assert [run.kind for run in plan.runs.values()] == kinds

@@ -68,6 +68,7 @@ def test_tables_of_repetitions_and_paired_differences(finetuned):
     expected = f"{difference.mean():+.1f} ± {error:.1f} [{low:+.1f}, {high:+.1f}]"
     assert cells(text, "Difference from random weights")["output/mine"][:2] == ["3", expected]
     assert text.endswith(EQUAL)
+    assert "box AP" in text and "mask AP  " not in text  # none of the detectors has masks
 
 
 def test_the_first_run_is_the_reference(finetuned):
@@ -121,6 +122,11 @@ def test_seeds_without_a_partner_and_other_machines_are_named(finetuned):
     assert "Difference from" not in text
     text = compare_runs([a, finetuned("c", 31.0, weights, machine="NVIDIA H200")])
     assert "pairs of two machines: 1 of w.pth" in " ".join(text.split())
+
+
+def test_a_results_file_of_the_current_folder(finetuned, monkeypatch):
+    monkeypatch.chdir(finetuned("a", 30.0))
+    assert cells(compare_runs(["results.json"]), "Box and mask AP")["random weights"][2] == "30.0"
 
 
 def test_evaluations_are_compared(finetuned):
