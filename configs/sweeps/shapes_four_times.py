@@ -1,4 +1,4 @@
-"""AP after four times the pre-training of shapes_long.py: 222,208 images.
+"""AP after a quarter and after four times the pre-training of shapes_long.py.
 
     python tools/sweep.py --config configs/sweeps/shapes_four_times.py --jobs 2
 
@@ -8,7 +8,7 @@ the runs that it has.
 """
 
 from .common.shapes_benchmark import benchmark
-from .shapes_lengths import of_length
+from .shapes_lengths import SHORTER, of_length
 from .shapes_long import LONG, SHARED
 from .shapes_quick import SELF_SUPERVISED
 
@@ -16,9 +16,12 @@ sweep = {
     **benchmark(
         **{
             **LONG,
-            "title": "Shapes benchmark: AP after four times the pre-training",
-            # 6,944 steps * 32 images/step
-            "methods": {**SELF_SUPERVISED, **of_length("four_times", 222_208)},
+            "title": "Shapes benchmark: AP after a quarter and four times the pre-training",
+            "methods": {
+                **SELF_SUPERVISED,
+                **of_length("quarter", SHORTER["quarter"]),
+                **of_length("four_times", 222_208),  # 6,944 steps * 32 images/step
+            },
             "learning_rates": [0.1],
             "iterations": 900,
             "seeds": [7],

@@ -2,6 +2,7 @@
 
     python tools/sweep.py --config configs/sweeps/shapes_regions.py --jobs 2
 
+Each pre-training is fine-tuned with 300 and with 900 steps.
 Point-level region contrast, which has a grid in the benchmark, is also trained on the boxes of
 selective search. MCL has no regions. The pre-trainings on the benchmark's own regions are those of
 ``shapes_long.py``: the sweep uses the folder of that sweep, with the runs that it has.
@@ -23,11 +24,13 @@ def _variant(name: str, regions: str, overrides: list) -> dict:
 
 _OWN = {name: LONG["methods"][name] for name in ("soco", "ccop", "point")}
 
-sweep = {
-    **benchmark(
+
+def _benchmark(iterations: int) -> dict:
+    return benchmark(
         **{
             **ONE_EACH,
             "title": "Shapes benchmark: annotated boxes as regions",
+            "iterations": iterations,
             "methods": {
                 **_OWN,
                 "point_boxes": _variant(
@@ -38,6 +41,8 @@ sweep = {
                 "point_annotated": _variant("point", "annotated boxes", [*_BOXES, *_ANNOTATED]),
             },
         }
-    ),
-    **SHARED,
-}
+    )
+
+
+sweep = {**_benchmark(LONG["iterations"]), **SHARED}
+sweep["finetune"]["steps900"] = _benchmark(900)["finetune"]["detector"]
