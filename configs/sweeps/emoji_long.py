@@ -31,8 +31,11 @@ EMOJI = {
     "finetune_overrides": [*LONG["finetune_overrides"], "model.roi_heads.num_classes=24"],
 }
 
-sweep = benchmark(**EMOJI)
-sweep["baselines"]["full"] = dict(
+#: The detector of the ceiling, an entry of ``baselines``.
+FULL_SUPERVISION = dict(
     label="full supervision (boxes and masks of all scenes)",
     init_checkpoint="output/emoji_long_full_supervision/model_final.pth",
 )
+
+sweep = benchmark(**EMOJI)
+sweep["baselines"]["full"] = FULL_SUPERVISION
