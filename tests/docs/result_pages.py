@@ -1,5 +1,6 @@
 """Committed rows, and tables on pages."""
 
+import re
 from pathlib import Path
 
 from region_pretrain.sweeps.rows import read_csv
@@ -12,6 +13,14 @@ NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",
     "BYOL": "byol", "MoCo v2": "moco",
 }  # fmt: skip
+
+
+def section(title, path="docs/benchmark.md"):
+    """A section of a page, with its subsections."""
+    text = (ROOT / path).read_text()
+    (found,) = re.finditer(rf"^(#+) {re.escape(title)}$", text, re.MULTILINE)
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", text[found.end() :], re.MULTILINE)
+    return text[found.start() : found.end() + end.start() if end else None]
 
 
 def table(text, *header):

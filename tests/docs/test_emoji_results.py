@@ -2,7 +2,7 @@
 
 import statistics
 
-from result_pages import ROOT, steps_900, table
+from result_pages import ROOT, section, steps_900, table
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -17,8 +17,7 @@ KEYS = "bbox/AP", "segm/AP"
 
 
 def page():
-    text = (ROOT / "projects/README.md").read_text()
-    return text[text.index("### Emoji") : text.index("### Other sizes")]
+    return section("Emoji")
 
 
 def rows(name):

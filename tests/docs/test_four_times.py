@@ -3,7 +3,7 @@
 import itertools
 import statistics
 
-from result_pages import NAMES, ROOT, STEPS, steps_900, table
+from result_pages import NAMES, ROOT, STEPS, section, steps_900, table
 
 from region_pretrain.sweeps.intervals import pair
 from region_pretrain.sweeps.report import write_tables
@@ -19,8 +19,7 @@ def listed(values, form=".1f"):
 
 
 def page():
-    text = (ROOT / "projects/README.md").read_text()
-    return text[text.index("#### Four times the images") : text.index("### AP against labels")]
+    return section("Four times the images")
 
 
 def test_table(tmp_path):

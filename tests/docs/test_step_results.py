@@ -4,7 +4,7 @@ import itertools
 import statistics
 from pathlib import Path
 
-from result_pages import ROOT, STEPS, steps_900, table
+from result_pages import ROOT, STEPS, section, steps_900, table
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -32,8 +32,7 @@ def values(init, steps, labels, seed, key="bbox/AP"):
 
 
 def page():
-    text = (ROOT / "projects/README.md").read_text()
-    return text[text.index("### AP against fine-tuning steps") : text.index("### Settings of the")]
+    return section("AP against fine-tuning steps")
 
 
 def words(path):

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from result_pages import CHOSEN, CSV, NAMES, ROOT, table
+from result_pages import CHOSEN, CSV, NAMES, ROOT, section, table
 from scipy.stats import spearmanr
 
 from region_pretrain.sweeps.intervals import difference, pair
@@ -56,7 +56,7 @@ def test_page_of_the_probes():
 
 def test_lengths_of_pre_training(tmp_path):
     rows = {row.init: row for row in read_csv(str(LENGTHS))}
-    page = (ROOT / "projects/README.md").read_text()
+    page = section("AP against images seen")
     header, _, *lines = table(page, "images seen", "random weights")
     names = {**NAMES, "point-level region contrast": "point"}
     suffixes = {"3,488": "_sixteenth", "13,888": "_quarter", "55,552": ""}
@@ -112,7 +112,7 @@ def test_equal_minutes():
     """A quarter of the images for the region methods, all images for the baselines."""
     long = {row.init: row for row in read_csv(str(CSV))}
     quarters = {row.init: row.values("bbox/AP") for row in read_csv(str(LENGTHS))}
-    page = (ROOT / "projects/README.md").read_text()
+    page = section("AP against images seen")
     lines = table(page, "quarter of the images", "minutes")[2:]
     names = {**NAMES, "point-level region contrast": "point"}
     assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
@@ -135,8 +135,7 @@ def test_equal_minutes():
 def test_labels(tmp_path):
     path, *figures = write_tables(str(LABELS), ["random"], str(tmp_path))
     made = Path(path).read_text()
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### AP against labels") : page.index("### AP against fine-tuning")]
+    page = section("AP against labels")
     for caption in ("box AP", "mask AP"):
         shown = table(page[page.index(f"labelled scenes, {caption}") :], "initialisation")
         assert shown == table(made[made.index(f"labelled images: {caption}") :], "initialisation")
@@ -178,15 +177,14 @@ def test_labels(tmp_path):
     )
     assert shown in front and f"BYOL; on 200, {mcl[3]} times with MCL." in front
     few = (ROOT / "docs/shapes.md").read_text()
-    assert f"[{aps['random', 1000]:.1f} box AP](../projects/README.md#ap-against-labels)" in few
+    assert f"[{aps['random', 1000]:.1f} box AP](benchmark.md#ap-against-labels)" in few
 
 
 def test_settings():
     found = read_csv(str(SETTINGS))
     rows = {row.init: row.values("bbox/AP") for row in found if row.finetune == "held_out"}
     longer = {row.init: row for row in found if row.finetune == "held_out900"}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Settings of the methods") : page.index("### Other sizes")]
+    page = section("Settings of the methods")
     header, _, *lines = table(page, "method", "own settings")
     suffixes = ["", "_half", "_twice", "_warm", "_boxes", "_annotated", "_groups"]
     shown = 0
@@ -273,8 +271,7 @@ def test_settings():
 def test_better_regions():
     rows = {row.init: row for row in read_csv(str(ROOT / "docs/results/shapes_regions.csv"))}
     long = {row.init: row for row in read_csv(str(CSV))}
-    page = (ROOT / "projects/README.md").read_text()
-    page = page[page.index("### Better regions") : page.index("### Emoji")]
+    page = section("Better regions")
     inits = {
         "SoCo, annotated boxes": "soco_annotated",
         "CCOP, annotated boxes": "ccop_annotated",
