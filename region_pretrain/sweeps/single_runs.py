@@ -30,6 +30,9 @@ _FRACTION = "dataloader.train.dataset.fraction"
 _COMPARED = ("train.init_checkpoint", *_RATES, *_SEEDS)
 _RESULTS = ("results.json", "results_eval.json")
 _SHOWN = 10
+_ONE_PRETRAINING = (
+    "Each row is of one checkpoint: another pre-training may differ by more than these intervals."
+)
 
 
 @dataclass
@@ -72,6 +75,9 @@ def compare_runs(folders: Sequence[str]) -> str:
         group.row.wanted = len(group.members)
     rows = [group.row for group in groups]
     parts = tables_text(tables(rows, {}, [rows[0].init], brief=True))
+    key = next(iter(METRICS))
+    pairs = [pair(row.values(key), rows[0].values(key)) for row in rows[1:]]
+    parts += [_ONE_PRETRAINING] if any(len(found) > 1 for found in pairs) else []
     return "\n\n".join([*parts, *_unpaired(rows), *_unequal(groups)])
 
 

@@ -68,6 +68,9 @@ def test_tables_of_repetitions_and_paired_differences(finetuned):
     expected = f"{difference.mean():+.1f} ± {error:.1f} [{low:+.1f}, {high:+.1f}]"
     assert cells(text, "Difference from random weights")["output/mine"][:2] == ["3", expected]
     assert text.endswith(EQUAL)
+    # The spread of repetitions is not that between pre-trainings.
+    assert "Each row is of one checkpoint: another pre-training may differ by more than" in text
+    assert "Each row" not in compare_runs(runs[:4:3])  # one run each: no interval
     assert "box AP" in text and "mask AP  " not in text  # none of the detectors has masks
 
 
