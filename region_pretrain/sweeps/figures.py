@@ -1,4 +1,4 @@
-"""The figures of a sweep: AP of all runs, or against the number of labels or the images seen."""
+"""The figures of a sweep: AP of all runs, or against labels, images seen or minutes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Figure:
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """The figures that the rows allow.
 
-    AP against labels if there are several label counts, against images seen if there are several
-    lengths, and without those the AP of all runs, if they have several seeds.
+    AP against labels if there are several label counts, against images seen and, where known,
+    minutes of pre-training if there are several lengths, and without those the AP of all runs, if
+    they have several seeds.
     """
-    return [*_against_labels(rows), *(_against_images(rows) or _all_runs(rows))]
+    return [*_against_labels(rows), *(_against_lengths(rows) or _all_runs(rows))]
 
 
 def _all_runs(rows: Sequence[Row]) -> list[Figure]:
@@ -92,17 +93,20 @@ def _against_labels(rows: Sequence[Row]) -> list[Figure]:
     return found
 
 
-def _against_images(rows: Sequence[Row]) -> list[Figure]:
-    """One figure per fine-tuning and label fraction; baselines are horizontal lines."""
+def _against_lengths(rows: Sequence[Row]) -> list[Figure]:
+    """Two figures per fine-tuning and label fraction; baselines are horizontal lines."""
     found = []
     for title, text, mine in _ways(rows):
-        seen = sorted({row.images_seen for row in mine if row.images_seen})
-        if len(seen) < 2:
+        trained = [row for row in mine if row.images_seen]
+        if len({row.images_seen for row in trained}) < 2:
             continue
-        curves = _grouped([row for row in mine if row.images_seen], lambda row: row.method)
+        curves = _grouped(trained, lambda row: row.method)
         flat = {row.label: row for row in mine if row.images_seen == 0}
         axis = "images seen in pre-training"
-        found += _draw("images", title, text, curves, axis, lambda row: row.images_seen, flat, seen)
+        found += _draw("images", title, text, curves, axis, lambda row: row.images_seen, flat)
+        if all(row.cost.minutes and row.checkpoint == FINAL for row in trained):
+            axis = "minutes of pre-training"
+            found += _draw("minutes", title, text, curves, axis, lambda row: row.cost.minutes, flat)
     return found
 
 
@@ -113,7 +117,7 @@ def _grouped(items, key) -> dict:
     return groups
 
 
-def _draw(kind, title, text, groups, axis, x, flat=None, seen=()) -> list[Figure]:
+def _draw(kind, title, text, groups, axis, x, flat=None) -> list[Figure]:
     """A figure of box AP and one of mask AP.
 
     Args:
@@ -124,9 +128,9 @@ def _draw(kind, title, text, groups, axis, x, flat=None, seen=()) -> list[Figure
         axis: label of the x axis.
         x: maps a row to its place on the axis.
         flat: name -> row to draw as a horizontal line.
-        seen: the x values that these lines span.
     """
     found = []
+    seen = sorted(x(row) for rows in groups.values() for row in rows)
     for key in _KEYS:
         curves: dict[str, Curve] = {}
         errors: dict[str, list[float]] = {}

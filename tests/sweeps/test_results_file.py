@@ -325,6 +325,24 @@ def test_curves_of_the_figures(monkeypatch):
     assert curves["random weights"] == ([352, 384], [flat, flat])
     means = {r.images_seen: r.statistics("bbox/AP")["mean"] for r in rows if r.method == "SoCo"}
     assert curves["SoCo"] == ([352, 384], [means[352], means[384]])
+    # Against minutes as well, once all of them are known: methods differ in their cost per image.
+    trained = [row for row in rows if row.images_seen]
+    drawn.clear()
+    for row in trained:
+        row.costs = {0: Cost(minutes=row.images_seen * (1 if row.method == "SoCo" else 4))}
+    figures(rows)
+    assert [x_label for _, x_label, *_ in drawn] == [
+        *["images seen in pre-training"] * 2,
+        *["minutes of pre-training"] * 2,
+    ]
+    curves, *_ = drawn[2]
+    assert curves["SoCo"] == ([352, 384], [means[352], means[384]])
+    assert curves["MoCo v2"][0] == [4 * 352, 4 * 384]
+    assert curves["random weights"][0] == [352, 4 * 384]
+    drawn.clear()
+    trained[0].costs = {}
+    figures(rows)
+    assert len(drawn) == 2
 
 
 def test_labels_and_images_seen_of_the_runs(sweeps, tmp_path):
