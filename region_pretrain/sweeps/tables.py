@@ -108,13 +108,15 @@ def tables(
 
 def _metrics(rows: Sequence[Row], brief: bool) -> dict[str, str]:
     """The metrics that a fine-tuning has: without masks there is no mask AP."""
+    found = _measured(rows)
+    shown = (key for key in METRICS if not (brief and key.endswith("AP75")))
+    return {key: METRICS[key] for key in shown if key in found}
+
+
+def _measured(rows: Sequence[Row]) -> set[str]:
+    """The metrics that are defined for some run; all if there are none."""
     values = [found for row in rows for found in row.by_seeds.values()]
-    return {
-        key: name
-        for key, name in METRICS.items()
-        if not (brief and key.endswith("AP75"))
-        and (not values or any(found[key] is not None for found in values))
-    }
+    return {key for key in METRICS if any(v[key] is not None for v in values)} or set(METRICS)
 
 
 def _results(rows: Sequence[Row], brief: bool) -> Table:
@@ -135,8 +137,7 @@ def _results(rows: Sequence[Row], brief: bool) -> Table:
             ]
         )
     caption = _RESULTS + ("" if brief else _COST)
-    all_values = [values for row in rows for values in row.by_seeds.values()]
-    measured = {key for values in all_values for key in values if values[key] is not None}
+    measured = _measured(rows)
     for row in rows:
         lost = sum(any(v[key] is None for key in measured) for v in row.by_seeds.values())
         if lost:

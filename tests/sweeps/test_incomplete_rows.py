@@ -39,6 +39,15 @@ def test_a_detector_that_found_nothing_is_named():
     assert "found nothing" not in table(rows[:1], "Box and mask AP").caption
 
 
+def test_no_detector_found_anything():
+    rows = [row("random", 100, None, None), row("moco", 100, None)]
+    found = table(rows, "Box and mask AP")
+    assert found.header[3:5] == ["box AP", "box AP50"] and found.rows[0][3:5] == ["–", "–"]
+    for name, lost in (("RANDOM", "2 of 2"), ("MOCO", "1 of 1")):
+        assert f"{name}: no mean, as the detector of {lost} fine-tunings" in found.caption
+    assert table(rows, "Difference from").rows[0][:3] == ["MOCO", "1", "–"]
+
+
 def test_label_counts_of_unfinished_runs():
     rows = [row("random", n, 10.0 + n, 11.0 + n) for n in (50, 100)]
     rows += [row("moco", 50, 60.0, wanted=2), row("moco", 100, wanted=2)]
