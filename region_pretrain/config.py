@@ -151,7 +151,7 @@ def override_config(
     refuse_converted_keys(cfg, overrides)
     apply_overrides(cfg, overrides)
     check_values(cfg, _train_defaults())
-    changed = {text.partition("=")[0].lstrip("+") for text in overrides}
+    changed = {text.partition("=")[0].lstrip("+~") for text in overrides}
     for key in {text.partition("=")[0] for text in of_yacs}:
         is_data = key == "DATASETS.TRAIN"
         changed.add("dataloader.train.dataset.names" if is_data else f"model.cfg.{key}")

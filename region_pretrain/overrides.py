@@ -49,10 +49,10 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
     Args:
         cfg: changed in place.
-        overrides: ``dotted.key=value`` for an existing key, ``+dotted.key=value`` for a new one.
-            Values follow Hydra's grammar; text that it does not accept, such as ``lr=0.1`` or
-            ``Größe``, is taken literally where the config has text. A leading ``~/`` is the home
-            folder.
+        overrides: ``dotted.key=value`` for an existing key, ``+dotted.key=value`` for a new one,
+            ``~dotted.key`` to remove one. Values follow Hydra's grammar; text that it does not
+            accept, such as ``lr=0.1`` or ``Größe``, is taken literally where the config has text.
+            A leading ``~/`` is the home folder.
 
     Returns:
         ``cfg``.
@@ -62,6 +62,9 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             group of keys, a value of another type, a reference without a value, or invalid syntax.
     """
     for text in overrides:
+        if text[:1] == "~":
+            _remove(cfg, text)
+            continue
         key, value, is_new = _parse(cfg, text)
         replace = not is_new and _check_key(cfg, key, value)
         try:
@@ -72,6 +75,18 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     for text in filter(lambda text: "${" in text, overrides):  # another may give what it refers to
         _check_interpolation(cfg, text)
     return cfg
+
+
+def _remove(cfg: DictConfig, text: str) -> None:
+    key, equals, _ = text[1:].partition("=")
+    if equals:
+        raise UserError(f"override {text!r}: write ~{key} to remove the key, or {key}=VALUE")
+    _check_known(cfg, key)
+    head, _, last = key.rpartition(".")
+    parent = OmegaConf.select(cfg, head) if head else cfg
+    if not isinstance(parent, DictConfig):
+        raise UserError(f"override {text!r}: only keys of groups can be removed")
+    del parent[last]
 
 
 def _check_interpolation(cfg: DictConfig, text: str) -> None:
@@ -113,8 +128,6 @@ def _parse(cfg: DictConfig, text: str) -> tuple[str, Any, bool]:
         return key, _expand_home(raw), is_new  # a folder with a comma in its name
     if override.is_sweep_override():
         raise UserError(f"override {text!r}: write a list as {key}=[a,b], or quote the text")
-    if override.is_delete():
-        raise UserError(f"override {text!r}: keys cannot be removed; set them to null")
     value = override.value()
     if isinstance(value, bool | int | float) and isinstance(node, str) and "${" not in node:
         value = raw  # a folder called 20240501
@@ -164,16 +177,8 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> bool:
     Returns:
         Whether the value replaces a lazily computed one, such as the name of a data set.
     """
-    node: Any = cfg
-    parent: Any = None
-    for part in key.split("."):
-        parent = node
-        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
-        elif isinstance(node, DictConfig) and part in list(node.keys()):
-            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
-        else:
-            raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}; to add it: +{key}=...")
+    parent, node = _check_known(cfg, key, f"; to add it: +{key}=...")
+    part = key.rpartition(".")[2]
     interpolation = isinstance(value, str) and value.startswith("${")
     if isinstance(node, bool) and not isinstance(value, bool | None) and not interpolation:
         raise UserError(f"{key}={value}: must be true or false")
@@ -193,6 +198,21 @@ def _check_key(cfg: DictConfig, key: str, value: Any) -> bool:
         keys = ", ".join(f"{key}.{k}" for k in list(node.keys())[:6])
         raise UserError(f"{key} is a group, not a value; its keys: {keys}")
     return computed and not isinstance(value, dict)
+
+
+def _check_known(cfg: DictConfig, key: str, mend: str = "") -> tuple[Any, Any]:
+    """The group of a key, and its value."""
+    node: Any = cfg
+    parent: Any = None
+    for part in key.split("."):
+        parent = node
+        if isinstance(node, ListConfig) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, DictConfig) and part in list(node.keys()):
+            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+        else:
+            raise UserError(f"no key {key!r} in the config{_hint(cfg, key)}{mend}")
+    return parent, node
 
 
 def _kind_of_argument(lazy: Any, name: str) -> str | None:
@@ -241,10 +261,14 @@ def check_values(cfg: DictConfig, defaults: DictConfig) -> None:
 
     Raises:
         UserError: a key of ``train`` has a value of another type than its default, a number there
-            is negative, a count there or of a loader is not a whole number, or
-            ``train.checkpointer`` has an unknown key.
+            is negative, a count there or of a loader is not a whole number, gradients are clipped
+            to 0, or ``train.checkpointer`` has an unknown key.
     """
     _check_types("train", defaults, cfg.train)
+    clip = cfg.train.clip_grad
+    name = "max_norm" if clip.max_value is None else "max_value"
+    if clip.enabled and clip[name] == 0:
+        raise UserError(f"train.clip_grad.{name}=0: must be positive; enabled=false does not clip")
     known = list(defaults.checkpointer)
     for name in set(cfg.train.checkpointer) - set(known):
         raise UserError(f"train.checkpointer.{name}: there is no such key; it has {known}")

@@ -60,6 +60,17 @@ def test_new_keys_need_a_plus():
     assert cfg.model.bias is False and cfg.train.clip.max_norm == 1.0
 
 
+def test_a_key_can_be_removed():
+    """So that another class, which lacks some arguments, can take the place of a lazy object's."""
+    cfg = make_config()
+    cfg.optimizer = {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}
+    apply_overrides(
+        cfg, ["optimizer._target_=torch.optim.AdamW", "~optimizer.momentum", "~train.amp"]
+    )
+    assert cfg.optimizer == {"_target_": "torch.optim.AdamW", "lr": 0.1}
+    assert "amp" not in cfg.train and "width" in cfg.train
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -71,7 +82,9 @@ def test_new_keys_need_a_plus():
         ("zzz=3", r"no key 'zzz' in the config; to add it: \+zzz="),
         ("train.amp=true", r"train.amp is a group.*train.amp.enabled"),
         ("train.width", r"'train.width' is not of the form key=value"),
-        ("~train.width", r"'~train.width'"),
+        ("~train.widht", r"no key 'train.widht' in the config; did you mean train.width"),
+        ("~train.steps.0", r"'~train.steps.0': only keys of groups can be removed"),
+        ("~train.width=3", r"'~train.width=3': write ~train.width to remove the key"),
         ("--resume", r"'--resume' is not of the form"),
     ],
 )
@@ -182,6 +195,11 @@ def test_dotted_keys_lists_groups_and_leaves():
         ("train.log_period=null", "train.log_period=null: must be a number"),
         ("train.eval_period=-1", "train.eval_period=-1: must not be negative"),
         ("train.max_iter=-5", "train.max_iter=-5: must not be negative"),
+        (
+            "train.clip_grad={enabled: true, max_norm: 0}",
+            "train.clip_grad.max_norm=0: must be positive; enabled=false does not clip",
+        ),
+        ("train.clip_grad={enabled: true, max_value: 0}", "clip_grad.max_value=0: must be posi"),
         ("train.epochs=true", "train.epochs=True: must be a number"),
         ("train.clip_grad.max_value=abc", "train.clip_grad.max_value=abc: must be a number"),
         ("train.clip_grad.max_value=[1]", "train.clip_grad.max_value=\\[1\\]: must be a number"),

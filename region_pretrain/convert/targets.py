@@ -325,6 +325,8 @@ def detectron2_lines(
         norm = _detectron2_norm(tensors, f"fpn_lateral{level}", facts.fpn_norm)
         lazy["model.backbone.norm"] = yacs["MODEL.FPN.NORM"] = norm
     _detectron2_box(tensors, facts, lazy, yacs)
+    if pyramid and width != "256":
+        _lazy_inputs(tensors, width, lazy, comments)
     lines += ["# LazyConfig", *(f"{key}={value}" for key, value in lazy.items()), *comments]
     if facts.timm is None and "res2.0.conv1.weight" in tensors and not is_bottleneck(tensors):
         lines.append("# and delete stages.stride_in_1x1, which basic blocks do not accept")
@@ -341,6 +343,7 @@ def _detectron2_box(
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
     if fcs:
         lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
+        lazy["model.roi_heads.box_predictor.input_shape.channels"] = str(fcs[-1])
     lazy["model.roi_heads.box_head.conv_norm"] = yacs["MODEL.ROI_BOX_HEAD.NORM"] = norm
     yacs["MODEL.ROI_BOX_HEAD.NAME"] = "FastRCNNConvFCHead"
     yacs["MODEL.ROI_BOX_HEAD.NUM_CONV"] = str(len(convs))
@@ -349,6 +352,22 @@ def _detectron2_box(
         yacs["MODEL.ROI_BOX_HEAD.FC_DIM"] = str(fcs[0])
     if convs:
         yacs["MODEL.ROI_BOX_HEAD.CONV_DIM"] = str(convs[0])
+
+
+def _lazy_inputs(
+    tensors: Mapping[str, Tensor], width: str, lazy: dict[str, str], comments: list[str]
+) -> None:
+    """The heads' input channels, which do not follow the backbone's in the zoo's LazyConfigs."""
+    if f"{_BOX}.conv1.weight" not in tensors and f"{_BOX}.fc1.weight" not in tensors:
+        comments.append(f"# and give the heads {width} input channels")
+        return
+    masks = "model.roi_heads.mask_head.input_shape.channels"
+    lazy["model.proposal_generator.head.in_channels"] = width
+    lazy["model.roi_heads.box_head.input_shape.channels"] = width
+    if any(name.startswith(f"{_MASK}.") for name in tensors):
+        lazy[masks] = width
+    else:
+        comments.append(f"# and {masks}={width} if it has masks")
 
 
 def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, known: str | None) -> str:

@@ -39,7 +39,7 @@ _WARMUP = 100
 #: of the config: other errors of this kind are in the code that it calls.
 _MENDS = {
     r"\S+\(\) got an unexpected keyword argument '(\w+)'": "remove it from the config or the "
-    "overrides",
+    "overrides, or with ~KEY",
     r"(?:\S*?\.)??(\w+?)(?:\.__init__)?\(\) missing \d+ required": "add it to the config or the "
     "overrides, as +KEY=VALUE",
     "Can't instantiate abstract class": "implement what is missing",

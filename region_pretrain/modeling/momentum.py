@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from region_pretrain.errors import UserError
+
 
 class MomentumCopy(nn.ModuleDict):
     """An exponential moving average of some modules' parameters, without gradient.
@@ -36,7 +38,12 @@ class MomentumCopy(nn.ModuleDict):
 
         Args:
             momentum: in [0, 1].
+
+        Raises:
+            UserError: it is not, and the copy would diverge.
         """
+        if not 0 <= momentum <= 1:
+            raise UserError(f"model.momentum gives {momentum}: it must be from 0 to 1")
         mine = [p for name in self._online for p in self[name].parameters()]
         online = [p for module in self._online.values() for p in module.parameters()]
         torch._foreach_lerp_(mine, online, 1 - momentum)

@@ -239,6 +239,40 @@ def test_stock_lazyconfig_detector_computes_the_same(tmp_path):
     assert_same(holder.backbone(images()).values(), backbone(images()).values())
 
 
+def test_lines_of_a_narrow_lazyconfig_detector_are_complete(tmp_path):
+    heads = "model.roi_heads"
+    narrow = [
+        "model.backbone.out_channels=64",
+        f"{heads}.box_head.conv_dims=[48]",
+        f"{heads}.box_head.fc_dims=[96]",
+        "model.proposal_generator.head.in_channels=64",
+        f"{heads}.box_head.input_shape.channels=64",
+        f"{heads}.box_predictor.input_shape.channels=96",
+        f"{heads}.mask_head.input_shape.channels=64",
+    ]
+
+    def build(overrides):
+        stock = model_zoo.get_config("common/models/mask_rcnn_fpn.py")
+        stock.model.backbone.bottom_up.stages.depth = 18
+        del stock.model.backbone.bottom_up.stages.stride_in_1x1  # basic blocks do not have it
+        return instantiate(LazyConfig.apply_overrides(stock, overrides).model)
+
+    shapes = {name: tensor.shape for name, tensor in build(narrow).state_dict().items()}
+    frozen = {name for name in shapes if ".norm." in name}  # buffers, and trained in the other
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    # A pre-trained file has neither the mask head nor the RPN.
+    pretrained = {k: v for k, v in state.items() if "mask_head" not in k and "proposal" not in k}
+    for tensors, left in ((state, []), (pretrained, [f"# and {narrow[-1]} if it has masks"])):
+        _, lines = write_export(save(tmp_path / "x.pth", tensors), "detectron2")
+        lines = lines[: lines.index("# yacs")]
+        given = [line for line in lines if not line.startswith("#")]
+        assert [line for line in lines if line.startswith("# and model.")] == left
+        made = build([*given, *(line.split()[2] for line in left)]).named_parameters()
+        assert {k: p.shape for k, p in made if k not in frozen} == {
+            k: shape for k, shape in shapes.items() if k not in frozen
+        }
+
+
 def test_mmdetection_s_names_and_shapes(tmp_path):
     ours = from_yacs(SMALL, NORMED)
     out, lines = write_export(save(tmp_path / "x.pth", ours), "mmdet")

@@ -20,7 +20,7 @@ BELOW = {
 
 
 def test_page_of_the_benchmark(tmp_path):
-    page = section("Long size")
+    page = section("AP after 300 steps")
     references = ["random", "moco", "byol"]
     assert " ".join(f"--reference {name}" for name in references) in page
     path, *_ = write_tables(str(CSV), references, str(tmp_path))
@@ -82,7 +82,7 @@ def test_random_weights_on_two_processors():
     (random,) = (row for row in read_csv(str(CSV)) if row.init == "random")
     assert len(random.by_seeds) == 11
     machines = {machine for *_, machine in random.by_seeds}
-    page = " ".join(section("Long size").split())
+    page = " ".join(section("AP after 300 steps").split())
     shown = []
     for machine in sorted(machines, reverse=True):  # with AVX-512 first
         aps = [random.by_seeds[None, seed, machine]["bbox/AP"] for seed in range(3)]
@@ -94,7 +94,7 @@ def test_random_weights_on_two_processors():
 def test_halves_of_the_pre_trainings():
     """The first two seeds and the last two differ in processor and precision."""
     rows = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
-    lines = table(section("Long size"), "| over random weights: seeds 0, 1")[2:]
+    lines = table(section("AP after 300 steps"), "| over random weights: seeds 0, 1")[2:]
     names = {**NAMES, "point-level region contrast": "point"}
     assert [names[label] for label, *_ in lines] == ["soco", "ccop", "mcl", "point"]
     for label, *cells in lines:

@@ -15,46 +15,62 @@ NAMES = {
     "BYOL, learning rate x 2": "byol_twice", "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl",
     "MCL, learning rate x 2": "mcl_twice", "point-level region contrast": "point",
 }  # fmt: skip
-ROWS = {(r.init, r.finetune, r.labels): r for r in read_csv(str(STEPS))}
+CONVERGENCE = ROOT / "docs/results/shapes_convergence.csv"
+ROWS, EARLIER = (
+    {(r.init, r.finetune, r.labels): r for r in read_csv(str(path))}
+    for path in (STEPS, CONVERGENCE)
+)
 FEW = {init for init, steps, labels in ROWS if labels == 25}
 REGIONAL, BASELINES = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol", "byol_twice")
 TASKS = {"box AP": "bbox/AP", "mask AP": "segm/AP"}
-#: Of the random weights beside a pre-training.
-PROCESSORS = {3: "AVX2", 7: "AMD EPYC, AVX512"}
 
 
 def values(init, steps, labels, seed, key="bbox/AP"):
     """Of one pre-training, or of random weights on its processor, by fine-tuning seed."""
-    row = ROWS.get((init, steps, labels))
+    row = (EARLIER if seed == 3 else ROWS).get((init, steps, labels))
     found = row.values(key) if row else {}
-    beside = PROCESSORS.get(seed, "Xeon")
+    beside = {3: "AVX2", 7: "AMD EPYC, AVX512"}.get(seed, "Xeon")
     return {k[1]: v for k, v in found.items() if k[0] == seed or (k[0] is None and beside in k[2])}
 
 
 def page():
-    return section("AP against fine-tuning steps")
+    return section("AP after 900 steps")
 
 
 def words(path):
     return " ".join((ROOT / path).read_text().split())
 
 
+def listed(found):
+    return ", ".join(f"{value:.1f}" for _, value in sorted(found.items())) or "–"
+
+
 def test_tables_of_all_runs():
+    assert {steps for _, steps, _ in ROWS} == {"steps900"}
+    few = section("25 of the 100 scenes")
     for caption, key in TASKS.items():
-        for first, columns in (
-            (
-                "300 steps, seed 3",
-                [("steps300", 100, 3), *(("steps900", 100, seed) for seed in range(3, 8))],
-            ),
-            ("25 scenes, seed 3", [("steps900", 25, seed) for seed in (3, 4, 5, 7)]),
+        for text, first, labels, seeds in (
+            (page(), "900 steps, seed 4", 100, (4, 5, 6, 7)),
+            (few, "25 scenes, seed 3", 25, (3, 4, 5, 7)),
         ):
-            lines = table(page(), caption, first)[2:]
-            names = [name for name, init in NAMES.items() if columns[0][1] == 100 or init in FEW]
+            lines = table(text, caption, first)[2:]
+            names = [name for name, init in NAMES.items() if labels == 100 or init in FEW]
             assert [label for label, *_ in lines] == names
             for label, *cells in lines:
-                for column, cell in zip(columns, cells, strict=True):
-                    found = sorted(values(NAMES[label], *column, key).items())
-                    assert cell == (", ".join(f"{v:.1f}" for _, v in found) or "–"), label
+                for seed, cell in zip(seeds, cells, strict=True):
+                    found = values(NAMES[label], "steps900", labels, seed, key)
+                    assert cell == listed(found), label
+
+
+def test_table_of_300_and_900_steps():
+    header, _, *lines = table(section("300 and 900 steps"), "AP", "random weights")
+    inits = [NAMES[label] for label in header[1:]]
+    assert {init for init, *_ in EARLIER} == set(inits) and len(lines) == 4
+    for label, *cells in lines:
+        caption, steps = label.split(", ")
+        for init, cell in zip(inits, cells, strict=True):
+            found = values(init, f"steps{steps[:3]}", 100, 3, TASKS[caption])
+            assert cell == listed(found), label
 
 
 def differences():

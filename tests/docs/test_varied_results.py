@@ -247,7 +247,9 @@ def test_settings():
         assert lines == expected
     page = " ".join(page.split())
     gain = difference(pair(chosen["byol_twice"].values("bbox/AP"), long["byol"].values("bbox/AP")))
-    assert f"by 2.7 on average, and in the results by {gain.mean:.1f}." in page
+    assert f"by 2.7 on average, and in the results by {gain.mean:.1f}; with" in page
+    at = [longer[init].values("bbox/AP")[7, 1000] for init in ("soco", "byol_twice")]
+    assert "({:.1f}) is level with BYOL with twice its learning rate ({:.1f})".format(*at) in page
     rows = {init: {k: v for k, v in values.items() if k[0] < 2} for init, values in rows.items()}
     rows = {init: values for init, values in rows.items() if values}
     means = {init: sum(values.values()) / len(values) for init, values in rows.items()}
@@ -261,8 +263,9 @@ def test_settings():
     assert all(rows["byol_twice"][at] > rows["byol"][at] for at in rows["byol"])
     apart = rows["moco"][1, 1000] - rows["moco"][0, 1000]
     assert f"MoCo v2 differ by {apart:.1f} with its own settings" in page
-    lower = means["moco"] - means["moco_groups"]
-    assert f"one better and one worse, and {lower:.1f} worse on average: that" in page
+    higher, lower = (means[f"moco{k}"] - means["moco"] for k in ("_half", "_groups"))
+    assert f"one is better and one worse, {higher:.1f} better on average" in page
+    assert f"one better and one worse, and {-lower:.1f} worse on average: that" in page
     for init, values in rows.items():
         if init.startswith("ccop_"):
             assert any(values[seed, 1000] < rows["ccop"][seed, 1000] for seed in (0, 1)), init

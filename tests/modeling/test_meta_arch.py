@@ -1,6 +1,7 @@
 """The contract of a pre-training method, and what happens to a method that breaks it."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -132,4 +133,8 @@ def test_a_momentum_copy_remembers_its_online_network_without_owning_it():
     assert type(use_sync_batchnorm(norm)) is SyncBatchNorm
     nn.init.constant_(norm.weight, 5.0)
     copied.ema_update(momentum=0.5)
+    assert copied["norm"].weight.tolist() == [3.0, 3.0]
+    for momentum in (1.2, -0.5, math.nan):  # the copy would diverge
+        with pytest.raises(UserError, match=f"model.momentum gives {momentum}: it must be from"):
+            copied.ema_update(momentum)
     assert copied["norm"].weight.tolist() == [3.0, 3.0]
