@@ -34,6 +34,8 @@ DEAD_WORKER = re.compile(r"DataLoader worker (\(pid|sent no batch)")
 def describe(error: BaseException) -> str:
     """An exception in one line: its type and message, or only the message of a UserError."""
     text = " ".join(str(error).split())
+    if isinstance(cause := error.__cause__, SyntaxError):  # Detectron2 names the file only
+        text = f"{text} Line {cause.lineno}: {cause.msg}"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -127,6 +127,18 @@ def test_a_module_that_is_not_found_is_probably_not_on_the_path(tmp_path):
     )
 
 
+def test_a_syntax_error_is_shown_with_its_line(tmp_path):
+    (tmp_path / "base.py").write_text("model = dict(\n    width=3,,\n)\n")
+    path = tmp_path / "mine.py"
+    path.write_text("from .base import model\n")
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(error.value) == (
+        f"{path} cannot be loaded: SyntaxError: Config file {tmp_path}/base.py has syntax error! "
+        "Line 2: invalid syntax"
+    )
+
+
 def test_missing_keys_take_their_defaults():
     cfg = complete_train(OmegaConf.create({"train": {"max_iter": 5, "amp": {"enabled": True}}}))
     assert cfg.train.max_iter == 5

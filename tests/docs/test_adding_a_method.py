@@ -143,6 +143,7 @@ import sys
 from region_pretrain.config import load_config
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import load_method
+from region_pretrain.errors import UserError
 import torch
 detector = "configs/detection/mask_rcnn_r18_fpn_shapes.py"
 recipe = load_method(sys.argv[1], detector)
@@ -150,6 +151,11 @@ config = load_config(sys.argv[2])
 for cfg in (recipe, config):
     model = build_pretraining_model(cfg, torch.device("cpu"))
     print(type(model).__module__)
+for other in ("retinanet_r50_fpn", "faster_rcnn_r50_c4_voc"):
+    try:
+        load_method(sys.argv[1], f"configs/detection/{other}.py")
+    except UserError as error:
+        print(error)
 """
 
 
@@ -170,7 +176,10 @@ def test_in_a_package_of_your_own(tmp_path):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["region_byol.meta_arch"] * 2
+    *built, retinanet, c4 = done.stdout.splitlines()
+    assert built == ["region_byol.meta_arch"] * 2
+    for refused in (retinanet, c4):  # towers and res5 are heads of another kind
+        assert refused.endswith("RegionBYOL trains a box head, and the detector has none")
 
 
 def test_the_pages_own_tests_pass(checkout):

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import roi_align
 
 from region_pretrain.config import CONFIG_ROOT, get_config
+from region_pretrain.engine.checkpoint import split_state
 from region_pretrain.engine.processes import leave_process_group
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation import knn_probe
@@ -219,7 +220,7 @@ def test_every_method_can_be_probed(names, dicts, recipe):
     offers = {"probe/knn_trunk"}
     if isinstance(model.backbone, FPN):
         offers.add("probe/knn_fpn")
-    if recipe.parts[-3] in ("SoCo", "MCL"):
+    if any(name.startswith("roi_heads.box_head.") for name in split_state(model)[0]):
         offers.add("probe/knn_head")
     assert set(accuracies) == offers
     assert accuracies["probe/knn_trunk"] == trunk_accuracy(model, dicts)
