@@ -20,6 +20,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import distributed as dist
 from torch import nn
 
+from region_pretrain.engine.kernels import emulates_bfloat16
+from region_pretrain.engine.trainable import check_groups
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
@@ -342,6 +344,9 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
         model: not wrapped in DDP, which would prefix the parameters' names.
         lr: replaces ``cfg.optimizer.lr``. ``optimizer.params.base_lr``, which groups use instead
             of ``optimizer.lr``, is scaled likewise.
+
+    Raises:
+        UserError: ``optimizer.params`` leaves out trained parameters.
     """
     config = copy.deepcopy(cfg.optimizer)
     config.params.model = model
@@ -350,6 +355,7 @@ def build_optimizer(cfg: DictConfig, model: nn.Module, lr: float) -> torch.optim
         config.params.base_lr = lr if base_lr == config.lr else base_lr * lr / config.lr
     config.lr = lr
     optimizer = build_part(config, "optimizer")
+    check_groups(cfg, model, optimizer)
     for group in [optimizer.defaults, *optimizer.param_groups]:
         for key, value in group.items():  # a ListConfig (betas) would not load with weights_only
             if isinstance(value, ListConfig | DictConfig):
@@ -380,13 +386,6 @@ def amp_dtype(amp: Mapping[str, Any], device: torch.device) -> torch.dtype | Non
     if name == "bfloat16" and on_gpu and torch.cuda.get_device_capability() < (8, 0):
         logger.warning("this GPU emulates bfloat16 slowly: set train.amp.dtype=float16")
     return _AMP_DTYPES[name]
-
-
-def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether a device is a CPU for which oneDNN has no bfloat16 kernels, as without AVX-512."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def clipping(clip: Mapping[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Settings of cuDNN and of matrix products on a GPU."""
+"""Settings of cuDNN and of matrix products on a GPU; what a CPU has no kernels for."""
 
 from __future__ import annotations
 
@@ -67,3 +67,10 @@ def without_cudnn_benchmark() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a CPU for which oneDNN has no bfloat16 kernels, as without AVX-512."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()

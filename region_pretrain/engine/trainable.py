@@ -1,4 +1,4 @@
-"""Which layers are trained: freezing some, and finding those that nothing would fill."""
+"""Which layers are trained: freezing some, and finding those that would stay as they are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from region_pretrain.engine.transfer import is_trunk
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, first_few
 from region_pretrain.modeling.given import has_statistics
 from region_pretrain.modeling.meta_arch import PretrainingModel, detector_part
 from region_pretrain.overrides import dotted_keys
@@ -74,6 +75,24 @@ def _depends_on_mode(layer: nn.Module) -> bool:
 def _keep_in_eval_mode(layer: nn.Module) -> None:
     layer.eval()
     layer.train = lambda mode=True: layer  # what train() and eval() of its parents call
+
+
+def check_groups(cfg: DictConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimiser updates all parameters that are trained.
+
+    Raises:
+        UserError: ``cfg.optimizer.params`` leaves out parameters with ``requires_grad``.
+    """
+    updated = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    missing = [name for name, key in trained.items() if key not in updated]
+    if missing:
+        groups = cfg.optimizer.params.get("_target_")
+        raise UserError(
+            f"optimizer.params: {getattr(groups, '__name__', groups)} leaves out {len(missing)} of "
+            f"{len(trained)} trained parameters ({first_few(missing, 3)}): put them into a group, "
+            "or freeze them in the model (requires_grad_(False))"
+        )
 
 
 def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] = ()) -> None:

@@ -184,6 +184,25 @@ def test_optimizer_gets_the_scaled_lr_and_leaves_the_config_alone():
     assert "model" not in cfg.optimizer.params and cfg.optimizer.lr == 2.0
 
 
+def predictor_only(model):
+    return [{"params": list(model.predictor.parameters())}]
+
+
+def test_parameter_groups_have_all_that_is_trained():
+    cfg = config()
+    cfg.optimizer.params = L(predictor_only)()
+    model = build_model(cfg, torch.device("cpu"))
+    with pytest.raises(UserError) as error:
+        build_optimizer(cfg, model, lr=1)
+    assert str(error.value) == (
+        "optimizer.params: predictor_only leaves out 2 of 4 trained parameters "
+        "(backbone.0.weight, backbone.0.bias): put them into a group, or freeze them in the model "
+        "(requires_grad_(False))"
+    )
+    model.backbone.requires_grad_(False)
+    assert len(build_optimizer(cfg, model, lr=1).param_groups) == 1
+
+
 @pytest.mark.parametrize(
     "amp, device, expected",
     [
