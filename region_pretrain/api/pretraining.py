@@ -38,7 +38,7 @@ from region_pretrain.dataset_names import make_names_absolute
 from region_pretrain.engine.build import build_pretraining_model
 from region_pretrain.engine.methods import is_recipe, load_method
 from region_pretrain.engine.output_dir import holds_run, refuse_existing_run
-from region_pretrain.engine.pretrain import do_pretrain
+from region_pretrain.engine.pretrain import check_before_regions, do_pretrain
 from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
@@ -135,7 +135,8 @@ def pretrain(
         if not resume:
             refuse_existing_run(cfg.train.output_dir)
             check_weights(cfg.train.init_checkpoint)
-        _check_before_search(cfg)
+        if not (resume and holds_run(cfg.train.output_dir)):
+            _check_before_search(cfg, detector)
         find_regions(cfg)
         if is_built:
             stack.enter_context(modes_kept(detector))
@@ -271,7 +272,7 @@ def _own_regions(cfg: DictConfig) -> str:
     return os.path.join(cfg.train.output_dir, f"regions-{digits_of(names)}.arrow")
 
 
-def _check_before_search(cfg: DictConfig) -> None:
+def _check_before_search(cfg: DictConfig, detector: AnyDetector) -> None:
     """Raise now what would end the run after the search for regions, which may take hours."""
     dataset = cfg.dataloader.train.dataset
     path = dataset.get("regions")
@@ -279,11 +280,12 @@ def _check_before_search(cfg: DictConfig) -> None:
         return
     to_yaml(cfg)
     check_writers(cfg.train)
-    batch, count = cfg.dataloader.train.total_batch_size, len(records_of(dataset.names))
-    if count < batch:
-        raise UserError(
-            f"the data set has {count} images, fewer than one batch: lower batch_size={batch}"
-        )
+    count = len(records_of(dataset.names))
+    if not isinstance(detector, nn.Module):
+        check_before_regions(cfg, count)
+        return
+    with weights_kept(detector), modes_kept(detector):
+        check_before_regions(cfg, count, _build_around(detector))
 
 
 def find_regions(cfg: DictConfig) -> None:

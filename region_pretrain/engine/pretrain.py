@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.engine import HookBase
@@ -14,7 +15,7 @@ from region_pretrain.config import complete_train
 from region_pretrain.data.sources import register_named
 from region_pretrain.engine.build import TrainingData, build_part, build_pretraining_model
 from region_pretrain.engine.refresh import RefreshedLoader
-from region_pretrain.engine.run import run_training, start_run
+from region_pretrain.engine.run import check_start, run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 
@@ -73,3 +74,34 @@ def do_pretrain(
 
         metrics, _ = run_training(cfg, data, resume=resume, build=build, make_hooks=make_hooks)
         return metrics
+
+
+class _Planned(NamedTuple):
+    total_batch_size: int
+    iterations_per_epoch: int
+
+
+def check_before_regions(
+    cfg: DictConfig,
+    images: int,
+    build: Callable[[DictConfig, torch.device], nn.Module] = build_pretraining_model,
+) -> None:
+    """Find what :func:`do_pretrain` would refuse at its start, while there are no regions yet.
+
+    Args:
+        cfg: complete; not changed.
+        images: the size of the data set.
+        build: see :func:`do_pretrain`.
+
+    Raises:
+        UserError: the views, fewer images than one batch, or see
+            :func:`~region_pretrain.engine.run.check_start`.
+    """
+    batch, dataset = cfg.dataloader.train.total_batch_size, cfg.dataloader.train.dataset
+    if images < batch:
+        raise UserError(
+            f"the data set has {images} images, fewer than one batch: lower batch_size={batch}"
+        )
+    if "views" in dataset:
+        build_part(dataset.views, "dataloader.train.dataset.views")
+    check_start(cfg, _Planned(batch, images // batch), build)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
+from fvcore.common.param_scheduler import ParamScheduler
 from omegaconf import DictConfig
 from torch import distributed as dist
 from torch import nn
@@ -60,6 +62,7 @@ from region_pretrain.engine.output_dir import (
 )
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
+from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
@@ -173,13 +176,7 @@ def run_training(
     fingerprint = Fingerprint(data, cfg, train.output_dir, train.allow_changed_data)
     with closing(fingerprint):  # an error must not wait for its threads
         model = build(cfg, device)
-        freeze(model, train.freeze)
-        warn_of_single_images(cfg, data, model)
-        warn_of_long_queues(data, model)
-        warn_of_few_steps(data, max_iter)
-        optimizer = build_optimizer(cfg, model, lr)
-        multiplier = check_schedule(build_part(cfg.lr_multiplier, "lr_multiplier"))
-        log_schedule(cfg, multiplier, max_iter)
+        optimizer, multiplier = _optimisation(cfg, data, model, max_iter, lr)
         scheduler = LRMultiplier(optimizer, multiplier, max_iter)
         trainer = Trainer(
             wrap_model(cfg, model, device),
@@ -263,6 +260,53 @@ def run_training(
                 f"train.init_checkpoint={checkpointer.last_good()}"
             )
         return newest_metrics(train.output_dir), evaluation.results if evaluation else {}
+
+
+def check_start(
+    cfg: DictConfig, data: TrainingData, build: Callable[[DictConfig, torch.device], nn.Module]
+) -> None:
+    """Find what :func:`run_training` would refuse before its first step, without its folder.
+
+    Nothing is logged, since the run itself logs it again.
+
+    Args:
+        cfg: complete; not changed.
+        data: only its batch size and its iterations per epoch are used.
+        build: (config, device) -> the model; it is discarded.
+
+    Raises:
+        UserError: the device, the schedule, the model, its optimiser or the initial weights.
+    """
+    cfg = copy.deepcopy(cfg)
+    cfg.train.seed = cfg.train.seed or 0
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with random_state_kept():
+            device = resolve_device(cfg.train.device)
+            use_fast_kernels(cfg.train, device)
+            amp_dtype(cfg.train.amp, device)
+            check_batch_size(cfg, data)
+            max_iter = resolve_max_iter(cfg.train, data.iterations_per_epoch)
+            model = build(cfg, device)
+            _optimisation(cfg, data, model, max_iter, scale_lr(cfg, data, max_iter))
+            _initialise(model, cfg, None)
+    finally:
+        logging.disable(disabled)
+
+
+def _optimisation(
+    cfg: DictConfig, data: TrainingData, model: nn.Module, max_iter: int, lr: float
+) -> tuple[torch.optim.Optimizer, ParamScheduler]:
+    """The optimiser of what ``train.freeze`` leaves to train, and the learning rate's schedule."""
+    freeze(model, cfg.train.freeze)
+    warn_of_single_images(cfg, data, model)
+    warn_of_long_queues(data, model)
+    warn_of_few_steps(data, max_iter)
+    optimizer = build_optimizer(cfg, model, lr)
+    multiplier = check_schedule(build_part(cfg.lr_multiplier, "lr_multiplier"))
+    log_schedule(cfg, multiplier, max_iter)
+    return optimizer, multiplier
 
 
 def _own_hooks(train: DictConfig) -> list[HookBase]:

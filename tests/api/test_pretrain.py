@@ -333,22 +333,6 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 13}, "12 images, fewer than one batch: lower batch_size=13"),
-        ({"init": "r5O.pth"}, "there is no r5O.pth: name the folder of a finished run"),
-        ({"overrides": ["train.writers=[console,jso]"]}, "there is no writer 'jso'"),
-    ],
-)
-def test_no_error_comes_after_the_search_for_regions(region_folder, tmp_path, changes, message):
-    given = arguments(region_folder, tmp_path / "a", regions=None) | changes
-    given["overrides"] = [*SMALL, *changes.get("overrides", [])]
-    with pytest.raises(rp.UserError, match=message):
-        rp.pretrain("soco", **given)
-    assert not list(tmp_path.glob("a/regions-*"))
-
-
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_bad_arguments_are_one_error(region_folder, tmp_path, changes, message):
     given = {"method": "soco", **arguments(region_folder, tmp_path / "a"), **changes}
