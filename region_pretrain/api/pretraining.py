@@ -46,7 +46,7 @@ from region_pretrain.modeling.given import detector_in, modes_kept, weights_kept
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
-from region_pretrain.yacs import split_overrides
+from region_pretrain.yacs import refuse_weights, split_overrides
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,7 @@ def _load(
         if detector is None:
             raise UserError(f"method {method!r} needs detector=: a detection config or a detector")
         upper, lower = split_overrides(overrides)
+        refuse_weights(upper)
         detector = of_yacs(plain(detector), upper) if upper else plain(detector)
         own = [text for text in lower if text.lstrip("+").startswith(_OF_DETECTOR)]
         if own and not isinstance(detector, nn.Module):

@@ -32,6 +32,7 @@ from region_pretrain.yacs import (
     lazy_detector,
     override_yacs,
     read_yacs,
+    refuse_weights,
     split_overrides,
 )
 from region_pretrain.yacs.build import as_cfg_node, build_detector
@@ -82,6 +83,7 @@ def load_method(
         UserError: there is no such method or detector, or they do not fit.
     """
     of_yacs, overrides = split_overrides(overrides)
+    refuse_weights(of_yacs)
     path, (pretrain, *parts) = _recipe(method, ("pretrain", *_PARTS))
     # What they register may be the detector's modules.
     execute(_register_of(overrides))

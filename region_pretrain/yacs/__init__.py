@@ -1,7 +1,7 @@
 """Detectron2's yacs configs: found, loaded, and converted to LazyConfigs."""
 
 from region_pretrain.yacs.convert import to_lazy_config
-from region_pretrain.yacs.counterparts import counterpart, refuse_converted_keys
+from region_pretrain.yacs.counterparts import counterpart, refuse_converted_keys, refuse_weights
 from region_pretrain.yacs.detector import lazy_detector
 from region_pretrain.yacs.files import (
     find_config_file,
@@ -19,6 +19,7 @@ __all__ = [
     "override_yacs",
     "read_yacs",
     "refuse_converted_keys",
+    "refuse_weights",
     "split_overrides",
     "to_lazy_config",
 ]

@@ -71,3 +71,18 @@ def refuse_converted_keys(cfg: DictConfig, overrides: Sequence[str]) -> None:
             raise UserError(
                 f"override {text!r} has no effect once the config is converted: use {instead}"
             )
+
+
+def refuse_weights(overrides: Sequence[str]) -> None:
+    """Refuse overrides of a yacs detector that name weights: a pre-training does not load them.
+
+    Raises:
+        UserError: the message names the key to override instead.
+    """
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == "MODEL.WEIGHTS" and (file := value.strip("'\"")):
+            raise UserError(
+                f"override {text!r}: a pre-training does not start from its detector's weights: "
+                f"use train.init_checkpoint={file}"
+            )

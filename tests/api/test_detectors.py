@@ -41,3 +41,9 @@ def test_yacs_configs_are_detectors(region_folder):
     with pytest.raises(rp.UserError, match="the detector: MODEL.BACKBONE.NAME=x"):
         cfg.MODEL.BACKBONE.NAME = "x"
         rp.pretrain_config("moco", detector=cfg)
+
+
+def test_weights_of_the_detector_are_no_override_of_a_pretraining():
+    for detector in (get_cfg(), "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"):
+        with pytest.raises(rp.UserError, match=r"use train.init_checkpoint=R-50\.pkl$"):
+            rp.pretrain_config("moco", detector=detector, overrides=["MODEL.WEIGHTS=R-50.pkl"])

@@ -239,6 +239,18 @@ def test_frozen_layers_need_weights():
         check_trainable(cfg, build_pretraining_model(cfg, torch.device("meta")))
 
 
+def test_weights_are_given_to_the_run_and_not_to_the_detector():
+    override = "MODEL.WEIGHTS='~/R-50.pkl'"
+    with pytest.raises(UserError) as error:
+        load_method("moco", FPN, [*TRAINABLE, override])
+    assert str(error.value) == (
+        f"override {override!r}: a pre-training does not start from its detector's weights: use "
+        "train.init_checkpoint=~/R-50.pkl"
+    )
+    cfg = load_method("moco", FPN, [*TRAINABLE, "MODEL.WEIGHTS="])  # nor are those of its file
+    assert cfg.train.init_checkpoint == ""
+
+
 @pytest.mark.parametrize("datasets", ["", "DATASETS: {TEST: ['val', 'test']}\n"])
 def test_data_sets_of_a_yacs_detector_do_not_matter(tmp_path, datasets):
     path = tmp_path / "mine.yaml"
