@@ -75,7 +75,7 @@ class DataSets:
         if argument not in ("val", "data"):  # the key of an image's regions
             records = [{"image_id": r.get("file_name"), **r} for r in records]
         for i, record in enumerate(records):
-            _check_record(f"{argument}[{i}]", record, labelled)
+            _check_record(f"{argument}[{i}]", record, classes if labelled else None)
         facts = (records, list(classes or ()))
         # The same for equal records in another process, e.g. in order to resume.
         text = json.dumps(_plain(facts))
@@ -84,13 +84,22 @@ class DataSets:
         return name
 
 
-def _check_record(where: str, record: dict, labelled: bool) -> None:
-    for key in ("image_id",) if labelled else ("file_name", "image_id"):
+def _check_record(where: str, record: dict, classes: Sequence[str] | None) -> None:
+    """Check what Detectron2 would not: of its labels only if there are ``classes``."""
+    for key in ("file_name", "image_id") if classes is None else ("image_id",):
         if record.get(key) is None:
             raise UserError(f"{where}: a record needs {key!r}, as Detectron2's dataset dicts")
-    for i, annotation in enumerate(record.get("annotations") or () if labelled else ()):
+    for i, annotation in enumerate((classes and record.get("annotations")) or ()):
         if "bbox" in annotation and "bbox_mode" not in annotation:
             raise UserError(f"{where}: annotation {i} needs 'bbox_mode', as in Detectron2")
+        class_id = annotation.get("category_id")
+        if class_id not in range(len(classes)):
+            raise UserError(
+                f"{where}: annotation {i} of {record.get('file_name', record['image_id'])} has "
+                f"category_id={class_id!r}, but the ids of {len(classes)} classes are 0 to "
+                f"{len(classes) - 1}, in the order of classes=: number them so, as "
+                "load_coco_json(json, folder, name) does if it is given a name"
+            )
 
 
 def _plain(value: Any) -> Any:

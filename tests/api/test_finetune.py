@@ -256,6 +256,13 @@ BAD = [
             ({"image_id": 1, "annotations": [{"bbox": [1, 2, 3, 4]}]}, "0 needs 'bbox_mode'"),
         )
     ),
+    *(
+        ({"train": [{"file_name": "x.jpg", "annotations": [{"bbox": [1, 2, 3, 4], "bbox_mode": 0,
+          **wrong}]}], "classes": ["a", "b"]},
+         rf"^train\[0\]: annotation 0 of x.jpg has category_id={shown}, but .* are 0 to 1, .*json")
+        for wrong, shown in (({"category_id": 900}, "900"), ({"category_id": "zebra"}, "'zebra'"),
+                             ({"category_id": -1}, "-1"), ({}, "None"))
+    ),
     ({"overrides": ["MODEL.MASK_ON=False"]}, "MASK_ON=False': the detector is not a yacs config"),
     ({"steps": 0}, "nothing to train"),
     ({"detector": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"}, "not a detection config"),
