@@ -19,7 +19,7 @@ from region_pretrain.api.detectors import (
     detection_config,
     load_detection_config,
 )
-from region_pretrain.api.pretraining import Weights, set_run, weights_of
+from region_pretrain.api.pretraining import Weights, refuse_two_lengths, set_run, weights_of
 from region_pretrain.api.results import Finetuned, Run
 from region_pretrain.api.session import Callback, KeepModel, hooks_of, isolated
 from region_pretrain.config import complete_train, num_classes_keys
@@ -80,6 +80,7 @@ def finetune(
         FloatingPointError: a loss became NaN or infinite.
     """
     hooks, data = hooks_of(callbacks), DataSets()
+    refuse_two_lengths(steps, epochs, overrides)
     if isinstance(init, nn.Module) and detector not in (None, init):
         raise UserError(
             "init is a built detector, which would be trained itself: leave out detector=, or give "

@@ -189,6 +189,7 @@ def compose(
     overrides: Sequence[str] = (),
 ) -> Composed:
     """Turn the arguments of :func:`pretrain` into a config."""
+    refuse_two_lengths(steps, epochs, overrides)
     cfg, detector = _load(method, detector, overrides)
     data, dataset = DataSets(), cfg.dataloader.train.dataset
     if images is not None:
@@ -239,6 +240,18 @@ def _load(
     return cfg, detector_in(cfg)
 
 
+def refuse_two_lengths(steps: int | None, epochs: float | None, overrides: Sequence[str]) -> None:
+    """Refuse ``steps`` together with ``epochs``, and either with an override that they replace."""
+    if steps is not None and epochs is not None:
+        raise UserError("steps= and epochs= exclude each other: give one of them")
+    if steps is None and epochs is None:
+        return
+    given = f"steps={steps}" if epochs is None else f"epochs={epochs:g}"
+    for text in overrides:
+        if text.lstrip("+").partition("=")[0] in ("train.max_iter", "train.epochs"):
+            raise UserError(f"{given} replaces the override {text!r}: give one of them")
+
+
 def set_run(
     cfg: DictConfig,
     steps: int | None,
@@ -247,8 +260,6 @@ def set_run(
     init: Weights | None,
 ) -> None:
     """Set a run's length, folder and initial weights, if they are given."""
-    if steps is not None and epochs is not None:
-        raise UserError("steps= and epochs= exclude each other: give one of them")
     if steps is not None:
         cfg.train.max_iter = steps
     elif epochs is not None:

@@ -265,6 +265,7 @@ BAD = [
     ),
     ({"overrides": ["MODEL.MASK_ON=False"]}, "MASK_ON=False': the detector is not a yacs config"),
     ({"steps": 0}, "nothing to train"),
+    ({"steps": 2, "overrides": ["+train.max_iter=3"]}, r"steps=2 replaces .*max_iter=3': give one"),
     ({"detector": "projects/SoCo/configs/soco_r18-fpn_b32_shapes.py"}, "not a detection config"),
 ]  # fmt: skip
 
