@@ -20,8 +20,8 @@ from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError, describe
 from region_pretrain.modeling.detector import Detector, model_of
+from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.given import as_lazy_detector
-from region_pretrain.modeling.init import on_meta_device
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.registration import absolute, execute, path_hint, recording
@@ -76,8 +76,8 @@ def load_method(
         overrides: those of a yacs detector apply to it, all others to the pre-training config.
 
     Returns:
-        A complete config. Its model has been built on the meta device, unless it consists of the
-        modules of a built detector.
+        A complete config. Its model has been built once, without weights, unless it consists of
+        the modules of a built detector.
 
     Raises:
         UserError: there is no such method or detector, or they do not fit.
@@ -99,8 +99,7 @@ def load_method(
     cfg.train.register = list(dict.fromkeys([*map(absolute, entries), *cfg.train.register]))
     if is_built:
         return cfg
-    with on_meta_device():
-        built = check_contract(build_part(cfg.model, "model"))
+    built = dry_run(lambda: check_contract(build_part(cfg.model, "model")), "the config's model")
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)
     return cfg
@@ -159,11 +158,10 @@ def load_detector(
                 raise UserError(f"override {yacs_overrides[0]!r}: it is built already")
             if isinstance(detector, nn.Module):
                 return as_lazy_detector(detector), []
-            with on_meta_device():
-                return lazy_detector(override_yacs(detector.clone(), yacs_overrides)), []
+            return _lazy(override_yacs(detector.clone(), yacs_overrides)), []
         if isinstance(detector, str) and is_yacs(path := find_config_file(detector)):
-            with on_meta_device():  # its data sets and solver are those of the fine-tuning
-                return lazy_detector(read_yacs(path, yacs_overrides)), []
+            # Its data sets and solver are those of the fine-tuning.
+            return _lazy(read_yacs(path, yacs_overrides)), []
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
         entries = list(OmegaConf.select(cfg, "train.register") or [])
         execute(entries)
@@ -171,8 +169,7 @@ def load_detector(
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
         if target is build_detector:
-            with on_meta_device():
-                return lazy_detector(as_cfg_node(model.cfg)), entries
+            return _lazy(as_cfg_node(model.cfg)), entries
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     if not {"backbone", "pixel_mean", "pixel_std"} <= set(model):
@@ -183,6 +180,10 @@ def load_detector(
     if isinstance(target, type) and issubclass(target, PretrainingModel):
         raise UserError(f"{name}: a pre-training config; give the detector's own")
     return model, entries
+
+
+def _lazy(cfg: CfgNode) -> DictConfig:
+    return dry_run(lambda: lazy_detector(cfg), f"MODEL.BACKBONE.NAME={cfg.MODEL.BACKBONE.NAME}")
 
 
 def _plain(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
-from region_pretrain.modeling.init import on_meta_device
+from region_pretrain.modeling.dry_run import dry_run, example, output_of
 from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_name, trunk_of
 from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
@@ -48,7 +48,8 @@ class Detector:
     """The modules of a detector that methods pre-train, and their shapes.
 
     Backbone, pooler and head are nodes of the detector's config, or its own modules if it is given
-    as a module. Shapes are those of the built modules; a config's are built on the meta device.
+    as a module. Shapes are those of the built modules; a config's are built in a
+    :func:`~region_pretrain.modeling.dry_run.dry_run`.
 
     Args:
         detector: ``model`` of a LazyConfig or the complete config, a yacs config, or a built
@@ -56,13 +57,12 @@ class Detector:
             the head of RetinaNet or FCOS.
 
     Raises:
-        UserError: it is not a detector.
+        UserError: it is not a detector, or cannot be built.
     """
 
     def __init__(self, detector: DictConfig | CfgNode | nn.Module) -> None:
         if isinstance(detector, CfgNode):
-            with on_meta_device():
-                detector = lazy_detector(detector)
+            detector = dry_run(partial(lazy_detector, detector), "the detector")
         elif isinstance(detector, DictConfig) and "backbone" not in detector:
             detector = model_of(detector)
         if not all(_get(detector, key) is not None for key in ("backbone", "pixel_mean")):
@@ -256,11 +256,13 @@ class Detector:
 
     def channels(self, part: Part) -> int:
         """Number of channels that a module computes from pooled regions."""
-        # A copy: a lazy part may refer to a module of a built detector.
-        head = copy.deepcopy(as_module(part if self.is_built else _built(part)))
-        regions = torch.zeros(2, *self.pooled_shape, device="meta")
-        with torch.no_grad():
-            return head.to("meta").eval()(regions).shape[1]
+        shape = self.pooled_shape
+
+        def compute() -> int:
+            head = as_module(part if isinstance(part, nn.Module) else instantiate(part))
+            return output_of(head, example(2, *shape)).shape[1]
+
+        return dry_run(compute, _kind(part))
 
 
 def model_of(cfg: DictConfig) -> DictConfig:
@@ -320,5 +322,10 @@ def _get(node: Any, key: str) -> Any:
 def _built(part: Part) -> Any:
     if isinstance(part, nn.Module):
         return part
-    with on_meta_device():
-        return instantiate(part)
+    return dry_run(partial(instantiate, part), _kind(part))
+
+
+def _kind(part: Part) -> str:
+    """The name of a module's class."""
+    target = part.get("_target_") if isinstance(part, DictConfig) else type(part)
+    return str(getattr(target, "__name__", target)).rpartition(".")[2]

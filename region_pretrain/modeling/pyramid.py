@@ -13,6 +13,7 @@ from detectron2.modeling.backbone import FPN, Backbone, SimpleFeaturePyramid
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.dry_run import copied_tensors, dry_run, example, output_of
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def freeze_unread(
 
     They would get no gradient, and DDP would wait for it: an FPN's convolutions of unread levels
     and its top block, or a Swin Transformer's norms of unread maps. They are found by a backward
-    pass on the meta device.
+    pass on the meta device or, if the modules need values, of one image on the CPU.
 
     Args:
         backbone: the detector's, or a :class:`~region_pretrain.modeling.trunk.Trunk`.
@@ -225,18 +226,16 @@ def freeze_unread(
 
     Returns:
         Names of the frozen modules in the backbone, such as ``fpn_output2``.
+
+    Raises:
+        UserError: the backbone needs values, and fails on the CPU.
     """
-    reader, training = _Reader(backbone, names, of_trunk), backbone.training
-    on_meta = {
-        name: torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
-        for name, tensor in (*reader.named_parameters(), *reader.named_buffers())
-    }
+    reader = _Reader(backbone, names, of_trunk)
     trained = [name for name, p in reader.named_parameters() if p.requires_grad]
     if not trained:
         return []
     constraints = getattr(trunk_of(backbone), "padding_constraints", {})
     side = constraints.get("square_size") or 224
-    reader.eval()  # no batch statistics: they would be exchanged between processes
     # Reentrant checkpoints, as Swin's, do not allow autograd.grad.
     recomputing = [m for m in reader.modules() if getattr(m, "use_checkpoint", None) is True]
     deformable = [m for m in reader.modules() if type(m).__name__ in _DEFORMABLE]
@@ -244,13 +243,16 @@ def freeze_unread(
         module.use_checkpoint = False
     for module in deformable:
         module.forward = partial(_plain_convolution, module)
+
+    def compute() -> tuple[Tensor | None, ...]:
+        tensors = copied_tensors(reader)
+        # In eval mode: batch statistics would be exchanged between processes.
+        mean = output_of(reader, example(1, 3, side, side), tensors=tensors)
+        return torch.autograd.grad(mean, [tensors[name] for name in trained], allow_unused=True)
+
     try:
-        image = torch.empty(1, 3, side, side, device="meta")
-        mean = torch.func.functional_call(reader, on_meta, (image,))
-        inputs = [on_meta[name] for name in trained]
-        gradients = torch.autograd.grad(mean, inputs, allow_unused=True)
+        gradients = dry_run(compute, f"the backbone {_kinds(backbone)}")
     finally:
-        reader.train(training)
         for module in recomputing:
             module.use_checkpoint = True
         for module in deformable:
@@ -266,6 +268,12 @@ def freeze_unread(
         read = ", ".join(sorted({*names, *of_trunk}))
         logger.info("maps read: %s; not trained: %s", read, ", ".join(frozen))
     return frozen
+
+
+def _kinds(backbone: nn.Module) -> str:
+    trunk = trunk_of(backbone)
+    of_trunk = "" if trunk is backbone else f" with the trunk {type(trunk).__name__}"
+    return f"{type(backbone).__name__}{of_trunk}"
 
 
 def _modules_of(root: nn.Module, parameters: set[str]) -> list[str]:

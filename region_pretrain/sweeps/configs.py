@@ -23,7 +23,7 @@ from region_pretrain.engine.trainable import frozen_without_weights
 from region_pretrain.engine.transfer import check_fits
 from region_pretrain.errors import UserError
 from region_pretrain.files import is_local, write_text_atomic
-from region_pretrain.modeling.init import on_meta_device
+from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.meta_arch import check_contract
 from region_pretrain.regions import RegionStore
 from region_pretrain.shipped import find_shipped
@@ -186,8 +186,7 @@ def _build(cfg: DictConfig) -> nn.Module:
     parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.optimizer)]
     if (text := repr(parts)) in _BUILT:  # e.g. of another length
         return _BUILT[text]
-    with on_meta_device():
-        model = instantiate(cfg.model)
+    model = dry_run(lambda: instantiate(cfg.model), "the config's model")
     if not detection:
         check_contract(model)
     cfg.optimizer.params.model = model
