@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from region_pretrain.engine.transfer import is_trunk
 from region_pretrain.errors import UserError, first_few
-from region_pretrain.modeling.given import has_statistics
+from region_pretrain.modeling.given import detector_in, has_statistics, keeps_statistics
 from region_pretrain.modeling.meta_arch import PretrainingModel, detector_part
 from region_pretrain.overrides import dotted_keys
 
@@ -101,18 +101,19 @@ def check_trainable(cfg: DictConfig, model: nn.Module, loaded: Collection[str] =
     These are parameters of the trunk without gradient, and frozen batch norms, which are
     identities until weights are loaded. Methods may freeze parts of the FPN that they do not use.
     A model into which nothing was loaded passes if its batch norms have statistics, because it was
-    built with weights.
+    built with weights. Whether a built detector without batch norms has weights cannot be known.
 
     Args:
         cfg: the config; ``cfg.model`` builds ``model``.
-        model: a pre-training model, or a detector, for which this is only a warning.
+        model: a pre-training model. For a detector, and for one that was passed built and has no
+            batch norms, this is only a warning.
         loaded: names of the tensors that a checkpoint has filled.
 
     Raises:
-        UserError: there are such layers; the message contains the overrides that unfreeze them.
+        UserError: there are such layers; the message tells how to unfreeze them.
     """
     message = frozen_without_weights(cfg, model, loaded)
-    if message and isinstance(model, PretrainingModel):
+    if message and isinstance(model, PretrainingModel) and not _is_unknown(cfg, model):
         raise UserError(message)
     if message:
         logger.warning(message)
@@ -145,10 +146,24 @@ def frozen_without_weights(cfg: DictConfig, model: nn.Module, loaded: Collection
     ]
     if not found:
         return ""
-    return (
-        f"the detector's config freezes layers without weights ({'; '.join(found)}): add "
-        f"{' '.join(_unfreezing(cfg))}, or give their weights with train.init_checkpoint"
-    )
+    changes = " ".join(_unfreezing(cfg))
+    mend = f"add {changes}" if changes else "call requires_grad_(True) on them"
+    if _is_unknown(cfg, model):
+        what, mend = (
+            "the detector freezes layers that may lack weights",
+            f"if they are random, {mend}",
+        )
+    elif detector_in(cfg) is not None:
+        what = "the detector freezes layers without weights"
+    else:
+        what = "the detector's config freezes layers without weights"
+    given = "or give their weights with train.init_checkpoint"
+    return f"{what} ({'; '.join(found)}): {mend}, {given}"
+
+
+def _is_unknown(cfg: DictConfig, model: nn.Module) -> bool:
+    """Whether nothing shows if the weights of a detector that was passed built are random."""
+    return detector_in(cfg) is not None and not keeps_statistics(detector_part(model))
 
 
 def _unfreezing(cfg: DictConfig) -> list[str]:

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from detectron2.config import LazyCall as L
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.preprocess import channel_order
@@ -177,5 +177,13 @@ def modes_kept(detector: nn.Module) -> Iterator[None]:
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether some batch norm has seen data or loaded weights: its running mean is not zero."""
-    means = (value for name, value in module.named_buffers() if name.endswith("running_mean"))
-    return any(not mean.is_meta and bool(mean.any()) for mean in means)
+    return any(not mean.is_meta and bool(mean.any()) for mean in _running_means(module))
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module has batch norms, frozen or not, from which :func:`has_statistics` tells."""
+    return next(_running_means(module), None) is not None
+
+
+def _running_means(module: nn.Module) -> Iterator[Tensor]:
+    return (value for name, value in module.named_buffers() if name.endswith("running_mean"))

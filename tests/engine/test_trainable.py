@@ -14,6 +14,7 @@ from torch import nn
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import UserError
+from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.meta_arch import PretrainingModel
 from region_pretrain.modeling.timm_backbone import TimmBackbone
 
@@ -77,6 +78,55 @@ def test_frozen_norms_of_timms_networks_need_weights(name):
     cfg = OmegaConf.create({"model": {"backbone": backbone}}, flags={"allow_objects": True})
     with pytest.raises(UserError, match=r"batch norms, e.g. backbone\..*norm=SyncBN"):
         check_trainable(cfg, Pretraining(instantiate(backbone)))
+
+
+def given(norm: str) -> tuple[OmegaConf, Pretraining, nn.Module]:
+    """A built detector, whose stem and res2 are frozen, and a pre-training of its modules."""
+    config = detector_config(norm=norm)
+    config.backbone.bottom_up.freeze_at = 2
+    detector = instantiate(config)
+    cfg = OmegaConf.create({"model": as_lazy_detector(detector)}, flags={"allow_objects": True})
+    return cfg, Pretraining(detector.backbone), detector
+
+
+def test_a_built_detector_without_statistics_may_have_weights(tmp_path, caplog):
+    cfg, model, detector = given("LN")
+    with caplog.at_level(logging.WARNING):
+        check_trainable(cfg, model)
+    (record,) = caplog.records
+    # 3 convolutions, 3 norms with weight and bias
+    assert "9 parameters, e.g. backbone.bottom_up.stem.conv1.weight" in record.message
+    assert "if they are random, call requires_grad_(True) on them, or give" in record.message
+
+    # A file that fills other layers only.
+    caplog.clear()
+    path = save(tmp_path, {"model": state(detector, "backbone.fpn")})
+    with caplog.at_level(logging.WARNING):
+        check_trainable(cfg, model, load_pretrained(model, path).matched)
+    assert "9 parameters" in caplog.messages[-1]
+
+    caplog.clear()
+    detector.requires_grad_(True)
+    check_trainable(cfg, model)
+    assert not caplog.records
+
+
+def test_a_built_detector_with_fresh_statistics_has_no_weights():
+    cfg, model, detector = given("FrozenBN")
+    message = r"the detector freezes layers .*: call requires_grad_\(True\) on them, or give"
+    with pytest.raises(UserError, match=message):
+        check_trainable(cfg, model)
+    detector.backbone.bottom_up.stem.conv1.norm.running_mean.fill_(0.5)
+    check_trainable(cfg, model)
+
+
+def test_a_config_whose_code_freezes_layers_has_no_override():
+    cfg, model = frozen()
+    cfg.model.backbone = L(build)(norm="BN")
+    with pytest.raises(
+        UserError, match=r"config freezes.*: call requires_grad_\(True\) on them, or"
+    ):
+        check_trainable(cfg, model)
 
 
 def test_a_detector_is_only_warned_about(caplog):
