@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError
-from region_pretrain.registration import recording
+from region_pretrain.registration import catalogues_kept, recording
 
 _NAMED = (type, FunctionType, MethodType, BuiltinFunctionType)
 #: Classes whose objects only hold data. ``LazyConfig.save`` writes objects of Detectron2's configs.
@@ -105,7 +105,8 @@ def value_of(file: str, key: str) -> Any:
         UserError: the file no longer exists, or no longer has the key.
     """
     try:
-        with recording(file):  # it may register data sets, which are registered already
+        # It may register data sets, which are registered already, perhaps with fixed labels.
+        with catalogues_kept(), recording(file):
             value = OmegaConf.select(LazyConfig.load(file), key)
     except OSError as error:
         raise UserError(f"{file} is needed for the value of {key}: {error}") from error

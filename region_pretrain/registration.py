@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from detectron2.config import LazyConfig
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.errors import UserError
@@ -25,26 +26,57 @@ _executed: set[str] = set()  # absolute paths and names of modules
 _registered_by: dict[str, str] = {}  # data set -> what registered it
 
 
+class _Changeable(Metadata):
+    """Metadata that a file may set to other values, e.g. the path of a json that has been fixed."""
+
+    def __setattr__(self, key: str, value: object) -> None:
+        self.__dict__[key] = value
+
+
 @contextmanager
 def recording(path: str) -> Iterator[None]:
     """Record that a file is executed, and which data sets it registers.
 
-    A file that is executed again, or two that register the same data set, do not clash.
+    A file that is executed again, or two that register the same data set, do not clash: the last
+    one counts.
 
     Args:
         path: the file, or the name of a module.
     """
     path = absolute(path)
     hidden = {n: DatasetCatalog.pop(n) for n in _registered_by if n in DatasetCatalog}
+    metadata = [MetadataCatalog.get(name) for name in hidden]
     before = set(DatasetCatalog)
     try:
+        for found in metadata:  # the same objects: others may refer to them
+            object.__setattr__(found, "__class__", _Changeable)
         yield
     finally:
         for name in set(DatasetCatalog) - before - library_names:
             _registered_by[name] = path
         for name, load in hidden.items():
             DatasetCatalog.setdefault(name, load)
+        for found in metadata:
+            object.__setattr__(found, "__class__", Metadata)
     _executed.add(path)
+
+
+@contextmanager
+def catalogues_kept() -> Iterator[None]:
+    """Restore all data sets after the context; those of executed files that are new stay."""
+    loaders = dict(DatasetCatalog)
+    metadata = {name: dict(vars(found)) for name, found in MetadataCatalog.items()}
+    try:
+        yield
+    finally:
+        for catalogue, before in ((DatasetCatalog, loaders), (MetadataCatalog, metadata)):
+            for name in set(catalogue) - set(before) - permanent_names():
+                del catalogue[name]
+        DatasetCatalog.update(loaders)
+        for name, values in metadata.items():
+            found = vars(MetadataCatalog.get(name))
+            found.clear()
+            found.update(values)
 
 
 def permanent_names() -> set[str]:

@@ -17,7 +17,7 @@ from region_pretrain.engine.output_dir import logging_kept
 from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import Stopped, UserError
-from region_pretrain.registration import permanent_names
+from region_pretrain.registration import catalogues_kept
 from region_pretrain.warnings import library_warnings_ignored
 
 #: Called after each step with the trainer, or a hook of Detectron2.
@@ -57,7 +57,7 @@ def isolated(given: Given | None = None, verbose: bool = True) -> Iterator[None]
         stack.enter_context(library_warnings_ignored())
         stack.enter_context(random_state_kept())
         stack.enter_context(logging_kept(console))
-        stack.enter_context(_catalogues_kept())
+        stack.enter_context(catalogues_kept())
         stack.enter_context(backends_kept())
         for name, (records, classes) in (given or {}).items():
             _register(name, records, classes)
@@ -75,23 +75,6 @@ def _register(name: str, records: Sequence[dict], classes: Sequence[str]) -> Non
     DatasetCatalog[name] = lambda: [dict(record) for record in records]
     if classes:
         MetadataCatalog.get(name).set(thing_classes=list(classes))
-
-
-@contextmanager
-def _catalogues_kept() -> Iterator[None]:
-    loaders = dict(DatasetCatalog)
-    metadata = {name: dict(vars(found)) for name, found in MetadataCatalog.items()}
-    try:
-        yield
-    finally:
-        for catalogue, before in ((DatasetCatalog, loaders), (MetadataCatalog, metadata)):
-            for name in set(catalogue) - set(before) - permanent_names():
-                del catalogue[name]
-        DatasetCatalog.update(loaders)
-        for name, values in metadata.items():
-            found = vars(MetadataCatalog.get(name))
-            found.clear()
-            found.update(values)
 
 
 def hooks_of(callbacks: Callback | Sequence[Callback]) -> list[HookBase]:

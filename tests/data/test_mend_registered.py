@@ -7,10 +7,12 @@ import os
 import shutil
 
 import pytest
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 
+from region_pretrain.config import load_config
 from region_pretrain.data.catalog import get_records
 from region_pretrain.data.coco_json import load_coco, mend_registered
 from region_pretrain.errors import UserError
@@ -46,6 +48,33 @@ def test_stock_data_sets_are_fixed(write_coco, registered):
     assert records[0] == records[1] == records[2] and records[1] is not records[2]
     assert not mend_registered(registered, evaluated=True).fixed  # now a correct one
     assert mend_registered(registered) is None
+
+
+def test_a_config_that_registers_and_is_executed_again(write_coco, registered, tmp_path):
+    path, root = write_coco(no_area)
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from detectron2.data import MetadataCatalog\n"
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances({registered!r}, {{}}, {path!r}, {root!r})\n"
+        f"classes = MetadataCatalog.get({registered!r}).get('thing_classes', [])\n"
+        "train = dict(norm=lambda: 1, count=len(classes))\n"
+    )
+    cfg = load_config(str(file))
+    data = mend_registered(registered, evaluated=True)
+    load, metadata = DatasetCatalog[registered], MetadataCatalog.get(registered)
+    assert metadata.json_file == data.json_file != path
+    assert instantiate(cfg.train.norm)() == 1
+    assert DatasetCatalog[registered] is load and MetadataCatalog.get(registered) is metadata
+    assert metadata.json_file == data.json_file and metadata.thing_classes == ["ant", "bee"]
+    with pytest.raises(AssertionError, match="cannot be set to a different value"):
+        metadata.json_file = path
+
+    # Loaded again, e.g. in a notebook: the file's json is in effect, and is fixed again.
+    assert load_config(str(file)).train.count == 2
+    assert metadata.json_file == path and DatasetCatalog[registered] is not load
+    assert mend_registered(registered, evaluated=True).fixed
+    assert metadata.json_file == data.json_file
 
 
 def test_pre_training_reads_the_mended_names(write_coco, registered):
