@@ -52,15 +52,15 @@ def get_records(
             ids and file names in its json.
         boxes: without ``annotations``, add the boxes that the json of ``coco://`` may have; those
             that are malformed are left out.
-        unique: refuse images of different data sets with the same ``image_id``, which is the key of
-            an image's regions.
+        unique: refuse images with the same ``image_id``, which is the key of an image's regions;
+            False where nothing is looked up by it.
 
     Returns:
         Detectron2 dataset dicts.
 
     Raises:
-        UserError: an unknown name, a data set that is missing, has no images or is named twice; or,
-            with ``unique``, two images with the same ``image_id``.
+        UserError: an unknown name, a data set that is missing or has no images; or, with
+            ``unique``, two images with the same ``image_id``.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -73,11 +73,15 @@ def get_records(
             if "file_name" not in record or "image_id" not in record:
                 raise UserError(f"data set {name!r} has a record without file_name or image_id")
             key = str(record["image_id"])
-            if key in origin and (unique or origin[key] == name):
-                both = f"{origin[key]!r} and {name!r}" if origin[key] != name else f"{name!r} twice"
+            if unique and key in origin:
+                if origin[key] == name:
+                    where, mend = f"{name!r} twice", "give each its own image_id"
+                else:
+                    where = f"{origin[key]!r} and {name!r}"
+                    mend = "move the folders into one folder and name that"
                 raise UserError(
-                    f"image {key!r} is in {both}, but this key of its regions must be unique: "
-                    "leave one out, or move the folders into one folder and name that"
+                    f"image {key!r} is in {where}, but this key of its regions must be unique: "
+                    f"leave one out, or {mend}"
                 )
             origin[key] = name
         logger.info("%s: %d images", name, len(found))
