@@ -22,7 +22,7 @@ from region_pretrain.data.batch import ViewBatch
 from region_pretrain.engine.build import one_image_at_a_time
 from region_pretrain.engine.memory import peak_memory_mib
 from region_pretrain.errors import NonFiniteLoss, UserError, describe, first_few
-from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_output
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,8 @@ class Trainer(TrainerBase):
             self._method.after_step(self.iter, self.max_iter)
 
         names = list(losses)
-        self._unchecked.append((self.iter, names, torch.stack([losses[n].float() for n in names])))
+        values = torch.stack([losses[name].float().reshape(()) for name in names])
+        self._unchecked.append((self.iter, names, values))
         self._images += len(batch)
         self._steps += 1
         if self.is_log_step() or len(self._unchecked) >= _MAX_UNCHECKED:
@@ -275,6 +276,8 @@ class Trainer(TrainerBase):
                             raise
                         total = len(batch) * comm.get_world_size()
                         raise UserError(one_image_at_a_time(total, len(parts))) from None
+                    if self.iter == self.start_iter:
+                        check_output(output)
                     losses = {k: v for k, v in output.items() if k.startswith("loss")}
                     if not losses:
                         raise RuntimeError(f"the model returned no loss, only {list(output)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,33 @@ def check_contract(model: Any) -> PretrainingModel:
             f"submodules of the model, which has {', '.join(children)}"
         )
     return model
+
+
+def check_output(output: Any) -> None:
+    """Check what the ``forward`` of a model in training returns; waits for no device.
+
+    Args:
+        output: scalars by name, as :meth:`PretrainingModel.forward` returns them.
+
+    Raises:
+        UserError: it is no dict, a loss is not a tensor of one element, or another entry is neither
+            that nor a number.
+    """
+    if not isinstance(output, Mapping):
+        raise UserError(
+            f"the model's forward returns a {type(output).__name__}: return a dict of scalars, "
+            "e.g. {'loss': value}; those whose names start with loss are summed and minimised"
+        )
+    for name, value in output.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            found = f"a tensor of shape {tuple(value.shape)}: return a scalar, e.g. its mean"
+        elif isinstance(value, Tensor) or (isinstance(value, Real) and not name.startswith("loss")):
+            continue
+        elif name.startswith("loss"):
+            found = f"a {type(value).__name__}: a loss must be a tensor that has a gradient"
+        else:
+            found = f"a {type(value).__name__}: what is logged must be a scalar"
+        raise UserError(f"the model's forward returns {name!r}, {found}")
 
 
 def detector_part(model: nn.Module) -> nn.Module:
