@@ -15,7 +15,7 @@ from region_pretrain.data.catalog import get_records, label_by_folder
 from region_pretrain.data.contents import Contents
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.geometry import decode_reduction, render
-from region_pretrain.data.views import ViewSample, ViewSampler
+from region_pretrain.data.views import ViewSample, ViewSampler, check_same_layout
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, readings_of
 from region_pretrain.regions import RegionStore
@@ -357,10 +357,11 @@ class PretrainDataset:
                 if not canvases:
                     shapes = [(len(indices), *v.geometry.size, 3) for v in sample.views]
                     canvases = [np.empty(shape, np.uint8) for shape in shapes]
+                samples.append(sample.views)
+                check_same_layout(samples[0], sample.views)
                 for canvas, view in zip(canvases, sample.views, strict=True):
                     out = canvas[start + i]
                     render(sample.image, view.geometry, out, self.antialias, sample.reduce)
-                samples.append(sample.views)
                 photometry.append(sample.photometry)
                 labels.append(sample.label)
         batch_views = []

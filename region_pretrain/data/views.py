@@ -11,6 +11,7 @@ from region_pretrain.contract import Contract
 from region_pretrain.data.batch import ViewBatch
 from region_pretrain.data.geometry import ViewGeometry
 from region_pretrain.data.photometry import CutOut, Photometry
+from region_pretrain.errors import UserError
 
 
 @dataclass
@@ -85,3 +86,17 @@ class ViewSampler(Contract, ABC):
             network receives the views.
         """
         return None
+
+
+def check_same_layout(first: list[ViewSample], views: list[ViewSample]) -> None:
+    """Check that two images have the same views, so that they can be in one batch.
+
+    Raises:
+        UserError: their numbers, sizes or region slots differ.
+    """
+    one, other = ([(v.geometry.size, len(v.boxes)) for v in some] for some in (first, views))
+    if one != other:
+        raise UserError(
+            "the view sampler returns other views of another image, as ((height, width), region "
+            f"slots): {one} and {other}; they must be the same: pad the boxes, with valid=False"
+        )

@@ -159,6 +159,41 @@ class _Crop(ViewSampler):
         return [ViewSample(self.geometry, Photometry(), box, ids, np.ones(1, bool))]
 
 
+class _Growing(_Crop):
+    """Breaks the rule that all images have the same views."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(0, 0, 64, 64)
+        self.what, self.calls = what, 0
+
+    def __call__(self, width, height, boxes, rng) -> list[ViewSample]:
+        self.calls += 1
+        (view,) = super().__call__(width, height, boxes, rng)
+        if self.what == "views":
+            return [view] * self.calls
+        if self.what == "size":
+            view.geometry = ViewGeometry(0, 0, 64, 64, size=(32, 31 + self.calls))
+        else:
+            view.boxes = np.zeros((self.calls, 4), np.float32)
+        return [view]
+
+
+@pytest.mark.parametrize(
+    ("what", "second"),
+    [
+        ("views", "[((32, 32), 1), ((32, 32), 1)]"),
+        ("size", "[((32, 33), 1)]"),
+        ("slots", "[((32, 32), 2)]"),
+    ],
+)
+def test_a_sampler_whose_images_have_different_views_is_told_so(region_folder, what, second):
+    data = PretrainDataset(f"folder://{region_folder.images}", _Growing(what))
+    with pytest.raises(UserError) as error:
+        data.batch(0, 0, [0, 1])
+    text = f"region slots): [((32, 32), 1)] and {second}; they must be the same: pad the boxes"
+    assert text in str(error.value)
+
+
 @pytest.mark.parametrize(
     "side, reduce, suffix",
     [(64, 1, "jpg"), (127, 1, "jpg"), (128, 2, "jpg"), (300, 4, "jpg"), (520, 8, "jpg")]
