@@ -25,6 +25,7 @@ from region_pretrain.engine.trainable import check_groups
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.heads import VectorNorm
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.modeling.norms import use_sync_batchnorm
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.trunk import compile_trunks, use_plain_checkpoints
@@ -279,10 +280,11 @@ def build_part(lazy: Any, key: str) -> Any:
 
     Raises:
         UserError: a class lacks methods that its base class requires; or a class or function has no
-            argument that the config gives, or needs one that it does not give.
+            argument that the config gives, or needs one that it does not give; or a norm is wrong.
     """
     try:
-        return instantiate(lazy)
+        with norm_errors(lazy):
+            return instantiate(lazy)
     except TypeError as error:
         for pattern, mend in _MENDS.items():
             found = re.match(pattern, str(error))

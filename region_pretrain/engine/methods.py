@@ -23,6 +23,7 @@ from region_pretrain.modeling.detector import Detector, model_of
 from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.registration import absolute, execute, path_hint, recording
 from region_pretrain.shipped import ROOT
@@ -183,7 +184,8 @@ def load_detector(
 
 
 def _lazy(cfg: CfgNode) -> DictConfig:
-    return dry_run(lambda: lazy_detector(cfg), f"MODEL.BACKBONE.NAME={cfg.MODEL.BACKBONE.NAME}")
+    with norm_errors(cfg):
+        return dry_run(lambda: lazy_detector(cfg), f"MODEL.BACKBONE.NAME={cfg.MODEL.BACKBONE.NAME}")
 
 
 def _plain(name: str) -> str:

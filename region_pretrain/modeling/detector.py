@@ -19,6 +19,7 @@ from torch import nn
 
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.dry_run import dry_run, example, output_of
+from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_name, trunk_of
 from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
@@ -62,7 +63,8 @@ class Detector:
 
     def __init__(self, detector: DictConfig | CfgNode | nn.Module) -> None:
         if isinstance(detector, CfgNode):
-            detector = dry_run(partial(lazy_detector, detector), "the detector")
+            with norm_errors(detector):
+                detector = dry_run(partial(lazy_detector, detector), "the detector")
         elif isinstance(detector, DictConfig) and "backbone" not in detector:
             detector = model_of(detector)
         if not all(_get(detector, key) is not None for key in ("backbone", "pixel_mean")):
@@ -262,7 +264,8 @@ class Detector:
             head = as_module(part if isinstance(part, nn.Module) else instantiate(part))
             return output_of(head, example(2, *shape)).shape[1]
 
-        return dry_run(compute, _kind(part))
+        with norm_errors(part):
+            return dry_run(compute, _kind(part))
 
 
 def model_of(cfg: DictConfig) -> DictConfig:
@@ -322,7 +325,8 @@ def _get(node: Any, key: str) -> Any:
 def _built(part: Part) -> Any:
     if isinstance(part, nn.Module):
         return part
-    return dry_run(partial(instantiate, part), _kind(part))
+    with norm_errors(part):
+        return dry_run(partial(instantiate, part), _kind(part))
 
 
 def _kind(part: Part) -> str:

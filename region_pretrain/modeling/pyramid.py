@@ -293,3 +293,10 @@ def pyramid_names(backbone: nn.Module) -> list[str]:
     if isinstance(backbone, FPN):
         return names[: len(backbone.in_features)]
     return names[: len(backbone.stages)] if isinstance(backbone, SimpleFeaturePyramid) else names
+
+
+def readable_names(backbone: nn.Module) -> list[str]:
+    """Names of the maps that :func:`pyramid_maps` can read."""
+    if _has_own_forward(backbone):
+        return list(backbone.output_shape())
+    return pyramid_names(backbone)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.poolers import ROIPooler
-from torch import Tensor
+from torch import Tensor, nn
 
 from region_pretrain.data.device import to_device
+from region_pretrain.errors import UserError
+from region_pretrain.modeling.pyramid import readable_names
 
 UNASSIGNED = -1
 
@@ -59,6 +61,48 @@ def pool_regions(
     image = torch.arange(len(boxes)).repeat_interleave(boxes.shape[1])
     levels = levels if isinstance(levels, int) else levels.reshape(-1)
     return pool_boxes(features, boxes.reshape(-1, 4), image, levels, pooler, view_size)
+
+
+def check_levels(
+    backbone: nn.Module,
+    in_features: Sequence[str],
+    pooler: nn.Module,
+    max_scales: Sequence[float],
+) -> None:
+    """Check the maps that a pre-training model pools regions from, and their scales.
+
+    Args:
+        backbone: the detector's.
+        in_features: ``model.in_features``, names of maps.
+        pooler: the detector's, ``model.pooler``.
+        max_scales: ``model.level_scales``, see :func:`assign_levels`. A single map has no bound.
+
+    Raises:
+        UserError: the backbone lacks a map, the pooler or the scales are for another number of
+            maps, or the scales descend.
+    """
+    names, scales, known = list(in_features), list(max_scales), readable_names(backbone)
+    if missing := [name for name in names if name not in known]:
+        raise UserError(
+            f"model.in_features={names}: the backbone has no {', '.join(missing)}, but "
+            f"{', '.join(known)}"
+        )
+    count = len(getattr(pooler, "level_poolers", names))
+    if count != len(names):
+        raise UserError(
+            f"model.in_features={names} must name {count} maps, one for each of model.pooler.scales"
+        )
+    if len(names) == 1:
+        return
+    if len(scales) != len(names):
+        raise UserError(
+            f"model.level_scales={scales} must give one scale for each of model.in_features={names}"
+        )
+    if scales != sorted(scales):
+        raise UserError(
+            f"model.level_scales={scales} must ascend: the first map, the finest, is that of the "
+            "smallest regions"
+        )
 
 
 @torch.compiler.disable  # each batch assigns other boxes to the levels

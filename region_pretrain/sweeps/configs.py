@@ -18,6 +18,7 @@ from region_pretrain.config import check_parts, load_config, override_config, to
 from region_pretrain.data.catalog import check_registered
 from region_pretrain.data.few_label import find_split
 from region_pretrain.data.sources import register_named
+from region_pretrain.engine.build import build_part
 from region_pretrain.engine.labelled_data import check_labelled_data
 from region_pretrain.engine.trainable import frozen_without_weights
 from region_pretrain.engine.transfer import check_fits
@@ -186,7 +187,7 @@ def _build(cfg: DictConfig) -> nn.Module:
     parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.optimizer)]
     if (text := repr(parts)) in _BUILT:  # e.g. of another length
         return _BUILT[text]
-    model = dry_run(lambda: instantiate(cfg.model), "the config's model")
+    model = dry_run(lambda: build_part(cfg.model, "model"), "the config's model")
     if not detection:
         check_contract(model)
     cfg.optimizer.params.model = model

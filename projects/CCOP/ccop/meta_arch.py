@@ -27,7 +27,7 @@ from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, trunk_and_pyramid_features, trunk_of
 from region_pretrain.modeling.queue import KeyQueue
 from region_pretrain.modeling.region_head import add_head
-from region_pretrain.modeling.regions import assign_levels, pool_boxes
+from region_pretrain.modeling.regions import assign_levels, check_levels, pool_boxes
 from region_pretrain.modeling.shuffle import ShufflingBatchNorm
 from region_pretrain.projects.ccop.candidates import (
     Candidates,
@@ -141,11 +141,7 @@ class CCOP(PretrainingModel):
         for name, weight in self.weights.items():
             if weight < 0:
                 raise UserError(f"model.{name}_weight={weight} must be at least 0")
-        if len(level_scales) != len(in_features):
-            raise UserError(
-                f"model.level_scales={list(level_scales)} must have one scale per map of "
-                f"{list(in_features)}"
-            )
+        check_levels(backbone, in_features, pooler, level_scales)
         self.preprocess = Preprocess(pixel_mean, pixel_std, input_format)
         self.shuffling = ShufflingBatchNorm(shuffle, seed, norm_batch_size)
         self.backbone = self.shuffling.prepare(backbone)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from region_pretrain.data.batch import View, ViewBatch
 from region_pretrain.data.device import to_device
-from region_pretrain.errors import UserError
 from region_pretrain.modeling.init import zero_init_residual
 from region_pretrain.modeling.losses import embedding_std, matched_cosine_loss, matches
 from region_pretrain.modeling.meta_arch import PretrainingModel
@@ -25,7 +24,7 @@ from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.preprocess import Preprocess
 from region_pretrain.modeling.pyramid import freeze_unread, pyramid_maps
 from region_pretrain.modeling.region_head import add_head, as_module
-from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, pool_regions
+from region_pretrain.modeling.regions import UNASSIGNED, assign_levels, check_levels, pool_regions
 from region_pretrain.projects.soco.views import pair_groups
 
 
@@ -56,7 +55,7 @@ class SoCo(PretrainingModel):
         pixel_mean, pixel_std, input_format: the detector's.
 
     Raises:
-        UserError: ``level_scales`` and ``in_features`` differ in length.
+        UserError: ``in_features``, ``pooler`` and ``level_scales`` do not fit each other.
     """
 
     detector_modules: tuple[str, ...] = ("backbone", "roi_heads")
@@ -82,11 +81,7 @@ class SoCo(PretrainingModel):
     ) -> None:
         super().__init__()
         head = as_module(head)
-        if len(in_features) > 1 and len(level_scales) != len(in_features):
-            raise UserError(
-                f"model.level_scales={list(level_scales)} must give one scale for each of "
-                f"model.in_features={list(in_features)}"
-            )
+        check_levels(backbone, in_features, pooler, level_scales)
         if zero_init:
             zero_init_residual(backbone)
             zero_init_residual(head)  # res5 of a C4 detector; a box head has no such blocks

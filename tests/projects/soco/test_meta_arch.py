@@ -230,9 +230,25 @@ def test_regions_above_the_last_scale_are_reported(small_soco, make_batch, caplo
     assert "regions above 12 pixels are left out: model.level_scales=[4, 8, 10, 12]" in caplog.text
 
 
-def test_level_scales_that_do_not_fit_are_reported(small_soco):
-    with pytest.raises(UserError, match=r"model.level_scales=\[48, 96\] must give one scale"):
-        small_soco(level_scales=(48, 96))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level_scales": (48, 96)}, r"model.level_scales=\[48, 96\] must give one scale"),
+        ({"level_scales": (64, 60, 32, 16)}, r"model.level_scales=\[64, 60, 32, 16\] must ascend"),
+        (
+            {"in_features": ["p3", "p4", "p5", "p6"]},
+            r"model.in_features=.*: the backbone has no p6, but p2, p3, p4, p5",
+        ),
+        ({"in_features": ["p2", "p3", "p4", "p9"]}, "the backbone has no p9, but p2"),
+        (
+            {"in_features": ["p3", "p4", "p5"], "level_scales": (32, 60, 64)},
+            "model.in_features=.* must name 4 maps, one for each of model.pooler.scales",
+        ),
+    ],
+)
+def test_levels_that_do_not_fit_are_reported(small_soco, arguments, message):
+    with pytest.raises(UserError, match=message):
+        small_soco(**arguments)
 
 
 def test_zero_init_zeroes_the_last_norm_of_each_block(small_soco):
