@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 #: A curve: x and y values of the same length.
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -20,6 +21,7 @@ _COLOURS = colormaps["tab10"].colors
 #: Start of the checksum that chooses a name's colour: with this one, the initialisations of each
 #: figure of the benchmarks have colours of their own, and random weights are grey.
 _START = 444_026
+_TICKS = 10  # of a logarithmic axis at the values themselves
 _LINE_STYLES = "-", "--", ":"  # of the first ten curves, the next ten, ...
 
 
@@ -75,8 +77,8 @@ def plot_curves(
         x_label: label of the x axis.
         y_label: label of the y axis.
         errors: name -> half the length of the error bar at each point; NaN: no bar.
-        log_x: use a logarithmic x axis, with a tick at each x value. Points are drawn slightly
-            beside it, so that they do not cover each other.
+        log_x: use a logarithmic x axis, with a tick at each x value unless there are many. Points
+            are drawn slightly beside it, so that they do not cover each other.
 
     Returns:
         PNG, 960 x 600 pixels.
@@ -103,7 +105,11 @@ def plot_curves(
     if log_x:
         ticks = sorted({value for x, _ in curves.values() for value in x})
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
+        if len(ticks) > _TICKS:
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        else:
+            axes.set_xticks(ticks, [f"{value:,}" for value in ticks])
         axes.minorticks_off()
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)

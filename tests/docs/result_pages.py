@@ -8,6 +8,7 @@ from region_pretrain.sweeps.rows import read_csv
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "docs/results/shapes_long.csv"
 STEPS = ROOT / "docs/results/shapes_steps.csv"
+LENGTHS = ROOT / "docs/results/shapes_four_times.csv"
 CHOSEN = ROOT / "docs/results/shapes_chosen.csv"
 NAMES = {
     "SoCo": "soco", "MCL": "mcl", "CCOP": "ccop", "Point-level region contrast": "point",

@@ -31,17 +31,20 @@ def listed(values, form=".1f"):
 
 def test_tables(tmp_path):
     found = rows("emoji_steps")
-    lines = table(page(), "initialisation", "box AP", "over random weights")[2:]
-    assert [NAMES[label] for label, *_ in lines] == list(found) == list(NAMES.values())
-    for label, *cells in lines:
-        expected = []
-        for key in KEYS:
-            values = found[NAMES[label]][key]
-            assert [seeds[1] for seeds in values] == [0, 1]
-            expected.append(listed(values.values()))
-            pairs = pair(values, found["random"][key]).values()
-            expected.append("–" if label == "random weights" else listed(pairs, "+.1f"))
-        assert cells == expected, label
+    assert list(found) == list(NAMES.values())
+    for caption, key in zip(("box AP", "mask AP"), KEYS, strict=True):
+        lines = table(page(), caption, "seed 2", "over random weights", "seed 3")[2:]
+        assert [NAMES[label] for label, *_ in lines] == list(found)
+        for label, *cells in lines:
+            expected, values = [], found[NAMES[label]][key]
+            pairs = pair(values, found["random"][key])
+            for seed in (2, 3):
+                mine = {s[1]: v for s, v in values.items() if s[0] in (seed, None)}
+                assert list(mine) == [0, 1]
+                expected.append(listed(mine.values()))
+                above = [v for (pretrain, _), v in pairs.items() if pretrain == seed]
+                expected.append(listed(above, "+.1f") or "–")
+            assert cells == expected, label
     short = rows("emoji_long")
     lines = table(page(), "300 steps", "box AP")[2:]
     assert [NAMES[label] for label, *_ in lines] == list(short)
@@ -59,32 +62,51 @@ def test_reading():
     pairs = {
         init: pair(values["bbox/AP"], found["random"]["bbox/AP"]).values()
         for init, values in found.items()
+        if init != "random"
     }
+    assert {len(values) for values in pairs.values()} == {4}
     mean = {init: statistics.fmean(values) for init, values in pairs.items()}
-    above = "mcl", "mcl_twice", "point", "byol_twice", "ccop"
-    assert all(min(pairs[init]) > 0 for init in above)
-    shown = (
-        "MCL is {:.1f} box AP above random weights on average with its own learning rate and "
-        "{:.1f} with twice that, point-level region contrast {:.1f}, BYOL with twice its learning "
-        "rate {:.1f} and CCOP {:.1f}, each in both pairs."
-    )
-    assert shown.format(*(mean[init] for init in above)) in text
-    assert min(pairs["byol"]) < 0 < max(pairs["byol"])
-    assert max(*pairs["moco"], *pairs["soco"]) < 0
-    assert f"by {-mean['moco']:.1f} and {-mean['soco']:.1f} on average." in text
-    shown = "MCL is {:.1f} box AP above random weights, point-level contrast {:.1f} and BYOL"
-    assert shown.format(mean["mcl_twice"], mean["point"]) in front
-    assert f"{mean['byol_twice']:.1f}, and SoCo {-mean['soco']:.1f} below" in front
-    values = [list(of["bbox/AP"].values()) for of in found.values()]
-    apart = max(max(of) - min(of) for of in values)
+    shown = {
+        "mcl_twice": "MCL with twice its learning rate", "mcl": "MCL",
+        "byol_twice": "BYOL with twice its learning rate", "point": "point-level", "ccop": "CCOP",
+        "byol": "BYOL", "moco": "MoCo v2", "soco": "SoCo",
+    }  # fmt: skip
+    assert sorted(mean, key=mean.get, reverse=True) == list(shown)
+    *most, last = (f"{mean[init]:+.1f} ({label})" for init, label in shown.items())
+    assert f"random weights are {', '.join(most)} and {last} box AP." in text
+    above = {init: sum(value > 0 for value in values) for init, values in pairs.items()}
+    assert above == {
+        "mcl_twice": 4, "mcl": 4, "byol_twice": 4, "ccop": 4, "point": 3, "byol": 2, "moco": 0,
+        "soco": 0,
+    }  # fmt: skip
+    by_run = [
+        [v for seeds, v in of["bbox/AP"].items() if seeds[0] == seed]
+        for of in found.values()
+        for seed in (2, 3)
+    ]
+    apart = max(max(values) - min(values) for values in by_run if values)
     assert f"Fine-tunings of one pre-training differ by up to {apart:.1f} box AP" in text
+    differences = (
+        difference(pair(found[init]["bbox/AP"], found["random"]["bbox/AP"])) for init in pairs
+    )
+    widths = [d.high - d.low for d in differences]
+    assert sum(width > 10 for width in widths) > len(widths) / 2
+    tuned = pair(found["mcl_twice"]["bbox/AP"], found["byol_twice"]["bbox/AP"])
+    assert difference(tuned).low < 0
+    assert f"such as the {difference(tuned).mean:.1f} between MCL and BYOL" in text
+    shown = (
+        "MCL is {:.1f} box AP above random weights, BYOL {:.1f}, point-level contrast {:.1f} and "
+    )
+    four = (mean[init] for init in ("mcl_twice", "byol_twice", "point", "ccop"))
+    assert f"{shown}CCOP {{:.1f}}".format(*four) in front
+    assert f"MoCo v2 is {-mean['moco']:.1f} and SoCo {-mean['soco']:.1f} below" in front
     shapes = {
         init: difference(pair(steps_900(init), steps_900("random"))).mean
         for init in ("mcl_twice", "soco", "ccop")
     }
-    assert max(mean, key=mean.get) == "mcl_twice"
+    assert max(shapes, key=shapes.get) == "mcl_twice"
     assert f"and {shapes['soco']:.1f} above on Shapes with 900 steps" in text
-    assert f"CCOP, which is {shapes['ccop']:.1f} above there" in text
+    assert f"CCOP, which is {shapes['ccop']:.1f} above there and {mean['ccop']:.1f} with" in text
 
 
 def test_reading_of_300_steps():

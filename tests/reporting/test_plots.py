@@ -8,6 +8,7 @@ import pytest
 
 from region_pretrain.errors import UserError
 from region_pretrain.metrics import read_metrics
+from region_pretrain.reporting import plots
 from region_pretrain.reporting.plots import colours, metric_curve, plot_curves, plot_points
 
 
@@ -206,3 +207,22 @@ def test_labels_names_and_missing_data_are_drawn():
     blue = (abs(decode(empty).astype(int) - rgb("a")[0]) < 12).all(-1)
     assert blue.sum() < 300  # only the legend's entry
     assert empty == plot_curves({"a": ((), ())}, "iteration", "loss")
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([3488, 13888, 55552], ["3,488", "13,888", "55,552"]),
+        (np.geomspace(0.76, 73.4, 18), ["1", "2", "5", "10", "20", "50"]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(monkeypatch, places, expected):
+    """One at each value, but not so many that their labels overlap."""
+    monkeypatch.setattr(plots, "_png", lambda figure: figure)
+    figure = plot_curves({"line": (list(places), list(places))}, "x", "y", log_x=True)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    labels = axes.get_xticklabels()
+    shown = [label.get_text() for label in labels if low <= label.get_position()[0] <= high]
+    assert shown == expected
