@@ -182,7 +182,11 @@ def test_every_kth_checkpoint(tmp_path):
         ({"pretrain_overrides": ["optimizer.larning_rate=1"]}, "optimizer.larning_rate"),
         (
             {"finetune_overrides": ["model.backbone.bottom_up.stem.norm=Nrm"]},
-            "mask_rcnn_r18_fpn_shapes.py with .*stem.norm=Nrm does not build",
+            "mask_rcnn_r18_fpn_shapes.py: model.backbone.bottom_up.stem.norm=Nrm: must be BN, ",
+        ),
+        (
+            {"finetune_overrides": ["model.roi_heads.box_pooler.pooler_type=Nope"]},
+            "mask_rcnn_r18_fpn_shapes.py with .*pooler_type=Nope does not build",
         ),
         ({"pretrain": {"x": {"config": SOCO, "regions": "absent.arrow"}}}, "absent.arrow"),
         (
