@@ -116,27 +116,26 @@ def test_a_file_with_two_lengths_is_pointed_out(tmp_path, caplog):
     assert caplog.messages == []
 
 
-def test_a_module_that_is_not_found_is_probably_not_on_the_path(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("from my_package.models import model\n")
-    with pytest.raises(UserError) as error:
-        load_config(str(path))
-    assert str(error.value) == (
-        f"{path} cannot be loaded: ModuleNotFoundError: No module named 'my_package'; is its "
-        "folder on PYTHONPATH?"
-    )
-
-
-def test_a_syntax_error_is_shown_with_its_line(tmp_path):
+@pytest.mark.parametrize(
+    ("imported", "reason"),
+    [
+        (
+            "my_package.models",
+            "ModuleNotFoundError: No module named 'my_package'; is its folder on PYTHONPATH?",
+        ),
+        (
+            ".base",
+            "SyntaxError: Config file {}/base.py has syntax error! Line 2: invalid syntax",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_says_why(tmp_path, imported, reason):
     (tmp_path / "base.py").write_text("model = dict(\n    width=3,,\n)\n")
     path = tmp_path / "mine.py"
-    path.write_text("from .base import model\n")
+    path.write_text(f"from {imported} import model\n")
     with pytest.raises(UserError) as error:
         load_config(str(path))
-    assert str(error.value) == (
-        f"{path} cannot be loaded: SyntaxError: Config file {tmp_path}/base.py has syntax error! "
-        "Line 2: invalid syntax"
-    )
+    assert str(error.value) == f"{path} cannot be loaded: {reason.format(tmp_path)}"
 
 
 def test_missing_keys_take_their_defaults():

@@ -11,10 +11,10 @@ PACKAGE = Path(region_pretrain.__file__).parent
 
 #: Rooms and single files, in order. All of them may import ``region_pretrain`` itself.
 ORDER = (
-    "contract errors warnings shipped system files json_files lease progress metrics tracking "
-    "dataset_names registration overrides lazy yacs config zoo images regions data modeling "
-    "convert solver engine evaluation reporting api jobs sweeps benchmark projects commands "
-    "__main__"
+    "contract errors warnings shipped system random_state files json_files lease progress metrics "
+    "tracking dataset_names registration overrides lazy yacs config zoo images regions data "
+    "modeling convert solver engine evaluation reporting api jobs sweeps benchmark projects "
+    "commands __main__"
 ).split()
 
 FILES = sorted(PACKAGE.rglob("*.py"))

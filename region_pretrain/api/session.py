@@ -14,9 +14,9 @@ from detectron2.engine import HookBase
 from region_pretrain.data.sources import forget_labels
 from region_pretrain.engine.kernels import backends_kept
 from region_pretrain.engine.output_dir import logging_kept
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import Stopped, UserError
+from region_pretrain.random_state import random_state_kept
 from region_pretrain.registration import catalogues_kept
 from region_pretrain.warnings import library_warnings_ignored
 

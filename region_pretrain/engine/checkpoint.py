@@ -31,7 +31,6 @@ from region_pretrain.engine.extra_state import (
 )
 from region_pretrain.engine.fingerprint import Fingerprint
 from region_pretrain.engine.processes import on_main_process
-from region_pretrain.engine.random_state import get_random_state, set_random_state
 from region_pretrain.errors import UserError, describe, first_few
 from region_pretrain.files import (
     is_disk_full,
@@ -41,6 +40,7 @@ from region_pretrain.files import (
     write_text_atomic,
 )
 from region_pretrain.modeling.meta_arch import PretrainingModel
+from region_pretrain.random_state import get_random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from region_pretrain.data.other_labels import check_other_labels
 from region_pretrain.data.workers import init_worker, prefetched_bytes, share
 from region_pretrain.engine.build import TrainingData, build_part
 from region_pretrain.engine.processes import on_main_process
-from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, SamePixels, UnreadableImage, tolerated_files
+from region_pretrain.random_state import random_state_of
 
 logger = logging.getLogger(__name__)
 

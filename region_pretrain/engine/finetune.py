@@ -45,7 +45,6 @@ from region_pretrain.engine.labelled_data import (
 )
 from region_pretrain.engine.output_dir import start_logging
 from region_pretrain.engine.processes import fail_together, on_main_process
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
@@ -54,6 +53,7 @@ from region_pretrain.files import is_local, make_writable, write_text_atomic
 from region_pretrain.metrics import DIVERGED, Results
 from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.modeling.norms import broadcast_statistics
+from region_pretrain.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from torch import nn
 from region_pretrain.engine.checkpoint import FINAL, RunCheckpointer, checkpoint_name
 from region_pretrain.engine.kernels import without_cudnn_benchmark
 from region_pretrain.engine.processes import on_main_process
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.tracker import TrackerWriter
 from region_pretrain.engine.writer_list import build_writers
 from region_pretrain.errors import Stopped, UserError, describe
 from region_pretrain.metrics import Results, newest_iteration
 from region_pretrain.modeling.given import training_modes_kept
+from region_pretrain.random_state import random_state_kept
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from detectron2.utils import comm
 
 from region_pretrain.engine.build import TrainingData
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.errors import UserError
 from region_pretrain.files import free_bytes
+from region_pretrain.random_state import random_state_kept
 from region_pretrain.system import peak_resident_mib
 
 logger = logging.getLogger(__name__)

@@ -62,7 +62,6 @@ from region_pretrain.engine.output_dir import (
 )
 from region_pretrain.engine.preemption import StopRequest
 from region_pretrain.engine.processes import on_main_process
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.trainable import check_trainable, freeze
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
@@ -72,6 +71,7 @@ from region_pretrain.files import is_disk_full
 from region_pretrain.lease import hold
 from region_pretrain.metrics import Results, newest_metrics
 from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
+from region_pretrain.random_state import random_state_kept
 from region_pretrain.solver import check_schedule
 from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import forget_tracked

@@ -11,7 +11,6 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from omegaconf import DictConfig, ListConfig
 
 from region_pretrain.config import read_saved
-from region_pretrain.engine.random_state import random_state_kept
 from region_pretrain.engine.tracker import TrackerWriter
 from region_pretrain.engine.writers import (
     ConsoleWriter,
@@ -22,6 +21,7 @@ from region_pretrain.engine.writers import (
 from region_pretrain.errors import UserError, describe, did_you_mean
 from region_pretrain.metrics import logged_rows, newest_iteration
 from region_pretrain.progress import PROGRESS_FILE
+from region_pretrain.random_state import random_state_kept
 from region_pretrain.tracking.git import git_state
 from region_pretrain.tracking.service import SERVICES, RunInfo, check_package, read_tracked
 

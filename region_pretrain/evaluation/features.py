@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from region_pretrain.convert.facts import facts_of
 from region_pretrain.engine.kernels import without_cudnn_benchmark
-from region_pretrain.engine.random_state import random_state_of
 from region_pretrain.errors import UserError
 from region_pretrain.images import read_record, size_mismatch
 from region_pretrain.modeling.given import training_modes_kept
 from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_of
+from region_pretrain.random_state import random_state_of
 
 #: Levels of a :class:`RegionReader`; those of a cascade's box heads end with the stage's number.
 TRUNK, FPN, TOWER, HEAD = "trunk", "fpn", "tower", "head"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from region_pretrain.errors import UserError, describe
 from region_pretrain.modeling.given import training_modes_kept
 from region_pretrain.modeling.init import on_meta_device
+from region_pretrain.random_state import random_state_kept
 
 T = TypeVar("T")
 
@@ -45,7 +44,7 @@ def dry_run(compute: Callable[[], T], name: str) -> T:
         if nested or "meta" not in str(error).lower():
             raise
     try:
-        with _random_states_kept(), torch.device("cpu"):
+        with random_state_kept(), torch.device("cpu"):
             return compute()
     except UserError:
         raise
@@ -109,14 +108,3 @@ def _hooks_off(module: nn.Module) -> Iterator[None]:
     finally:
         for part, key, hooks in hidden:
             part.__dict__[key] = hooks
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    of_python, of_numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from region_pretrain.engine.random_state import (
+from region_pretrain.random_state import (
     get_random_state,
     random_state_of,
     set_random_state,
