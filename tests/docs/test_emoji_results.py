@@ -13,6 +13,10 @@ NAMES = {
     "BYOL, learning rate x 2": "byol_twice", "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl",
     "MCL, learning rate x 2": "mcl_twice", "point-level region contrast": "point",
 }  # fmt: skip
+CEILINGS = {
+    "full supervision (boxes and masks of all scenes)": "full",
+    "supervised MCL (labels of all scenes)": "supervised",
+}
 KEYS = "bbox/AP", "segm/AP"
 
 
@@ -31,6 +35,7 @@ def listed(values, form=".1f"):
 
 def test_tables(tmp_path):
     found = rows("emoji_steps")
+    ceilings = {init: found.pop(init) for init in CEILINGS.values()}
     assert list(found) == list(NAMES.values())
     for caption, key in zip(("box AP", "mask AP"), KEYS, strict=True):
         lines = table(page(), caption, "seed 2", "over random weights", "seed 3")[2:]
@@ -45,6 +50,15 @@ def test_tables(tmp_path):
                 above = [v for (pretrain, _), v in pairs.items() if pretrain == seed]
                 expected.append(listed(above, "+.1f") or "–")
             assert cells == expected, label
+    lines = table(page(), "900 steps", "box AP", "over random weights")[2:]
+    assert [CEILINGS[label] for label, *_ in lines] == list(ceilings)
+    for label, *cells in lines:
+        expected = []
+        for key in KEYS:
+            values = ceilings[CEILINGS[label]][key]
+            above = pair(values, found["random"][key]).values()
+            expected += [listed(values.values()), listed(above, "+.1f")]
+        assert cells == expected, label
     short = rows("emoji_long")
     lines = table(page(), "300 steps", "box AP")[2:]
     assert [NAMES[label] for label, *_ in lines] == list(short)
@@ -64,6 +78,7 @@ def test_reading():
         for init, values in found.items()
         if init != "random"
     }
+    full, supervised = (statistics.fmean(pairs.pop(name)) for name in CEILINGS.values())
     assert {len(values) for values in pairs.values()} == {4}
     mean = {init: statistics.fmean(values) for init, values in pairs.items()}
     shown = {
@@ -74,6 +89,12 @@ def test_reading():
     assert sorted(mean, key=mean.get, reverse=True) == list(shown)
     *most, last = (f"{mean[init]:+.1f} ({label})" for init, label in shown.items())
     assert f"random weights are {', '.join(most)} and {last} box AP." in text
+    shown = (
+        f"half of what supervised MCL brings with the labels ({supervised:+.1f}), and a sixth of "
+    )
+    assert f"{shown}full supervision ({full:+.1f})." in text
+    best = mean["mcl_twice"]
+    assert round(supervised / best) == 2 and round(full / best) == 6
     above = {init: sum(value > 0 for value in values) for init, values in pairs.items()}
     assert above == {
         "mcl_twice": 4, "mcl": 4, "byol_twice": 4, "ccop": 4, "point": 3, "byol": 2, "moco": 0,
