@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,16 +42,15 @@ class Difference:
 
 
 def _partners(
-    values: Mapping[Seeds, float | None], reference: Mapping[Seeds, float | None]
-) -> dict[tuple[int | None, int], tuple[Seeds, Seeds]]:
-    found: dict[tuple[int | None, int], tuple[Seeds, Seeds]] = {}
+    values: Mapping[Seeds, Any], reference: Mapping[Seeds, Any]
+) -> dict[tuple[int | None, int], list[tuple[Seeds, Seeds]]]:
+    """Pre-training and fine-tuning seed -> runs of the same machine, or else of any two."""
+    found: dict[tuple[int | None, int], list[tuple[Seeds, Seeds]]] = defaultdict(list)
     for seeds, others in itertools.product(values, reference):
-        (pretrain, finetune, *machine), (other, same, *where) = seeds, others
+        (pretrain, finetune, *_), (other, same, *_) = seeds, others
         if finetune == same and (pretrain == other or None in (pretrain, other)):
-            key = other if pretrain is None else pretrain, finetune
-            if key not in found or (machine == where and found[key][0][2:] != found[key][1][2:]):
-                found[key] = seeds, others
-    return found
+            found[other if pretrain is None else pretrain, finetune].append((seeds, others))
+    return {key: [(a, b) for a, b in runs if a[2:] == b[2:]] or runs for key, runs in found.items()}
 
 
 def pair(
@@ -58,23 +59,25 @@ def pair(
     """Differences of the runs with equal fine-tuning seeds.
 
     Pre-training seeds must be equal as well, but a run without pre-training is paired with the runs
-    of every pre-training seed. If a run has partners on several machines, it is paired with that on
-    its own: with the same seeds, rounding alone makes fine-tunings on two processors differ.
+    of every pre-training seed. With the same seeds, rounding alone makes runs on two processors
+    differ: if runs of equal seeds share a machine, only these are compared. If they were repeated
+    on several machines, their difference is the mean over these.
 
     Returns:
         Seeds -> value - reference; None if one of them is undefined.
     """
     pairs: dict[tuple[int | None, int], float | None] = {}
-    for key, (seeds, others) in _partners(values, reference).items():
-        a, b = values[seeds], reference[others]
-        pairs[key] = None if None in (a, b) else a - b
+    for key, runs in _partners(values, reference).items():
+        both = [(values[seeds], reference[others]) for seeds, others in runs]
+        undefined = any(None in two for two in both)
+        pairs[key] = None if undefined else statistics.fmean(a - b for a, b in both)
     return pairs
 
 
 def pairs_of_two_machines(values: Mapping[Seeds, Any], reference: Mapping[Seeds, Any]) -> int:
     """How many of the pairs of :func:`pair` are known to compare runs of different machines."""
     partners = _partners(values, reference).values()
-    return sum(len(a) == len(b) == 3 and a[2] != b[2] for a, b in partners)
+    return sum(len(a) == len(b) == 3 and a[2] != b[2] for (a, b), *_ in partners)
 
 
 def difference(pairs: Mapping[Seeds, float | None]) -> Difference | None:

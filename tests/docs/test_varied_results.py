@@ -216,7 +216,7 @@ def test_settings():
         best[label] = 2 if rises[0] > 1 else 1
         assert len(rises) == best[label] and rises[-1] <= 1
     lines = table(page, "trial with 900 steps", "box AP / mask AP")[2:]
-    others = ["soco_half", "soco_crops", "point_warm", "point_boxes"]
+    others = ["moco_half", "byol_half", "soco_half", "soco_crops", "point_warm", "point_boxes"]
     assert [longer[name].label.replace("shapes-v1", "`shapes-v1`") for name in others] == [
         label for label, *_ in lines
     ]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from region_pretrain.sweeps.intervals import Difference, difference, pair
+from region_pretrain.sweeps.intervals import Difference, difference, pair, pairs_of_two_machines
 
 
 def grid(table):
@@ -21,6 +21,18 @@ def test_pairs_have_equal_seeds():
     assert pair(soco, moco) == {(5, 0): 10.0, (6, 3): 15.0}
     file = {(None, 1): 5.0, (None, 0): 5.0}
     assert pair(file, random) == {(None, 1): 3.0, (None, 0): 4.0}
+
+
+def test_pairs_share_a_machine_where_they_can():
+    random = {(None, 0, "x"): 1.0, (None, 0, "y"): 4.0, (None, 1, "y"): 2.0}
+    soco = {(5, 0, "x"): 11.0, (5, 0, "y"): 16.0, (5, 1, "x"): 13.0, (6, 0, "z"): 9.0}
+    # Both machines: the mean of 10 and 12. No common one: 13 - 2, and the mean of 9 - 1 and 9 - 4.
+    assert pair(soco, random) == {(5, 0): 11.0, (5, 1): 11.0, (6, 0): 6.5}
+    assert pair(random, soco) == {(5, 0): -11.0, (5, 1): -11.0, (6, 0): -6.5}
+    assert pairs_of_two_machines(soco, random) == pairs_of_two_machines(random, soco) == 2
+    assert pair({**soco, (5, 0, "y"): None}, random)[5, 0] is None
+    unknown = {seeds[:2]: value for seeds, value in soco.items()}
+    assert pairs_of_two_machines(unknown, random) == 0
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
