@@ -51,7 +51,7 @@ from region_pretrain.yacs import refuse_weights, split_overrides
 logger = logging.getLogger(__name__)
 
 #: Beginnings of the overrides that change the detector itself.
-_OF_DETECTOR = ("model.backbone.", "model.pixel_")
+_OF_DETECTOR = ("model.backbone.", "model.pixel_", "model.input_format=")
 _REGIONS = "dataloader.train.dataset.regions"
 
 #: Weights: a run, or what ``train.init_checkpoint`` accepts; also a run's folder.

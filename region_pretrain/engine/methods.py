@@ -19,7 +19,7 @@ from region_pretrain.config import complete_train, get_config, load_file, overri
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError, describe
-from region_pretrain.modeling.detector import Detector, model_of
+from region_pretrain.modeling.detector import Detector, model_of, refuse_input_format
 from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
@@ -166,6 +166,8 @@ def load_detector(
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
         entries = list(OmegaConf.select(cfg, "train.register") or [])
         execute(entries)
+        if "backbone" in cfg:
+            refuse_input_format(cfg)
         model = cfg if "backbone" in cfg else model_of(cfg)
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target
