@@ -9,6 +9,8 @@ from torch import Tensor
 
 from region_pretrain.errors import UserError
 
+BOX, MASK, RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
+FC_DIM = 1024  # of a box head whose fully connected layers are not in the file
 _DEPTHS = {
     (2, 2, 2, 2): (18, False),
     (3, 4, 6, 3): (50, True),
@@ -83,3 +85,15 @@ class ResNetLayout:
         if depth == 50 and not self.bottleneck:
             return 34
         return depth if bottleneck == self.bottleneck else None
+
+
+def box_layers(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Output widths of a box head's convolutions and fully connected layers."""
+    convs, fcs = (
+        [rows(tensors, f"{BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
+        for kind, pattern in (
+            ("conv", rf"{re.escape(BOX)}\.conv(\d+)\.weight"),
+            ("fc", rf"{re.escape(BOX)}\.fc(\d+)\.weight"),
+        )
+    )
+    return convs, fcs
