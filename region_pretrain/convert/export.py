@@ -216,7 +216,7 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             done.add(common)
     others = [weights.names[common] for common in kept if common not in done]
     exported = {common: kept[common] for common in done}
-    lines = targets.lines_for(to, exported, weights.facts, sorted(state))
+    lines = targets.lines_for(to, exported, weights.facts, sorted(state), tensors)
     lines += [f"# left out: {reason}" for reason in dict.fromkeys(left.values())]
     lines += _left_out([*others, *weights.unused], to)
     return _Exported(weights, state, lines)

@@ -237,11 +237,12 @@ def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, known: str | Non
     return _NORMS.get(known or "", "BN")
 
 
-_LINES = {"torchvision": torchvision_lines, "timm": timm_lines, "mmdet": _mmdet}
-
-
 def lines_for(
-    to: str, tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+    to: str,
+    tensors: Mapping[str, Tensor],
+    facts: Facts,
+    state: Sequence[str],
+    whole: Mapping[str, Tensor],
 ) -> list[str]:
     """The lines for torchvision, timm or mmdetection.
 
@@ -250,6 +251,10 @@ def lines_for(
         tensors: common name -> exported tensor.
         facts: what the weights presume.
         state: the target's names that are filled.
+        whole: common name -> tensor of the file, also those that are not exported.
     """
-    lines = _LINES[to](tensors, facts, state)
+    if to == "torchvision":
+        lines = torchvision_lines(tensors, facts, state, whole)
+    else:
+        lines = {"timm": timm_lines, "mmdet": _mmdet}[to](tensors, facts, state)
     return sorted(lines, key=lambda line: not line.startswith(("import ", "from ")))

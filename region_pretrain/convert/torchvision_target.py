@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from region_pretrain.convert.facts import FROZEN, Facts
+from region_pretrain.convert.heads import predicted
 from region_pretrain.convert.layout import (
     BOX,
     FC_DIM,
@@ -22,8 +23,12 @@ from region_pretrain.convert.lines import not_filled, pixel_lines, stride_lines,
 
 
 def torchvision_lines(
-    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+    tensors: Mapping[str, Tensor],
+    facts: Facts,
+    state: Sequence[str],
+    whole: Mapping[str, Tensor],
 ) -> list[str]:
+    """Python that builds the network; see :func:`~region_pretrain.convert.targets.lines_for`."""
     net = ResNetLayout(tensors)
     lines = ["from torch import nn", f"from torchvision.models.resnet import {net.block}, ResNet"]
     lines += [*pixel_lines(facts), *stride_lines(facts, net)]
@@ -44,11 +49,15 @@ def torchvision_lines(
         normalize = [] if unknown_pixels(facts) else ["normalize = Normalize(mean, std)"]
         lines[:0] = ["from torchvision.transforms import Normalize"] if normalize else []
         return [*lines, "model.fc = nn.Identity()  # no classifier in the file", *normalize]
-    return lines + _detector(tensors, facts, state, levels)
+    return lines + _detector(tensors, facts, state, levels, whole)
 
 
 def _detector(
-    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str], levels: list[int]
+    tensors: Mapping[str, Tensor],
+    facts: Facts,
+    state: Sequence[str],
+    levels: list[int],
+    whole: Mapping[str, Tensor],
 ) -> list[str]:
     width = rows(tensors, f"fpn_lateral{levels[0]}.weight")
     inputs = [tensors[f"fpn_lateral{level}.weight"].shape[1] for level in levels]
@@ -71,9 +80,8 @@ def _detector(
         lines[:0] = ["from torchvision.models.detection.anchor_utils import AnchorGenerator"]
         lines[:0] = ["from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead"]
         anchors = rows(tensors, "head.bbox_pred.weight") // 4 or 9
-        classes = rows(tensors, "head.cls_score.weight") // anchors
         lines += [
-            f"num_classes = {classes or 91}  # class 0 is the background, which has no boxes",
+            f"{_num_classes(whole)}, which has no boxes",
             f"model = RetinaNet(backbone, num_classes, head=RetinaNetHead({width}, {anchors}, "
             f"num_classes){pixels})",
         ]
@@ -89,8 +97,6 @@ def _detector(
     mask = _mask(tensors)
     name = "MaskRCNN" if mask else "FasterRCNN"
     module = "mask_rcnn" if mask else "faster_rcnn"
-    classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight")
-    classes = classes or rows(tensors, f"{MASK}.predictor.weight")
     rpn_width = rows(tensors, f"{RPN}.objectness_logits.weight")
     depth = len(numbered(tensors, rf"{re.escape(RPN)}\.conv\.conv(\d+)\.weight")) or 1
     box, features, parts = _box(tensors, width)
@@ -108,7 +114,7 @@ def _detector(
         "from torchvision.models.detection.rpn import RPNHead",
     ]
     lines += [
-        f"num_classes = {classes or 91}  # class 0 is the background",
+        _num_classes(whole),
         f"model = {module}.{name}({', '.join(arguments)}{pixels})",
         "# set the detector's anchor sizes, which are not in the file",
         "# torchvision pools regions without the half-pixel shift of Detectron2's ROIAlignV2",
@@ -116,6 +122,14 @@ def _detector(
     heads = ["rpn.head", *parts, "roi_heads.box_predictor"]
     heads += ["roi_heads.mask_head", "roi_heads.mask_predictor"] if mask else []
     return lines + not_filled(heads, state)
+
+
+def _num_classes(whole: Mapping[str, Tensor]) -> str:
+    if classes := predicted(whole):
+        return f"num_classes = {classes + 1}  # class 0 is the background"
+    return (
+        "num_classes = 91  # of COCO: set your number of classes plus 1; class 0 is the background"
+    )
 
 
 def _box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, int, list[str]]:
