@@ -34,6 +34,11 @@ def is_bottleneck(tensors: Mapping[str, Tensor]) -> bool:
     return "res2.0.conv3.weight" in tensors
 
 
+def is_fcos(tensors: Iterable[str]) -> bool:
+    """Whether a dense head, which has RetinaNet's names, is FCOS's."""
+    return "head.ctrness.weight" in tensors
+
+
 def numbered(tensors: Iterable[str], pattern: str) -> list[int]:
     """The sorted numbers that a pattern's group has in names."""
     return sorted({int(m[1]) for m in (re.fullmatch(pattern, name) for name in tensors) if m})

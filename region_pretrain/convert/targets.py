@@ -19,6 +19,7 @@ from region_pretrain.convert.layout import (
     ResNetLayout,
     box_layers,
     is_bottleneck,
+    is_fcos,
     numbered,
     rows,
     trunk_kind,
@@ -141,9 +142,9 @@ def detectron2_lines(
     comments: list[str] = []  # on the LazyConfig
     lines, res5 = unknown_pixels(facts), any(name.startswith("roi_heads.res5.") for name in state)
     if facts.input_format:
-        lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
-            facts.input_format
-        )
+        if not is_fcos(tensors):  # which does not take it
+            lazy["model.input_format"] = facts.input_format
+        lazy["dataloader.train.mapper.image_format"] = facts.input_format
         yacs["INPUT.FORMAT"] = facts.input_format
     for key in ("pixel_mean", "pixel_std"):
         value = getattr(facts, key)

@@ -16,6 +16,7 @@ from region_pretrain.convert.layout import (
     RPN,
     ResNetLayout,
     box_layers,
+    is_fcos,
     numbered,
     rows,
 )
@@ -77,6 +78,13 @@ def _detector(
         heads += [f"head.regression_head.{part}" for part in ("conv", "bbox_reg")]
         if extra:
             lines[:0] = ["from torchvision.ops.feature_pyramid_network import LastLevelP6P7"]
+        if is_fcos(whole):
+            lines[:0] = ["from torchvision.models.detection.fcos import FCOS"]
+            lines += [
+                f"{_num_classes(whole)}, which has no boxes",
+                f"model = FCOS(backbone, num_classes{pixels})",
+            ]
+            return lines + not_filled([*heads, "head.regression_head.bbox_ctrness"], state)
         lines[:0] = ["from torchvision.models.detection.anchor_utils import AnchorGenerator"]
         lines[:0] = ["from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead"]
         anchors = rows(tensors, "head.bbox_pred.weight") // 4 or 9

@@ -18,7 +18,6 @@ from export_models import (
     save,
 )
 from safetensors import safe_open
-from torch import nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
 from region_pretrain.convert import names
@@ -167,29 +166,6 @@ def test_anchors_in_an_unknown_order_stay_behind(tmp_path):
             "mmdet": "bbox_head.retina_cls, bbox_head.retina_reg",
         }[to]
         assert comments(lines, "not filled") == [f"# not filled: {missing}"]
-
-
-def assert_runs(lines: list[str], state: dict) -> nn.Module:
-    """The printed network takes the exported weights, has nothing else but a head, and runs."""
-    model = built(lines)
-    keys = model.load_state_dict(state, strict=False)
-    assert not keys.unexpected_keys
-    assert all(name.startswith("head.") for name in keys.missing_keys)
-    with torch.no_grad():
-        assert model([torch.rand(3, 64, 64)])[0]["boxes"].shape[1] == 4
-    return model
-
-
-def test_heads_that_stay_behind_tell_the_number_of_classes(tmp_path):
-    ours = from_yacs(RETINA, ["MODEL.RETINANET.NORM", "GN"])
-    exported, lines = export_weights(save(tmp_path / "x.pth", ours), "torchvision")
-    assert comments(lines, "left out: RetinaNet's head: one with norms is not supported")
-    assert "num_classes = 6  # class 0 is the background, which has no boxes" in lines
-    assert_runs(lines, exported)
-    ours = {k: v for k, v in ours.state_dict().items() if not k.startswith("head.")}
-    exported, lines = export_weights(save(tmp_path / "x.pth", ours), "torchvision")
-    assert comments(lines, "not filled: head.") and "91  # of COCO: set your number" in str(lines)
-    assert_runs(lines, exported)
 
 
 def test_class_agnostic_boxes_stay_behind(tmp_path):
