@@ -136,7 +136,7 @@ def pretrain(
             refuse_existing_run(cfg.train.output_dir)
             check_weights(cfg.train.init_checkpoint)
         if not (resume and holds_run(cfg.train.output_dir)):
-            _check_before_search(cfg, detector)
+            check_before_search(cfg, detector)
         find_regions(cfg)
         if is_built:
             stack.enter_context(modes_kept(detector))
@@ -284,8 +284,14 @@ def _own_regions(cfg: DictConfig) -> str:
     return os.path.join(cfg.train.output_dir, f"regions-{digits_of(names)}.arrow")
 
 
-def _check_before_search(cfg: DictConfig, detector: AnyDetector) -> None:
-    """Raise now what would end the run after the search for regions, which may take hours."""
+def check_before_search(cfg: DictConfig, detector: AnyDetector, drawn: int = 0) -> None:
+    """Raise now what would end the run after the search for regions, which may take hours.
+
+    Args:
+        cfg: complete; not changed.
+        detector: see :func:`pretrain`.
+        drawn: only draw as many images, which need no complete batch.
+    """
     dataset = cfg.dataloader.train.dataset
     path = dataset.get("regions")
     if path is None or path != _own_regions(cfg) or os.path.exists(path):
@@ -293,6 +299,10 @@ def _check_before_search(cfg: DictConfig, detector: AnyDetector) -> None:
     to_yaml(cfg)
     check_writers(cfg.train)
     count = len(records_of(dataset.names))
+    if drawn > count:
+        raise UserError(f"count={drawn}: there are {count} images")
+    if drawn:
+        count = max(count, cfg.dataloader.train.total_batch_size)
     if not isinstance(detector, nn.Module):
         check_before_regions(cfg, count)
         return
