@@ -43,7 +43,7 @@ from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 from region_pretrain.modeling.given import detector_in, modes_kept, weights_kept
-from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_names, renew_momentum_copies
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.yacs import refuse_weights, split_overrides
@@ -341,6 +341,7 @@ def _build_around(
         detector.to(device)  # all of it, not only the modules that are trained
         with weights_kept(detector):
             model = build_pretraining_model(cfg, device)
+        check_names(model, dict(detector.named_modules(remove_duplicate=False)))
         renew_momentum_copies(model)
         return model
 
