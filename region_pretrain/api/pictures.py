@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from region_pretrain.api.data import Data, DataSets, records_of
-from region_pretrain.api.pretraining import Composed, compose, find_regions
+from region_pretrain.api.pretraining import Composed, check_before_search, compose, find_regions
 from region_pretrain.api.results import Finetuned, Pretrained
 from region_pretrain.api.session import isolated
 from region_pretrain.data.sources import register_named
@@ -59,6 +59,7 @@ def show_views(
             stack.enter_context(modes_kept(composed.detector))
             stack.enter_context(weights_kept(composed.detector))
         register_named(composed.cfg)
+        check_before_search(composed.cfg, composed.detector, count)
         find_regions(composed.cfg)
         batch = pictures.first_views(composed.cfg, count)
         if own:

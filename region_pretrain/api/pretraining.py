@@ -43,7 +43,7 @@ from region_pretrain.engine.writer_list import check_writers
 from region_pretrain.errors import UserError
 from region_pretrain.files import write_text_atomic
 from region_pretrain.modeling.given import detector_in, modes_kept, weights_kept
-from region_pretrain.modeling.meta_arch import PretrainingModel, renew_momentum_copies
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_names, renew_momentum_copies
 from region_pretrain.regions import RegionStore
 from region_pretrain.regions.generate import make_regions
 from region_pretrain.yacs import refuse_weights, split_overrides
@@ -51,7 +51,7 @@ from region_pretrain.yacs import refuse_weights, split_overrides
 logger = logging.getLogger(__name__)
 
 #: Beginnings of the overrides that change the detector itself.
-_OF_DETECTOR = ("model.backbone.", "model.pixel_")
+_OF_DETECTOR = ("model.backbone.", "model.pixel_", "model.input_format=")
 _REGIONS = "dataloader.train.dataset.regions"
 
 #: Weights: a run, or what ``train.init_checkpoint`` accepts; also a run's folder.
@@ -136,7 +136,7 @@ def pretrain(
             refuse_existing_run(cfg.train.output_dir)
             check_weights(cfg.train.init_checkpoint)
         if not (resume and holds_run(cfg.train.output_dir)):
-            _check_before_search(cfg, detector)
+            check_before_search(cfg, detector)
         find_regions(cfg)
         if is_built:
             stack.enter_context(modes_kept(detector))
@@ -284,8 +284,14 @@ def _own_regions(cfg: DictConfig) -> str:
     return os.path.join(cfg.train.output_dir, f"regions-{digits_of(names)}.arrow")
 
 
-def _check_before_search(cfg: DictConfig, detector: AnyDetector) -> None:
-    """Raise now what would end the run after the search for regions, which may take hours."""
+def check_before_search(cfg: DictConfig, detector: AnyDetector, drawn: int = 0) -> None:
+    """Raise now what would end the run after the search for regions, which may take hours.
+
+    Args:
+        cfg: complete; not changed.
+        detector: see :func:`pretrain`.
+        drawn: only draw as many images, which need no complete batch.
+    """
     dataset = cfg.dataloader.train.dataset
     path = dataset.get("regions")
     if path is None or path != _own_regions(cfg) or os.path.exists(path):
@@ -293,6 +299,10 @@ def _check_before_search(cfg: DictConfig, detector: AnyDetector) -> None:
     to_yaml(cfg)
     check_writers(cfg.train)
     count = len(records_of(dataset.names))
+    if drawn > count:
+        raise UserError(f"count={drawn}: there are {count} images")
+    if drawn:
+        count = max(count, cfg.dataloader.train.total_batch_size)
     if not isinstance(detector, nn.Module):
         check_before_regions(cfg, count)
         return
@@ -331,6 +341,7 @@ def _build_around(
         detector.to(device)  # all of it, not only the modules that are trained
         with weights_kept(detector):
             model = build_pretraining_model(cfg, device)
+        check_names(model, dict(detector.named_modules(remove_duplicate=False)))
         renew_momentum_copies(model)
         return model
 

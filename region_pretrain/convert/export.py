@@ -17,7 +17,7 @@ from torch import Tensor
 from region_pretrain.convert import names, targets
 from region_pretrain.convert.digest import DIGEST, digest_of
 from region_pretrain.convert.heads import background_first, swap_anchor_axes
-from region_pretrain.convert.layout import is_bottleneck, numbered, rows, trunk_kind
+from region_pretrain.convert.layout import is_bottleneck, is_fcos, numbered, rows, trunk_kind
 from region_pretrain.convert.names import common_name, timm_name
 from region_pretrain.convert.reading import checkpoint_of
 from region_pretrain.convert.recognise import Weights, read_weights
@@ -215,11 +215,18 @@ def _to_library(path: str, weights: Weights, to: str) -> _Exported:
             state[name] = kept[common]
             done.add(common)
     others = [weights.names[common] for common in kept if common not in done]
+    filled = {_head_of(weights.names[common]) for common in done}
     exported = {common: kept[common] for common in done}
-    lines = targets.lines_for(to, exported, weights.facts, sorted(state))
+    lines = targets.lines_for(to, exported, weights.facts, sorted(state), tensors)
     lines += [f"# left out: {reason}" for reason in dict.fromkeys(left.values())]
-    lines += _left_out([*others, *weights.unused], to)
+    others = [n if (head := _head_of(n)) in filled else head for n in (*others, *weights.unused)]
+    lines += _left_out(others, to)
     return _Exported(weights, state, lines)
+
+
+def _head_of(name: str) -> str:
+    """``roi_heads.box_head`` of one of its tensors; other names do not change."""
+    return re.sub(r"^(roi_heads\.\w+)\..*", r"\1", name)
 
 
 def _to_timm(weights: Weights, own: Mapping[str, str]) -> _Exported:
@@ -233,6 +240,7 @@ def _to_timm(weights: Weights, own: Mapping[str, str]) -> _Exported:
 
 def _left_out(found: Iterable[str], to: str) -> list[str]:
     found = [name for name in found if not name.endswith("relative_position_index")]  # derived
+    found = list(dict.fromkeys(found))
     if not found:
         return []
     return [f"# left out, not exported to {to}: {first_few(found, _EXAMPLES)}"]
@@ -262,6 +270,9 @@ def _inexpressible(tensors: Mapping[str, Tensor], to: str, kind: str) -> Iterato
     if not any(k.startswith("fpn_lateral") for k in tensors):
         if any(re.fullmatch(_HEADS, k) for k in tensors):
             yield _HEADS, f"the heads: without an FPN, as in C4 detectors, {to} gets the trunk only"
+        return
+    if is_fcos(tensors):
+        yield r"head\..*", f"FCOS's head: it is not exported to {to}"
         return
     if any(re.fullmatch(r"head\.\w+_subnet\.\d*[13579]\..*", k) for k in tensors):
         yield r"head\..*", "RetinaNet's head: one with norms is not supported"

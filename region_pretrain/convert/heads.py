@@ -7,8 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from region_pretrain.convert.layout import rows
+
 #: Bias of a class that RetinaNet must never predict; the weights are 0.
 _NEVER = -10.0
+
+
+def predicted(tensors: Mapping[str, Tensor]) -> int:
+    """The number of classes of a detector's predictors, without the background; 0 if unknown."""
+    if boxes := rows(tensors, "roi_heads.box_predictor.cls_score.weight"):
+        return boxes - 1
+    if dense := rows(tensors, "head.cls_score.weight"):
+        return dense // (_anchors(tensors) or 9)
+    return rows(tensors, "roi_heads.mask_head.predictor.weight")
 
 
 def swap_anchor_axes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from region_pretrain.errors import UserError
 
+BOX, MASK, RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
+FC_DIM = 1024  # of a box head whose fully connected layers are not in the file
 _DEPTHS = {
     (2, 2, 2, 2): (18, False),
     (3, 4, 6, 3): (50, True),
@@ -30,6 +32,11 @@ def trunk_kind(tensors: Mapping[str, Tensor]) -> str | None:
 def is_bottleneck(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a ResNet's blocks have three convolutions."""
     return "res2.0.conv3.weight" in tensors
+
+
+def is_fcos(tensors: Iterable[str]) -> bool:
+    """Whether a dense head, which has RetinaNet's names, is FCOS's."""
+    return "head.ctrness.weight" in tensors
 
 
 def numbered(tensors: Iterable[str], pattern: str) -> list[int]:
@@ -83,3 +90,15 @@ class ResNetLayout:
         if depth == 50 and not self.bottleneck:
             return 34
         return depth if bottleneck == self.bottleneck else None
+
+
+def box_layers(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Output widths of a box head's convolutions and fully connected layers."""
+    convs, fcs = (
+        [rows(tensors, f"{BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
+        for kind, pattern in (
+            ("conv", rf"{re.escape(BOX)}\.conv(\d+)\.weight"),
+            ("fc", rf"{re.escape(BOX)}\.fc(\d+)\.weight"),
+        )
+    )
+    return convs, fcs

@@ -1,8 +1,8 @@
-"""Lines about pixels and strides, which several targets of an export have."""
+"""Lines that several targets of an export have: about pixels, strides, and what stays empty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from region_pretrain.convert.facts import Facts
 from region_pretrain.convert.layout import ResNetLayout
@@ -36,3 +36,9 @@ def stride_lines(facts: Facts, net: ResNetLayout) -> list[str]:
     if net.bottleneck and facts.stride_in_1x1 is None:
         return ["# the stride of the bottlenecks is unknown: assumed in the 3x3 convolution"]
     return []
+
+
+def not_filled(expected: Iterable[str], state: Sequence[str]) -> list[str]:
+    """A comment on the expected modules of which a state dict has nothing."""
+    absent = [p for p in expected if not any(name.startswith(f"{p}.") for name in state)]
+    return [f"# not filled: {', '.join(absent)}"] if absent else []

@@ -7,172 +7,32 @@ config, those for Detectron2 are overrides of a LazyConfig and of a yacs config.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from region_pretrain.convert.facts import FROZEN, Facts
-from region_pretrain.convert.layout import ResNetLayout, is_bottleneck, numbered, rows, trunk_kind
-from region_pretrain.convert.lines import pixel_lines, stride_lines, unknown_pixels, values
+from region_pretrain.convert.layout import (
+    BOX,
+    FC_DIM,
+    MASK,
+    ResNetLayout,
+    box_layers,
+    is_bottleneck,
+    is_fcos,
+    numbered,
+    rows,
+    trunk_kind,
+)
+from region_pretrain.convert.lines import not_filled, stride_lines, unknown_pixels, values
 from region_pretrain.convert.timm_target import timm_lines
+from region_pretrain.convert.torchvision_target import torchvision_lines
 
 _NORMS = {
     "SyncBatchNorm": "SyncBN",
     "NaiveSyncBatchNorm": "SyncBN",
     "FrozenBatchNorm2d": "FrozenBN",
 }
-_FC_DIM = 1024  # of a box head whose fully connected layers are not in the file
-_BOX, _MASK, _RPN = "roi_heads.box_head", "roi_heads.mask_head", "proposal_generator.rpn_head"
-
-
-def _norm_layer(tensors: Mapping[str, Tensor], layer: str) -> str:
-    """The ``norm_layer`` argument of torchvision for a layer's norm, with a leading comma."""
-    if f"{layer}.norm.weight" not in tensors:
-        return ""
-    if f"{layer}.norm.running_mean" in tensors:
-        return ", norm_layer=nn.BatchNorm2d"
-    return ", norm_layer=lambda channels: nn.GroupNorm(32, channels)"
-
-
-def _not_filled(expected: Iterable[str], state: Sequence[str]) -> list[str]:
-    absent = [p for p in expected if not any(name.startswith(f"{p}.") for name in state)]
-    return [f"# not filled: {', '.join(absent)}"] if absent else []
-
-
-def _torchvision(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
-    net = ResNetLayout(tensors)
-    lines = ["from torch import nn", f"from torchvision.models.resnet import {net.block}, ResNet"]
-    lines += [*pixel_lines(facts), *stride_lines(facts, net)]
-    if net.planes != [64, 128, 256, 512] or net.stem != 64:
-        lines.append(
-            f"# torchvision's ResNet has no widths {net.planes} and stem {net.stem}: build your own"
-        )
-    options = f", groups={net.groups}, width_per_group={net.group_width}"
-    options = options if (net.groups, net.group_width) != (1, 64) else ""
-    options += "" if net.batch_norm else _norm_layer(tensors, "stem.conv1")
-    if facts.norm == FROZEN:
-        lines.append("from torchvision.ops import FrozenBatchNorm2d")
-        options += ", norm_layer=FrozenBatchNorm2d"
-    levels = numbered(tensors, r"fpn_lateral(\d+)\.weight")
-    trunk = "trunk" if levels else "model"
-    lines += [f"{trunk} = ResNet({net.block}, {net.blocks}{options})"]
-    if not levels:
-        normalize = [] if unknown_pixels(facts) else ["normalize = Normalize(mean, std)"]
-        lines[:0] = ["from torchvision.transforms import Normalize"] if normalize else []
-        return [*lines, "model.fc = nn.Identity()  # no classifier in the file", *normalize]
-    return lines + _torchvision_detector(tensors, facts, state, levels)
-
-
-def _torchvision_detector(
-    tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str], levels: list[int]
-) -> list[str]:
-    width = rows(tensors, f"fpn_lateral{levels[0]}.weight")
-    inputs = [tensors[f"fpn_lateral{level}.weight"].shape[1] for level in levels]
-    returned = {f"layer{level - 1}": str(i) for i, level in enumerate(levels)}
-    retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
-    extra = ""
-    if "top_block.p6.weight" in tensors:
-        extra = f", extra_blocks=LastLevelP6P7({tensors['top_block.p6.weight'].shape[1]}, {width})"
-    lines = [
-        "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
-        f"backbone = BackboneWithFPN(trunk, {returned}, {inputs}, {width}{extra}"
-        f"{_norm_layer(tensors, f'fpn_lateral{levels[0]}')})",
-    ]
-    pixels = "" if unknown_pixels(facts) else ", image_mean=mean, image_std=std"
-    if retina:
-        heads = [f"head.classification_head.{part}" for part in ("conv", "cls_logits")]
-        heads += [f"head.regression_head.{part}" for part in ("conv", "bbox_reg")]
-        if extra:
-            lines[:0] = ["from torchvision.ops.feature_pyramid_network import LastLevelP6P7"]
-        lines[:0] = ["from torchvision.models.detection.anchor_utils import AnchorGenerator"]
-        lines[:0] = ["from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead"]
-        anchors = rows(tensors, "head.bbox_pred.weight") // 4 or 9
-        classes = rows(tensors, "head.cls_score.weight") // anchors
-        lines += [
-            f"num_classes = {classes or 91}  # class 0 is the background, which has no boxes",
-            f"model = RetinaNet(backbone, num_classes, head=RetinaNetHead({width}, {anchors}, "
-            f"num_classes){pixels})",
-        ]
-        depth = len(numbered(tensors, r"head\.cls_subnet\.(\d+)\.weight"))
-        if depth not in (0, 4):  # torchvision's have four convolutions
-            lines[:0] = ["from copy import deepcopy"]
-            layers = f"deepcopy(tower.conv[0]) for _ in range({depth})"
-            lines += [
-                "for tower in model.head.children():",
-                f"    tower.conv = nn.Sequential(*({layers}))",
-            ]
-        return lines + _not_filled(heads, state)
-    mask = _torchvision_mask(tensors)
-    name = "MaskRCNN" if mask else "FasterRCNN"
-    module = "mask_rcnn" if mask else "faster_rcnn"
-    classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight")
-    classes = classes or rows(tensors, f"{_MASK}.predictor.weight")
-    rpn_width = rows(tensors, f"{_RPN}.objectness_logits.weight")
-    depth = len(numbered(tensors, rf"{re.escape(_RPN)}\.conv\.conv(\d+)\.weight")) or 1
-    box, features, parts = _torchvision_box(tensors, width)
-    arguments = ["backbone", f"rpn_head=RPNHead({width}, {rpn_width}, {depth})"]
-    arguments = arguments if rpn_width else arguments[:1]
-    arguments += [
-        f"box_head={box}",
-        f"box_predictor=FastRCNNPredictor({features}, num_classes)",
-        *mask,
-    ]
-    lines[:0] = [
-        f"from torchvision.models.detection import {module}",
-        "from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, "
-        "FastRCNNPredictor, TwoMLPHead",
-        "from torchvision.models.detection.rpn import RPNHead",
-    ]
-    lines += [
-        f"num_classes = {classes or 91}  # class 0 is the background",
-        f"model = {module}.{name}({', '.join(arguments)}{pixels})",
-        "# set the detector's anchor sizes, which are not in the file",
-        "# torchvision pools regions without the half-pixel shift of Detectron2's ROIAlignV2",
-    ]
-    heads = ["rpn.head", *parts, "roi_heads.box_predictor"]
-    heads += ["roi_heads.mask_head", "roi_heads.mask_predictor"] if mask else []
-    return lines + _not_filled(heads, state)
-
-
-def _torchvision_box(tensors: Mapping[str, Tensor], width: int) -> tuple[str, int, list[str]]:
-    """The constructor of the box head, its output width, and the names of its parts."""
-    convs, fcs = _box_layers(tensors)
-    if not convs and not fcs:
-        return f"TwoMLPHead({width} * 7 * 7, {_FC_DIM})", _FC_DIM, ["roi_heads.box_head"]
-    if not convs and len(fcs) == 2:
-        inputs = tensors[f"{_BOX}.fc1.weight"].shape[1]
-        return f"TwoMLPHead({inputs}, {fcs[-1]})", fcs[-1], ["roi_heads.box_head"]
-    norm = _norm_layer(tensors, f"{_BOX}.conv1")
-    fc = f"roi_heads.box_head.{len(convs) + 1}"  # of a Sequential, after the flattening
-    fcs = fcs or [_FC_DIM]
-    return f"FastRCNNConvFCHead(({width}, 7, 7), {convs}, {fcs}{norm})", fcs[-1], [fc]
-
-
-def _box_layers(tensors: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-    """Output widths of a box head's convolutions and fully connected layers."""
-    convs, fcs = (
-        [rows(tensors, f"{_BOX}.{kind}{i}.weight") for i in numbered(tensors, pattern)]
-        for kind, pattern in (
-            ("conv", rf"{re.escape(_BOX)}\.conv(\d+)\.weight"),
-            ("fc", rf"{re.escape(_BOX)}\.fc(\d+)\.weight"),
-        )
-    )
-    return convs, fcs
-
-
-def _torchvision_mask(tensors: Mapping[str, Tensor]) -> list[str]:
-    convs = numbered(tensors, rf"{re.escape(_MASK)}\.mask_fcn(\d+)\.weight")
-    if not convs:
-        return []
-    channels = [rows(tensors, f"{_MASK}.mask_fcn{i}.weight") for i in convs]
-    inputs = tensors[f"{_MASK}.mask_fcn1.weight"].shape[1]
-    norm = _norm_layer(tensors, f"{_MASK}.mask_fcn1")
-    deconv = tensors.get(f"{_MASK}.deconv.weight")
-    inner = channels[-1] if deconv is None else deconv.shape[1]
-    return [
-        f"mask_head=mask_rcnn.MaskRCNNHeads({inputs}, {channels}, 1{norm})",
-        f"mask_predictor=mask_rcnn.MaskRCNNPredictor({channels[-1]}, {inner}, num_classes)",
-    ]
 
 
 def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) -> list[str]:
@@ -214,7 +74,7 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
         f"neck = dict(type='FPN', in_channels={net.widths}, out_channels={width}, "
         f"start_level={levels[0] - 2}{extra}{norm})"
     )
-    convs, fcs = _box_layers(tensors)
+    convs, fcs = box_layers(tensors)
     if convs or fcs:
         classes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
         options = f", conv_out_channels={convs[0]}" if convs else ""
@@ -223,8 +83,8 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
             options += ", reg_class_agnostic=True"
         lines.append(
             f"bbox_head = dict(type='ConvFCBBoxHead', num_shared_convs={len(convs)}, "
-            f"num_shared_fcs={len(fcs) or 1}, fc_out_channels={(fcs or [_FC_DIM])[0]}"
-            f"{options}, in_channels={width}{_mmdet_norm(tensors, f'{_BOX}.conv1')})  # of roi_head"
+            f"num_shared_fcs={len(fcs) or 1}, fc_out_channels={(fcs or [FC_DIM])[0]}"
+            f"{options}, in_channels={width}{_mmdet_norm(tensors, f'{BOX}.conv1')})  # of roi_head"
         )
     lines += _mmdet_mask(tensors, state)
     retina = any(name.startswith(("top_block.", "head.")) for name in tensors)
@@ -244,22 +104,22 @@ def _mmdet(tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]) ->
         heads += ["roi_head.mask_head"]  # not if a trained detector has none
     if retina:
         heads = [f"bbox_head.{part}" for part in ("cls_convs", "retina_cls", "retina_reg")]
-    return lines + _not_filled(heads, state)
+    return lines + not_filled(heads, state)
 
 
 def _mmdet_mask(tensors: Mapping[str, Tensor], state: Sequence[str]) -> list[str]:
-    convs = numbered(tensors, rf"{re.escape(_MASK)}\.mask_fcn(\d+)\.weight")
+    convs = numbered(tensors, rf"{re.escape(MASK)}\.mask_fcn(\d+)\.weight")
     if not convs or not any(name.startswith("roi_head.mask_head.") for name in state):
         return []
-    first = tensors[f"{_MASK}.mask_fcn{convs[0]}.weight"]
+    first = tensors[f"{MASK}.mask_fcn{convs[0]}.weight"]
     options = f"in_channels={first.shape[1]}, conv_out_channels={len(first)}"
-    masks = rows(tensors, f"{_MASK}.predictor.weight")
+    masks = rows(tensors, f"{MASK}.predictor.weight")
     boxes = rows(tensors, "roi_heads.box_predictor.cls_score.weight") - 1
     if masks == 1 < boxes:
         options += f", num_classes={boxes}, class_agnostic=True"
     elif masks:
         options += f", num_classes={masks}"
-    norm = _mmdet_norm(tensors, f"{_MASK}.mask_fcn{convs[0]}")
+    norm = _mmdet_norm(tensors, f"{MASK}.mask_fcn{convs[0]}")
     return [
         f"mask_head = dict(type='FCNMaskHead', num_convs={len(convs)}, {options}{norm})"
         "  # of roi_head"
@@ -282,9 +142,9 @@ def detectron2_lines(
     comments: list[str] = []  # on the LazyConfig
     lines, res5 = unknown_pixels(facts), any(name.startswith("roi_heads.res5.") for name in state)
     if facts.input_format:
-        lazy["model.input_format"] = lazy["dataloader.train.mapper.image_format"] = (
-            facts.input_format
-        )
+        if not is_fcos(tensors):  # which does not take it
+            lazy["model.input_format"] = facts.input_format
+        lazy["dataloader.train.mapper.image_format"] = facts.input_format
         yacs["INPUT.FORMAT"] = facts.input_format
     for key in ("pixel_mean", "pixel_std"):
         value = getattr(facts, key)
@@ -336,10 +196,10 @@ def detectron2_lines(
 def _detectron2_box(
     tensors: Mapping[str, Tensor], facts: Facts, lazy: dict[str, str], yacs: dict[str, str]
 ) -> None:
-    convs, fcs = _box_layers(tensors)
+    convs, fcs = box_layers(tensors)
     if not convs and not fcs:
         return
-    norm = _detectron2_norm(tensors, f"{_BOX}.conv1", facts.box_norm)
+    norm = _detectron2_norm(tensors, f"{BOX}.conv1", facts.box_norm)
     lazy["model.roi_heads.box_head.conv_dims"] = str(convs).replace(" ", "")
     if fcs:
         lazy["model.roi_heads.box_head.fc_dims"] = str(fcs).replace(" ", "")
@@ -358,13 +218,13 @@ def _lazy_inputs(
     tensors: Mapping[str, Tensor], width: str, lazy: dict[str, str], comments: list[str]
 ) -> None:
     """The heads' input channels, which do not follow the backbone's in the zoo's LazyConfigs."""
-    if f"{_BOX}.conv1.weight" not in tensors and f"{_BOX}.fc1.weight" not in tensors:
+    if f"{BOX}.conv1.weight" not in tensors and f"{BOX}.fc1.weight" not in tensors:
         comments.append(f"# and give the heads {width} input channels")
         return
     masks = "model.roi_heads.mask_head.input_shape.channels"
     lazy["model.proposal_generator.head.in_channels"] = width
     lazy["model.roi_heads.box_head.input_shape.channels"] = width
-    if any(name.startswith(f"{_MASK}.") for name in tensors):
+    if any(name.startswith(f"{MASK}.") for name in tensors):
         lazy[masks] = width
     else:
         comments.append(f"# and {masks}={width} if it has masks")
@@ -378,11 +238,12 @@ def _detectron2_norm(tensors: Mapping[str, Tensor], layer: str, known: str | Non
     return _NORMS.get(known or "", "BN")
 
 
-_LINES = {"torchvision": _torchvision, "timm": timm_lines, "mmdet": _mmdet}
-
-
 def lines_for(
-    to: str, tensors: Mapping[str, Tensor], facts: Facts, state: Sequence[str]
+    to: str,
+    tensors: Mapping[str, Tensor],
+    facts: Facts,
+    state: Sequence[str],
+    whole: Mapping[str, Tensor],
 ) -> list[str]:
     """The lines for torchvision, timm or mmdetection.
 
@@ -391,6 +252,10 @@ def lines_for(
         tensors: common name -> exported tensor.
         facts: what the weights presume.
         state: the target's names that are filled.
+        whole: common name -> tensor of the file, also those that are not exported.
     """
-    lines = _LINES[to](tensors, facts, state)
+    if to == "torchvision":
+        lines = torchvision_lines(tensors, facts, state, whole)
+    else:
+        lines = {"timm": timm_lines, "mmdet": _mmdet}[to](tensors, facts, state)
     return sorted(lines, key=lambda line: not line.startswith(("import ", "from ")))

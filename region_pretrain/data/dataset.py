@@ -15,7 +15,7 @@ from region_pretrain.data.catalog import get_records, label_by_folder
 from region_pretrain.data.contents import Contents
 from region_pretrain.data.folder import FOLDER_PREFIX
 from region_pretrain.data.geometry import decode_reduction, render
-from region_pretrain.data.views import ViewSample, ViewSampler, check_same_layout
+from region_pretrain.data.views import ViewSample, ViewSampler, check_same_layout, checked_views
 from region_pretrain.errors import UserError
 from region_pretrain.images import EncodedImage, UnreadableImage, readings_of
 from region_pretrain.regions import RegionStore
@@ -294,7 +294,7 @@ class PretrainDataset:
         # From 1, because the generator of (seed, epoch, 0) is the one of the epoch's order.
         rngs = [np.random.default_rng([seed, epoch, 1 + index]) for index in indices]
         views = [
-            self.views(*file.size, file.boxes, rng)
+            checked_views(self.views, "__call__", self.views(*file.size, file.boxes, rng))
             for (file, _), rng in zip(files, rngs, strict=True)
         ]
         photometry = [
@@ -332,6 +332,7 @@ class PretrainDataset:
                 self._replace(error)
             (drawn,) = self.draw(seed, epoch, [index], drawn.offset + 1)
         views = self.views.complete(drawn.views, image, drawn.file.size, drawn.rng)
+        checked_views(self.views, "complete", views)
         return Sample(image, drawn.reduce, views, drawn.photometry, drawn.file.label)
 
     def sample(self, seed: int, epoch: int, index: int) -> Sample:

@@ -88,6 +88,24 @@ class ViewSampler(Contract, ABC):
         return None
 
 
+def checked_views(sampler: ViewSampler, hook: str, views: object) -> list[ViewSample]:
+    """What a hook of a view sampler returns.
+
+    Raises:
+        UserError: it is not a list of views.
+    """
+    found = f"a {type(views).__name__}"
+    if isinstance(views, list | tuple):
+        others = [type(view).__name__ for view in views if not isinstance(view, ViewSample)]
+        if views and not others:
+            return views
+        found = f"{found} with a {others[0]}" if others else "an empty list"
+    raise UserError(
+        f"{type(sampler).__qualname__}.{hook} of the view sampler returns {found}: return a list "
+        "of ViewSample, one for each view"
+    )
+
+
 def check_same_layout(first: list[ViewSample], views: list[ViewSample]) -> None:
     """Check that two images have the same views, so that they can be in one batch.
 

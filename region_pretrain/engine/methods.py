@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
@@ -19,10 +20,10 @@ from region_pretrain.config import complete_train, get_config, load_file, overri
 from region_pretrain.engine.build import build_part
 from region_pretrain.engine.trainable import check_trainable
 from region_pretrain.errors import UserError, describe
-from region_pretrain.modeling.detector import Detector, model_of
+from region_pretrain.modeling.detector import Detector, model_of, refuse_input_format
 from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.given import as_lazy_detector
-from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract
+from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract, check_names
 from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.overrides import apply_overrides
 from region_pretrain.registration import absolute, execute, path_hint, recording
@@ -101,9 +102,42 @@ def load_method(
     if is_built:
         return cfg
     built = dry_run(lambda: check_contract(build_part(cfg.model, "model")), "the config's model")
+    _check_names(built, around)
     if not cfg.train.init_checkpoint:  # else once its weights are loaded
         check_trainable(cfg, built)
     return cfg
+
+
+def _check_names(model: PretrainingModel, detector: DictConfig) -> None:
+    """:func:`~region_pretrain.modeling.meta_arch.check_names` with those of a lazy detector.
+
+    Most detectors call their modules as their arguments. Only if the names differ, it is built.
+    """
+    values = OmegaConf.to_container(detector, resolve=False)
+    parts = {key: value for key, value in values.items() if isinstance(value, dict)}
+    heads = parts.get("roi_heads", {})
+    stages = {"box_heads": "box_head", "box_predictors": "box_predictor"}  # of a Cascade R-CNN
+    names = {*parts, *(f"roi_heads.{stages.get(key, key)}" for key in heads)}
+    try:
+        check_names(model, names)
+    except UserError:
+        if "_target_" in detector:
+            names = _built_names(detector) or names
+        check_names(model, names)
+
+
+def _built_names(detector: DictConfig) -> set[str]:
+    """The names of a detector's modules; none if it cannot be built yet, e.g. without classes."""
+    node = copy.deepcopy(detector)
+    try:
+        refuse_input_format(node)
+    except UserError:
+        del node.input_format  # of its mapper
+    try:
+        built = dry_run(lambda: instantiate(node), "the detector")
+    except Exception:  # the user's code may raise anything
+        return set()
+    return {name for name, _ in built.named_modules(remove_duplicate=False)}
 
 
 def _register_of(overrides: Sequence[str]) -> list[str]:
@@ -166,6 +200,8 @@ def load_detector(
         cfg = load_file(detector, yacs_overrides) if isinstance(detector, str) else detector
         entries = list(OmegaConf.select(cfg, "train.register") or [])
         execute(entries)
+        if "backbone" in cfg:
+            refuse_input_format(cfg)
         model = cfg if "backbone" in cfg else model_of(cfg)
         target = model.get("_target_")
         target = locate(target) if isinstance(target, str) else target

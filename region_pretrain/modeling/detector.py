@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,6 +15,7 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -291,8 +293,9 @@ def check_input_format(cfg: DictConfig) -> None:
     mapper.
 
     Raises:
-        UserError: one is RGB, the other BGR.
+        UserError: one is RGB, the other BGR; or see :func:`refuse_input_format`.
     """
+    refuse_input_format(cfg.get("model"))
     model = OmegaConf.select(cfg, "model.input_format")
     for split in ("train", "test"):
         mapper = _image_format(cfg, split)
@@ -301,6 +304,27 @@ def check_input_format(cfg: DictConfig) -> None:
                 f"model.input_format={model}, but dataloader.{split}.mapper.image_format={mapper}: "
                 "set both to the channel order of model.pixel_mean and of the initial weights"
             )
+
+
+def refuse_input_format(model: Any) -> None:
+    """Refuse the ``input_format`` of a lazy detector that cannot be built with it.
+
+    Raises:
+        UserError: it is given, and the detector's class does not take it, as Detectron2's FCOS.
+    """
+    if not isinstance(model, DictConfig) or "input_format" not in model:
+        return
+    target = model.get("_target_")
+    target = locate(target) if isinstance(target, str) else target
+    if not isinstance(target, type):
+        return
+    arguments = inspect.signature(target).parameters.values()
+    if not any(a.name == "input_format" or a.kind == a.VAR_KEYWORD for a in arguments):
+        raise UserError(
+            f"model.input_format={model.input_format}: {target.__name__} has no argument of this "
+            "name: leave it out, and set image_format of dataloader.train.mapper and "
+            "dataloader.test.mapper"
+        )
 
 
 def _image_format(cfg: DictConfig, split: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from region_pretrain.contract import Contract
 from region_pretrain.data.batch import ViewBatch
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, did_you_mean
 from region_pretrain.modeling.momentum import MomentumCopy
 
 
@@ -100,6 +100,28 @@ def check_contract(model: Any) -> PretrainingModel:
             f"submodules of the model, which has {', '.join(children)}"
         )
     return model
+
+
+def check_names(model: PretrainingModel, names: Collection[str]) -> None:
+    """Check that the modules that a model shares with its detector have the detector's names.
+
+    Args:
+        model: see :func:`check_contract`.
+        names: of the detector's modules, at least its own and those of its ``roi_heads``.
+
+    Raises:
+        UserError: one has another name, so that the detector would not load its weights.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        top, _, rest = name.partition(".")
+        is_compared = not rest or (top == "roi_heads" and "." not in rest)
+        if not is_compared or top not in model.detector_modules or name in names:
+            continue
+        if module.state_dict():
+            raise UserError(
+                f"{type(model).__name__}.detector_modules: the detector has no module {name!r}, so "
+                f"its weights would not be loaded{did_you_mean(name, names)}"
+            )
 
 
 def check_output(output: Any) -> None:

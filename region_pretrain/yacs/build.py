@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +70,8 @@ def build_detector(cfg: Mapping[str, Any]) -> nn.Module:
     Args:
         cfg: a yacs config as nested dicts.
     """
-    return build_model(as_cfg_node(cfg))
+    with _resnet_errors(cfg):
+        return build_model(as_cfg_node(cfg))
 
 
 def build_resnet(cfg: Mapping[str, Any]) -> ResNet:
@@ -78,7 +81,8 @@ def build_resnet(cfg: Mapping[str, Any]) -> ResNet:
         cfg: a yacs config as nested dicts, of which ``MODEL.RESNETS`` and ``MODEL.BACKBONE``
             are used.
     """
-    return build_resnet_backbone(as_cfg_node(cfg), ShapeSpec(channels=3))
+    with _resnet_errors(cfg):
+        return build_resnet_backbone(as_cfg_node(cfg), ShapeSpec(channels=3))
 
 
 def build_backbone(cfg: Mapping[str, Any]) -> Backbone:
@@ -87,7 +91,25 @@ def build_backbone(cfg: Mapping[str, Any]) -> Backbone:
     Args:
         cfg: a complete yacs config as nested dicts.
     """
-    return build_registered_backbone(as_cfg_node(cfg))
+    with _resnet_errors(cfg):
+        return build_registered_backbone(as_cfg_node(cfg))
+
+
+@contextmanager
+def _resnet_errors(cfg: Mapping[str, Any]) -> Iterator[None]:
+    """Name the values that Detectron2's ResNet-18 and ResNet-34 refuse with an assertion."""
+    try:
+        yield
+    except AssertionError as error:
+        found = re.match(r"Must set MODEL\.RESNETS\.(\w+) = (\d+) for R18/R34", str(error))
+        if not found:
+            raise
+        key, needed = found.groups()
+        values = cfg["MODEL"]["RESNETS"]
+        raise UserError(
+            f"MODEL.RESNETS.{key}={values[key]}: a ResNet with "
+            f"MODEL.RESNETS.DEPTH={values['DEPTH']} needs MODEL.RESNETS.{key}={needed}"
+        ) from error
 
 
 def build_retinanet_head(cfg: Mapping[str, Any]) -> RetinaNetHead:

@@ -1,4 +1,4 @@
-"""What ``pretrain`` refuses before it searches for regions, which may take hours."""
+"""What ``pretrain`` and ``show_views`` refuse before the search for regions, which takes long."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from region_pretrain.api import pretraining
 
 @pytest.fixture
 def pretrain(region_folder, tmp_path, monkeypatch):
-    """``rp.pretrain`` without regions, which fails if it searches for them."""
+    """``rp.pretrain``, or another function, without regions: it fails if it searches for them."""
 
     def search(*args):
         raise AssertionError("searched for regions")
 
     monkeypatch.setattr(pretraining, "make_regions", search)
 
-    def call(overrides=(), **changes):
+    def call(overrides=(), function=rp.pretrain, **changes):
         given = {"detector": narrow_config(), "steps": 4, "batch_size": 4, **changes}
         given |= {"images": region_folder.images, "output_dir": tmp_path / "a"}
-        return rp.pretrain("soco", overrides=[*SMALL, *overrides], **given)
+        return function("soco", overrides=[*SMALL, *overrides], **given)
 
     return call
 
@@ -69,3 +69,23 @@ def test_a_built_detector_is_as_before_when_the_search_begins(pretrain, tmp_path
     for name, value in detector.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(p.requires_grad for p in detector.parameters()) and not detector.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "r5O.pth"}, "cannot read the checkpoint r5O.pth: no such file"),
+        ({"overrides": ["dataloader.train.dataset.views.sizes=[64]"]}, r"views.sizes=\[64\] must"),
+        ({"overrides": ["model.projector.hidden=3"]}, "model.projector.hidden"),
+        ({"count": 13}, "count=13: there are 12 images"),
+    ],
+)
+def test_pictures_are_refused_before_the_search(pretrain, tmp_path, changes, message):
+    with pytest.raises(rp.UserError, match=message):
+        pretrain(function=rp.show_views, **changes)
+    assert not (tmp_path / "a").exists()
+
+
+def test_pictures_need_no_complete_batch(pretrain):
+    with pytest.raises(AssertionError, match="searched for regions"):
+        pretrain(function=rp.show_views, count=12, batch_size=13)

@@ -194,6 +194,41 @@ def test_a_sampler_whose_images_have_different_views_is_told_so(region_folder, w
     assert text in str(error.value)
 
 
+class _Returning(_Crop):
+    """Returns something else than a list of views, from one of its hooks."""
+
+    def __init__(self, hook: str, value: object) -> None:
+        super().__init__(0, 0, 64, 64)
+        self.hook, self.value = hook, value
+
+    def __call__(self, width, height, boxes, rng) -> list[ViewSample]:
+        views = super().__call__(width, height, boxes, rng)
+        return self.value if self.hook == "__call__" else views
+
+    def complete(self, views, image, size, rng) -> list[ViewSample]:
+        return self.value if self.hook == "complete" else views
+
+
+@pytest.mark.parametrize("hook", ["__call__", "complete"])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (None, "a NoneType"),
+        ([np.zeros((32, 32, 3))], "a list with a ndarray"),
+        ([], "an empty list"),
+        (iter(()), "a tuple_iterator"),
+    ],
+)
+def test_a_sampler_that_returns_no_views_is_named(region_folder, hook, value, named):
+    data = PretrainDataset(f"folder://{region_folder.images}", _Returning(hook, value))
+    with pytest.raises(UserError) as error:
+        data.batch(0, 0, [0, 1])
+    assert str(error.value) == (
+        f"_Returning.{hook} of the view sampler returns {named}: return a list of ViewSample, one "
+        "for each view"
+    )
+
+
 @pytest.mark.parametrize(
     "side, reduce, suffix",
     [(64, 1, "jpg"), (127, 1, "jpg"), (128, 2, "jpg"), (300, 4, "jpg"), (520, 8, "jpg")]

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from omegaconf import OmegaConf
 from tiny_run import NoisyMapper
 
-from region_pretrain.config import load_config, to_yaml
+from region_pretrain.config import get_config, load_config, to_yaml
 from region_pretrain.engine.labelled_data import (
     Classes,
     check_labelled_data,
@@ -186,6 +186,16 @@ def test_mappers_read_the_channel_order_of_the_model(data, split):
         )
     cfg.model.input_format = None
     check_labelled_data(cfg, True)
+
+
+def test_a_format_that_the_detector_does_not_take_is_refused(data):
+    cfg = make_config(data(), data(), 3)
+    cfg.model = get_config("detection/fcos_r50_fpn.py").model
+    cfg.model.num_classes = cfg.model.head.num_classes = 3
+    check_labelled_data(cfg, True)
+    cfg.model.input_format = None
+    with pytest.raises(UserError, match="model.input_format=None: FCOS has no argument of this"):
+        check_labelled_data(cfg, True)
 
 
 def test_models_and_data_without_these_keys(data):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from region_pretrain.api.detectors import detection_config
 from region_pretrain.config import get_config
 from region_pretrain.convert.facts import differences, facts_of
+from region_pretrain.engine.methods import load_detector
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.detector import Detector
 from region_pretrain.modeling.given import as_lazy_detector
@@ -133,6 +134,20 @@ def test_fcos_alone_has_the_format_of_its_mean():
         assert detection_config(model).dataloader.train.mapper.image_format == wanted
     cautions = differences(facts_of(instantiate(bgr)), facts_of(instantiate(rgb)))[1]
     assert any("was trained on BGR images, the detector reads RGB" in text for text in cautions)
+
+
+def test_a_format_that_the_detector_does_not_take_is_refused():
+    cfg = get_config("detection/fcos_r50_fpn.py")
+    cfg.model.input_format = "RGB"
+    for detector in (cfg, cfg.model):
+        with pytest.raises(UserError) as error:
+            load_detector(detector)
+        assert str(error.value) == (
+            "the detector: model.input_format=RGB: FCOS has no argument of this name: leave it "
+            "out, and set image_format of dataloader.train.mapper and dataloader.test.mapper"
+        )
+    with pytest.raises(UserError, match="^model.input_format=RGB: FCOS has no argument"):
+        Detector(cfg)
 
 
 def test_parts_may_refer_to_other_parts_of_the_detector():

@@ -25,7 +25,8 @@ from region_pretrain.yacs import (
     split_overrides,
     to_lazy_config,
 )
-from region_pretrain.yacs.detector import lazy_detector
+from region_pretrain.yacs.build import build_backbone, build_detector, build_resnet
+from region_pretrain.yacs.detector import lazy_detector, plain
 
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -354,3 +355,21 @@ def test_fine_tuning_on_two_processes(tmp_path):
     done = run_tool(*command, seconds=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Path(tmp_path, "model_final.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [("RES2_OUT_CHANNELS", 256, 64), ("RES5_DILATION", 2, 1), ("NUM_GROUPS", 2, 1)],
+)
+def test_settings_that_basic_blocks_do_not_have_are_named(key, value, needed):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.RESNETS[key] = value
+    for build in (build_detector, build_resnet, build_backbone):
+        with pytest.raises(UserError) as error, torch.device("meta"):
+            build(plain(cfg))
+        assert str(error.value) == (
+            f"MODEL.RESNETS.{key}={value}: a ResNet with MODEL.RESNETS.DEPTH=18 needs "
+            f"MODEL.RESNETS.{key}={needed}"
+        )
