@@ -143,7 +143,7 @@ def measure_config(args: argparse.Namespace) -> dict[str, Any]:
         if args.synthetic_images is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             size = args.synthetic_size or SIZE
-            measure.use_synthetic_images(cfg, folder, args.synthetic_images, size)
+            measure.use_images(cfg, *make_jpegs(folder, args.synthetic_images, size))
         if args.only != "step":
             rates = measure.loader_rates(cfg, args.seconds)
             results["loader"] = asdict(rates)
