@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from region_pretrain.errors import UserError, describe
+from region_pretrain.files import write_text_atomic
 
 T = TypeVar("T")
 
@@ -41,6 +42,11 @@ def read_json(path: str, kind: type[T], fix: str) -> T:
     except (ValueError, TypeError, RecursionError, UserError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged or of another version ({reason}): {fix}") from None
+
+
+def write_json(path: str, value: Any) -> None:
+    """Replace a JSON file as :func:`~region_pretrain.files.write_atomic` does."""
+    write_text_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
 def build(kind: Any, value: Any, where: str = "its content") -> Any:

@@ -215,15 +215,19 @@ def _check_known(cfg: DictConfig, key: str, mend: str = "") -> tuple[Any, Any]:
     return parent, node
 
 
+def target_of(node: Any) -> Any:
+    """What a node of a config calls when it is instantiated; None for other nodes."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    return locate(target) if isinstance(target, str) else target
+
+
 def _kind_of_argument(lazy: Any, name: str) -> str | None:
     """The type of an argument of a lazy object; empty if it states none, None if not an argument.
 
     A default of None is part of the type.
     """
-    target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
     try:
-        target = locate(target) if isinstance(target, str) else target
-        argument = inspect.signature(target).parameters[name]
+        argument = inspect.signature(target_of(lazy)).parameters[name]
     except Exception:  # an import of the user's code may raise anything
         return None
     kind = argument.annotation

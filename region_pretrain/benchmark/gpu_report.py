@@ -6,7 +6,7 @@ import collections
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -22,10 +22,11 @@ from region_pretrain.benchmark.measure import (
     synthetic_loader,
     use_images,
 )
-from region_pretrain.benchmark.plan import Plan, markdown_table, plan_step
+from region_pretrain.benchmark.plan import Plan, plan_step
 from region_pretrain.benchmark.step import repeated_steps
 from region_pretrain.benchmark.timing import reset_peak_memory
 from region_pretrain.engine.trainer import Trainer
+from region_pretrain.reporting.summary import text_table, union_length
 from region_pretrain.system import cores
 
 _WARM_UP_STEPS = 4
@@ -192,15 +193,6 @@ def profile_kernels(
     return busy / 1e6 / _PROFILED_STEPS, costliest(events, _PROFILED_STEPS)
 
 
-def union_length(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length that intervals cover together."""
-    covered, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
-
-
 def costliest(
     events: Sequence[tuple[str, float, float]], steps: int
 ) -> list[tuple[str, float, float]]:
@@ -243,7 +235,7 @@ def describe_use(uses: Sequence[GpuUse], machine: str) -> str:
         *("config", "images per step", "images/s, loader", "images/s, resident batch"),
         *("waiting for data", "GPU busy", "peak GiB", "planned GiB", "host waits per step"),
     ]
-    parts = ["# GPU report", machine, markdown_table(rows, headers, left=1)]
+    parts = ["# GPU report", machine, text_table(rows, headers, style="github")]
     for use in uses:
         if use.kernels is None:
             continue
@@ -252,7 +244,7 @@ def describe_use(uses: Sequence[GpuUse], machine: str) -> str:
         if use.waits:
             waits = ", ".join(f"{place} ({n})" for place, n in use.waits.items())
             parts.append(f"Waits at {waits}.")
-        parts.append(markdown_table(kernels, ["kernel", "ms per step", "launches"], left=1))
+        parts.append(text_table(kernels, ["kernel", "ms per step", "launches"], style="github"))
     return "\n\n".join(parts) + "\n"
 
 

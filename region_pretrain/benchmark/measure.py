@@ -9,10 +9,8 @@ from dataclasses import replace
 import torch
 from detectron2.config import instantiate
 from omegaconf import DictConfig
-from tabulate import tabulate
 from torch import nn
 
-from region_pretrain.benchmark.images import SIZE, make_jpegs
 from region_pretrain.benchmark.loader import LoaderRates, benchmark_loader
 from region_pretrain.benchmark.step import StepRates, benchmark_step
 from region_pretrain.data.batch import ViewBatch
@@ -27,21 +25,7 @@ from region_pretrain.engine.kernels import use_fast_kernels
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.trunk import compile_trunks
-
-_COLUMNS = ("left", "right", "right")
-
-
-def use_synthetic_images(
-    cfg: DictConfig, folder: str, count: int, size: tuple[int, int] = SIZE
-) -> None:
-    """Replace a config's data set with synthetic images.
-
-    Args:
-        cfg: the config, modified in place.
-        folder: folder for the files.
-        count, size: see :func:`~region_pretrain.benchmark.images.make_jpegs`.
-    """
-    use_images(cfg, *make_jpegs(folder, count, size))
+from region_pretrain.reporting.summary import text_table
 
 
 def use_images(cfg: DictConfig, names: str, store: str) -> None:
@@ -148,7 +132,7 @@ def describe_loader(rates: LoaderRates) -> str:
     parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in rates.parts.items())
     return (
         f"\nLoader on one core; mean file: {width:.0f} x {height:.0f} pixels, {kilobytes:.0f} kB\n"
-        + tabulate(rows, ["", "images/s", "relative"], disable_numparse=True, colalign=_COLUMNS)
+        + text_table(rows, ["", "images/s", "relative"])
         + f"\ntime of the antialiased loader: {parts}"
         + f"\nchange of resident memory: {rates.drift_mib:+.1f} MiB\n"
     )
@@ -166,7 +150,5 @@ def describe_step(rates: StepRates) -> str:
         f"{rates.images / rates.step:.2f} images/s\n"
         f"forward and backward of the networks alone: {1000 * rates.floor:.1f} ms, "
         f"{100 * rates.floor / rates.step:.0f} % of the step\n"
-        f"peak memory: {rates.memory_mib:.0f} MiB\n"
-        + tabulate(rows, ["part", "ms", "%"], disable_numparse=True, colalign=_COLUMNS)
-        + "\n"
+        f"peak memory: {rates.memory_mib:.0f} MiB\n" + text_table(rows, ["part", "ms", "%"]) + "\n"
     )

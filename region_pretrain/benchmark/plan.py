@@ -6,9 +6,10 @@ step keeps on the CPU as well, have values: those of synthetic images.
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -36,6 +36,7 @@ from region_pretrain.data import photometry
 from region_pretrain.errors import UserError
 from region_pretrain.modeling.momentum import MomentumCopy
 from region_pretrain.modeling.norms import SyncBatchNorm
+from region_pretrain.reporting.summary import text_table
 
 _IMAGES = 8  # synthetic files, which are repeated
 _GIB = 2**30
@@ -275,33 +276,21 @@ def describe_plan(name: str, plan: Plan) -> str:
         fitting = plan.fitting(size * _GIB)
         needed = f"{-(-total // fitting):,}" if fitting else "-"
         sizes.append((f"{size}", f"{fitting:,}", needed))
+    table = functools.partial(text_table, style="github")
     return "\n\n".join(
         [
             f"## {name}",
             f"{total:,} images per step on {plan.gpus} GPU{'s' * (plan.gpus > 1)}, "
             f"{plan.precision}.",
-            markdown_table(step, ["per GPU and step", ""], left=1),
-            markdown_table(
-                [(k, f"{v / _GIB:.2f}") for k, v in memory], ["memory at the peak", "GiB"], left=1
-            ),
+            table(step, ["per GPU and step", ""]),
+            table([(k, f"{v / _GIB:.2f}") for k, v in memory], ["memory at the peak", "GiB"]),
             f"All gradients: {plan.gradients / _GIB:.2f} GiB. Maximum saved for the backward "
             f"pass: {plan.saved / _GIB:.2f} GiB. Largest temporary tensor: "
             f"{plan.temporary / _GIB:.2f} GiB.",
-            markdown_table(
+            table(
                 sizes,
                 ["GPU memory (GiB)", "images per GPU that fit", f"GPUs for {total:,} images"],
                 left=0,
             ),
         ]
     )
-
-
-def markdown_table(rows: Sequence[Sequence[str]], headers: Sequence[str], left: int) -> str:
-    """A table in Markdown.
-
-    Args:
-        rows, headers: its cells.
-        left: number of columns that are aligned to the left; the others contain numbers.
-    """
-    align = ["left"] * left + ["right"] * (len(headers) - left)
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)

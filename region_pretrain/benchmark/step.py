@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from region_pretrain.benchmark.timing import interleaved, reset_peak_memory
 from region_pretrain.engine.memory import peak_memory_mib
@@ -186,7 +187,7 @@ def make_floor(
             with autocast(), nullcontext() if call.grad else torch.no_grad():
                 output = call.module(*tensors)
             if call.grad:
-                outputs += [y for y in _tensors(output) if y.requires_grad]
+                outputs += [y for y in tree_leaves(output) if y.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
     return floor
@@ -196,13 +197,6 @@ def _network(name: str) -> str:
     """``backbone`` for ``backbone.fpn_output2``, ``target.head`` for ``target.head.conv1``."""
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] in ("target", "key", "roi_heads") else 1])
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    return [t for value in values for t in _tensors(value)]
 
 
 def _parts(

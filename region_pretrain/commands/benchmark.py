@@ -23,7 +23,6 @@ affects all equally.
 import argparse
 import contextlib
 import gc
-import json
 import os
 import tempfile
 import time
@@ -43,6 +42,7 @@ from region_pretrain.config import check_parts, check_pretraining, load_config, 
 from region_pretrain.engine.environment import machine
 from region_pretrain.errors import UserError, exit_on_user_error
 from region_pretrain.files import make_writable, write_text_atomic
+from region_pretrain.json_files import write_json
 from region_pretrain.system import cores
 
 #: Defines ``report``, whose ``configs`` has one recipe per method.
@@ -143,7 +143,7 @@ def measure_config(args: argparse.Namespace) -> dict[str, Any]:
         if args.synthetic_images is not None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             size = args.synthetic_size or SIZE
-            measure.use_synthetic_images(cfg, folder, args.synthetic_images, size)
+            measure.use_images(cfg, *make_jpegs(folder, args.synthetic_images, size))
         if args.only != "step":
             rates = measure.loader_rates(cfg, args.seconds)
             results["loader"] = asdict(rates)
@@ -191,7 +191,7 @@ def report_gpu(args: argparse.Namespace) -> dict[str, Any]:
             results = {"machine": described, "configs": [asdict(use) for use in uses]}
             text = describe_use(uses, described)
             write_text_atomic(f"{args.gpu_report}/report.md", text)
-            write_text_atomic(f"{args.gpu_report}/report.json", json.dumps(results, indent=2))
+            write_json(f"{args.gpu_report}/report.json", results)
     print(text)
     return results
 
@@ -212,4 +212,4 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         **run(args),
     }
     if args.json:
-        write_text_atomic(args.json, json.dumps(results, indent=2) + "\n")
+        write_json(args.json, results)

@@ -9,8 +9,6 @@ Everything runs on one core.
 
 import argparse
 
-from tabulate import tabulate
-
 from region_pretrain.benchmark.regions import compare_recipes
 from region_pretrain.commands import text_parser
 from region_pretrain.data.catalog import get_records
@@ -18,6 +16,7 @@ from region_pretrain.data.shapes import shapes
 from region_pretrain.errors import exit_on_user_error
 from region_pretrain.regions.recipes import get_recipe
 from region_pretrain.regions.summary import PRECISION_IOU, RECALL_IOUS
+from region_pretrain.reporting.summary import text_table
 
 _SEARCH = "ccop-v1+max_aspect=100+max_boxes=100000+min_size=0+nms_iou=1"  # without any filter
 #: Selective search alone at full size, 250 and 160 pixels, and recipes with their filters.
@@ -79,5 +78,4 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     header = ["recipe", "s/image", "speed-up", "boxes/image"]
     header += [f"recall@{iou:g} (%)" for iou in RECALL_IOUS]
     header += [f"precision@{PRECISION_IOU:g} (%)"]
-    align = ["left", *["right"] * (len(header) - 1)]
-    print(tabulate(rows, header, disable_numparse=True, colalign=align))
+    print(text_table(rows, header))

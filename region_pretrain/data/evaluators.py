@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig
 
+from region_pretrain.overrides import target_of
 from region_pretrain.yacs.build import build_evaluator, evaluator_classes
 
 
@@ -66,8 +66,7 @@ def _visit(node: Any, key: str) -> Iterator[LazyEvaluator]:
         for number, child in enumerate(node):
             yield from _visit(child, f"{key}.{number}")
     elif isinstance(node, DictConfig):
-        target = node.get("_target_")
-        target = locate(target) if isinstance(target, str) else target
+        target = target_of(node)
         if isinstance(target, type) and issubclass(target, DatasetEvaluators):
             yield from _visit(node.get("evaluators"), f"{key}.evaluators")
         elif target is not None:

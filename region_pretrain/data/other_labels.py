@@ -8,11 +8,11 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import RandomFlip
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from region_pretrain.data.evaluators import coco_evaluator_of, evaluators_of
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import target_of
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,8 @@ def _warn_of_sides(name: str, metadata: Any, cfg: DictConfig) -> None:
 
 def _flips(node: Any) -> Iterator[DictConfig]:
     """The lazy random flips in a node, at any depth."""
-    if isinstance(node, DictConfig) and "_target_" in node:
-        target = node._target_
-        if (locate(target) if isinstance(target, str) else target) is RandomFlip:
-            yield node
+    if target_of(node) is RandomFlip:
+        yield node
     if isinstance(node, DictConfig | ListConfig):
         for child in node.values() if isinstance(node, DictConfig) else node:
             yield from _flips(child)

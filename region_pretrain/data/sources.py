@@ -80,21 +80,21 @@ def read_like(source: Source, records: Records) -> Records:
 
 
 def _load_labelled(name: str) -> Records:
-    records, metadata = _labelled(name)
+    records, metadata, _ = _labelled(name)
     MetadataCatalog.get(name).set(**metadata)
     return pickle.loads(records)
 
 
 @functools.cache
-def _labelled(name: str) -> tuple[bytes, dict[str, Any]]:
-    """Records and metadata.
+def _labelled(name: str) -> tuple[bytes, dict[str, Any], list[Finding]]:
+    """Records, metadata, and what was found in the json.
 
     The records are pickled: this needs less memory, and each caller unpickles its own copy.
     """
     source = parse(name)
     load = {"coco": _load_coco, "voc": _load_voc}[source.scheme]
-    records, metadata = load(source)
-    return pickle.dumps(read_like(source, records)), metadata
+    records, *others = load(source)
+    return pickle.dumps(read_like(source, records)), *others
 
 
 def forget_labels() -> None:
@@ -103,22 +103,15 @@ def forget_labels() -> None:
         read.cache_clear()
 
 
-#: What was found in the jsons that were loaded.
-_FINDINGS: dict[tuple[str, str], list[Finding]] = {}
-
-
 def findings_of(name: str) -> list[Finding]:
     """What was found in the json of a ``coco://`` name, which is loaded unless it was before."""
     register(name)
-    _labelled(name)
-    source = parse(name)
-    return _FINDINGS.get((source.path, source.images), [])
+    return _labelled(name)[2]
 
 
-def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
+def _load_coco(source: Source) -> tuple[Records, dict[str, Any], list[Finding]]:
     data = load_coco(source.path, source.images)
-    _FINDINGS[source.path, source.images] = data.findings
-    return data.records, {
+    metadata = {
         "json_file": data.json_file,
         "image_root": source.images,
         "evaluator_type": _EVALUATOR_TYPES["coco"],
@@ -126,9 +119,10 @@ def _load_coco(source: Source) -> tuple[Records, dict[str, Any]]:
         "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(data.category_ids)},
         **data.keypoints,
     }
+    return data.records, metadata, data.findings
 
 
-def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
+def _load_voc(source: Source) -> tuple[Records, dict[str, Any], list[Finding]]:
     root = source.path
     listing = os.path.join(root, "ImageSets", "Main", f"{source.split}.txt")
     if not os.path.isfile(listing):
@@ -142,7 +136,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         raise UserError(
             f"{root} cannot be read as Pascal VOC: {type(error).__name__}: {error}"
         ) from error
-    return records, {
+    metadata = {
         "dirname": root,
         "split": source.split,
         "image_root": os.path.join(root, "JPEGImages"),
@@ -151,6 +145,7 @@ def _load_voc(source: Source) -> tuple[Records, dict[str, Any]]:
         "evaluator_type": _EVALUATOR_TYPES["voc"],
         "thing_classes": classes,
     }
+    return records, metadata, []
 
 
 def _voc_records(root: str, listing: str, classes: list[str]) -> Records:

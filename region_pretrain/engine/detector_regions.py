@@ -107,12 +107,7 @@ def _proposals(model: nn.Module, inputs: Sequence[Mapping[str, Any]]) -> list[In
 
 def _check_trained(report: TransferReport, weights: str, detections: bool) -> None:
     """Refuse weights that leave parts of the detector random whose output is used."""
-    used = {
-        name: count
-        for name, count in report.modules.items()
-        if detections or not name.startswith("roi_heads")
-    }
-    random = [name for name, count in used.items() if count.loaded_tensors < count.tensors]
+    random = [n for n in report.incomplete if detections or not n.startswith("roi_heads")]
     if random:
         raise UserError(
             f"{weights} has no weights for {', '.join(random)}: it is not a trained detector of "

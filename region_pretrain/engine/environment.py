@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 import torchvision
 
 from region_pretrain import __version__
-from region_pretrain.files import write_text_atomic
-from region_pretrain.json_files import read_json
+from region_pretrain.json_files import read_json, write_json
 from region_pretrain.system import cores
 
 #: Name of the file in a run's output folder.
@@ -55,7 +53,7 @@ def write_environment(folder: str, device: str) -> None:
         device: the type of the device that it computes on: ``cuda``, ``mps`` or ``cpu``.
     """
     facts = {"device": device, **machine(), **versions()}
-    write_text_atomic(os.path.join(folder, ENVIRONMENT_FILE), json.dumps(facts, indent=1) + "\n")
+    write_json(os.path.join(folder, ENVIRONMENT_FILE), facts)
 
 
 def read_machine(folder: str) -> str | None:

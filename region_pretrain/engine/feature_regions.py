@@ -172,13 +172,8 @@ def load_trained(config: str, weights: str, device: str | None = None) -> nn.Mod
     """
     cfg = load_model_config(config)
     model = build_model(cfg, resolve_device(device or cfg.train.device)).eval()
-    report = load_pretrained(model, weights)
-    random = [
-        name
-        for name, count in report.modules.items()
-        if name.startswith("backbone") and count.loaded_tensors < count.tensors
-    ]
-    if random:
+    incomplete = load_pretrained(model, weights).incomplete
+    if random := [name for name in incomplete if name.startswith("backbone")]:
         raise UserError(f"{weights} has no weights for {', '.join(random)} of {config}")
     if isinstance(model, PretrainingModel):
         renew_momentum_copies(model)  # a detector's weights have none

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +48,8 @@ from region_pretrain.engine.run import run_training, start_run
 from region_pretrain.engine.trainer import Trainer
 from region_pretrain.engine.transfer import load_pretrained
 from region_pretrain.errors import NonFiniteLoss, UserError
-from region_pretrain.files import is_local, make_writable, write_text_atomic
+from region_pretrain.files import is_local, make_writable
+from region_pretrain.json_files import write_json
 from region_pretrain.metrics import DIVERGED, Results
 from region_pretrain.modeling.given import detector_in, modes_kept
 from region_pretrain.modeling.norms import broadcast_statistics
@@ -298,5 +298,5 @@ def without_nan(results: Results) -> Results:
 
 def _write_results(path: str, results: Results) -> None:
     if results:
-        write_text_atomic(path, json.dumps(without_nan(results), indent=2) + "\n")
+        write_json(path, without_nan(results))
         logger.info("results: %s", os.path.abspath(path) if is_local(path) else path)

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import load_config, num_classes_keys
-from region_pretrain.errors import UserError
+from region_pretrain.errors import UserError, describe
 from region_pretrain.images import UnreadableImage
 from region_pretrain.regions.elsewhere.matching import GIVEN, Given
 from region_pretrain.regions.generate import UNREADABLE
@@ -74,7 +74,7 @@ class ImageBoxes(ABC):
         try:
             return record, self.read(record)
         except UnreadableImage as error:
-            return {**record, UNREADABLE: " ".join(str(error).split())}, None
+            return {**record, UNREADABLE: describe(error)}, None
 
 
 def load_model_config(config: str) -> DictConfig:

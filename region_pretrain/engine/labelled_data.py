@@ -12,7 +12,6 @@ from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.cityscapes_evaluation import CityscapesEvaluator
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from region_pretrain.config import NUM_CLASSES, class_keys, num_classes_keys
@@ -25,7 +24,7 @@ from region_pretrain.data.sources import register_named
 from region_pretrain.engine.transfer import CLASS_LAYERS, TransferReport
 from region_pretrain.errors import UserError, first_few
 from region_pretrain.modeling.detector import check_input_format
-from region_pretrain.overrides import dotted_keys
+from region_pretrain.overrides import dotted_keys, target_of
 from region_pretrain.yacs.build import check_packages
 
 logger = logging.getLogger(__name__)
@@ -237,8 +236,7 @@ def _maps_classes(cfg: DictConfig) -> bool:
 
 def _is_own(lazy: object) -> bool:
     """Whether a part's class is neither Detectron2's nor ours."""
-    target = lazy.get("_target_") if isinstance(lazy, DictConfig) else None
-    target = locate(target) if isinstance(target, str) else target
+    target = target_of(lazy)
     module = getattr(target, "__module__", None) or ""
     return target is not None and not module.startswith(("detectron2.", "region_pretrain."))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -25,7 +24,7 @@ from region_pretrain.modeling.dry_run import dry_run
 from region_pretrain.modeling.given import as_lazy_detector
 from region_pretrain.modeling.meta_arch import PretrainingModel, check_contract, check_names
 from region_pretrain.modeling.norm_keys import norm_errors
-from region_pretrain.overrides import apply_overrides
+from region_pretrain.overrides import apply_overrides, target_of
 from region_pretrain.registration import absolute, execute, path_hint, recording
 from region_pretrain.shipped import ROOT
 from region_pretrain.yacs import (
@@ -121,9 +120,10 @@ def _check_names(model: PretrainingModel, detector: DictConfig) -> None:
     try:
         check_names(model, names)
     except UserError:
-        if "_target_" in detector:
-            names = _built_names(detector) or names
-        check_names(model, names)
+        if "_target_" not in detector:
+            raise
+        if built := _built_names(detector):
+            check_names(model, built)
 
 
 def _built_names(detector: DictConfig) -> set[str]:
@@ -203,8 +203,7 @@ def load_detector(
         if "backbone" in cfg:
             refuse_input_format(cfg)
         model = cfg if "backbone" in cfg else model_of(cfg)
-        target = model.get("_target_")
-        target = locate(target) if isinstance(target, str) else target
+        target = target_of(model)
         if target is build_detector:
             return _lazy(as_cfg_node(model.cfg)), entries
     except UserError as error:

@@ -74,6 +74,11 @@ class TransferReport:
     modules: dict[str, ModuleCount] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
 
+    @property
+    def incomplete(self) -> list[str]:
+        """The modules of which the checkpoint lacks tensors."""
+        return [name for name, n in self.modules.items() if n.loaded_tensors < n.tensors]
+
     def summary(self) -> str:
         """A table with one line per module, and a line for unused tensors of the checkpoint."""
         rows = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -40,7 +39,8 @@ from region_pretrain.evaluation.features import (
 from region_pretrain.evaluation.knn import knn_classify
 from region_pretrain.evaluation.linear import linear_classify
 from region_pretrain.evaluation.scenes import SECOND_VIEW, retrieve, variance_within
-from region_pretrain.files import make_writable, write_text_atomic
+from region_pretrain.files import make_writable
+from region_pretrain.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def do_probe(cfg: DictConfig, k: int = 20, max_images: int | None = 5000) -> dic
         "levels": levels,
     }
     path = os.path.join(cfg.train.output_dir, PROBE_FILE)
-    write_text_atomic(path, json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     logger.info("%s\n%s", path, table(result))
     return result
 

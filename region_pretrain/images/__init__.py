@@ -4,7 +4,6 @@ from region_pretrain.images.encoded import EncodedImage, read_image, read_record
 from region_pretrain.images.mapper import SamePixels
 from region_pretrain.images.opening import FileSystemFailure
 from region_pretrain.images.reading import (
-    MAX_PIXELS,
     Reading,
     UnreadableImage,
     readings_of,
@@ -12,7 +11,6 @@ from region_pretrain.images.reading import (
 )
 
 __all__ = [
-    "MAX_PIXELS",
     "EncodedImage",
     "FileSystemFailure",
     "Reading",

@@ -5,14 +5,12 @@ Nothing here imports PyTorch: it runs in a process beside every training process
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from typing import TypedDict
 
-from region_pretrain.files import write_text_atomic
-from region_pretrain.json_files import read_json
+from region_pretrain.json_files import read_json, write_json
 
 #: A job fails after this many consecutive attempts without a new checkpoint or part.
 MAX_STALLED = 10
@@ -147,6 +145,4 @@ def newest_checkpoint(output_dir: str, parts: str = "") -> str:
 
 def _write(output_dir: str, attempts: Sequence[Attempt]) -> None:
     os.makedirs(output_dir, exist_ok=True)
-    write_text_atomic(
-        os.path.join(output_dir, ATTEMPTS_FILE), json.dumps(attempts, indent=1) + "\n"
-    )
+    write_json(os.path.join(output_dir, ATTEMPTS_FILE), attempts)

@@ -5,7 +5,6 @@ Nothing here imports PyTorch: it runs in a process beside every training process
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -21,11 +20,11 @@ from submitit.core.utils import JobPaths
 from submitit.helpers import Checkpointable
 
 from region_pretrain.errors import STOPPED, UserError
-from region_pretrain.files import write_text_atomic
 from region_pretrain.jobs.attempts import MAX_STALLED, end_attempt, start_attempt
 from region_pretrain.jobs.child import following_parent, start_child
 from region_pretrain.jobs.rendezvous import rank_environment
 from region_pretrain.jobs.slurm import job_state, restart_count
+from region_pretrain.json_files import write_json
 from region_pretrain.system import USR2, process_start
 
 #: submitit limits the number of time-outs; :mod:`region_pretrain.jobs.attempts` counts instead.
@@ -214,7 +213,7 @@ class _Task:
         """Write the task's state where :mod:`region_pretrain.jobs.requeue` reads it."""
         note = {"state": state, "code": code, "output_dir": self.job.output_dir}
         os.makedirs(os.path.dirname(self._note), exist_ok=True)
-        write_text_atomic(self._note, json.dumps(note))
+        write_json(self._note, note)
 
     def _needs_requeue(self) -> bool:
         """False if the job was cancelled, or requeued by whoever signalled it."""

@@ -15,11 +15,11 @@ from detectron2.config import LazyCall as L
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.layers.batch_norm import LayerNorm
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
+from region_pretrain.overrides import target_of
 from region_pretrain.modeling.dry_run import dry_run, example, output_of
 from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.modeling.preprocess import channel_order
@@ -314,8 +314,7 @@ def refuse_input_format(model: Any) -> None:
     """
     if not isinstance(model, DictConfig) or "input_format" not in model:
         return
-    target = model.get("_target_")
-    target = locate(target) if isinstance(target, str) else target
+    target = target_of(model)
     if not isinstance(target, type):
         return
     arguments = inspect.signature(target).parameters.values()

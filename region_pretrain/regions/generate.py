@@ -244,7 +244,7 @@ def _process(recipe: Recipe, record: dict) -> ImageResult:
     try:
         image = record[PIXELS] if PIXELS in record else read_record(record)
     except UnreadableImage as error:
-        return ImageResult(key, error=" ".join(str(error).split()))
+        return ImageResult(key, error=describe(error))
     height, width = image.shape[:2]
     # The image's own generator: its boxes do not depend on its position in the data set.
     rng = np.random.default_rng([recipe.parameters.get("seed", 0), key_hash(key.encode())])

@@ -1,10 +1,11 @@
-"""Several seeds as one number with its spread."""
+"""Several numbers as one, and tables as text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from tabulate import tabulate
 
 
 def mean_std(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -33,3 +34,26 @@ def shown(value: Mapping[str, float | None]) -> str:
         return "–"
     spread = "" if value["std"] is None else f" ± {value['std']:.1f}"
     return f"{value['mean']:.1f}{spread}"
+
+
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+def text_table(
+    rows: Sequence[Sequence[str]], headers: Sequence[str], left: int = 1, style: str = "simple"
+) -> str:
+    """Text as a table.
+
+    Args:
+        rows, headers: its cells.
+        left: number of columns that are aligned left; the others are numbers.
+        style: ``simple``, or ``github`` for Markdown.
+    """
+    align = ["left"] * left + ["right"] * (len(headers) - left)
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align)

@@ -9,7 +9,7 @@ from region_pretrain.config import to_yaml
 from region_pretrain.errors import first_few
 from region_pretrain.jobs.snapshot import packages_of
 from region_pretrain.sweeps.configs import load
-from region_pretrain.sweeps.graph import CONFIG, Plan, Run
+from region_pretrain.sweeps.graph import CONFIG, Plan, Run, config_of
 from region_pretrain.sweeps.state import is_finished, read_record
 from region_pretrain.yacs import split_overrides
 
@@ -20,8 +20,8 @@ def own_packages(plan: Plan) -> set[str]:
     """The top-level packages that the configs and overrides of a sweep's runs name."""
     files, texts = set(), set()
     for task in (task for run in plan.runs.values() for task in run.tasks if CONFIG in task):
-        path, *rest = task[task.index(CONFIG) + 1 :]
-        of_yacs, others = split_overrides([word for word in rest if not word.startswith("@")])
+        path, words = config_of(task)
+        of_yacs, others = split_overrides(words)
         files.add((path, tuple(of_yacs)))
         texts.update(others)
     texts.update(to_yaml(load(path, of_yacs)) for path, of_yacs in files)

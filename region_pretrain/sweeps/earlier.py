@@ -16,7 +16,7 @@ from region_pretrain.dataset_names import is_path_name
 from region_pretrain.engine.output_dir import holds_run
 from region_pretrain.errors import UserError, first_few
 from region_pretrain.sweeps.configs import load
-from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run
+from region_pretrain.sweeps.graph import CHOICE, CONFIG, REGIONS, Plan, Run, config_of
 from region_pretrain.sweeps.state import finished_at, is_finished
 
 #: Keys that do not make a run another one, or whose values are paths that the sweep chooses.
@@ -131,8 +131,7 @@ def _files(run: Run) -> set[str]:
 
 def _config(run: Run) -> tuple[str, list[str]]:
     """The config of a run and its overrides, without the file of a choice."""
-    words = [word for word in run.tasks[0] if not word.startswith("@")]
-    config, *overrides = words[words.index(CONFIG) + 1 :]
+    config, overrides = config_of(run.tasks[0])
     if run.kind == REGIONS:  # the tool has other arguments as well
         overrides = [word for word in overrides if word.lstrip("+").startswith(_OF_REGIONS)]
     return config, overrides

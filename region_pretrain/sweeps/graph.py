@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,3 +60,9 @@ class Plan:
 
     runs: dict[str, Run] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
+
+
+def config_of(task: Sequence[str]) -> tuple[str, list[str]]:
+    """The config of a command line, and what follows without the file of a chosen learning rate."""
+    config, *others = task[task.index(CONFIG) + 1 :]
+    return config, [word for word in others if not word.startswith("@")]

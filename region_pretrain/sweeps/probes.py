@@ -19,10 +19,10 @@ from region_pretrain.config import load_config
 from region_pretrain.errors import UserError
 from region_pretrain.evaluation.probe import PROBE_FILE, do_probe
 from region_pretrain.json_files import read_json
-from region_pretrain.metrics import logged_rows, read_results
+from region_pretrain.metrics import logged_rows
 from region_pretrain.sweeps import state
-from region_pretrain.sweeps.graph import CONFIG, FINETUNE, Run
-from region_pretrain.sweeps.results import step_minutes
+from region_pretrain.sweeps.graph import FINETUNE, Run, config_of
+from region_pretrain.sweeps.results import step_minutes, value_of
 from region_pretrain.sweeps.rows import METRICS
 from region_pretrain.sweeps.state import SweepFile
 
@@ -157,10 +157,7 @@ def _mean(runs: Sequence[Run], metric: str) -> float | None:
     """Mean over the seeds; None if one is missing. A detector that finds nothing has AP 0."""
     if not runs or not all(os.path.exists(run.product) for run in runs):
         return None
-    task, name = metric.split("/")
-    return statistics.fmean(
-        read_results(run.product).get(task, {}).get(name) or 0.0 for run in runs
-    )
+    return statistics.fmean(value_of(run, metric) or 0.0 for run in runs)
 
 
 @contextmanager
@@ -182,9 +179,7 @@ def _probe(run: Run, sweep: str, copies: Mapping[str, str]) -> Mapping[str, Any]
     if os.path.exists(path) and os.path.getmtime(path) >= state.finished_at(run):
         return read_json(path, dict, "delete it to probe again")
     (task,) = run.tasks
-    config, *overrides = task[task.index(CONFIG) + 1 :]
-    # The file with the chosen learning rate does not matter here.
-    overrides = [text for text in overrides if not text.startswith("@")]
+    config, overrides = config_of(task)
     config = copies.get(config, config)
     return do_probe(load_config(config, [*overrides, f"train.output_dir={folder}"]))
 

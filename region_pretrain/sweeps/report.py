@@ -7,14 +7,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
-
 from region_pretrain.engine.environment import machine, versions
 from region_pretrain.files import make_writable, write_atomic, write_text_atomic
 from region_pretrain.jobs import slurm
 from region_pretrain.metrics import logged_rows
 from region_pretrain.reporting import html as report
 from region_pretrain.reporting.plots import metric_curve, plot_curves
+from region_pretrain.reporting.summary import text_table, union_length
 from region_pretrain.sweeps import jobs, state
 from region_pretrain.sweeps.code import finished_by_code
 from region_pretrain.sweeps.figures import figures
@@ -98,12 +97,7 @@ def results_text(folder: str) -> str:
 
 def tables_text(found: Sequence[Table]) -> list[str]:
     """Tables as plain text for a terminal, each with its caption."""
-    parts = []
-    for table in found:
-        align = ["left", *["right"] * (len(table.header) - 1)]
-        text = tabulate(table.rows, table.header, disable_numparse=True, colalign=align)
-        parts.append(f"{textwrap.fill(table.caption, 90)}\n{text}")
-    return parts
+    return [f"{textwrap.fill(t.caption, 90)}\n{text_table(t.rows, t.header)}" for t in found]
 
 
 def _probes(sweep: SweepFile) -> dict[str, Any]:
@@ -135,10 +129,7 @@ def _codes(sweep: SweepFile) -> list[str]:
 def _wall_time(sweep: SweepFile) -> str:
     """How long at least one run was running, so far."""
     attempts = [a for run in sweep.plan.runs.values() for a in state.attempts(run)]
-    seconds, until = 0.0, 0.0
-    for start, end in sorted((a["started"], a["ended"]) for a in attempts if a.get("ended")):
-        seconds += max(0.0, end - max(start, until))
-        until = max(until, end)
+    seconds = union_length((a["started"], a["ended"]) for a in attempts if a.get("ended"))
     return f" At least one run was running for {seconds / 60:.1f} minutes." if seconds else ""
 
 

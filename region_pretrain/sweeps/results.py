@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from region_pretrain.config import load_file
 from region_pretrain.data.few_label import SUBSET_FILE
@@ -140,12 +140,16 @@ def _fill(
         row.curves[key] = mean_curve([curve for curve in curves if curve[0]])
 
 
+def _saved_config(run: Run) -> DictConfig | None:
+    """The config that a run has saved; None if it has not started."""
+    path = os.path.join(run.folder, "config.yaml")
+    return load_file(path) if os.path.isfile(path) else None
+
+
 def tested_on(run: Run) -> str | None:
     """What names the test data of a fine-tuning in its config; None if it has no such key."""
-    path = os.path.join(run.folder, "config.yaml")
-    if not os.path.isfile(path):
-        return None
-    names = OmegaConf.select(load_file(path), "dataloader.test.dataset.names")
+    cfg = _saved_config(run)
+    names = cfg and OmegaConf.select(cfg, "dataloader.test.dataset.names")
     if not OmegaConf.is_config(names):
         return names
     value = OmegaConf.to_container(names, resolve=True)
@@ -166,10 +170,8 @@ def _labelled_images(run: Run, known: dict[str, int | None]) -> int | None:
     if os.path.isfile(path):
         fix = "delete it, and the report counts the images of the config"
         return len(read_json(path, dict[str, Any], fix).get("image_ids", ()))
-    path = os.path.join(run.folder, "config.yaml")
-    if not os.path.isfile(path):
+    if (cfg := _saved_config(run)) is None:
         return None
-    cfg = load_file(path)
     data = cfg.dataloader.train.get("dataset")
     text = json.dumps(OmegaConf.to_container(data, resolve=True), default=str) if data else ""
     if text not in known:
@@ -191,11 +193,11 @@ def _images_seen(sweep: SweepFile, runs: Sequence[Run], checkpoint: str | int) -
     if not runs:
         return 0
     run = next((run for run in runs if state.is_finished(run)), runs[0])
-    at, path = state.progress(run), os.path.join(run.folder, "config.yaml")
-    if at is None or not os.path.isfile(path):
+    at, cfg = state.progress(run), _saved_config(run)
+    if at is None or cfg is None:
         return None
     steps = at.total if checkpoint == FINAL else int(checkpoint)
-    seen = steps * load_file(path).dataloader.train.total_batch_size
+    seen = steps * cfg.dataloader.train.total_batch_size
     parents = [sweep.plan.runs[parent] for parent in run.parents]
     earlier = [parent for parent in parents if parent.kind == PRETRAIN]
     before = _images_seen(sweep, earlier, FINAL)
@@ -204,11 +206,8 @@ def _images_seen(sweep: SweepFile, runs: Sequence[Run], checkpoint: str | int) -
 
 def _configured_learning_rate(runs: Sequence[Run]) -> str | None:
     """``optimizer.lr`` of the first run that has written its config."""
-    for run in runs:
-        path = os.path.join(run.folder, "config.yaml")
-        if os.path.isfile(path):
-            return f"{load_file(path).optimizer.lr:g}"
-    return None
+    cfg = next(filter(None, map(_saved_config, runs)), None)
+    return cfg and f"{cfg.optimizer.lr:g}"
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

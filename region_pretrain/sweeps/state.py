@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -13,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from glob import escape, glob
 
 from region_pretrain.errors import UserError
-from region_pretrain.files import NFS_SECONDS, now_at, write_text_atomic
+from region_pretrain.files import NFS_SECONDS, now_at
 from region_pretrain.jobs.attempts import ATTEMPTS_FILE, Attempt, read_attempts
 from region_pretrain.jobs.cluster import Cluster
-from region_pretrain.json_files import read_json
+from region_pretrain.json_files import read_json, write_json
 from region_pretrain.lease import PREFIX
 from region_pretrain.progress import Progress, read_progress
 from region_pretrain.sweeps.graph import REGIONS, Plan, Run
@@ -98,8 +97,7 @@ class SweepFile:
 
 def write_sweep(folder: str, sweep: SweepFile) -> None:
     """Write ``sweep.json``."""
-    text = json.dumps(asdict(sweep), indent=1) + "\n"
-    write_text_atomic(os.path.join(folder, _SWEEP), text)
+    write_json(os.path.join(folder, _SWEEP), asdict(sweep))
 
 
 def read_sweep(folder: str) -> SweepFile:
@@ -193,8 +191,7 @@ def all_records(folder: str) -> dict[str, Record]:
 def write_record(run: Run, record: Record) -> None:
     """Write a run's record."""
     os.makedirs(run.folder, exist_ok=True)
-    text = json.dumps(asdict(record), indent=1) + "\n"
-    write_text_atomic(os.path.join(run.folder, _RUN), text)
+    write_json(os.path.join(run.folder, _RUN), asdict(record))
 
 
 def is_finished(run: Run) -> bool:

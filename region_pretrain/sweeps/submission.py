@@ -22,7 +22,7 @@ from region_pretrain.sweeps import configs, jobs, local, state
 from region_pretrain.sweeps.code import describe_code, own_packages
 from region_pretrain.sweeps.definition import Sweep
 from region_pretrain.sweeps.earlier import describe_earlier
-from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, TRIAL, Plan, Run
+from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, TRIAL, Plan, Run, config_of
 from region_pretrain.sweeps.plan import make_plan
 from region_pretrain.sweeps.state import Record, SweepFile
 from region_pretrain.system import user_name
@@ -71,9 +71,8 @@ def _check_batches(plan: Plan, cluster: Cluster) -> None:
         own = jobs.cluster_for(run, cluster)
         if run.kind in (PRETRAIN, TRIAL, FINETUNE) and own.nodes * own.tasks > 1:
             (task,) = run.tasks
-            path, *rest = task[task.index(CONFIG) + 1 :]
             try:
-                check_batch(configs.load(path, [a for a in rest if not a.startswith("@")]), own)
+                check_batch(configs.load(*config_of(task)), own)
             except UserError as error:
                 raise UserError(f"{run.name}: {error}") from None
 
@@ -107,7 +106,7 @@ def _start(sweep: SweepFile, folder: str, say: Callable[[str], None]) -> None:
     before = jobs.states_now(sweep, folder)
     # Later edits of the code and of configs do not affect the runs that wait.
     tasks = [task for run in sweep.plan.runs.values() for task in run.tasks]
-    used = [task[task.index(CONFIG) + 1] for task in tasks if CONFIG in task]
+    used = [config_of(task)[0] for task in tasks if CONFIG in task]
     copies = configs.freeze(used, os.path.join(folder, "configs"))
     root = take_snapshot(folder, own_packages(sweep.plan))
     sweep = dataclasses.replace(sweep, root=root, configs=copies)

@@ -23,7 +23,7 @@ from region_pretrain.files import is_local, make_writable, sha256_of
 from region_pretrain.shipped import ROOT
 from region_pretrain.sweeps import state
 from region_pretrain.sweeps.definition import FINAL
-from region_pretrain.sweeps.graph import CONFIG, FINETUNE, PRETRAIN, Run
+from region_pretrain.sweeps.graph import FINETUNE, PRETRAIN, Run, config_of
 from region_pretrain.sweeps.results import collect, pretrainings
 from region_pretrain.sweeps.rows import Row
 from region_pretrain.sweeps.state import SweepFile
@@ -106,8 +106,7 @@ def write_zoo(folder: str, out: str) -> list[str]:
 
 def _config_of(sweep: SweepFile, run: Run) -> str:
     """A run's config, relative to the checkout if it is in there."""
-    task = run.tasks[0]
-    path = Path(task[task.index(CONFIG) + 1])
+    path = Path(config_of(run.tasks[0])[0])
     for root in (sweep.root, ROOT):
         if path.is_relative_to(root):
             return path.relative_to(root).as_posix()

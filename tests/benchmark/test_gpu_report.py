@@ -12,12 +12,12 @@ from region_pretrain.benchmark.gpu_report import (
     costliest,
     describe_use,
     measure_use,
-    union_length,
 )
 from region_pretrain.benchmark.images import make_jpegs
 from region_pretrain.benchmark.plan import Plan, plan_step
 from region_pretrain.commands.benchmark import REPORT
 from region_pretrain.config import load_config, load_file
+from region_pretrain.reporting.summary import union_length
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["dataloader.train.total_batch_size=8", "dataloader.train.num_workers=0"]

@@ -4,11 +4,10 @@ from region_pretrain.data.emoji.dataset import SPLIT_VENDORS, EmojiSpec, emoji
 from region_pretrain.data.emoji.scene import (
     LEVELS,
     Difficulty,
-    Scene,
     get_difficulty,
     render_scene,
 )
-from region_pretrain.data.emoji.vendors import CLASSES, VENDORS, drawings, fetch
+from region_pretrain.data.emoji.vendors import CLASSES, VENDORS
 
 __all__ = [
     "CLASSES",
@@ -17,10 +16,7 @@ __all__ = [
     "VENDORS",
     "Difficulty",
     "EmojiSpec",
-    "Scene",
-    "drawings",
     "emoji",
-    "fetch",
     "get_difficulty",
     "render_scene",
 ]

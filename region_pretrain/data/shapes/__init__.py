@@ -5,7 +5,6 @@ from region_pretrain.data.shapes.scene import (
     CLASSES,
     LEVELS,
     Difficulty,
-    Scene,
     get_difficulty,
     render_scene,
 )
@@ -14,7 +13,6 @@ __all__ = [
     "CLASSES",
     "LEVELS",
     "Difficulty",
-    "Scene",
     "ShapesSpec",
     "get_difficulty",
     "render_scene",

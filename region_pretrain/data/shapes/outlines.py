@@ -16,9 +16,9 @@ Outline = Callable[[np.random.Generator], np.ndarray]
 _ROUND = 40  # vertices per full circle
 
 
-def _arc(start: float, stop: float, radius: float = 1.0, vertices: int = _ROUND) -> np.ndarray:
+def _arc(start: float, stop: float, vertices: int = _ROUND) -> np.ndarray:
     angle = np.linspace(start, stop, vertices)
-    return radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
 def disc(rng: np.random.Generator) -> np.ndarray:

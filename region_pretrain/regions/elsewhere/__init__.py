@@ -1,12 +1,11 @@
 """Regions that another program computed: files of boxes, masks and label maps, and networks."""
 
-from region_pretrain.regions.elsewhere.formats import FORMATS, Boxes, load_boxes
+from region_pretrain.regions.elsewhere.formats import FORMATS, load_boxes
 from region_pretrain.regions.elsewhere.matching import attach, refuse_annotations
 from region_pretrain.regions.elsewhere.recipe import DetectorRecipe, FeaturesRecipe, FileRecipe
 
 __all__ = [
     "FORMATS",
-    "Boxes",
     "DetectorRecipe",
     "FeaturesRecipe",
     "FileRecipe",

@@ -111,15 +111,15 @@ def _report(records: Sequence[dict], boxes: Boxes, found: list[int], matched: in
     if matched < len(records):
         given = set(found)
         without = [r["file_name"] for i, r in enumerate(records) if i not in given]
-        logger.warning("%s has no boxes for %s", boxes.path, _some(without, "images"))
+        logger.warning("%s has no boxes for %s", boxes.path, _some(without))
     if strange:
         logger.warning(
-            "%s also has boxes for %s that the data set lacks", boxes.path, _some(strange, "images")
+            "%s also has boxes for %s that the data set lacks", boxes.path, _some(strange)
         )
 
 
-def _some(names: Sequence[Any], what: str) -> str:
-    return f"{len(names)} {what} (e.g. {', '.join(map(str, names[:3]))})"
+def _some(names: Sequence[Any]) -> str:
+    return f"{len(names)} images (e.g. {', '.join(map(str, names[:3]))})"
 
 
 class _Names:
