@@ -19,13 +19,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from region_pretrain.errors import UserError
-from region_pretrain.overrides import target_of
 from region_pretrain.modeling.dry_run import dry_run, example, output_of
 from region_pretrain.modeling.norm_keys import norm_errors
 from region_pretrain.modeling.preprocess import channel_order
 from region_pretrain.modeling.pyramid import pyramid_names, trunk_name, trunk_of
 from region_pretrain.modeling.region_head import SharedHeads, as_module, towers
 from region_pretrain.modeling.trunk import Trunk
+from region_pretrain.overrides import target_of
 from region_pretrain.yacs import lazy_detector
 
 #: A module, or the lazy config of one.
