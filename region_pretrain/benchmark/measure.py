@@ -29,7 +29,12 @@ from region_pretrain.reporting.summary import text_table
 
 
 def use_images(cfg: DictConfig, names: str, store: str) -> None:
-    """Replace a config's data set and regions with those of :func:`make_jpegs`."""
+    """Replace a config's data set and regions.
+
+    Args:
+        cfg: the config, modified in place.
+        names, store: from :func:`~region_pretrain.benchmark.images.make_jpegs`.
+    """
     dataset = cfg.dataloader.train.dataset
     dataset.names = names
     if dataset.get("regions") is not None:

@@ -2,7 +2,7 @@
 
 import statistics
 
-from result_pages import ROOT, section, steps_900, table
+from result_pages import ROOT, section, table, tuned
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -89,9 +89,8 @@ def test_reading():
     assert sorted(mean, key=mean.get, reverse=True) == list(shown)
     *most, last = (f"{mean[init]:+.1f} ({label})" for init, label in shown.items())
     assert f"random weights are {', '.join(most)} and {last} box AP." in text
-    shown = (
-        f"half of what supervised MCL brings with the labels ({supervised:+.1f}), and a sixth of "
-    )
+    shown = "MCL with twice its rate brings half of what supervised MCL brings with the labels "
+    shown += f"({supervised:+.1f}), and a sixth of "
     assert f"{shown}full supervision ({full:+.1f})." in text
     best = mean["mcl_twice"]
     assert round(supervised / best) == 2 and round(full / best) == 6
@@ -112,17 +111,18 @@ def test_reading():
     )
     widths = [d.high - d.low for d in differences]
     assert sum(width > 10 for width in widths) > len(widths) / 2
-    tuned = pair(found["mcl_twice"]["bbox/AP"], found["byol_twice"]["bbox/AP"])
-    assert difference(tuned).low < 0
-    assert f"such as the {difference(tuned).mean:.1f} between MCL and BYOL" in text
+    both = pair(found["mcl_twice"]["bbox/AP"], found["byol_twice"]["bbox/AP"])
+    assert difference(both).low < 0
+    assert f"such as the {difference(both).mean:.1f} between MCL and BYOL" in text
     shown = (
         "MCL is {:.1f} box AP above random weights, BYOL {:.1f}, point-level contrast {:.1f} and "
     )
     four = (mean[init] for init in ("mcl_twice", "byol_twice", "point", "ccop"))
     assert f"{shown}CCOP {{:.1f}}".format(*four) in front
     assert f"MoCo v2 is {-mean['moco']:.1f} and SoCo {-mean['soco']:.1f} below" in front
+    assert "most 95 % intervals are wider than ten points" in front
     shapes = {
-        init: difference(pair(steps_900(init), steps_900("random"))).mean
+        init: difference(pair(tuned(init), tuned("random"))).mean
         for init in ("mcl_twice", "soco", "ccop")
     }
     assert max(shapes, key=shapes.get) == "mcl_twice"

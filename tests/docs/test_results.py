@@ -5,7 +5,7 @@ import re
 import statistics
 from pathlib import Path
 
-from result_pages import CSV, LENGTHS, NAMES, ROOT, section, steps_900, table
+from result_pages import CSV, LENGTHS, NAMES, ROOT, section, table, tuned
 
 from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
@@ -40,24 +40,28 @@ def test_readme():
     text = (ROOT / "README.md").read_text()
     trained = table(text, "method", "trained on")[2:]
     assert {re.sub(r"\[(.*?)\].*", r"\1", line[0]) for line in trained} == set(NAMES)
-    twice = {f"{name}, learning rate x 2": f"{NAMES[name]}_twice" for name in ("MCL", "BYOL")}
-    names = {**NAMES, **twice, "random weights": "random"}
-    rows = {init: steps_900(init) for init in names.values()}
+    names = {label: init for label, init in NAMES.items() if init not in ("mcl", "byol")}
+    names |= {f"{name}, learning rate x 2": f"{NAMES[name]}_twice" for name in ("MCL", "BYOL")}
+    names["random weights"] = "random"
+    rows = {init: tuned(init) for init in names.values()}
     minutes = {row.init: row.cost.minutes for row in read_csv(str(LENGTHS))}
     _, _, *lines = table(text, "initialisation", "minutes", "box AP", "over random weights")
     assert {names[line[0]] for line in lines} == set(rows)
     for label, *cells in lines:
         init = names[label]
-        values, cost = list(rows[init].values()), minutes[init.removesuffix("_twice")]
+        values, cost = list(rows[init].values()), minutes.get(init.removesuffix("_twice"))
         expected = ["–" if init == "random" else f"{cost:.0f}"]
         expected.append(f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}")
-        for reference in ("random", "byol_twice"):
+        for reference in ("random", "moco", "byol_twice"):
             none = init in ("random", reference)
             found = "–" if none else str(difference(pair(rows[init], rows[reference])))
             expected.append(found)
         assert cells == expected, label
-    assert {len(rows[init]) for init in NAMES.values()} == {9}
-    assert {len(rows[init]) for init in twice.values()} == {8} and len(rows["random"]) == 5
+    pretrainings = {
+        len({seeds[0] for seeds in of}) for init, of in rows.items() if init != "random"
+    }
+    assert pretrainings == {3, 4} and "Three or four pre-trainings of each method" in text
+    assert {len(of) for of in rows.values()} == {2, 6, 8} and "two fine-tunings of each" in text
     long = {row.init: row.values("bbox/AP") for row in read_csv(str(CSV))}
     gains = {
         label: difference(pair(long[init], long["random"])).mean for label, init in NAMES.items()

@@ -3,9 +3,17 @@
 import itertools
 import statistics
 
-from result_pages import ROOT, STEPS, section, steps_900, table
+from result_pages import (
+    ROOT,
+    STEPS,
+    difference_cells,
+    run_cells,
+    section,
+    steps_900,
+    table,
+)
 
-from region_pretrain.sweeps.intervals import difference, pair, pairs_of_two_machines
+from region_pretrain.sweeps.intervals import difference, pair
 from region_pretrain.sweeps.report import write_tables
 from region_pretrain.sweeps.rows import read_csv
 
@@ -14,226 +22,173 @@ NAMES = {
     "BYOL, learning rate x 2": "byol_twice", "SoCo": "soco", "CCOP": "ccop", "MCL": "mcl",
     "MCL, learning rate x 2": "mcl_twice", "point-level region contrast": "point",
 }  # fmt: skip
-CONVERGENCE = ROOT / "docs/results/shapes_convergence.csv"
-ROWS, EARLIER = (
-    {(r.init, r.finetune, r.labels): r for r in read_csv(str(path))}
-    for path in (STEPS, CONVERGENCE)
+OWN = {label: init for label, init in NAMES.items() if not init.endswith("_twice")}
+FEW, EARLIER = (
+    {(r.init, r.finetune): r for r in read_csv(str(ROOT / f"docs/results/shapes_{name}.csv"))}
+    for name in ("few", "convergence")
 )
-FEW = {init for init, steps, labels in ROWS if labels == 25}
-REGIONAL, BASELINES = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol", "byol_twice")
+REGIONAL, BASELINES = ("soco", "ccop", "mcl", "point"), ("random", "moco", "byol")
 TASKS = {"box AP": "bbox/AP", "mask AP": "segm/AP"}
+SEEDS = (4, 5, 6, 7)
 
 
-def values(init, steps, labels, seed, key="bbox/AP"):
-    """Of one pre-training, or of random weights on its processor, by fine-tuning seed."""
-    row = (EARLIER if seed == 3 else ROWS).get((init, steps, labels))
-    found = row.values(key) if row else {}
-    beside = {3: "AVX2", 7: "AMD EPYC, AVX512"}.get(seed, "Xeon")
-    return {k[1]: v for k, v in found.items() if k[0] == seed or (k[0] is None and beside in k[2])}
+def beside(seed):
+    """Where random weights were fine-tuned that are compared with this pre-training."""
+    return {3: "AVX2", 7: "AMD EPYC, AVX512"}.get(seed, "Xeon")
 
 
 def page():
-    return section("AP after 900 steps")
+    return section("Settings of the Shapes configs")
 
 
 def words(path):
     return " ".join((ROOT / path).read_text().split())
 
 
-def listed(found):
-    return ", ".join(f"{value:.1f}" for _, value in sorted(found.items())) or "–"
-
-
 def test_tables_of_all_runs():
-    assert {steps for _, steps, _ in ROWS} == {"steps900"}
-    few = section("25 of the 100 scenes")
-    for caption, key in TASKS.items():
-        for text, first, labels, seeds in (
-            (page(), "900 steps, seed 4", 100, (4, 5, 6, 7)),
-            (few, "25 scenes, seed 3", 25, (3, 4, 5, 7)),
-        ):
-            lines = table(text, caption, first)[2:]
-            names = [name for name, init in NAMES.items() if labels == 100 or init in FEW]
-            assert [label for label, *_ in lines] == names
-            for label, *cells in lines:
-                for seed, cell in zip(seeds, cells, strict=True):
-                    found = values(NAMES[label], "steps900", labels, seed, key)
-                    assert cell == listed(found), label
+    assert {(row.finetune, row.labels) for row in read_csv(str(STEPS))} == {("steps900", 100)}
+    for task, key in TASKS.items():
+        lines = table(page(), task, "own rate, seed 4")[2:]
+        assert [label for label, *_ in lines] == list(OWN)
+        for label, *cells in lines:
+            assert cells == run_cells(steps_900(OWN[label], key), SEEDS, beside), label
+        lines = table(section("25 of the 100 scenes"), task, "25 scenes, seed 3")[2:]
+        assert [label for label, *_ in lines] == list(NAMES)
+        for label, *cells in lines:
+            row = FEW[NAMES[label], "steps900"]
+            assert row.labels == 25
+            assert cells == run_cells(row.values(key), (3, 4, 5, 7), beside), label
 
 
 def test_table_of_300_and_900_steps():
     header, _, *lines = table(section("300 and 900 steps"), "AP", "random weights")
     inits = [NAMES[label] for label in header[1:]]
-    assert {init for init, *_ in EARLIER} == set(inits) and len(lines) == 4
+    assert {init for init, _ in EARLIER} == set(inits) and len(lines) == 4
     for label, *cells in lines:
         caption, steps = label.split(", ")
         for init, cell in zip(inits, cells, strict=True):
-            found = values(init, f"steps{steps[:3]}", 100, 3, TASKS[caption])
-            assert cell == listed(found), label
-
-
-def differences():
-    return {
-        (init, reference, task): pair(steps_900(init, key), steps_900(reference, key))
-        for init, reference in itertools.permutations(NAMES.values(), 2)
-        for task, key in TASKS.items()
-    }
+            values = EARLIER[init, f"steps{steps[:3]}"].values(TASKS[caption])
+            assert [cell] == run_cells(values, [3], beside), label
 
 
 def test_tables_of_differences():
-    found = differences()
-    for task in TASKS:
-        lines = table(page(), f"{task}, 900 steps", "over random weights")[2:]
-        assert [NAMES[label] for label, *_ in lines] == [*NAMES.values()][1:]
+    for task, key in TASKS.items():
+        lines = table(page(), f"{task}, own rate", "over random weights")[2:]
+        assert [OWN[label] for label, *_ in lines] == [*OWN.values()][1:]
+        references = [steps_900(init, key) for init in BASELINES]
         for label, *cells in lines:
-            for reference, cell in zip(BASELINES, cells, strict=True):
-                if reference == NAMES[label]:
-                    assert cell == "–"
-                    continue
-                pairs = found[NAMES[label], reference, task]
-                above = sum(value > 0 for value in pairs.values())
-                assert cell == f"{difference(pairs)} ({above}/{len(pairs)})", (label, reference)
+            assert cells == difference_cells(steps_900(OWN[label], key), references), label
 
 
-def mean(init, task="box AP"):
-    return statistics.fmean(steps_900(init, TASKS[task]).values())
+def mean(init):
+    return statistics.fmean(steps_900(init).values())
+
+
+def gain(init):
+    return difference(pair(steps_900(init), steps_900("random"))).mean
 
 
 def test_comparisons_of_900_steps():
-    found, text, front = differences(), " ".join(page().split()), words("README.md")
+    text, front = " ".join(page().split()), words("README.md")
     ours = {
-        at: found[at] for at in found if at[0] in REGIONAL and at[1] in ("random", "moco", "byol")
+        (init, reference, task): pair(steps_900(init, key), steps_900(reference, key))
+        for init, reference in itertools.product(REGIONAL, BASELINES)
+        for task, key in TASKS.items()
     }
     below = {at: min(pairs.values()) for at, pairs in ours.items() if min(pairs.values()) < 0}
-    weak = {at: d for at in ours if (d := difference(ours[at])).low <= 0}
+    found = {at: difference(pairs) for at, pairs in ours.items()}
+    weak = {at: d for at, d in found.items() if d.low <= 0}
     assert {len(pairs) for pairs in ours.values()} == {9} and len(ours) == 24
     assert list(below) == list(weak) == [("point", "byol", "mask AP")]
-    assert all(
-        d.mean > 2 * d.standard_error
-        for at in ours
-        if at not in weak and (d := difference(ours[at]))
-    )
+    assert all(d.mean > 2 * d.standard_error for at, d in found.items() if at not in weak)
     ((lowest, least),) = zip(below.values(), weak.values(), strict=True)
-    reached = (
-        "random weights reach {:.1f} box AP, MoCo v2 {:.1f} and BYOL {:.1f}; MCL {:.1f}, CCOP "
-    )
-    reached += "{:.1f}, point-level {:.1f} and SoCo {:.1f}."
+    reached = "Random weights reach {:.1f} box AP, MoCo v2 {:.1f} and BYOL {:.1f}; MCL {:.1f}, "
+    reached += "CCOP {:.1f}, point-level {:.1f} and SoCo {:.1f}."
     order = ("random", "moco", "byol", "mcl", "ccop", "point", "soco")
     assert reached.format(*map(mean, order)) in text
-    above = "is above the other three in all 9 pairs, in box and in mask AP, but for one of "
-    above += f"point-level region contrast and BYOL in mask AP ({lowest:.1f}). In 23 of these 24 "
-    above += (
-        "comparisons the mean difference is more than two standard errors and the 95 % interval "
+    above = (
+        "Each region method is above random weights, MoCo v2 and BYOL in all 9 pairs, in box and "
     )
-    above += "excludes 0; that of point-level region contrast over BYOL in mask AP is "
-    assert f"{above}{least.mean / least.standard_error:.1f} standard errors." in text
-    shown = "in all 9 pairs, except for one pair of point-level contrast and BYOL in mask AP."
+    above += "in mask AP, with one exception: point-level region contrast against BYOL in mask AP "
+    above += f"({lowest:.1f}). In 23 of these 24 comparisons the mean difference is more than two "
+    above += (
+        "standard errors and the 95 % interval excludes 0; that of point-level region contrast "
+    )
+    ratio = least.mean / least.standard_error
+    assert f"{above}over BYOL in mask AP is {ratio:.1f} standard errors." in text
+    low = found["soco", "byol", "box AP"].low
+    assert f"some lower ends are close to 0 ({low:.1f} for SoCo over BYOL)" in text
+    shown = "in all 9 pairs, except for one pair of point-level contrast and BYOL in mask AP"
     assert shown in front
-    assert "exclude 0 in 23 of the 24 comparisons in box and mask AP;" in front
-
-
-def test_tuned_learning_rates():
-    found, text, front = differences(), " ".join(page().split()), words("README.md")
-    for init, own in (("byol_twice", "byol"), ("mcl_twice", "mcl")):
-        gain = found[init, own, "box AP"]
-        assert min(gain.values()) > 0
-        shown = f"has {mean(init):.1f} box AP, {difference(gain).mean:.1f} above its own, in all "
-        shown += f"{len(gain)} pairs"
-        assert shown in text, init
-    tuned = ("mcl_twice", "soco", "ccop", "point")
-    to = {(init, task): found[init, "byol_twice", task] for init in tuned for task in TASKS}
-    box, mask = (difference(to["mcl_twice", task]) for task in TASKS)
-    assert min(min(to["mcl_twice", task].values()) for task in TASKS) > 0
-    assert box.low > 0 and mask.low > 0
-    n = len(to["mcl_twice", "box AP"])
-    shown = f"by {box.mean:.1f} box AP and {mask.mean:.1f} mask AP, in all {n} pairs"
-    assert shown in text and f"by {box.mean:.1f} box AP in all {n} pairs" in front
-    others = [difference(to[init, "box AP"]) for init in ("ccop", "soco", "point")]
-    assert all(d.low < 0 < d.high for d in others)
-    shown = "CCOP is at {:+.1f} box AP from that BYOL, SoCo at {:+.1f} and point-level region "
-    assert f"{shown}contrast at {{:+.1f}}".format(*(d.mean for d in others)) in text
-    shown = "SoCo {:+.1f} and point-level contrast {:+.1f}".format(*(d.mean for d in others[1:]))
-    assert f"CCOP is at {others[0].mean:+.1f}, {shown}" in front
-    for init in ("ccop", "soco", "point"):
-        machines = [pairs_of_two_machines(steps_900(init), steps_900("byol_twice"))]
-        assert machines == [6] and len(to[init, "box AP"]) == 8
-    seven = [
-        [f"{v:+.1f}" for seeds, v in to[init, "box AP"].items() if seeds[0] == 7]
-        for init in ("ccop", "soco", "point")
-    ]
-    shown = "the pairs are {} and {} (CCOP), {} and {} (SoCo) and {} and {} (point-level)."
-    assert shown.format(*itertools.chain(*seven)) in text
-    point = difference(to["point", "mask AP"])
-    assert point.high < 0
-    assert f"point-level region contrast is {-point.mean:.1f} below it, and that interval" in text
-    (lowest,) = {difference(found["soco", "byol", task]).low for task in TASKS if task == "box AP"}
-    assert f"some lower ends are close to 0 ({lowest:.1f} for SoCo over BYOL)" in text
+    assert "exclude 0 in 23 of the 24 comparisons" in front
+    gains = [gain(init) for init in ("mcl", "soco", "ccop", "point")]
+    assert "against {:.1f}, {:.1f}, {:.1f} and {:.1f} after 900".format(*gains) in front
 
 
 def test_lengths_and_spreads():
-    text, few = " ".join(page().split()), words("docs/labelled_data.md")
-    columns = [("steps300", 100, 3), ("steps900", 100, 3)]
+    text, few = " ".join(section("300 and 900 steps").split()), words("docs/labelled_data.md")
     both = {
-        (init, column[0]): [values(init, *column)[seed] for seed in (0, 1)]
+        (init, steps): statistics.fmean(
+            value
+            for seeds, value in EARLIER[init, steps].values("bbox/AP").items()
+            if seeds[1] in (0, 1)
+        )
         for init in ("mcl", "soco", "random")
-        for column in columns
+        for steps in ("steps300", "steps900")
     }
     gains = [
-        statistics.fmean(both[init, n]) - statistics.fmean(both["random", n])
+        both[init, steps] - both["random", steps]
         for init in ("mcl", "soco")
-        for n, *_ in columns
+        for steps in ("steps300", "steps900")
     ]
     shown = "falls from {:.1f} box AP with 300 steps to {:.1f} with 900, and SoCo's from {:.1f} to "
     assert f"{shown}{{:.1f}}.".format(*gains) in text and gains[1] < gains[0] / 2
-    random = [statistics.fmean(both["random", n]) for n, *_ in columns]
+    random = [both["random", steps] for steps in ("steps300", "steps900")]
     shown = (
         "raised random weights from {:.0f} to {:.0f} box AP and lowered MCL's gain [from {:.1f} "
     )
     assert f"{shown}to {{:.1f}}]".format(*random, *gains[:2]) in few
 
-    trained = [init for init in NAMES.values() if init != "random"]
-    apart = {}
-    for init in trained:
-        means = [
-            statistics.fmean([values(init, "steps900", 100, seed)[f] for f in (0, 1)])
-            for seed in (4, 5, 6, 7)
-        ]
+    apart, spreads = {}, []
+    for init in [*OWN.values()][1:]:
+        found = {}
+        for (seed, finetune, _), value in steps_900(init).items():
+            found.setdefault(seed, {})[finetune] = value
+        means = [statistics.fmean([of[0], of[1]]) for of in found.values()]
         apart[init] = max(means) - min(means)
+        spreads += [max(of.values()) - min(of.values()) for of in found.values()]
     assert max(apart, key=apart.get) == "ccop"
-    assert f"differ by {min(apart.values()):.1f} to {apart['ccop']:.1f} box AP (CCOP), the" in text
-    spread = max(
-        max(found.values()) - min(found.values())
-        for init in trained
-        for seed in (4, 5, 6, 7)
-        if (found := values(init, "steps900", 100, seed))
-    )
-    random = values("random", "steps900", 100, 4).values()
-    shown = f"by up to {spread:.1f}, those of random weights on the Xeon by "
+    shown = f"differ by {min(apart.values()):.1f} to {apart['ccop']:.1f} box AP (CCOP), the"
+    text = " ".join(page().split())
+    assert shown in text
+    random = [value for seeds, value in steps_900("random").items() if "Xeon" in seeds[2]]
+    shown = f"by up to {max(spreads):.1f}, those of random weights on the Xeon by "
     assert f"{shown}{max(random) - min(random):.1f}." in text
 
 
 def test_few_labels(tmp_path):
-    text, front = " ".join(section("25 of the 100 scenes").split()), words("README.md")
+    text = " ".join(section("25 of the 100 scenes").split())
 
-    def above(init, beside=None):
+    def above(init):
         """On 25 scenes, from the first seed to the last."""
-        pairs = [
-            [values(init, "steps900", 25, seed), values("random", "steps900", 25, beside or seed)]
-            for seed in (3, 4, 5, 7)
-        ]
-        gains = [f"{mine[0] - base[0]:.1f}" for mine, base in pairs if mine]
+        pairs = pair(
+            FEW[init, "steps900"].values("bbox/AP"), FEW["random", "steps900"].values("bbox/AP")
+        )
+        gains = [f"{value:.1f}" for _, value in sorted(pairs.items())]
         return " and ".join([", ".join(gains[:-1]), gains[-1]]) if gains[1:] else gains[0]
 
     mcl = above("mcl")
     assert f"MCL is {mcl} box AP above random weights" in text
-    assert f"MCL with its own rate is {mcl} above random weights" in front
     others = [above(init) for init in ("ccop", "point", "soco", "moco", "byol")]
     shown = "CCOP {}, point-level {}, SoCo {}, MoCo v2 {} and BYOL {}."
     assert shown.format(*others) in text
-    tuned, once = above("byol_twice", 7), above("mcl_twice")
-    assert f"twice its learning rate is {tuned} above the random weights of seed 7" in text
-    assert f", and MCL with twice its own {once}." in text
-    assert "CCOP {}, point-level contrast {}, and SoCo {} (".format(*others[:3]) in front
+    ends = [sorted(map(float, of.replace(" and", ",").split(", "))) for of in (mcl, others[0])]
+    shown = "MCL gains {} to {} box AP and CCOP {} to {}, but SoCo only {}"
+    values = [end for of in ends for end in (of[0], of[-1])]
+    assert shown.format(*values, others[2]) in words("README.md")
+    shown = f"twice its learning rate is {above('byol_twice')} above the random weights of seed 7"
+    assert shown in text
+    assert f", and MCL with twice its own {above('mcl_twice')}." in text
     _, *figures = write_tables(str(STEPS), ["random"], str(tmp_path))
-    assert any(figure.endswith("_runs_1_box_ap.png") for figure in figures)
+    assert any(figure.endswith("steps_runs_box_ap.png") for figure in figures)
     assert (ROOT / "docs/shapes_steps.png").stat().st_size > 10_000
