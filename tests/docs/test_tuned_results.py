@@ -80,7 +80,9 @@ def test_reading(path):
     assert f"on average {mcl[0].mean:.1f} box AP{both} above BYOL, higher in all 8 pairs" in text
     assert box["ccop"].low < 0 < box["ccop"].high and mask["ccop"].low < 0 < mask["ccop"].high
     means = [box[init].mean for init in ("ccop", "point", "soco")]
-    shown = "({:+.1f} box AP), and point-level contrast ({:+.1f}) and SoCo ({:+.1f}) are below it"
+    assert all(box[init].low < box[init].mean < 0 < box[init].high for init in ("point", "soco"))
+    shown = "({:+.1f} box AP); point-level contrast ({:+.1f}) and SoCo ({:+.1f}) are lower, though "
+    shown += "their intervals include 0."
     assert shown.format(*means) in text
     gains = {init: pair(tuned(init), steps_900(own)) for init, own in TWICE.items()}
     means = [difference(gains[init]).mean for init in TWICE]
@@ -90,6 +92,8 @@ def test_reading(path):
         assert "(8.0 for batch size 256, against 1.0 of MCL's and 0.45 of BYOL's" in text
         assert f"BYOL gains {means[0]:.1f} box AP by twice its own" in text
         return
+    assert "over MoCo v2, of two pre-trainings here, are wide and include 0 in box AP." in text
+    assert all(difference(to(init, "moco")).low < 0 for init in REGIONAL)
     one = [statistics.fmean(v for k, v in gains[i].items() if k[0] == 7) for i in TWICE]
     shown = (
         "twice its own gives BYOL {:.1f} box AP and MCL {:.1f} in pairs of equal seeds, most of "
