@@ -95,11 +95,21 @@ def build_backbone(cfg: Mapping[str, Any]) -> Backbone:
         return build_registered_backbone(as_cfg_node(cfg))
 
 
+#: Depths of Detectron2's ``build_resnet_backbone``.
+_DEPTHS = (18, 34, 50, 101, 152)
+
+
 @contextmanager
 def _resnet_errors(cfg: Mapping[str, Any]) -> Iterator[None]:
-    """Name the values that Detectron2's ResNet-18 and ResNet-34 refuse with an assertion."""
+    """Name a depth that Detectron2's ResNet lacks, and values that basic blocks do not have."""
     try:
         yield
+    except KeyError as error:
+        depth = cfg["MODEL"]["RESNETS"]["DEPTH"]
+        if error.args != (depth,):
+            raise
+        depths = ", ".join(map(str, _DEPTHS))
+        raise UserError(f"MODEL.RESNETS.DEPTH={depth}: expected one of {depths}") from error
     except AssertionError as error:
         found = re.match(r"Must set MODEL\.RESNETS\.(\w+) = (\d+) for R18/R34", str(error))
         if not found:

@@ -373,3 +373,13 @@ def test_settings_that_basic_blocks_do_not_have_are_named(key, value, needed):
             f"MODEL.RESNETS.{key}={value}: a ResNet with MODEL.RESNETS.DEPTH=18 needs "
             f"MODEL.RESNETS.{key}={needed}"
         )
+
+
+def test_depth_that_no_resnet_has_is_named():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 20
+    for build in (build_detector, build_resnet, build_backbone):
+        with pytest.raises(UserError) as error, torch.device("meta"):
+            build(plain(cfg))
+        assert str(error.value) == ("MODEL.RESNETS.DEPTH=20: expected one of 18, 34, 50, 101, 152")
